@@ -1,0 +1,470 @@
+/**
+ * The config: one JSON file for all five scripts, each reads its own section. Schema and defaults stand here
+ * and nowhere else; `bun run lib/config.ts` prints config.schema.json from it for editors.
+ */
+import { readFileSync, statSync } from "node:fs";
+import { readFile } from "node:fs/promises";
+import { BlockList, isIP } from "node:net";
+import { hostname } from "node:os";
+import { z } from "zod";
+import { parseHost } from "./chunk.ts";
+
+const secret = z
+  .union([
+    z.strictObject({ env: z.string().regex(/^[A-Za-z_][A-Za-z0-9_]*$/, "expected the name of a variable") }),
+    z.strictObject({ file: z.string().min(1) }),
+  ])
+  .describe('A secret: {"env": "NAME"} or {"file": "/path"}, never the value itself');
+
+const path = z.string().min(1);
+const minutes = z.number().positive();
+const seconds = z.number().positive();
+const count = z.number().int().positive();
+const host = z
+  .string()
+  .refine((text) => parseHost(text) !== undefined, "expected an IP address or a host name")
+  .transform((text) => text.toLowerCase());
+const httpUrl = z.url({ protocol: /^https?$/, error: "expected http://HOST[:PORT] or https://…" });
+const schedule = z.string().regex(/^(\S+\s+){4,5}\S+$/, "expected a cron expression such as */10 * * * *");
+
+const shipper = z.strictObject({
+  files: z.array(path).min(1).describe("Log files to follow: paths and globs"),
+  receiver: httpUrl.describe("The receiver: http://HOST:PORT or https://HOST:PORT"),
+  host: host
+    .default(() => hostname().toLowerCase())
+    .describe("The name of this sender; default: the host name"),
+  token: secret.optional().describe("Bearer token shown to the receiver"),
+  ca: path
+    .optional()
+    .describe("PEM file of the CA that signed the receiver's certificate; default: the system's CAs"),
+  cert: path.optional().describe("PEM file of a client certificate"),
+  key: path.optional().describe("PEM file of the client certificate's key"),
+  stateDir: path.default("/var/lib/log-rt-sync/shipper").describe("Folder for the cursor"),
+  olddir: path.optional().describe("logrotate's olddir, when rotated files go to another folder"),
+  skip: z
+    .array(z.array(z.string().min(1)).min(1))
+    .default([])
+    .describe("Lines to leave out: a line that contains every text of one of the lists"),
+  startAt: z
+    .enum(["beginning", "end"])
+    .default("beginning")
+    .describe("Where the very first start begins in a live file"),
+  compression: z.enum(["zstd", "gzip", "none"]).default("zstd").describe("Encoding of chunks on the way"),
+  chunkBytes: z
+    .number()
+    .int()
+    .min(4096)
+    .max(64 * 1024 * 1024)
+    .default(1_048_576)
+    .describe("Largest chunk, in bytes of the log"),
+  flushMs: z
+    .number()
+    .nonnegative()
+    .default(100)
+    .describe("Under steady traffic one request per this many ms"),
+  pollSeconds: seconds.default(5).describe("How often files are looked at when no event tells of a change"),
+  rotateWaitSeconds: z
+    .number()
+    .nonnegative()
+    .default(5)
+    .describe("A rotated file is finished when it was quiet for so long"),
+  heartbeatSeconds: seconds.default(60).describe("A sign of life when there is nothing to ship"),
+  timeoutSeconds: seconds.default(30).describe("How long the receiver may take to answer one chunk"),
+});
+
+const group = z.strictObject({
+  port: z.number().int().min(0).max(65_535).describe("TCP port of this group"),
+  senders: z
+    .array(z.string().refine(senderIsValid, 'expected "*", an address, a CIDR range or a host name'))
+    .min(1)
+    .describe('Who belongs to it: addresses, CIDR ranges, host names, or "*"'),
+});
+
+const receiver = z
+  .strictObject({
+    listen: z.string().default("127.0.0.1").describe("Address to listen on"),
+    groups: z.array(group).min(1).describe("Ports, and the senders that each serves"),
+    dir: path.describe("Folder of the batches, one per sender"),
+    prefix: z
+      .string()
+      .regex(/^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$/, "expected letters, digits, _ and -")
+      .default("accessLog")
+      .describe("First part of every batch's name"),
+    windowMinutes: count
+      .max(60)
+      .refine((n) => 60 % n === 0, "expected a divisor of 60")
+      .default(20)
+      .describe("Length of a batch's window"),
+    sealAfterSeconds: z
+      .number()
+      .nonnegative()
+      .default(120)
+      .describe("A batch is sealed when its window is over and no line came for so long"),
+    timestampPattern: z
+      .string()
+      .refine(patternIsValid, "expected a regular expression with the timestamp as its first group")
+      .optional()
+      .describe(
+        "For log formats whose timestamp is not found: a regular expression, the timestamp in group 1",
+      ),
+    maxBodyBytes: count.default(16_777_216).describe("Largest body, before and after decompression"),
+    maxBytesInFlight: count.default(67_108_864).describe("Bodies in memory at once; beyond it 503"),
+    maxRequests: count.default(512).describe("Requests in hand at once; beyond it 503"),
+    maxHosts: count.default(10_000).describe("Senders known at once; a further one gets 503"),
+    idleTimeoutSeconds: seconds
+      .max(255)
+      .default(30)
+      .describe("A connection without a byte for so long is closed"),
+    forgetAfterDays: minutes.default(30).describe("Streams and windows are forgotten after so long"),
+    tls: z
+      .strictObject({
+        cert: path,
+        key: path,
+        clientCa: path.optional().describe("PEM file; clients must show a certificate signed by it"),
+      })
+      .optional(),
+    tokens: z
+      .record(z.union([z.literal("*"), host]), secret)
+      .optional()
+      .describe('Bearer token per sender; "*" is for the senders that have none of their own'),
+    trustedProxies: z
+      .array(z.string().refine(addressIsValid, "expected an address or a CIDR range"))
+      .default([])
+      .describe("Proxies whose X-Forwarded-For is believed"),
+    legacy: z
+      .boolean()
+      .default(false)
+      .describe("Accept the original shipper's JSON form from listed addresses"),
+  })
+  .superRefine((config, context) => {
+    checkGroups(config.groups, context);
+    const anyone = config.groups.some(({ senders }) => senders.includes("*"));
+    if (!isLoopback(config.listen) && !config.tokens && anyone) {
+      context.addIssue({
+        code: "custom",
+        path: ["tokens"],
+        message: `anyone could write here: ${config.listen} is not loopback and senders has "*"; set tokens, or list the senders`,
+      });
+    }
+  });
+
+const target = z
+  .url({ protocol: /^(sftp|file)$/, error: "expected sftp://USER@HOST[:PORT]/FOLDER or file:///FOLDER" })
+  .refine((text) => !new URL(text).password, "a password does not belong here; set password")
+  .refine((text) => !text.startsWith("sftp:") || new URL(text).username !== "", "expected sftp://USER@HOST…");
+
+const forwarder = z
+  .strictObject({
+    dir: path.describe("The receiver's folder"),
+    target: target.describe("Where batches go: sftp://USER@HOST[:PORT]/FOLDER or file:///FOLDER"),
+    password: secret.optional(),
+    privateKey: secret.optional().describe("Private key in OpenSSH or PEM form"),
+    passphrase: secret.optional().describe("Passphrase of the private key"),
+    agent: path.optional().describe("Socket of an SSH agent"),
+    hostKey: z
+      .union([z.string(), z.array(z.string()).min(1)])
+      .transform((keys) => (typeof keys === "string" ? [keys] : keys))
+      .refine(
+        (keys) => keys.every((key) => /^SHA256:[A-Za-z0-9+/]{43}=?$/.test(key)),
+        "expected SHA256:… as ssh-keygen -l prints",
+      )
+      .optional()
+      .describe("Fingerprint of the server's host key, one or several"),
+    knownHosts: path.optional().describe("known_hosts file, instead of hostKey"),
+    intervalSeconds: seconds.default(60).describe("How often the queue is looked at"),
+    retries: count.default(3).describe("Tries of a file before it goes to failed/"),
+    retryDelaySeconds: z.number().nonnegative().default(5),
+    parallel: count.max(64).default(4).describe("Files at a time over the one connection"),
+    timeoutSeconds: seconds.default(30).describe("How long the server may take for one answer"),
+    compress: z.enum(["none", "gzip"]).default("none").describe("gzip sends <batch>.log.gz"),
+    manifest: z.boolean().default(false).describe("Put a manifest beside the batches of each delivered hour"),
+    report: path.default("/var/lib/log-rt-sync/linecount-report.log").describe("One line per delivery"),
+  })
+  .superRefine((config, context) => {
+    if (config.target.startsWith("sftp:") && !config.hostKey && !config.knownHosts) {
+      const { hostname: name, port } = new URL(config.target);
+      context.addIssue({
+        code: "custom",
+        path: ["hostKey"],
+        message: `missing; ask the server's owner for it, or see it with: ssh-keyscan -p ${port || 22} ${name} | ssh-keygen -lf -`,
+      });
+    }
+    if (config.target.startsWith("sftp:") && !config.password && !config.privateKey && !config.agent) {
+      context.addIssue({
+        code: "custom",
+        path: ["password"],
+        message: "missing; set password, privateKey or agent",
+      });
+    }
+  });
+
+const mail = z.strictObject({
+  smtp: z
+    .url({ protocol: /^(smtps?|file)$/, error: "expected smtp://HOST[:PORT], smtps://… or file:///FOLDER" })
+    .refine((text) => !new URL(text).password, "a password does not belong here; set mail.password"),
+  password: secret.optional().describe("Password of the user in smtp"),
+  from: z.email(),
+  to: z.array(z.email()).min(1),
+  subjectPrefix: z.string().default("[log-rt-sync]"),
+  timeoutSeconds: seconds.default(20),
+});
+
+const monitor = z.strictObject({
+  dir: path.describe("The receiver's folder"),
+  mail,
+  expected: z.array(host).default([]).describe("Senders that must be heard of"),
+  silentMinutes: minutes.default(5).describe("A sender not heard of for so long is silent"),
+  silentMinutesByHost: z
+    .record(host, minutes)
+    .default({})
+    .describe("A threshold of its own for some senders"),
+  alertWhenQuiet: z
+    .boolean()
+    .default(false)
+    .describe("Also alert when a shipper lives but its nginx writes nothing"),
+  remindMinutes: minutes.default(240).describe("How often a lasting fault is told again"),
+  summaryMinute: z.number().int().min(0).max(59).default(15).describe("Minute of the hour of the summary"),
+  deliveryMinutes: minutes
+    .default(30)
+    .describe("A sealed batch that waits for so long is a fault of delivery"),
+  minFreePercent: z.number().min(0).max(100).default(10).describe("Free space of dir under which to alert"),
+  receivers: z.array(httpUrl).default([]).describe("Receivers whose /healthz is asked, one URL per port"),
+  report: path.default("/var/lib/log-rt-sync/linecount-report.log").describe("The forwarder's report"),
+  stateFile: path.default("/var/lib/log-rt-sync/monitor.json"),
+  schedule: schedule.default("* * * * *").describe("For --watch: when to check"),
+  webhook: httpUrl.optional().describe("Each mail also goes there as a JSON POST"),
+  heartbeatUrl: httpUrl.optional().describe("Called after each healthy run"),
+});
+
+const housekeep = z
+  .strictObject({
+    dir: path.describe("The receiver's folder"),
+    compressAfterHours: z.number().nonnegative().default(3).describe("Counted from the delivery"),
+    deleteAfterHours: z.number().nonnegative().default(4).describe("Counted from the delivery"),
+    minFreePercent: z
+      .number()
+      .min(0)
+      .max(100)
+      .default(0)
+      .describe("Under it the oldest delivered files go early; 0: never"),
+    report: path
+      .default("/var/lib/log-rt-sync/linecount-report.log")
+      .describe("The forwarder's report, trimmed"),
+    reportDays: minutes.default(90).describe("Report lines are kept for so long"),
+    parallel: count.max(64).optional().describe("Files compressed at once; default: one less than the cores"),
+    schedule: schedule.default("*/10 * * * *").describe("For --watch: when to run"),
+  })
+  .refine((config) => config.compressAfterHours <= config.deleteAfterHours, {
+    path: ["deleteAfterHours"],
+    error: "expected no less than compressAfterHours",
+  });
+
+export const sections = { shipper, receiver, forwarder, monitor, housekeep };
+export type Section = keyof typeof sections;
+export type Config = { [S in Section]: z.infer<(typeof sections)[S]> };
+export type SecretRef = z.infer<typeof secret>;
+
+/** Faults of the config or of what it names, one per line. Exit code 78 (EX_CONFIG of sysexits.h). */
+export class ConfigError extends Error {
+  override name = "ConfigError";
+  constructor(faults: string[]) {
+    super(faults.join("\n"));
+  }
+}
+
+/** The config file: `--config`, then `$LOG_RT_SYNC_CONFIG`, then `./config.json`. */
+export function configPath(flag: string | undefined): string {
+  return flag ?? process.env.LOG_RT_SYNC_CONFIG ?? "config.json";
+}
+
+/** Reads one section of the config file. Throws a ConfigError with every fault of it at once. */
+export async function loadConfig<S extends Section>(file: string, section: S): Promise<Config[S]> {
+  let text: string;
+  try {
+    text = await readFile(file, "utf8");
+  } catch (error) {
+    const hint = "copy config.example.json, or name another file with --config";
+    throw new ConfigError([`${file}: cannot be read (${(error as NodeJS.ErrnoException).code}): ${hint}`]);
+  }
+  return parseConfig(text, section, file);
+}
+
+/** The section of a config's text; `file` is for messages. Throws a ConfigError. */
+export function parseConfig<S extends Section>(text: string, section: S, file = "config.json"): Config[S] {
+  let json: unknown;
+  try {
+    json = JSON.parse(text);
+  } catch (error) {
+    throw new ConfigError([`${file}: is no JSON: ${(error as Error).message}`]);
+  }
+  if (typeof json !== "object" || json === null || Array.isArray(json)) {
+    throw new ConfigError([`${file}: expected an object with the section "${section}"`]);
+  }
+  const known = ["$schema", ...Object.keys(sections)];
+  const faults = Object.keys(json)
+    .filter((key) => !known.includes(key))
+    .map((key) => `${file}: ${key}: unknown key; expected ${known.join(", ")}`);
+  if (!(section in json)) faults.push(`${file}: ${section}: missing; this script needs that section`);
+  else {
+    const result = sections[section].safeParse((json as Record<string, unknown>)[section]);
+    if (result.success && faults.length === 0) return result.data as Config[S];
+    for (const issue of result.error?.issues ?? [])
+      faults.push(...explainIssue(issue, `${file}: ${section}`, json));
+  }
+  throw new ConfigError(faults);
+}
+
+/** One line per fault: where, what is wrong, what was found. */
+function explainIssue(issue: z.core.$ZodIssue, where: string, json: object): string[] {
+  const keys = [where.split(": ").at(-1) ?? "", ...issue.path.map(String)];
+  const at = [where, ...issue.path.map(String)].join(".");
+  if (issue.code === "unrecognized_keys") {
+    return issue.keys.map((key) => `${at}.${key}: unknown key; see config.example.json for the known ones`);
+  }
+  let found: unknown = json;
+  for (const key of keys) found = (found as Record<string, unknown> | undefined)?.[key];
+  if (found === undefined && issue.code !== "custom") return [`${at}: missing; ${expectation(issue)}`];
+  const isSecret = keys.some((key) =>
+    ["token", "tokens", "password", "privateKey", "passphrase"].includes(key),
+  );
+  const shown =
+    found === undefined || isSecret || typeof found === "object" ? "" : ` (found ${JSON.stringify(found)})`;
+  const text =
+    issue.code === "invalid_union" && isSecret
+      ? 'expected {"env": "NAME"} or {"file": "/path"}'
+      : issue.message;
+  return [`${at}: ${text}${shown}`];
+}
+
+function expectation(issue: z.core.$ZodIssue): string {
+  if (issue.code === "invalid_type") return `expected ${issue.expected}`;
+  return issue.message.replace(/^Invalid input: /, "");
+}
+
+// ---- secrets
+
+const secretFiles = new Map<string, { mtimeMs: number; ino: number; value: string }>();
+
+/**
+ * The value of a secret, a file's without its last line break. A file is read again when it has changed, so
+ * that a new token needs no restart. Throws a ConfigError that names the variable or file, never the value.
+ */
+export function readSecret(ref: SecretRef): string {
+  if ("env" in ref) {
+    const value = process.env[ref.env];
+    if (!value)
+      throw new ConfigError([`The variable ${ref.env}, named in the config as a secret, is not set`]);
+    return value;
+  }
+  try {
+    const { mtimeMs, ino } = statSync(ref.file);
+    const known = secretFiles.get(ref.file);
+    if (known?.mtimeMs === mtimeMs && known.ino === ino) return known.value;
+    const value = readFileSync(ref.file, "utf8").replace(/\r?\n$/, "");
+    if (value === "") throw new Error("the file is empty");
+    secretFiles.set(ref.file, { mtimeMs, ino, value });
+    return value;
+  } catch (error) {
+    throw new ConfigError([`The secret in ${ref.file} cannot be read: ${(error as Error).message}`]);
+  }
+}
+
+// ---- addresses
+
+/** Whether an address to listen on or a peer is this machine itself. */
+export function isLoopback(address: string): boolean {
+  const plain = plainAddress(address);
+  return plain === "localhost" || plain === "::1" || (isIP(plain) === 4 && plain.startsWith("127."));
+}
+
+/** An IPv4 address that came over an IPv6 socket, in its IPv4 form. */
+export function plainAddress(address: string): string {
+  return address.toLowerCase().replace(/^::ffff:(?=\d+\.)/, "");
+}
+
+/**
+ * Whether a name matches one of the entries (`*`, an address, a CIDR range, a host name). Host names match by
+ * name alone.
+ */
+export function createMatcher(entries: string[]): (hostOrAddress: string) => boolean {
+  const list = new BlockList();
+  const names = new Set<string>();
+  for (const entry of entries) {
+    const [address = "", bits] = entry.split("/");
+    const family = isIP(address) === 6 ? "ipv6" : "ipv4";
+    if (isIP(address) === 0) names.add(entry.toLowerCase());
+    else if (bits === undefined) list.addAddress(address, family);
+    else list.addSubnet(address, Number(bits), family);
+  }
+  return (text) => {
+    const plain = plainAddress(text);
+    const family = isIP(plain);
+    if (names.has("*") || names.has(plain)) return true;
+    return family !== 0 && list.check(plain, family === 6 ? "ipv6" : "ipv4");
+  };
+}
+
+function addressIsValid(text: string): boolean {
+  const [address = "", bits, ...more] = text.split("/");
+  const family = isIP(address);
+  if (family === 0 || more.length > 0) return false;
+  return bits === undefined || (/^\d{1,3}$/.test(bits) && Number(bits) <= (family === 6 ? 128 : 32));
+}
+
+function senderIsValid(text: string): boolean {
+  return text === "*" || addressIsValid(text) || (!text.includes("/") && parseHost(text) !== undefined);
+}
+
+function patternIsValid(text: string): boolean {
+  try {
+    return (new RegExp(`${text}|`).exec("")?.length ?? 0) > 1;
+  } catch {
+    return false;
+  }
+}
+
+/** Two groups must not claim one sender: compares every pair of entries of different groups. */
+function checkGroups(groups: z.infer<typeof group>[], context: z.core.$RefinementCtx): void {
+  const fault = (index: number, message: string) =>
+    context.addIssue({ code: "custom", path: ["groups", index], message });
+  for (const [i, a] of groups.entries()) {
+    for (const b of groups.slice(0, i)) {
+      if (a.port === b.port && a.port !== 0) fault(i, `port ${a.port} is another group's already`);
+      const shared = a.senders.find((x) => b.senders.some((y) => overlaps(x, y)));
+      if (shared) fault(i, `sender ${shared} belongs to the group of port ${b.port} already`);
+    }
+  }
+}
+
+function overlaps(a: string, b: string): boolean {
+  if (a === "*" || b === "*") return true;
+  const base = (entry: string) => entry.split("/")[0] ?? "";
+  return createMatcher([a])(base(b)) || createMatcher([b])(base(a));
+}
+
+/** The JSON schema of the whole file, for editors. */
+export function jsonSchema(): object {
+  const properties: Record<string, unknown> = { $schema: { type: "string" } };
+  for (const [name, section] of Object.entries(sections)) {
+    const schema = z.toJSONSchema(section, {
+      io: "input",
+      unrepresentable: "any",
+      override: dropMachineDefault,
+    });
+    properties[name] = { ...schema, $schema: undefined };
+  }
+  return {
+    $schema: "https://json-schema.org/draft/2020-12/schema",
+    title: "Log-RT-Sync",
+    type: "object",
+    properties,
+    additionalProperties: false,
+  };
+}
+
+/** The default host is this machine's name: it must not stand in a file for everyone. */
+function dropMachineDefault({ jsonSchema: schema }: { jsonSchema: Record<string, unknown> }): void {
+  if (schema.default === hostname().toLowerCase()) delete schema.default;
+}
+
+if (import.meta.main) process.stdout.write(`${JSON.stringify(jsonSchema(), null, 2)}\n`);

@@ -1,0 +1,144 @@
+/**
+ * The only fsync, rename and unlink of things that must survive a power loss.
+ *
+ * A file is replaced whole: temp, write, sync, close, rename, sync the folder. A reader therefore sees the
+ * old content or the new one, never a part. A temp file has a fixed name, so a stale one is overwritten by
+ * the next save and never piles up; whoever saves a path owns it (one process, by lock).
+ */
+import { constants } from "node:fs";
+import { type FileHandle, lstat, mkdir, open, readFile, rename, rm } from "node:fs/promises";
+import { dirname } from "node:path";
+
+/** The ending of every temp file of ours; housekeeping removes stale ones by it. */
+export const TEMP_SUFFIX = ".tmp";
+
+/** Named steps at which a test may stop the process; see {@link reached}. */
+const stopAt = process.env.LOG_RT_SYNC_STOP_AT;
+let stopCount = Number(process.env.LOG_RT_SYNC_STOP_COUNT ?? 1);
+
+/**
+ * The seam for fault tests: ends the process with SIGKILL when it comes to the step that the environment
+ * variable `LOG_RT_SYNC_STOP_AT` names, the `LOG_RT_SYNC_STOP_COUNT`-th time (1 when absent).
+ */
+export function reached(step: string): void {
+  if (stopAt === step && --stopCount <= 0) process.kill(process.pid, "SIGKILL");
+}
+
+/** Replaces the file at `path` by `data`, on stable storage when it returns. Throws the system's error. */
+export async function writeDurably(path: string, data: string | Uint8Array, mode = 0o640): Promise<void> {
+  const temp = path + TEMP_SUFFIX;
+  const file = await open(temp, "w", mode);
+  try {
+    await file.writeFile(data);
+    await file.sync();
+  } finally {
+    await file.close();
+  }
+  reached("durable:written");
+  await rename(temp, path);
+  await syncFolder(dirname(path));
+}
+
+/**
+ * Renames `from` to `to` on the same file system and syncs both folders.
+ *
+ * Never replaces a file: rename(2) would do so silently. The check before it is enough because every folder
+ * has one process that puts files into it (ledger and forwarder lock). Throws when `to` exists.
+ */
+export async function moveDurably(from: string, to: string): Promise<void> {
+  if (await exists(to)) throw new Error(`Cannot move "${from}": "${to}" exists already`);
+  await rename(from, to);
+  await syncFolder(dirname(to));
+  if (dirname(from) !== dirname(to)) await syncFolder(dirname(from));
+}
+
+/** Removes a file and syncs its folder; a file that is gone already is not an error. */
+export async function removeDurably(path: string): Promise<void> {
+  await rm(path, { force: true });
+  await syncFolder(dirname(path));
+}
+
+/**
+ * Appends whole lines to the file at `path`, on stable storage when it returns.
+ *
+ * A last line without its `\n` is what a power loss left of an append that was never acknowledged: it is cut
+ * off first. When writing fails (disk full), the file is cut back to what it was.
+ */
+export async function appendDurably(path: string, lines: string): Promise<void> {
+  const file = await open(path, constants.O_RDWR | constants.O_CREAT, 0o640);
+  try {
+    const { size } = await file.stat();
+    const end = await endOfLastLine(file, size);
+    if (end < size) await file.truncate(end);
+    try {
+      await writeFully(file, Buffer.from(lines), end);
+      await file.sync();
+    } catch (error) {
+      await file.truncate(end).catch(() => {});
+      throw error;
+    }
+    if (size === 0) await syncFolder(dirname(path));
+  } finally {
+    await file.close();
+  }
+}
+
+/** Writes all of `data` at `position`; write(2) may take less than it was given. */
+export async function writeFully(file: FileHandle, data: Uint8Array, position: number): Promise<void> {
+  let done = 0;
+  while (done < data.length) {
+    const { bytesWritten } = await file.write(data, done, data.length - done, position + done);
+    if (bytesWritten === 0) throw new Error(`Cannot write: 0 of ${data.length - done} bytes were taken`);
+    done += bytesWritten;
+  }
+}
+
+/** Creates a folder and its parents, on stable storage when it returns. */
+export async function makeFolder(path: string): Promise<void> {
+  const first = await mkdir(path, { recursive: true, mode: 0o750 });
+  if (first !== undefined) await syncFolder(dirname(first));
+}
+
+/** Makes the names in a folder (created, renamed, removed) survive a power loss. */
+export async function syncFolder(path: string): Promise<void> {
+  const folder = await open(path === "" ? "." : path, "r");
+  try {
+    await folder.sync();
+  } finally {
+    await folder.close();
+  }
+}
+
+/** Whether something, also a dangling symlink, has this name. */
+export async function exists(path: string): Promise<boolean> {
+  return lstat(path).then(
+    () => true,
+    (error: NodeJS.ErrnoException) => {
+      if (error.code === "ENOENT") return false;
+      throw error;
+    },
+  );
+}
+
+/** The file's text, or undefined when there is no such file: the only case that means "a first run". */
+export async function readIfExists(path: string): Promise<string | undefined> {
+  try {
+    return await readFile(path, "utf8");
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
+    throw error;
+  }
+}
+
+/** Offset after the last `\n` of the first `size` bytes. */
+async function endOfLastLine(file: FileHandle, size: number): Promise<number> {
+  const block = Buffer.alloc(4096);
+  for (let end = size; end > 0; ) {
+    const start = Math.max(0, end - block.length);
+    const { bytesRead } = await file.read(block, 0, end - start, start);
+    const at = block.subarray(0, bytesRead).lastIndexOf(0x0a);
+    if (at >= 0) return start + at + 1;
+    end = start;
+  }
+  return 0;
+}

@@ -1,0 +1,146 @@
+/**
+ * The receiver's own record of what is committed, one per sender, in the sender's folder:
+ *
+ *   .ledger         where each stream stands, and the length of each open batch: appended and synced with every
+ *                   commit, rewritten when it has grown
+ *   .ledger-sealed  every batch name that was ever sealed, with lines and bytes: a name is never used twice
+ *
+ * Both are text, one record a line behind the CRC-32 of it. Records are absolute ("stream X is at 4711"), so a
+ * later one replaces an earlier one and a damaged one in between costs nothing but itself. A last line that is
+ * torn or wrong was never acknowledged. Monitor, housekeeping and status page read; only the receiver writes.
+ */
+import { join } from "node:path";
+import { crc32 } from "node:zlib";
+import { LEDGER } from "./batch.ts";
+import { readIfExists } from "./durable.ts";
+
+export const LEDGER_VERSION = 1;
+export const SEALED = `${LEDGER}-sealed`;
+
+/** Where a stream stands. Times are milliseconds since the epoch, by the receiver's clock. */
+export interface Stream {
+  /** One past the last byte of the source file that is committed. */
+  offset: number;
+  /** When it was last heard of. */
+  at: number;
+  /** Window of its last line, where a line without timestamp goes. */
+  window?: string;
+  /** End of that window, milliseconds since the epoch. */
+  windowEnd?: number;
+  /** Bytes of a line whose `\n` has not come yet, kept in a file of their own. */
+  piece?: number;
+  /** Bytes that the sender still had to ship, as it told last. */
+  lag?: number;
+}
+
+/** A batch that is still open. */
+export interface OpenBatch {
+  /** Committed length of the `.part` in bytes; what is behind it was never acknowledged. */
+  bytes: number;
+  lines: number;
+  /** When its window is over, milliseconds since the epoch, by the offset in its timestamps. */
+  endsAt: number;
+  /** When its last line came. */
+  at: number;
+}
+
+/** A line of `.ledger-sealed`. */
+export interface SealedBatch {
+  name: string;
+  bytes: number;
+  lines: number;
+  /** When it was sealed. */
+  at: number;
+}
+
+/** What is known of one sender. */
+export interface Ledger {
+  /** When anything, also a heartbeat, was last heard. */
+  heardAt: number;
+  /** When the last line came; 0 for never. */
+  lineAt: number;
+  /** Bytes that vanished unread since the ledger began, as the sender told. */
+  lost: number;
+  streams: Map<string, Stream>;
+  /** Open batches by the name that they will have when sealed. */
+  open: Map<string, OpenBatch>;
+}
+
+/** One commit: what it changes, as absolute values. */
+export interface LedgerRecord {
+  v?: typeof LEDGER_VERSION;
+  heardAt?: number;
+  lineAt?: number;
+  lost?: number;
+  streams?: Record<string, Stream>;
+  open?: Record<string, OpenBatch>;
+  /** Names that are no longer open. */
+  closed?: string[];
+}
+
+export function emptyLedger(): Ledger {
+  return { heardAt: 0, lineAt: 0, lost: 0, streams: new Map(), open: new Map() };
+}
+
+/** A record as its line: CRC-32 in hex, the JSON, `\n`. */
+export function formatRecord(record: LedgerRecord | SealedBatch): string {
+  const json = JSON.stringify(record);
+  return `${crc32(json).toString(16).padStart(8, "0")} ${json}\n`;
+}
+
+/** The record of a line without its `\n`, or undefined when the line is damaged. */
+export function parseRecord(line: string): unknown {
+  const json = line.slice(9);
+  if (line[8] !== " " || crc32(json).toString(16).padStart(8, "0") !== line.slice(0, 8)) return undefined;
+  return JSON.parse(json);
+}
+
+/** What a ledger's text says: its records, how many lines are damaged, and where the last whole line ends. */
+export function parseRecords(text: string): { records: unknown[]; damaged: number; end: number } {
+  const end = text.lastIndexOf("\n") + 1;
+  const records: unknown[] = [];
+  let damaged = 0;
+  for (const line of text.slice(0, end).split("\n").slice(0, -1)) {
+    const record = parseRecord(line);
+    if (record === undefined) damaged++;
+    else records.push(record);
+  }
+  return { records, damaged, end: Buffer.byteLength(text.slice(0, end)) };
+}
+
+/** Applies one record to what is known. */
+export function applyRecord(ledger: Ledger, record: LedgerRecord): void {
+  if (record.heardAt !== undefined) ledger.heardAt = record.heardAt;
+  if (record.lineAt !== undefined) ledger.lineAt = record.lineAt;
+  if (record.lost !== undefined) ledger.lost = record.lost;
+  for (const [name, stream] of Object.entries(record.streams ?? {})) ledger.streams.set(name, stream);
+  for (const [name, batch] of Object.entries(record.open ?? {})) ledger.open.set(name, batch);
+  for (const name of record.closed ?? []) ledger.open.delete(name);
+}
+
+/** The whole ledger as one record, for compaction. */
+export function snapshot(ledger: Ledger): LedgerRecord {
+  return {
+    v: LEDGER_VERSION,
+    heardAt: ledger.heardAt,
+    lineAt: ledger.lineAt,
+    lost: ledger.lost,
+    streams: Object.fromEntries(ledger.streams),
+    open: Object.fromEntries(ledger.open),
+  };
+}
+
+/** A sender's ledger as it stands on disk, for readers; undefined when the sender has none. */
+export async function readLedger(hostFolder: string): Promise<Ledger | undefined> {
+  const text = await readIfExists(join(hostFolder, LEDGER));
+  if (text === undefined) return undefined;
+  const ledger = emptyLedger();
+  for (const record of parseRecords(text).records) applyRecord(ledger, record as LedgerRecord);
+  return ledger;
+}
+
+/** Every batch of a sender that was ever sealed (within the time that the receiver remembers), oldest first. */
+export async function readSealed(hostFolder: string): Promise<SealedBatch[]> {
+  const text = await readIfExists(join(hostFolder, SEALED));
+  return text === undefined ? [] : (parseRecords(text).records as SealedBatch[]);
+}

@@ -1,0 +1,151 @@
+/**
+ * The only place that knows Bun from Deno: the HTTP server, the HTTP client's certificates, the file lock.
+ * Everything else is `node:` imports and web standards.
+ */
+import { closeSync, openSync } from "node:fs";
+
+/** What `serve` needs; `port` 0 takes a free one. */
+export interface ServeOptions {
+  hostname: string;
+  port: number;
+  /** Largest body in bytes that is read at all. */
+  maxBodyBytes: number;
+  /** Seconds without a byte after which a connection is closed. */
+  idleTimeoutSeconds: number;
+  tls?: { cert: string; key: string; clientCa?: string };
+  fetch: (request: Request, peer: string) => Response | Promise<Response>;
+}
+
+/** A listening server. `close` stops accepting and ends when the requests in hand are answered. */
+export interface Server {
+  port: number;
+  close: () => Promise<void>;
+}
+
+// The few members of each runtime that are used, so that neither runtime's checker needs the other's types.
+interface BunRuntime {
+  serve(options: object): { port: number; stop(force?: boolean): Promise<void> };
+}
+interface BunServer {
+  requestIP(request: Request): { address: string } | null;
+}
+interface DenoRuntime {
+  serve(
+    options: object,
+    handler: (request: Request, info: DenoInfo) => Response | Promise<Response>,
+  ): {
+    addr: { port: number };
+    shutdown(): Promise<void>;
+  };
+  createHttpClient(options: object): unknown;
+  openSync(path: string, options: object): { tryLockSync(exclusive: boolean): boolean; close(): void };
+}
+interface DenoInfo {
+  remoteAddr: { hostname: string };
+}
+const { Bun: bun, Deno: deno } = globalThis as unknown as { Bun?: BunRuntime; Deno?: DenoRuntime };
+
+/** Name and version of the runtime, for the log and `--version`. */
+export const runtime: string = bun
+  ? `bun ${(bun as unknown as { version: string }).version}`
+  : `deno ${(deno as unknown as { version: { deno: string } }).version.deno}`;
+
+/** Starts an HTTP(S) server. Throws the system's error when the port is taken or not permitted. */
+export function serve(options: ServeOptions): Server {
+  return deno ? serveOnDeno(deno, options) : serveOnBun(bun as BunRuntime, options);
+}
+
+function serveOnBun(runtime: BunRuntime, options: ServeOptions): Server {
+  const { tls } = options;
+  const server = runtime.serve({
+    hostname: options.hostname,
+    port: options.port,
+    maxRequestBodySize: options.maxBodyBytes,
+    idleTimeout: Math.min(255, Math.max(1, Math.round(options.idleTimeoutSeconds))),
+    ...(tls && {
+      tls: {
+        cert: tls.cert,
+        key: tls.key,
+        ...(tls.clientCa && { ca: tls.clientCa, requestCert: true, rejectUnauthorized: true }),
+      },
+    }),
+    fetch: (request: Request, self: BunServer) =>
+      options.fetch(request, self.requestIP(request)?.address ?? ""),
+  });
+  return { port: server.port, close: () => server.stop() };
+}
+
+function serveOnDeno(runtime: DenoRuntime, options: ServeOptions): Server {
+  const { tls } = options;
+  if (tls?.clientCa)
+    throw new Error("receiver.tls.clientCa needs Bun: Deno.serve asks for no client certificate");
+  const server = runtime.serve(
+    {
+      hostname: options.hostname,
+      port: options.port,
+      onListen: () => {},
+      ...(tls && { cert: tls.cert, key: tls.key }),
+    },
+    (request, info) => options.fetch(request, info.remoteAddr.hostname),
+  );
+  return { port: server.addr.port, close: () => server.shutdown() };
+}
+
+/** PEM texts for an HTTPS client; all optional. */
+export interface ClientTls {
+  ca?: string;
+  cert?: string;
+  key?: string;
+}
+
+/** A `fetch` that trusts `ca` (beside nothing else, when given) and shows a client certificate. */
+export function fetchWith(tls: ClientTls): typeof fetch {
+  if (!tls.ca && !tls.cert) return fetch;
+  const extra = deno
+    ? {
+        client: deno.createHttpClient({
+          ...(tls.ca && { caCerts: [tls.ca] }),
+          ...(tls.cert && { cert: tls.cert, key: tls.key }),
+        }),
+      }
+    : { tls };
+  return ((input: string | URL | Request, init?: RequestInit) =>
+    fetch(input, { ...init, ...extra } as RequestInit)) as typeof fetch;
+}
+
+const LOCK_EXCLUSIVE_NONBLOCKING = 2 | 4; // flock(2): LOCK_EX | LOCK_NB
+
+/**
+ * Takes the kernel's exclusive lock (flock(2)) on a file, which it creates, and keeps it until `release` or
+ * the end of the process, however that comes: nothing is left to clean up by hand.
+ * Returns undefined when another process has it.
+ */
+export async function tryLock(path: string): Promise<{ release: () => void } | undefined> {
+  if (deno) {
+    const file = deno.openSync(path, { create: true, read: true, write: true });
+    if (file.tryLockSync(true)) return { release: () => file.close() };
+    file.close();
+    return undefined;
+  }
+  flock ??= await loadFlock();
+  const fd = openSync(path, "a+", 0o640);
+  if (flock(fd, LOCK_EXCLUSIVE_NONBLOCKING) === 0) return { release: () => closeSync(fd) };
+  closeSync(fd);
+  return undefined;
+}
+
+let flock: ((fd: number, operation: number) => number) | undefined;
+
+/** flock(2) is in neither `node:fs` nor Bun's own API, so it is called in the C library. */
+async function loadFlock(): Promise<(fd: number, operation: number) => number> {
+  const name = "bun:ffi"; // not a literal: Deno's checker would refuse the scheme
+  const { dlopen } = await import(name);
+  for (const library of ["libc.so.6", "libc.so", "libc.musl-x86_64.so.1", "libSystem.dylib"]) {
+    try {
+      return dlopen(library, { flock: { args: ["i32", "i32"], returns: "i32" } }).symbols.flock;
+    } catch {
+      // not this system's name for it
+    }
+  }
+  throw new Error("Cannot lock files: found no C library to call flock(2) in");
+}
