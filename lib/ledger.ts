@@ -17,6 +17,9 @@ import { readIfExists } from "./durable.ts";
 export const LEDGER_VERSION = 1;
 export const SEALED = `${LEDGER}-sealed`;
 
+/** Minutes of the history of lines per minute that a ledger keeps: the curves of the status page. */
+export const HISTORY_MINUTES = 240;
+
 /** Where a stream stands. Times are milliseconds since the epoch, by the receiver's clock. */
 export interface Stream {
   /** One past the last byte of the source file that is committed. */
@@ -64,6 +67,8 @@ export interface Ledger {
   streams: Map<string, Stream>;
   /** Open batches by the name that they will have when sealed. */
   open: Map<string, OpenBatch>;
+  /** Lines that came in each of the last minutes, by minutes since the epoch. */
+  minutes: Map<number, number>;
 }
 
 /** One commit: what it changes, as absolute values. */
@@ -74,12 +79,14 @@ export interface LedgerRecord {
   lost?: number;
   streams?: Record<string, Stream>;
   open?: Record<string, OpenBatch>;
+  /** Lines per minute, see {@link countMinute}. */
+  minutes?: Record<string, number>;
   /** Names that are no longer open. */
   closed?: string[];
 }
 
 export function emptyLedger(): Ledger {
-  return { heardAt: 0, lineAt: 0, lost: 0, streams: new Map(), open: new Map() };
+  return { heardAt: 0, lineAt: 0, lost: 0, streams: new Map(), open: new Map(), minutes: new Map() };
 }
 
 /** A record as its line: CRC-32 in hex, the JSON, `\n`. */
@@ -115,7 +122,18 @@ export function applyRecord(ledger: Ledger, record: LedgerRecord): void {
   if (record.lost !== undefined) ledger.lost = record.lost;
   for (const [name, stream] of Object.entries(record.streams ?? {})) ledger.streams.set(name, stream);
   for (const [name, batch] of Object.entries(record.open ?? {})) ledger.open.set(name, batch);
+  for (const [minute, lines] of Object.entries(record.minutes ?? {})) {
+    ledger.minutes.set(Number(minute), lines);
+    const oldest = ledger.minutes.keys().next().value;
+    if (ledger.minutes.size > HISTORY_MINUTES && oldest !== undefined) ledger.minutes.delete(oldest);
+  }
   for (const name of record.closed ?? []) ledger.open.delete(name);
+}
+
+/** What `lines` more lines at the time `at` make of that minute's count: the `minutes` of a commit's record. */
+export function countMinute(ledger: Ledger, lines: number, at: number): Record<string, number> {
+  const minute = Math.floor(at / 60_000);
+  return { [minute]: (ledger.minutes.get(minute) ?? 0) + lines };
 }
 
 /** The whole ledger as one record, for compaction. */
@@ -127,6 +145,7 @@ export function snapshot(ledger: Ledger): LedgerRecord {
     lost: ledger.lost,
     streams: Object.fromEntries(ledger.streams),
     open: Object.fromEntries(ledger.open),
+    minutes: Object.fromEntries(ledger.minutes),
   };
 }
 
