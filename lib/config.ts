@@ -118,8 +118,8 @@ const receiver = z
     forgetAfterDays: minutes.default(30).describe("Streams and windows are forgotten after so long"),
     tls: z
       .strictObject({
-        cert: path,
-        key: path,
+        cert: path.describe("PEM file of the certificate chain"),
+        key: path.describe("PEM file of its key"),
         clientCa: path.optional().describe("PEM file; clients must show a certificate signed by it"),
       })
       .optional(),
@@ -149,7 +149,11 @@ const receiver = z
   });
 
 const target = z
-  .url({ protocol: /^(sftp|file)$/, error: "expected sftp://USER@HOST[:PORT]/FOLDER or file:///FOLDER" })
+  .url({
+    protocol: /^(sftp|file)$/,
+    error: "expected sftp://USER@HOST[:PORT]/FOLDER or file:///FOLDER",
+    abort: true,
+  })
   .refine((text) => !new URL(text).password, "a password does not belong here; set password")
   .refine((text) => !text.startsWith("sftp:") || new URL(text).username !== "", "expected sftp://USER@HOST…");
 
@@ -157,7 +161,7 @@ const forwarder = z
   .strictObject({
     dir: path.describe("The receiver's folder"),
     target: target.describe("Where batches go: sftp://USER@HOST[:PORT]/FOLDER or file:///FOLDER"),
-    password: secret.optional(),
+    password: secret.optional().describe("Password of the user in target"),
     privateKey: secret.optional().describe("Private key in OpenSSH or PEM form"),
     passphrase: secret.optional().describe("Passphrase of the private key"),
     agent: path.optional().describe("Socket of an SSH agent"),
@@ -173,7 +177,7 @@ const forwarder = z
     knownHosts: path.optional().describe("known_hosts file, instead of hostKey"),
     intervalSeconds: seconds.default(60).describe("How often the queue is looked at"),
     retries: count.default(3).describe("Tries of a file before it goes to failed/"),
-    retryDelaySeconds: z.number().nonnegative().default(5),
+    retryDelaySeconds: z.number().nonnegative().default(5).describe("Wait between the tries of one pass"),
     parallel: count.max(64).default(4).describe("Files at a time over the one connection"),
     timeoutSeconds: seconds.default(30).describe("How long the server may take for one answer"),
     compress: z.enum(["none", "gzip"]).default("none").describe("gzip sends <batch>.log.gz"),
@@ -200,23 +204,28 @@ const forwarder = z
 
 const mail = z.strictObject({
   smtp: z
-    .url({ protocol: /^(smtps?|file)$/, error: "expected smtp://HOST[:PORT], smtps://… or file:///FOLDER" })
-    .refine((text) => !new URL(text).password, "a password does not belong here; set mail.password"),
+    .url({
+      protocol: /^(smtps?|file)$/,
+      error: "expected smtp://HOST[:PORT], smtps://… or file:///FOLDER",
+      abort: true,
+    })
+    .refine((text) => !new URL(text).password, "a password does not belong here; set mail.password")
+    .describe("Mail server: smtp://[USER@]HOST[:PORT], smtps://… or file:///FOLDER for .eml files"),
   password: secret.optional().describe("Password of the user in smtp"),
-  from: z.email(),
-  to: z.array(z.email()).min(1),
-  subjectPrefix: z.string().default("[log-rt-sync]"),
-  timeoutSeconds: seconds.default(20),
+  from: z.email().describe("Sender of every mail"),
+  to: z.array(z.email()).min(1).describe("Receivers of every mail"),
+  subjectPrefix: z.string().default("[log-rt-sync]").describe("First word of every subject"),
+  timeoutSeconds: seconds.default(20).describe("How long the mail server may take for one answer"),
 });
 
 const monitor = z.strictObject({
   dir: path.describe("The receiver's folder"),
   mail,
-  expected: z.array(host).default([]).describe("Senders that must be heard of"),
+  expected: z.array(host).prefault([]).describe("Senders that must be heard of"),
   silentMinutes: minutes.default(5).describe("A sender not heard of for so long is silent"),
   silentMinutesByHost: z
     .record(host, minutes)
-    .default({})
+    .prefault({})
     .describe("A threshold of its own for some senders"),
   alertWhenQuiet: z
     .boolean()
@@ -230,7 +239,9 @@ const monitor = z.strictObject({
   minFreePercent: z.number().min(0).max(100).default(10).describe("Free space of dir under which to alert"),
   receivers: z.array(httpUrl).default([]).describe("Receivers whose /healthz is asked, one URL per port"),
   report: path.default("/var/lib/log-rt-sync/linecount-report.log").describe("The forwarder's report"),
-  stateFile: path.default("/var/lib/log-rt-sync/monitor.json"),
+  stateFile: path
+    .default("/var/lib/log-rt-sync/monitor.json")
+    .describe("What was told already, so that no mail comes twice or never"),
   schedule: schedule.default("* * * * *").describe("For --watch: when to check"),
   webhook: httpUrl.optional().describe("Each mail also goes there as a JSON POST"),
   heartbeatUrl: httpUrl.optional().describe("Called after each healthy run"),
@@ -328,12 +339,17 @@ function explainIssue(issue: z.core.$ZodIssue, where: string, json: object): str
     ["token", "tokens", "password", "privateKey", "passphrase"].includes(key),
   );
   const shown =
-    found === undefined || isSecret || typeof found === "object" ? "" : ` (found ${JSON.stringify(found)})`;
+    found === undefined || isSecret || typeof found === "object" ? "" : ` (found ${withoutPassword(found)})`;
   const text =
     issue.code === "invalid_union" && isSecret
       ? 'expected {"env": "NAME"} or {"file": "/path"}'
       : issue.message;
   return [`${at}: ${text}${shown}`];
+}
+
+/** A value as it stands in the file; a password that someone put into a URL must not reach a log. */
+function withoutPassword(value: unknown): string {
+  return JSON.stringify(value).replace(/(:\/\/[^/@:]*):[^/]*@/, "$1:…@");
 }
 
 function expectation(issue: z.core.$ZodIssue): string {

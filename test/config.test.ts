@@ -1,0 +1,211 @@
+import { describe, expect, test } from "bun:test";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { ConfigError, jsonSchema, loadConfig, parseConfig, type Section, sections } from "../lib/config.ts";
+import { formatOptions, listOptions, README, tableOf } from "./reference.ts";
+import { ROOT, tempFolder } from "./support.ts";
+
+const EXAMPLE = readFileSync(join(ROOT, "config.example.json"), "utf8");
+const SECTIONS = Object.keys(sections) as Section[];
+
+const KEY = `SHA256:${"A".repeat(43)}`;
+
+/** The least that a config needs: everything else has a default. */
+const LEAST = {
+  shipper: { files: ["/log/access.log"], receiver: "http://127.0.0.1:5001" },
+  receiver: { groups: [{ port: 5001, senders: ["*"] }], dir: "/batches" },
+  forwarder: { target: "file:///client", dir: "/batches" },
+  monitor: { dir: "/batches", mail: { smtp: "file:///mails", from: "a@example.com", to: ["b@example.com"] } },
+  housekeep: { dir: "/batches" },
+};
+
+/** The faults of a section that is the least one with some keys changed. */
+function faultsOf(section: Section, change: object, outside: object = {}): string[] {
+  try {
+    parseConfig(JSON.stringify({ [section]: { ...LEAST[section], ...change }, ...outside }), section);
+    return [];
+  } catch (error) {
+    if (!(error instanceof ConfigError)) throw error;
+    return error.message.split("\n");
+  }
+}
+
+describe("config.example.json", () => {
+  test("is valid for every script, and names its schema first", () => {
+    for (const section of SECTIONS) expect(parseConfig(EXAMPLE, section)).toBeObject();
+    expect(Object.entries(JSON.parse(EXAMPLE))[0]).toEqual(["$schema", "./config.schema.json"]);
+  });
+
+  test("shows the defaults as they are", () => {
+    const same: Partial<Record<Section, string[]>> = {
+      shipper: [
+        "stateDir",
+        "startAt",
+        "compression",
+        "chunkBytes",
+        "flushMs",
+        "rotateWaitSeconds",
+        "heartbeatSeconds",
+      ],
+      receiver: ["prefix", "windowMinutes", "sealAfterSeconds", "maxBodyBytes", "legacy"],
+      forwarder: ["intervalSeconds", "retries", "retryDelaySeconds", "parallel", "report"],
+      monitor: ["silentMinutes", "remindMinutes", "summaryMinute", "report", "stateFile", "schedule"],
+      housekeep: ["compressAfterHours", "deleteAfterHours", "schedule"],
+    };
+    for (const section of SECTIONS) {
+      const example = parseConfig(EXAMPLE, section) as Record<string, unknown>;
+      const least = parseConfig(JSON.stringify(LEAST), section) as Record<string, unknown>;
+      for (const key of same[section] ?? []) {
+        expect({ [`${section}.${key}`]: example[key] }).toEqual({ [`${section}.${key}`]: least[key] });
+      }
+    }
+  });
+
+  test("holds no secret, only where secrets are", () => {
+    const { shipper, receiver, forwarder } = JSON.parse(EXAMPLE);
+    const refs = [
+      shipper.token,
+      ...Object.values(receiver.tokens),
+      forwarder.password,
+      forwarder.privateKey,
+    ] as object[];
+    for (const ref of refs) expect(["env", "file"]).toContain(Object.keys(ref).join());
+  });
+});
+
+test("config.schema.json is what the schema gives (npm run schema)", () => {
+  const file = readFileSync(join(ROOT, "config.schema.json"), "utf8");
+  expect(JSON.parse(file)).toEqual(JSON.parse(JSON.stringify(jsonSchema())));
+});
+
+test("the README's table lists every option with its default (npm run schema)", () => {
+  expect(tableOf(readFileSync(README, "utf8"))).toBe(formatOptions());
+});
+
+test("every option has a description for editors and for the README", () => {
+  expect(listOptions().filter(({ description }) => description === "")).toEqual([]);
+});
+
+describe("parseConfig()", () => {
+  test("gives a default for everything but what only the operator can know", () => {
+    for (const section of SECTIONS) {
+      expect(parseConfig(JSON.stringify(LEAST), section)).toBeObject();
+      for (const key of Object.keys(LEAST[section])) {
+        const [fault, ...more] = faultsOf(section, { [key]: undefined });
+        expect(more).toEqual([]);
+        expect(fault).toStartWith(`config.json: ${section}.${key}: missing; expected `);
+      }
+    }
+  });
+
+  const wrong: [Section, object, string, string][] = [
+    ["shipper", { files: [] }, "files", "Too small"],
+    ["shipper", { files: "access.log" }, "files", "expected array"],
+    ["shipper", { receiver: "10.0.0.1:5001" }, "receiver", "expected http://HOST[:PORT]"],
+    ["shipper", { receiver: "ftp://10.0.0.1" }, "receiver", '(found "ftp://10.0.0.1")'],
+    ["shipper", { host: "a/b" }, "host", "expected an IP address or a host name"],
+    ["shipper", { host: "sent" }, "host", "expected an IP address or a host name"],
+    ["shipper", { token: "abc" }, "token", 'expected {"env": "NAME"} or {"file": "/path"}'],
+    ["shipper", { compression: "lz4" }, "compression", '(found "lz4")'],
+    ["shipper", { chunkBytes: 10 }, "chunkBytes", "(found 10)"],
+    ["shipper", { flushMs: -1 }, "flushMs", "(found -1)"],
+    ["shipper", { startAt: "middle" }, "startAt", '(found "middle")'],
+    ["shipper", { skip: [[]] }, "skip.0", "Too small"],
+    ["receiver", { groups: [] }, "groups", "Too small"],
+    ["receiver", { groups: [{ port: 70000, senders: ["*"] }] }, "groups.0.port", "(found 70000)"],
+    ["receiver", { groups: [{ port: 1, senders: ["10.0.0.0/40"] }] }, "groups.0.senders.0", "CIDR"],
+    ["receiver", { windowMinutes: 7 }, "windowMinutes", "expected a divisor of 60 (found 7)"],
+    ["receiver", { prefix: "../x" }, "prefix", "expected letters, digits, _ and -"],
+    ["receiver", { timestampPattern: "(" }, "timestampPattern", "expected a regular expression"],
+    ["receiver", { timestampPattern: "no group" }, "timestampPattern", "expected a regular expression"],
+    ["receiver", { tls: { cert: "/c" } }, "tls.key", "missing"],
+    ["receiver", { trustedProxies: ["proxy"] }, "trustedProxies.0", "expected an address or a CIDR range"],
+    ["receiver", { listen: "0.0.0.0" }, "tokens", "anyone could write here"],
+    ["forwarder", { target: "/folder" }, "target", "expected sftp://USER@HOST[:PORT]/FOLDER"],
+    [
+      "forwarder",
+      { target: "sftp://h/f", hostKey: `SHA256:${"A".repeat(43)}` },
+      "target",
+      "sftp://USER@HOST",
+    ],
+    ["forwarder", { hostKey: "MD5:00:11" }, "hostKey", "expected SHA256:"],
+    ["forwarder", { retries: 0 }, "retries", "(found 0)"],
+    ["forwarder", { parallel: 1.5 }, "parallel", "expected int"],
+    ["monitor", { mail: { ...LEAST.monitor.mail, to: ["ops"] } }, "mail.to.0", "email"],
+    ["monitor", { mail: { ...LEAST.monitor.mail, smtp: "mx:25" } }, "mail.smtp", "expected smtp://"],
+    ["monitor", { summaryMinute: 60 }, "summaryMinute", "(found 60)"],
+    ["monitor", { schedule: "every minute" }, "schedule", "expected a cron expression"],
+    ["monitor", { silentMinutes: 0 }, "silentMinutes", "(found 0)"],
+    ["monitor", { expected: ["a b"] }, "expected.0", "expected an IP address or a host name"],
+    ["housekeep", { compressAfterHours: 9 }, "deleteAfterHours", "no less than compressAfterHours"],
+    ["housekeep", { minFreePercent: 101 }, "minFreePercent", "(found 101)"],
+  ];
+  test.each(wrong)("refuses %s %j at its path", (section, change, path, text) => {
+    const [fault, ...more] = faultsOf(section, change);
+    expect(more).toEqual([]);
+    expect(fault).toStartWith(`config.json: ${section}.${path}: `);
+    expect(fault).toContain(text);
+  });
+
+  test("tells every fault at once, unknown keys beside wrong values", () => {
+    const change = { host: "a b", chunkBytes: "big", chunkbytes: 1 };
+    expect(faultsOf("shipper", change, { shiper: {} }).map((fault) => fault.split(": ")[1])).toEqual([
+      "shiper",
+      "shipper.host",
+      "shipper.chunkBytes",
+      "shipper.chunkbytes",
+    ]);
+  });
+
+  test("asks for the host key and a way to log in on an SFTP target, with the command that shows the key", () => {
+    const faults = faultsOf("forwarder", { target: "sftp://u@10.0.0.1:2222/in" });
+    expect(faults.map((fault) => fault.split(": ")[1])).toEqual(["forwarder.hostKey", "forwarder.password"]);
+    expect(faults[0]).toContain("ssh-keyscan -p 2222 10.0.0.1 | ssh-keygen -lf -");
+  });
+
+  test("refuses a password in a URL and does not repeat it", () => {
+    const mail = { ...LEAST.monitor.mail, smtp: "smtp://user:hunter2@127.0.0.1" };
+    const faults = [
+      ...faultsOf("forwarder", {
+        target: "sftp://u:hunter2@10.0.0.1/in",
+        hostKey: KEY,
+        password: { env: "X" },
+      }),
+      ...faultsOf("monitor", { mail }),
+      ...faultsOf("forwarder", { password: "hunter2" }),
+    ];
+    expect(faults).toHaveLength(3);
+    expect(faults.join("\n")).not.toContain("hunter2");
+  });
+
+  test("refuses groups that claim one sender or one port", () => {
+    const groups = [
+      { port: 5001, senders: ["10.0.0.0/24"] },
+      { port: 5002, senders: ["10.0.0.7"] },
+      { port: 5001, senders: ["web-1"] },
+    ];
+    const faults = faultsOf("receiver", { groups });
+    expect(faults).toEqual([
+      "config.json: receiver.groups.1: sender 10.0.0.7 belongs to the group of port 5001 already",
+      "config.json: receiver.groups.2: port 5001 is another group's already",
+    ]);
+  });
+
+  test("says what a missing section, a file that is no JSON and a list are", () => {
+    expect(() => parseConfig("{}", "monitor")).toThrow("config.json: monitor: missing");
+    expect(() => parseConfig("{", "monitor")).toThrow("config.json: is no JSON: ");
+    expect(() => parseConfig("[]", "monitor")).toThrow('expected an object with the section "monitor"');
+  });
+
+  test("leaves the sections of other scripts alone", () => {
+    const text = JSON.stringify({ ...LEAST, shipper: { nonsense: true } });
+    expect(parseConfig(text, "housekeep").dir).toBe("/batches");
+  });
+});
+
+test("loadConfig() says what to do when there is no file", async () => {
+  const file = join(await tempFolder(), "none.json");
+  expect(loadConfig(file, "shipper")).rejects.toThrow(
+    `${file}: cannot be read (ENOENT): copy config.example.json, or name another file with --config`,
+  );
+});
