@@ -122,12 +122,7 @@ describe("parseConfig()", () => {
     ["receiver", { trustedProxies: ["proxy"] }, "trustedProxies.0", "expected an address or a CIDR range"],
     ["receiver", { listen: "0.0.0.0" }, "tokens", "anyone could write here"],
     ["forwarder", { target: "/folder" }, "target", "expected sftp://USER@HOST[:PORT]/FOLDER"],
-    [
-      "forwarder",
-      { target: "sftp://h/f", hostKey: `SHA256:${"A".repeat(43)}` },
-      "target",
-      "sftp://USER@HOST",
-    ],
+    ["forwarder", { target: "sftp://h/f", hostKey: KEY, agent: "/a" }, "target", "sftp://USER@HOST"],
     ["forwarder", { hostKey: "MD5:00:11" }, "hostKey", "expected SHA256:"],
     ["forwarder", { retries: 0 }, "retries", "(found 0)"],
     ["forwarder", { parallel: 1.5 }, "parallel", "expected int"],

@@ -1,0 +1,161 @@
+import { describe, expect, test } from "bun:test";
+import { readFileSync } from "node:fs";
+import { mkdir, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import ssh2 from "ssh2";
+import type { Section } from "../lib/config.ts";
+import { missing, ROOT, start, tempFolder } from "./support.ts";
+
+const VERSION: string = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")).version;
+
+/** Each script's own flags, as people script against them. */
+const FLAGS: Record<Section, string[]> = {
+  shipper: ["once", "status"],
+  receiver: ["port"],
+  forwarder: ["once", "status"],
+  monitor: ["watch", "test-mail"],
+  housekeep: ["watch", "dry-run"],
+};
+const COMMON = ["config", "check", "help", "version"];
+const NAMES = Object.keys(FLAGS) as Section[];
+
+/** Runs a script to its end with stdout and stderr together. */
+async function run(name: Section, args: string[], options: { cwd?: string; env?: object } = {}) {
+  const running = start(process.execPath, ["run", join(ROOT, `${name}.ts`), ...args], {
+    cwd: options.cwd ?? (await tempFolder()),
+    env: { LOG_RT_SYNC_CONFIG: undefined, ...options.env },
+  });
+  return { code: await running.ended, output: running.output };
+}
+
+/** A config in a new folder that all five scripts accept on this machine. */
+async function goodConfig(): Promise<string> {
+  const folder = await tempFolder();
+  for (const name of ["batches", "client", "mails", "state", "log"]) await mkdir(join(folder, name));
+  const dir = join(folder, "batches");
+  const report = join(folder, "state", "linecount-report.log");
+  const file = join(folder, "config.json");
+  await writeFile(join(folder, "log", "access.log"), "");
+  const config = {
+    shipper: {
+      files: [join(folder, "log", "access.log")],
+      receiver: "http://127.0.0.1:1",
+      stateDir: join(folder, "state"),
+    },
+    receiver: { groups: [{ port: 0, senders: ["*"] }], dir },
+    forwarder: { dir, target: `file://${join(folder, "client")}`, report },
+    monitor: {
+      dir,
+      report,
+      stateFile: join(folder, "state", "monitor.json"),
+      mail: { smtp: `file://${join(folder, "mails")}`, from: "a@example.com", to: ["b@example.com"] },
+    },
+    housekeep: { dir, report },
+  };
+  await writeFile(file, JSON.stringify(config));
+  return file;
+}
+
+describe.each(NAMES)("%s.ts", (name) => {
+  test("--help shows the usage with every flag and ends with 0", async () => {
+    const { code, output } = await run(name, ["--help"]);
+    expect(code).toBe(0);
+    expect(output).toStartWith(`Usage: bun run ${name}.ts [flags]\n`);
+    for (const flag of [...COMMON, ...FLAGS[name]]) expect(output).toContain(`--${flag}`);
+  });
+
+  test("--version shows the version of package.json and ends with 0", async () => {
+    const { code, output } = await run(name, ["--version"]);
+    expect(code).toBe(0);
+    expect(output).toStartWith(`log-rt-sync ${name} ${VERSION} (`);
+  });
+
+  test.each([["--nonsense"], ["--config"], ["left-over"], ["--help=yes"]])(
+    "%s is refused with the usage and exit code 2",
+    async (flag) => {
+      const { code, output } = await run(name, [flag]);
+      expect(code).toBe(2);
+      expect(output.split("\n")[0]).toContain(flag.replace("=yes", ""));
+      expect(output).toContain(`Usage: bun run ${name}.ts [flags]\n`);
+    },
+  );
+
+  test("without a config file ends with 78 and one line that says what to do", async () => {
+    const { code, output } = await run(name, []);
+    expect(code).toBe(78);
+    expect(output).toMatch(/^config\.json: cannot be read \(ENOENT\): copy config\.example\.json.*\n$/);
+  });
+
+  test("tells every fault of its section with its path and ends with 78", async () => {
+    const folder = await tempFolder();
+    const file = join(folder, "config.json");
+    await writeFile(file, JSON.stringify({ [name]: { one: 1, two: 2 }, nonsense: {} }));
+    const { code, output } = await run(name, ["--config", file]);
+    expect(code).toBe(78);
+    for (const path of [`${name}.one`, `${name}.two`, "nonsense"]) {
+      expect(output).toContain(`${file}: ${path}: unknown key`);
+    }
+    expect(output.trimEnd().split("\n").length).toBeGreaterThan(3); // what is missing is told, too
+    expect(output).not.toContain("    at "); // no stack
+  });
+
+  test("finds its config by --config, then $LOG_RT_SYNC_CONFIG, then ./config.json", async () => {
+    const cwd = await tempFolder();
+    const files = Object.fromEntries(["flag", "env", "config"].map((by) => [by, join(cwd, `${by}.json`)]));
+    for (const [by, file] of Object.entries(files))
+      await writeFile(file, JSON.stringify({ [`by-${by}`]: 1 }));
+    const env = { LOG_RT_SYNC_CONFIG: files.env };
+    const outputs = await Promise.all([
+      run(name, ["--config", String(files.flag)], { cwd, env }),
+      run(name, [], { cwd, env }),
+      run(name, [], { cwd }),
+    ]);
+    expect(outputs.map(({ output }) => /by-\w+/.exec(output)?.[0])).toEqual([
+      "by-flag",
+      "by-env",
+      "by-config",
+    ]);
+  });
+
+  test("--check says that a good config is good, and changes nothing", async () => {
+    const file = await goodConfig();
+    const { code, output } = await run(name, ["--config", file, "--check"]);
+    expect({ code, output }).toEqual({ code: 0, output: `${file}: ${name}: ok\n` });
+  });
+});
+
+test.skipIf(missing({ openssl: "openssl" }))(
+  "config.example.json passes --check of all five scripts after changing paths alone",
+  async () => {
+    const folder = await tempFolder();
+    for (const name of ["receiver", "nginx", "state", "etc"]) await mkdir(join(folder, name));
+    await writeFile(join(folder, "nginx", "access.log"), "");
+    const example = readFileSync(join(ROOT, "config.example.json"), "utf8")
+      .replaceAll("/app/log/access-log-receiver", join(folder, "receiver"))
+      .replaceAll("/app/log/nginx", join(folder, "nginx"))
+      .replaceAll("/var/lib/log-rt-sync", join(folder, "state"))
+      .replaceAll("/etc/log-rt-sync", join(folder, "etc"));
+    await writeFile(join(folder, "config.json"), example);
+    const key = join(folder, "etc", "id_ed25519");
+    const keygen = start("openssl", [
+      ..."req -x509 -newkey ed25519 -nodes -days 2 -subj /CN=127.0.0.1 -keyout".split(" "),
+      join(folder, "etc", "key.pem"),
+      "-out",
+      join(folder, "etc", "cert.pem"),
+    ]);
+    expect(await keygen.ended).toBe(0);
+    await writeFile(key, sshKey());
+    await writeFile(join(folder, "etc", "token"), "token-of-the-example-config\n");
+    const env = { TOKEN_181: "token-of-181", SFTP_PASSWORD: "secret" };
+    for (const name of NAMES) {
+      const { code, output } = await run(name, ["--check"], { cwd: folder, env });
+      expect({ code, output }).toEqual({ code: 0, output: `config.json: ${name}: ok\n` });
+    }
+  },
+);
+
+/** A private key in OpenSSH form, made for this test. */
+function sshKey(): string {
+  const { private: key } = ssh2.utils.generateKeyPairSync("ed25519");
+  return key;
+}
