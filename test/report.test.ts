@@ -1,0 +1,82 @@
+import { expect, test } from "bun:test";
+import { readFile, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import {
+  appendReport,
+  failReportPath,
+  formatReportLine,
+  parseReportLine,
+  type ReportLine,
+  readForwarderState,
+  readReportTail,
+  trimReport,
+} from "../lib/report.ts";
+import { tempFolder } from "./support.ts";
+
+const batch = "accessLog_26112206_20-39_10-10-21-181.log";
+const at = new Date(2026, 10, 22, 6, 45, 1).getTime();
+const line = (more: Partial<ReportLine> = {}): ReportLine => ({
+  at,
+  batch,
+  lines: 48213,
+  status: "Sent",
+  ...more,
+});
+
+test("formatReportLine() writes the format that people parse", () => {
+  expect(formatReportLine(line())).toBe(
+    "2026-11-22 06:45:01 | accessLog_26112206_20-39_10-10-21-181.log | lines=48213 | status=Sent\n",
+  );
+});
+
+test("parseReportLine() gives back what was formatted, also a reason with bars and line breaks", () => {
+  for (const one of [line(), line({ status: "Failed", reason: "a | b = c" })]) {
+    expect(parseReportLine(formatReportLine(one).trimEnd())).toEqual(one);
+  }
+  const torn = formatReportLine(line({ status: "Failed", reason: "one\r\ntwo\0three" }));
+  expect(torn.split("\n").length).toBe(2);
+  expect(parseReportLine(torn.trimEnd())?.reason).toBe("one two three");
+});
+
+test("parseReportLine() gives undefined for what is no report line", () => {
+  for (const text of ["", "x", formatReportLine(line()).slice(0, 60), `# ${formatReportLine(line())}`]) {
+    expect(parseReportLine(text)).toBeUndefined();
+  }
+});
+
+test("failReportPath() replaces the extension", () => {
+  expect(failReportPath("/a.b/linecount-report.log")).toBe("/a.b/linecount-report.fail");
+  expect(failReportPath("/a.b/report")).toBe("/a.b/report.fail");
+});
+
+test("trimReport() drops old lines while another appends, and loses none of those", async () => {
+  const path = join(await tempFolder(), "report.log");
+  await appendReport(path, [line({ at: at - 10_000 }), line({ at: at - 5_000 })]);
+  const appended = Array.from({ length: 20 }, (_, i) => line({ at: at + i * 1000, lines: i }));
+  const [dropped] = await Promise.all([
+    trimReport(path, at),
+    (async () => {
+      for (const one of appended) await appendReport(path, [one]);
+    })(),
+  ]);
+  expect(dropped).toBe(2);
+  expect(await readReportTail(path)).toEqual(appended);
+  expect(await trimReport(path, at)).toBe(0);
+  expect(await trimReport(path, at + 1e9)).toBe(20);
+  expect(await readFile(path, "utf8")).toBe("");
+  expect(await trimReport(join(path, "..", "absent.log"), at)).toBe(0);
+});
+
+test("readReportTail() reads no more than asked for and skips a cut first line", async () => {
+  const path = join(await tempFolder(), "report.log");
+  expect(await readReportTail(path)).toEqual([]);
+  await appendReport(path, [line({ lines: 1 }), line({ lines: 2 }), line({ lines: 3 })]);
+  expect((await readReportTail(path, 200)).map(({ lines }) => lines)).toEqual([2, 3]);
+});
+
+test("readForwarderState() tells absent from damaged", async () => {
+  const dir = await tempFolder();
+  expect(await readForwarderState(dir)).toBeUndefined();
+  await writeFile(join(dir, ".forwarder-state.json"), "{");
+  expect(readForwarderState(dir)).rejects.toThrow("it is no JSON");
+});
