@@ -262,6 +262,11 @@ const housekeep = z
       .default("/var/lib/log-rt-sync/linecount-report.log")
       .describe("The forwarder's report, trimmed"),
     reportDays: minutes.default(90).describe("Report lines are kept for so long"),
+    forgetAfterDays: minutes
+      .default(30)
+      .describe(
+        "Records of senders not heard of for so long go; no less than the receiver's forgetAfterDays",
+      ),
     parallel: count.max(64).optional().describe("Files compressed at once; default: one less than the cores"),
     schedule: schedule.default("*/10 * * * *").describe("For --watch: when to run"),
   })

@@ -99,6 +99,16 @@ export async function makeFolder(path: string): Promise<void> {
   if (first !== undefined) await syncFolder(dirname(first));
 }
 
+/** Puts what was written to the file at `path`, content and times, on stable storage. */
+export async function syncFile(path: string): Promise<void> {
+  const file = await open(path, "r");
+  try {
+    await file.sync();
+  } finally {
+    await file.close();
+  }
+}
+
 /** Makes the names in a folder (created, renamed, removed) survive a power loss. */
 export async function syncFolder(path: string): Promise<void> {
   const folder = await open(path === "" ? "." : path, "r");

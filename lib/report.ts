@@ -62,14 +62,17 @@ export async function appendReport(path: string, lines: ReportLine[]): Promise<v
   await underLock(path, () => appendDurably(path, lines.map(formatReportLine).join("")));
 }
 
-/** Drops the lines of a report that are older than `keepFrom` (milliseconds since the epoch); gives their number. */
-export async function trimReport(path: string, keepFrom: number): Promise<number> {
+/**
+ * Drops the lines of a report that are older than `keepFrom` (milliseconds since the epoch) and gives their
+ * number; `dryRun` only counts them.
+ */
+export async function trimReport(path: string, keepFrom: number, { dryRun = false } = {}): Promise<number> {
   return underLock(path, async () => {
     const lines = (await readIfExists(path))?.split("\n") ?? [];
     // Lines stand in order of time: the first that is young enough, and all behind it, stay.
     const first = lines.findIndex((line) => (parseReportLine(line)?.at ?? 0) >= keepFrom);
     const old = first < 0 ? lines.length - 1 : first;
-    if (old > 0) await writeDurably(path, lines.slice(old).join("\n"));
+    if (old > 0 && !dryRun) await writeDurably(path, lines.slice(old).join("\n"));
     return Math.max(0, old);
   });
 }
