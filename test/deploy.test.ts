@@ -1,0 +1,183 @@
+/** What is in deploy/ is checked by the programs that will read it: systemd, nginx, HAProxy, logrotate, sh. */
+import { beforeAll, describe, expect, test } from "bun:test";
+import { execFileSync, spawnSync } from "node:child_process";
+import { cp, mkdir, readdir, readFile, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { Cron } from "croner";
+import { findProgram, freePort, missing, notRoot, ROOT, tempFolder } from "./support.ts";
+
+const DEPLOY = join(ROOT, "deploy");
+const SCRIPTS = ["shipper", "receiver", "forwarder", "monitor", "housekeep"];
+
+/** The output and exit code of a program that is expected to be installed. */
+function run(program: string, args: string[], env: Record<string, string> = {}) {
+  const { status, stdout, stderr } = spawnSync(findProgram(program) ?? program, args, {
+    encoding: "utf8",
+    env: { ...process.env, ...env },
+    timeout: 60_000,
+  });
+  return { code: status, output: stdout + stderr };
+}
+
+/** A key and a certificate for localhost, signed by itself, in one folder. */
+async function selfSigned(): Promise<{ cert: string; key: string; both: string }> {
+  const folder = await tempFolder();
+  const [cert, key, both] = [join(folder, "cert.pem"), join(folder, "key.pem"), join(folder, "both.pem")];
+  const args = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
+  execFileSync("openssl", [...args, "-subj", "/CN=localhost", "-days", "2", "-keyout", key, "-out", cert], {
+    stdio: "ignore",
+  });
+  await writeFile(both, (await readFile(cert, "utf8")) + (await readFile(key, "utf8")));
+  return { cert, key, both };
+}
+
+describe.skipIf(missing({ "systemd-analyze": "systemd" }))("systemd units", () => {
+  let folder = "";
+  let services: string[] = [];
+  let timers: string[] = [];
+
+  beforeAll(async () => {
+    // As installed, with one instance of the template and the Bun of this test in place of /usr/local/bin/bun.
+    folder = await tempFolder();
+    await cp(join(DEPLOY, "systemd"), folder, { recursive: true });
+    for (const name of (await readdir(folder)).filter((file) => file.endsWith(".service"))) {
+      const text = await readFile(join(folder, name), "utf8");
+      await writeFile(join(folder, name), text.replaceAll("/usr/local/bin/bun", process.execPath));
+    }
+    await cp(
+      join(folder, "log-rt-sync-receiver@.service"),
+      join(folder, "log-rt-sync-receiver@5001.service"),
+    );
+    const names = await readdir(folder);
+    services = names.filter((name) => name.endsWith(".service") && !name.includes("@."));
+    timers = names.filter((name) => name.endsWith(".timer"));
+  });
+
+  const analyze = (...args: string[]) =>
+    run("systemd-analyze", args, { SYSTEMD_UNIT_PATH: `${folder}:`, SYSTEMD_PAGER: "" });
+
+  test("there is a unit for each script", () => {
+    for (const script of SCRIPTS) expect(services.join()).toContain(`log-rt-sync-${script}`);
+    expect(timers.sort()).toEqual(["log-rt-sync-housekeep.timer", "log-rt-sync-monitor.timer"]);
+  });
+
+  test("systemd-analyze verify finds nothing to say", () => {
+    const paths = [...services, ...timers].map((name) => join(folder, name));
+    const { code, output } = analyze("verify", "--man=no", ...paths);
+    // What other packages of this machine have wrong is not ours to mend.
+    expect(output.split("\n").filter((line) => line.includes("log-rt-sync"))).toEqual([]);
+    expect(code).toBe(0);
+  });
+
+  test("systemd-analyze security scores each service at 3.0 or better", () => {
+    for (const service of services) {
+      const { code, output } = analyze("security", "--offline=true", "--threshold=30", "--no-pager", service);
+      const level = /exposure level for \S+: ([\d.]+)/.exec(output)?.[1];
+      expect({ service, level: Number(level), good: Number(level) <= 3 }).toMatchObject({ good: true });
+      expect(code).toBe(0);
+    }
+  });
+
+  test("each service starts a script that is there, with a flag that it knows", async () => {
+    for (const service of services) {
+      const text = await readFile(join(folder, service), "utf8");
+      const command = /^ExecStart=.*$/m.exec(text)?.[0] ?? "";
+      const script = /\/opt\/log-rt-sync\/(\w+)\.ts /.exec(command)?.[1] ?? "";
+      expect(SCRIPTS).toContain(script);
+      const { output } = run(process.execPath, ["run", join(ROOT, `${script}.ts`), "--help"]);
+      const flags = command.slice(command.indexOf(".ts")).match(/--[a-z-]+/g) ?? [];
+      for (const flag of flags) expect(output).toContain(flag);
+    }
+  });
+
+  test("every secret that a unit loads is a place that tmpfiles makes, for root alone", async () => {
+    const middle = await readFile(join(folder, "log-rt-sync-middle.tmpfiles.conf"), "utf8");
+    const sender = await readFile(join(folder, "log-rt-sync-shipper.tmpfiles.conf"), "utf8");
+    for (const service of services) {
+      const text = await readFile(join(folder, service), "utf8");
+      const places = service.includes("shipper") ? sender : middle;
+      for (const [, name, source] of text.matchAll(/^LoadCredential=([^:]+):(.+)$/gm)) {
+        expect(text).toContain(`BindReadOnlyPaths=/run/credentials/%n/${name}:${source}\n`);
+        expect(places).toMatch(new RegExp(`^f ${source} +0600 root +root`, "m"));
+      }
+    }
+  });
+
+  test.skipIf(missing({ "systemd-sysusers": "systemd", "systemd-tmpfiles": "systemd" }) || notRoot())(
+    "sysusers and tmpfiles make the user and the folders in an empty root",
+    async () => {
+      const root = await tempFolder();
+      await mkdir(join(root, "etc"));
+      const users = run("systemd-sysusers", [`--root=${root}`, join(folder, "log-rt-sync.sysusers.conf")]);
+      expect(users.code).toBe(0);
+      expect(await readFile(join(root, "etc/passwd"), "utf8")).toContain("log-rt-sync:");
+      for (const side of ["middle", "shipper"]) {
+        const file = join(folder, `log-rt-sync-${side}.tmpfiles.conf`);
+        const { code, output } = run("systemd-tmpfiles", ["--create", `--root=${root}`, file]);
+        expect({ code, output }).toEqual({ code: 0, output: "" });
+      }
+      expect((await readdir(join(root, "etc/log-rt-sync"))).sort()).toEqual(
+        ["environment", "id_ed25519", "key.pem", "sftp-password", "smtp-password", "token"].sort(),
+      );
+    },
+  );
+});
+
+test("log-rt-sync.cron has a valid schedule, user and command in every line", async () => {
+  const lines = (await readFile(join(DEPLOY, "log-rt-sync.cron"), "utf8")).split("\n");
+  const jobs = lines.filter((line) => /^[*\d]/.test(line));
+  expect(jobs).toHaveLength(2);
+  for (const job of jobs) {
+    const [, schedule = "", user, command = ""] = /^((?:\S+\s+){5})(\S+)\s+(.+)$/.exec(job) ?? [];
+    expect(new Cron(schedule.trim()).nextRun()).toBeInstanceOf(Date);
+    expect(user).toBe("log-rt-sync");
+    expect(command).not.toContain("%"); // cron(8) would make a line break of it
+    expect(run("sh", ["-n", "-c", command])).toEqual({ code: 0, output: "" });
+  }
+  expect(jobs.join()).toContain("run monitor.ts");
+  expect(jobs.join()).toContain("run housekeep.ts");
+  expect(lines.at(-1)).toBe(""); // cron ignores a last line without its line break
+});
+
+test.skipIf(missing({ logrotate: "logrotate" }))("logrotate -d accepts logrotate-nginx", async () => {
+  const folder = await tempFolder();
+  const file = join(folder, "nginx");
+  const text = await readFile(join(DEPLOY, "logrotate-nginx"), "utf8");
+  await writeFile(file, text.replace("/app/log/nginx", folder), { mode: 0o644 });
+  await writeFile(join(folder, "access.log"), "a line\n");
+  const { code, output } = run("logrotate", ["-d", "--state", join(folder, "state"), file]);
+  expect(output).not.toMatch(/^error|unknown|bad/im);
+  expect(output).toContain("access.log");
+  expect(code).toBe(0);
+});
+
+test.skipIf(missing({ nginx: "nginx-light", openssl: "openssl" }))(
+  "nginx -t accepts nginx.conf",
+  async () => {
+    const folder = await tempFolder();
+    const { cert, key } = await selfSigned();
+    const ours = (await readFile(join(DEPLOY, "nginx.conf"), "utf8"))
+      .replace("listen 5443", `listen 127.0.0.1:${await freePort()}`)
+      .replace("/etc/log-rt-sync/cert.pem", cert)
+      .replace("/etc/log-rt-sync/key.pem", key);
+    const file = join(folder, "nginx.conf");
+    await writeFile(file, `pid ${folder}/pid; error_log stderr;\nevents {}\nhttp {\n${ours}\n}\n`);
+    const { code, output } = run("nginx", ["-t", "-p", folder, "-c", file]);
+    expect(output).toContain("test is successful");
+    expect(output).not.toContain("[warn]");
+    expect(code).toBe(0);
+  },
+);
+
+test.skipIf(missing({ haproxy: "haproxy", openssl: "openssl" }))(
+  "haproxy -c accepts haproxy.cfg",
+  async () => {
+    const { both } = await selfSigned();
+    const file = join(await tempFolder(), "haproxy.cfg");
+    const text = await readFile(join(DEPLOY, "haproxy.cfg"), "utf8");
+    await writeFile(file, text.replace("/etc/log-rt-sync/haproxy.pem", both));
+    const { code, output } = run("haproxy", ["-c", "-f", file]);
+    expect(output).not.toMatch(/\[(WARNING|ALERT)\]/);
+    expect(code).toBe(0);
+  },
+);
