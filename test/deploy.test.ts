@@ -1,10 +1,10 @@
 /** What is in deploy/ is checked by the programs that will read it: systemd, nginx, HAProxy, logrotate, sh. */
 import { beforeAll, describe, expect, test } from "bun:test";
-import { execFileSync, spawnSync } from "node:child_process";
+import { spawnSync } from "node:child_process";
 import { cp, mkdir, readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { Cron } from "croner";
-import { findProgram, freePort, missing, notRoot, ROOT, tempFolder } from "./support.ts";
+import { findProgram, freePort, missing, notRoot, ROOT, selfSigned, tempFolder } from "./support.ts";
 
 const DEPLOY = join(ROOT, "deploy");
 const SCRIPTS = ["shipper", "receiver", "forwarder", "monitor", "housekeep"];
@@ -17,18 +17,6 @@ function run(program: string, args: string[], env: Record<string, string> = {}) 
     timeout: 60_000,
   });
   return { code: status, output: stdout + stderr };
-}
-
-/** A key and a certificate for localhost, signed by itself, in one folder. */
-async function selfSigned(): Promise<{ cert: string; key: string; both: string }> {
-  const folder = await tempFolder();
-  const [cert, key, both] = [join(folder, "cert.pem"), join(folder, "key.pem"), join(folder, "both.pem")];
-  const args = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
-  execFileSync("openssl", [...args, "-subj", "/CN=localhost", "-days", "2", "-keyout", key, "-out", cert], {
-    stdio: "ignore",
-  });
-  await writeFile(both, (await readFile(cert, "utf8")) + (await readFile(key, "utf8")));
-  return { cert, key, both };
 }
 
 describe.skipIf(missing({ "systemd-analyze": "systemd" }))("systemd units", () => {

@@ -3,9 +3,9 @@
  * Everything binds to 127.0.0.1 on a free port and is ended by its process id.
  */
 import { afterAll, expect } from "bun:test";
-import { type ChildProcess, spawn } from "node:child_process";
+import { type ChildProcess, execFileSync, spawn } from "node:child_process";
 import { accessSync, constants, existsSync } from "node:fs";
-import { mkdtemp, rm, writeFile } from "node:fs/promises";
+import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -205,4 +205,19 @@ export function expectSameLines(actual: string | Buffer, expected: string | Buff
   const i = at < 0 ? e.length : at;
   expect({ lines: a.length, at: i, line: a[i] }).toEqual({ lines: e.length, at: i, line: e[i] });
   throw new Error("same lines as text, other bytes");
+}
+
+/** A key and a certificate for 127.0.0.1, signed by itself, as three files; needs openssl. */
+export async function selfSigned(): Promise<{ cert: string; key: string; both: string }> {
+  const folder = await tempFolder();
+  const file = {
+    cert: join(folder, "cert.pem"),
+    key: join(folder, "key.pem"),
+    both: join(folder, "both.pem"),
+  };
+  const key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", file.key];
+  const names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"];
+  execFileSync("openssl", ["req", "-x509", ...key, ...names, "-out", file.cert], { stdio: "ignore" });
+  await writeFile(file.both, (await readFile(file.cert, "utf8")) + (await readFile(file.key, "utf8")));
+  return file;
 }
