@@ -47,6 +47,11 @@ export interface OpenBatch {
   at: number;
 }
 
+/** First line of a `.ledger-sealed` that was trimmed: the newest window that it no longer lists. */
+export interface Forgotten {
+  forgotten: string;
+}
+
 /** A line of `.ledger-sealed`. */
 export interface SealedBatch {
   name: string;
@@ -90,7 +95,7 @@ export function emptyLedger(): Ledger {
 }
 
 /** A record as its line: CRC-32 in hex, the JSON, `\n`. */
-export function formatRecord(record: LedgerRecord | SealedBatch): string {
+export function formatRecord(record: LedgerRecord | SealedBatch | Forgotten): string {
   const json = JSON.stringify(record);
   return `${crc32(json).toString(16).padStart(8, "0")} ${json}\n`;
 }
@@ -125,7 +130,8 @@ export function applyRecord(ledger: Ledger, record: LedgerRecord): void {
   for (const [minute, lines] of Object.entries(record.minutes ?? {})) {
     ledger.minutes.set(Number(minute), lines);
     const oldest = ledger.minutes.keys().next().value;
-    if (ledger.minutes.size > HISTORY_MINUTES && oldest !== undefined) ledger.minutes.delete(oldest);
+    // one more than told: the minute that still runs
+    if (ledger.minutes.size > HISTORY_MINUTES + 1 && oldest !== undefined) ledger.minutes.delete(oldest);
   }
   for (const name of record.closed ?? []) ledger.open.delete(name);
 }
@@ -161,5 +167,6 @@ export async function readLedger(hostFolder: string): Promise<Ledger | undefined
 /** Every batch of a sender that was ever sealed (within the time that the receiver remembers), oldest first. */
 export async function readSealed(hostFolder: string): Promise<SealedBatch[]> {
   const text = await readIfExists(join(hostFolder, SEALED));
-  return text === undefined ? [] : (parseRecords(text).records as SealedBatch[]);
+  const records = text === undefined ? [] : (parseRecords(text).records as (SealedBatch | Forgotten)[]);
+  return records.filter((record) => "name" in record);
 }

@@ -1,0 +1,114 @@
+/**
+ * Who may come in: which port serves a sender, whose token is shown, which address a request really came from.
+ * Everything here is decided from the request and the config alone, before anything touches the disk.
+ */
+import { createHash, timingSafeEqual } from "node:crypto";
+import { isIP } from "node:net";
+import { WireError } from "./chunk.ts";
+import { type Config, createMatcher, isLoopback, plainAddress, readSecret } from "./config.ts";
+
+/** Where a request came in: the address of the connection's other end, and the index of the port's group. */
+export interface Arrival {
+  peer: string;
+  group: number;
+}
+
+export type Access = ReturnType<typeof createAccess>;
+
+/** The rules of a receiver's config. Token files are read again when they change. */
+export function createAccess(config: Config["receiver"]) {
+  const { groups, tokens } = config;
+  const serves = groups.map((group) => createMatcher(group.senders));
+  const listed = groups.map(({ senders }) =>
+    createMatcher(senders.filter((entry) => isIP(entry.split("/")[0] ?? ""))),
+  );
+  const isProxy = createMatcher(config.trustedProxies);
+
+  /** The client's own address: the last hop that is no trusted proxy. */
+  function clientAddress(headers: Headers, { peer }: Arrival): string {
+    const hops = [...(headers.get("X-Forwarded-For") ?? "").split(","), peer].map((hop) =>
+      plainAddress(hop.trim()),
+    );
+    let hop = hops.pop() ?? "";
+    while (isProxy(hop) && hops.length > 0 && hops.at(-1) !== "") hop = hops.pop() ?? "";
+    return hop;
+  }
+
+  /** Which group a sender belongs to; -1 for none. */
+  function groupOf(host: string): number {
+    return serves.findIndex((matches) => matches(host));
+  }
+
+  function checkGroup(host: string, { group }: Arrival): void {
+    const own = groupOf(host);
+    if (own < 0) throw new WireError(403, `host ${host} is in no group of this receiver`);
+    if (own !== group) throw new WireError(421, `host ${host} belongs to port ${groups[own]?.port}`);
+  }
+
+  /** Throws a WireError (421, 401, 403) unless this request may speak for the host. */
+  function authorise(host: string, headers: Headers, arrival: Arrival): void {
+    checkGroup(host, arrival);
+    if (!tokens) {
+      const address = clientAddress(headers, arrival);
+      if (serves[arrival.group]?.(address)) return;
+      throw new WireError(
+        403,
+        `address ${address} is not among the senders of this port; list it, or set tokens`,
+      );
+    }
+    const shown = bearer(headers);
+    if (shown === undefined) throw new WireError(401, "a bearer token is required");
+    const own = tokens[host] ?? tokens["*"];
+    if (own && isSame(shown, readSecret(own))) return;
+    if (Object.values(tokens).some((ref) => isSame(shown, readSecret(ref)))) {
+      throw new WireError(403, `this token is not for host ${host}`);
+    }
+    throw new WireError(401, "the token is not known");
+  }
+
+  /**
+   * The same for the original's form, which has no token: host and address must both be listed by address, and
+   * where tokens are configured the host must be the address, so that nobody speaks for a host that has one.
+   */
+  function authoriseLegacy(host: string, headers: Headers, arrival: Arrival): void {
+    if (!config.legacy)
+      throw new WireError(415, "the JSON form is off; set receiver.legacy, or send text/plain");
+    checkGroup(host, arrival);
+    const address = clientAddress(headers, arrival);
+    const isListed = (text: string) => listed[arrival.group]?.(text) === true;
+    if (isListed(host) && isListed(address) && (!tokens || host === address)) return;
+    throw new WireError(403, `address ${address} may not send the JSON form for host ${host}`);
+  }
+
+  /** Whether a request may see status page and metrics: from this machine itself, or with any token. */
+  function mayWatch(headers: Headers, arrival: Arrival): boolean {
+    const isForwarded = headers.has("X-Forwarded-For") || headers.has("Forwarded");
+    const isKnownWay = !isForwarded || isProxy(plainAddress(arrival.peer));
+    if (isKnownWay && isLoopback(clientAddress(headers, arrival))) return true;
+    const shown = bearer(headers) ?? basicPassword(headers);
+    return shown !== undefined && Object.values(tokens ?? {}).some((ref) => isSame(shown, readSecret(ref)));
+  }
+
+  return { groupOf, authorise, authoriseLegacy, mayWatch };
+}
+
+function bearer(headers: Headers): string | undefined {
+  return /^Bearer +(\S+) *$/i.exec(headers.get("Authorization") ?? "")?.[1];
+}
+
+/** So that a browser can show a token: as the password, whatever the user name. */
+function basicPassword(headers: Headers): string | undefined {
+  const base64 = /^Basic +(\S+) *$/i.exec(headers.get("Authorization") ?? "")?.[1];
+  return (
+    base64 &&
+    Buffer.from(base64, "base64")
+      .toString()
+      .replace(/^[^:]*:/, "")
+  );
+}
+
+/** Compares digests, in a time that tells nothing of where or how long the texts are. */
+function isSame(a: string, b: string): boolean {
+  const digest = (text: string) => createHash("sha256").update(text).digest();
+  return timingSafeEqual(digest(a), digest(b));
+}

@@ -1,0 +1,251 @@
+/**
+ * The group commit: chunks that come while a commit is on its way wait together, and the next commit takes all
+ * of them, of all senders, so that they share its syncs. Everything that writes (commits, sealing, opening a
+ * sender) takes turns; nothing is answered before the syncs of its lines and of its ledger record have returned.
+ */
+import { fdatasync, fdatasyncSync } from "node:fs";
+import { readdir } from "node:fs/promises";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { dashedHost, listHosts } from "./batch.ts";
+import { exists, makeFolder, reached, syncFolder } from "./durable.ts";
+import { type Chunk, type Outcome, openSender, type Sender, type StoreOptions } from "./sender.ts";
+import { createFaultLog, describe } from "./service.ts";
+
+const fdatasyncInPool = promisify(fdatasync);
+/** A sender not heard of for so long gives back its descriptors. */
+const REST_MS = 60_000;
+
+/** A chunk that cannot be taken now; `status` as in the wire contract. */
+export class StoreError extends Error {
+  readonly status: 403 | 503 | 507;
+  constructor(status: 403 | 503 | 507, message: string, cause?: unknown) {
+    super(message, { cause });
+    this.status = status;
+  }
+}
+
+interface Waiting {
+  chunk: Chunk;
+  sender: Sender;
+  outcome: Outcome | undefined;
+  resolve: (outcome: Outcome) => void;
+  reject: (error: unknown) => void;
+}
+
+export type Store = ReturnType<typeof createStore>;
+
+/** The folder of all senders. `maxHosts` bounds how many are known at once. */
+export function createStore(options: StoreOptions & { maxHosts: number }) {
+  const { dir, log, now } = options;
+  const faults = createFaultLog(log, now);
+  const senders = new Map<string, Sender>();
+  const dashes = new Map<string, string>();
+  let queue: Waiting[] = [];
+  let turns: Promise<unknown> = Promise.resolve();
+
+  /** Runs `work` when everything before it is done. */
+  function turn<T>(work: () => Promise<T>): Promise<T> {
+    const result = turns.then(work);
+    turns = result.catch(() => {});
+    return result;
+  }
+
+  /** Takes a chunk and gives its outcome once that is on stable storage. Throws a StoreError. */
+  function commit(chunk: Chunk): Promise<Outcome> {
+    const known = senders.get(chunk.host);
+    return known && !known.broken
+      ? enqueue(chunk, known)
+      : open(chunk.host).then((sender) => enqueue(chunk, sender));
+  }
+
+  function enqueue(chunk: Chunk, sender: Sender): Promise<Outcome> {
+    return new Promise((resolve, reject) => {
+      queue.push({ chunk, sender, outcome: undefined, resolve, reject });
+      if (queue.length === 1) void turn(commitQueue);
+    });
+  }
+
+  async function commitQueue(): Promise<void> {
+    const waiting = queue;
+    queue = [];
+    const started = performance.now();
+    const failed = new Map<Sender, unknown>();
+    const touched = new Set<Sender>();
+    for (const entry of waiting) {
+      const { sender } = entry;
+      if (failed.has(sender)) continue;
+      try {
+        if (sender.broken) throw new Error("its folder is looked at anew");
+        entry.outcome = sender.stage(entry.chunk);
+        if (!entry.outcome.conflict) touched.add(sender);
+      } catch (error) {
+        failed.set(sender, error);
+      }
+    }
+    const going = () => [...touched].filter((sender) => !failed.has(sender));
+    await syncAll(
+      going().flatMap((sender) => sender.unsynced().map(({ fd }) => ({ sender, fd }))),
+      failed,
+    );
+    for (const sender of going()) {
+      if (sender.created) await syncFolder(sender.folder).catch((error) => failed.set(sender, error));
+    }
+    reached("commit:synced");
+    const ledgers: { sender: Sender; fd: number }[] = [];
+    for (const sender of going()) {
+      try {
+        ledgers.push({ sender, fd: sender.append() });
+      } catch (error) {
+        failed.set(sender, error);
+      }
+    }
+    reached("commit:appended");
+    await syncAll(ledgers, failed);
+    reached("commit:recorded");
+    for (const sender of going()) sender.apply();
+    for (const [sender, error] of failed) {
+      if (touched.has(sender) || !sender.broken) sender.rollBack();
+      void error;
+    }
+    answer(waiting, failed, performance.now() - started);
+    for (const sender of going()) {
+      await sender.compact().catch((error) => {
+        sender.broken = true;
+        faults.failed(sender.host, "ledger not compacted", { host: sender.host, error: describe(error) });
+      });
+    }
+  }
+
+  function answer(waiting: Waiting[], failed: Map<Sender, unknown>, ms: number): void {
+    for (const { sender, outcome, resolve, reject } of waiting) {
+      const error = failed.get(sender);
+      if (error !== undefined || !outcome) {
+        faults.failed(sender.host, "chunk not stored", { host: sender.host, error: describe(error) });
+        reject(storeError(error));
+      } else {
+        faults.recovered(sender.host, "chunks are stored again", { host: sender.host });
+        resolve(outcome);
+      }
+    }
+    store.observe(ms);
+  }
+
+  /** Opens a sender, with its folder brought into order. One at a time, between commits. */
+  function open(host: string): Promise<Sender> {
+    return turn(async () => {
+      const known = senders.get(host);
+      if (known && !known.broken) return known;
+      if (known) {
+        senders.delete(host);
+        known.close();
+      }
+      try {
+        await admit(host);
+        const sender = await openSender(host, options);
+        senders.set(host, sender);
+        faults.recovered(host, "sender is open again", { host });
+        return sender;
+      } catch (error) {
+        if (!(error instanceof StoreError)) {
+          faults.failed(host, "sender cannot be opened", { host, error: describe(error) });
+        }
+        throw error instanceof StoreError ? error : storeError(error);
+      }
+    });
+  }
+
+  /** Two hosts must not share a dashed form: their batches would have the same names. */
+  async function admit(host: string): Promise<void> {
+    const dashed = dashedHost(host);
+    if (!dashes.has(dashed)) {
+      for (const known of await listHosts(dir)) dashes.set(dashedHost(known), known);
+    }
+    const owner = dashes.get(dashed) ?? host;
+    if (owner !== host) throw new StoreError(403, `host ${host} would have the file names of host ${owner}`);
+    if (senders.size >= options.maxHosts)
+      throw new StoreError(503, `${options.maxHosts} hosts are known already`);
+    dashes.set(dashed, host);
+  }
+
+  const store = {
+    commit,
+    senders: senders as ReadonlyMap<string, Sender>,
+    /** Told how long each commit took, in milliseconds. */
+    observe: (_ms: number) => {},
+
+    /** Where a stream stands, or undefined when it is not known. Makes nothing on disk for a new host. */
+    async committed(host: string, stream: string): Promise<number | undefined> {
+      if (!senders.has(host) && !(await exists(join(dir, host)))) return undefined;
+      const sender = senders.get(host) ?? (await open(host));
+      return sender.ledger.streams.get(stream)?.offset;
+    },
+
+    /** Opens every sender that `isOurs` and has something on disk, so that what is due is sealed without it. */
+    async start(isOurs: (host: string) => boolean): Promise<void> {
+      for (const host of await listHosts(dir)) {
+        dashes.set(dashedHost(host), host);
+        if (!isOurs(host) || (await readdir(join(dir, host))).length === 0) continue;
+        await open(host).catch(() => {}); // told already; tried again when it is heard of
+      }
+    },
+
+    /** Seals what is due and lets idle senders rest. Returns the names that were sealed. */
+    async seal(): Promise<string[]> {
+      const sealed: string[] = [];
+      for (const sender of [...senders.values()]) {
+        for (const name of sender.due()) {
+          try {
+            const batch = sender.ledger.open.get(name);
+            await turn(() => sender.seal(name));
+            sealed.push(name);
+            log.info("batch sealed", { batch: name, lines: batch?.lines, bytes: batch?.bytes });
+            faults.recovered(name, "batch sealed after all", { batch: name });
+          } catch (error) {
+            faults.failed(name, "batch not sealed", { batch: name, error: describe(error) });
+          }
+        }
+        if (now() - sender.usedAt > REST_MS) await turn(async () => sender.rest());
+      }
+      return sealed;
+    },
+
+    /** Ends after the commits that are on their way. */
+    close: () =>
+      turn(async () => {
+        for (const sender of senders.values()) sender.close();
+        senders.clear();
+      }),
+  };
+  return store;
+}
+
+/**
+ * Syncs files that belong to senders; whose sync fails, that sender has failed. One file is synced in place:
+ * the way through the thread pool costs more than a fast disk takes. Several go together, so that the file
+ * system's journal writes them at once.
+ */
+async function syncAll(files: { sender: Sender; fd: number }[], failed: Map<Sender, unknown>): Promise<void> {
+  const [only, ...others] = files;
+  if (!only) return;
+  if (others.length > 0) {
+    await Promise.all(
+      files.map(({ sender, fd }) => fdatasyncInPool(fd).catch((error) => failed.set(sender, error))),
+    );
+    return;
+  }
+  try {
+    fdatasyncSync(only.fd);
+  } catch (error) {
+    failed.set(only.sender, error);
+  }
+}
+
+/** What a system's error means for the sender of a chunk. */
+function storeError(error: unknown): StoreError {
+  const { code } = (error ?? {}) as NodeJS.ErrnoException;
+  const status = ["ENOSPC", "EDQUOT", "EROFS", "EIO"].includes(code ?? "") ? 507 : 503;
+  return new StoreError(status, `not stored: ${code ?? describe(error)}`, error);
+}
+
+void makeFolder;
