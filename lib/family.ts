@@ -1,0 +1,436 @@
+/**
+ * A family is one live log file with its rotated siblings; a stream is one file of it, from its first byte to
+ * its last, whatever it is called meanwhile. `scanFamily` looks into the folder and says which file belongs to
+ * which stream:
+ *
+ *   known key                         → that stream, wherever the file is now
+ *   unknown, with a stream's bytes    → a copy or a compressed form of it: the stream goes on in it when its own
+ *                                       file is gone, and is only remembered when that is still there
+ *   unknown and new                   → a stream of its own, read from 0 (one that came and went while we were away)
+ *   a stream without a file           → what was not read of it is lost, and told in bytes
+ *
+ * Files still being written by somebody else (copied, compressed) are left for the next look.
+ */
+import { createHash } from "node:crypto";
+import type { FamilyState, StreamState } from "./cursor.ts";
+import { listSiblings, look, type Sibling } from "./rotation.ts";
+import { describe, type FaultLog, type Log } from "./service.ts";
+import {
+  type LogFile,
+  MARK_BYTES,
+  markOf,
+  matchesSignature,
+  openLog,
+  UnfinishedFile,
+  wholeLines,
+} from "./tail.ts";
+
+/** A stream that was not seen for so long (ms) is forgotten, once everything of it is shipped. */
+const FORGET_AFTER_MS = 24 * 3_600_000;
+/** At the very first look, a rotated file written within this time (ms) may still get lines. */
+const STILL_WRITTEN_MS = 60_000;
+/** Open handles of rotated files that one family keeps; the others are opened when their turn comes. */
+const OPEN_FILES = 32;
+
+/** A stream, and its file as far as it is open. */
+export interface Stream extends StreamState {
+  file?: LogFile | undefined;
+  /** When it last grew, ms. */
+  grewAt: number;
+  /** Size at which its end was reached last. */
+  endSeenAt?: number;
+  /** Since when its file is nowhere to be found, ms. */
+  missingSince?: number | undefined;
+}
+
+export interface Family {
+  path: string;
+  since: number;
+  /** Oldest first, the live file last. */
+  streams: Stream[];
+  /** Key of the file under the live path now. */
+  liveKey: string | undefined;
+  /** The folder is to be looked at again at this time, ms. */
+  scanAt: number;
+  /** Unknown files that are not ours, as they were when this was found out. */
+  ignored: Set<string>;
+  /** How the first look takes what it finds. */
+  start: "known" | "first" | "new" | "recover";
+}
+
+/** What a scan needs from the shipper. */
+export interface ScanContext {
+  config: {
+    startAt: "beginning" | "end";
+    rotateWaitSeconds: number;
+    pollSeconds: number;
+    olddir?: string | undefined;
+  };
+  now: () => number;
+  log: Log;
+  faults: FaultLog;
+  /** Offset at which the receiver stands with a stream; undefined when it does not know it. */
+  ask(id: string): Promise<number | undefined>;
+  /** Counts bytes that can't be read any more. */
+  lose(bytes: number, stream: StreamState): void;
+  /** The set of streams has changed. */
+  changed(): void;
+}
+
+/** A family as the cursor has it, or a new one. */
+export function createFamily(path: string, start: Family["start"], now: number, state?: FamilyState): Family {
+  const streams = (state?.streams ?? []).map((stream) => ({ ...stream, grewAt: 0 }));
+  return {
+    path,
+    since: state?.since ?? now,
+    streams,
+    liveKey: undefined,
+    scanAt: 0,
+    ignored: new Set(),
+    start,
+  };
+}
+
+/** The stream of the file that is live now. */
+export function liveStream(family: Family): Stream | undefined {
+  return family.streams.find((stream) => stream.keys.includes(family.liveKey ?? ""));
+}
+
+/** Looks into the folder. Throws the system's error when it can't, and what `ask` throws. */
+export async function scanFamily(family: Family, context: ScanContext): Promise<void> {
+  const time = context.now();
+  const siblings = await listSiblings(family.path, context.config.olddir);
+  const live = await look(family.path);
+  const files = live ? [...siblings, live] : siblings;
+  family.liveKey = live?.key;
+  family.scanAt = time + context.config.pollSeconds * 1000;
+  if (family.start === "recover") await recover(family, files, context);
+  else if (family.start === "first") await skipOldFiles(family, siblings, context);
+
+  const located = locate(family, files, time);
+  let waiting = false;
+  for (const file of files.filter(({ key }) => !family.streams.some(({ keys }) => keys.includes(key)))) {
+    const settled = file === live || (await settles(family, file, time, context));
+    if (!settled) waiting = true;
+    else if (!(await claim(family, file, file === live, located, context))) waiting = true;
+  }
+  family.start = "known";
+  family.streams = inOrder(family.streams, located, files);
+  if (waiting) family.scanAt = Math.min(family.scanAt, time + 1000);
+  else settleOrphans(family, located, time, context);
+  forget(family, located, time, context);
+  await closeSome(family, located);
+}
+
+/** Finds the streams' files by their keys; notes their sizes. */
+function locate(family: Family, files: Sibling[], time: number): Map<Stream, Sibling> {
+  const located = new Map<Stream, Sibling>();
+  for (const file of files) {
+    const stream = family.streams.find(({ keys }) => keys.includes(file.key));
+    if (!stream) continue;
+    stream.seenAt = time;
+    stream.missingSince = undefined;
+    const before = located.get(stream);
+    // Of a file and its copies the plain one is read, and of those the one that the stream began in.
+    if (before && !isCompressed(before.path)) continue;
+    located.set(stream, file);
+    stream.path = file.path;
+    if (isCompressed(file.path)) continue;
+    stream.size = file.size;
+    if (stream.done && file.size > stream.offset) stream.done = false; // written to after it was finished
+  }
+  return located;
+}
+
+/** Whether an unknown rotated file is complete; one that can't be read or is older than our start never counts. */
+async function settles(
+  family: Family,
+  file: Sibling,
+  time: number,
+  { config }: ScanContext,
+): Promise<boolean> {
+  if (!file.readable || file.mtimeMs <= family.since) return true;
+  const age = time - file.mtimeMs;
+  return age >= config.rotateWaitSeconds * 1000 || age < -1000;
+}
+
+/** Says what an unknown file is. False when that can't be told yet. */
+async function claim(
+  family: Family,
+  found: Sibling,
+  isLive: boolean,
+  located: Map<Stream, Sibling>,
+  context: ScanContext,
+): Promise<boolean> {
+  if (!found.readable) {
+    if (found.mtimeMs > family.since) {
+      context.faults.failed(found.path, "cannot read rotated file: use gzip or zstd in logrotate", {
+        path: found.path,
+      });
+    }
+    return true;
+  }
+  const homeless = family.streams.filter((stream) => !located.has(stream)).length;
+  const asSeen = `${found.key} ${found.size} ${found.mtimeMs} ${homeless}`;
+  if (family.ignored.has(asSeen)) return true;
+  let file: LogFile;
+  try {
+    file = await openLog(found.path);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "ENOENT") return false;
+    context.faults.failed(found.path, "cannot read log file", { path: found.path, error: describe(error) });
+    return true;
+  }
+  let keep = false;
+  try {
+    if (file.key !== found.key) return false; // renamed between the look and the opening
+    const owner = await findOwner(family, file, isLive, located);
+    if (owner) {
+      context.log.info("file is a copy of a known one", { path: file.path, stream: owner.id });
+      owner.keys.push(file.key);
+      owner.seenAt = context.now();
+      if (!located.has(owner)) {
+        located.set(owner, found);
+        owner.path = file.path;
+        owner.missingSince = undefined;
+        keep = !owner.done && owner.file === undefined;
+        if (keep) owner.file = file;
+      }
+    } else if (isLive || found.mtimeMs > family.since) {
+      const offset =
+        isLive && family.start === "first" && context.config.startAt === "end" ? await endOf(file) : 0;
+      located.set(await beginStream(family, file, offset, context), found);
+    } else {
+      family.ignored.add(asSeen);
+      return true;
+    }
+    context.changed();
+    return true;
+  } catch (error) {
+    if (!(error instanceof UnfinishedFile)) throw error;
+    context.faults.failed(file.path, "rotated file is not complete yet", {
+      path: file.path,
+      error: describe(error),
+    });
+    return false;
+  } finally {
+    if (!keep) await file.close();
+  }
+}
+
+/** The stream whose bytes this file has: first one whose own file is gone, then one of which it is a copy. */
+async function findOwner(
+  family: Family,
+  file: LogFile,
+  isLive: boolean,
+  located: Map<Stream, Sibling>,
+): Promise<Stream | undefined> {
+  const homeless = family.streams.filter((stream) => !located.has(stream));
+  for (const whole of [true, false]) {
+    for (const stream of homeless) {
+      if (await matchesSignature(file, stream.signature, whole)) return stream;
+    }
+  }
+  if (isLive) return undefined; // the live file may begin like a rotated one, and is another all the same
+  for (const [stream, { path }] of located) {
+    if (isCompressed(path) || !stream.file) continue;
+    if (await isCopyOf(file, stream.file)) return stream;
+  }
+  return undefined;
+}
+
+/** Whether `copy` has the same bytes as `original` at its head, middle and end, as far as it goes. */
+async function isCopyOf(copy: LogFile, original: LogFile): Promise<boolean> {
+  if (copy.compression) return false; // the original goes when its compressed form is complete
+  const { size } = await copy.stat();
+  const a = new Uint8Array(MARK_BYTES * 4);
+  const b = new Uint8Array(a.length);
+  for (const position of [0, Math.floor(size / 2), Math.max(0, size - a.length)]) {
+    const n = await copy.read(a, position);
+    if (n === 0 || (await original.read(b.subarray(0, n), position)) < n) return false;
+    if (Buffer.compare(a.subarray(0, n), b.subarray(0, n)) !== 0) return false;
+  }
+  return true;
+}
+
+/** Adds a stream for a file. */
+async function beginStream(
+  family: Family,
+  file: LogFile,
+  offset: number,
+  context: ScanContext,
+  truncated = false,
+): Promise<Stream> {
+  const { size, mtimeMs } = await file.stat();
+  const head = new Uint8Array(MARK_BYTES);
+  const n = offset > 0 ? await file.read(head, 0) : 0;
+  const stream: Stream = {
+    keys: [file.key],
+    path: file.path,
+    offset,
+    signature: { ...(n > 0 && { head: markOf(head.subarray(0, n), n) }), marks: [] },
+    size: file.compression ? 0 : size,
+    done: false,
+    truncated,
+    since: context.now(),
+    seenAt: context.now(),
+    grewAt: mtimeMs,
+  };
+  family.streams.push(stream);
+  context.changed();
+  context.log.info("following", { path: file.path, offset, bytes: stream.size - offset });
+  return stream;
+}
+
+/**
+ * The live file was cut to nothing and written anew (copytruncate): its stream goes on in the copy, when there
+ * is one, and a new stream begins in the file.
+ */
+export async function beginAfterTruncation(
+  family: Family,
+  stream: Stream,
+  context: ScanContext,
+): Promise<void> {
+  const { file } = stream;
+  if (!file) return;
+  context.log.info("file was truncated", { path: stream.path, stream: stream.id, offset: stream.offset });
+  stream.file = undefined;
+  stream.keys = stream.keys.filter((key) => key !== file.key);
+  await beginStream(family, file, 0, context, true);
+  await file.close();
+  family.scanAt = 0; // at once: the copy is there before the truncation
+}
+
+/** The first start ever follows the live file alone; of a rotated one only what is still being written. */
+async function skipOldFiles(family: Family, siblings: Sibling[], context: ScanContext): Promise<void> {
+  for (const sibling of siblings) {
+    if (isCompressed(sibling.path) || !sibling.readable) continue;
+    if (context.now() - sibling.mtimeMs > STILL_WRITTEN_MS) continue;
+    const file = await openLog(sibling.path).catch(() => undefined);
+    if (!file) continue;
+    const stream = await beginStream(family, file, await endOf(file), context);
+    stream.done = true;
+    await file.close();
+  }
+}
+
+/**
+ * The cursor was damaged: the receiver is asked where it stands with each file. Files are shipped oldest first,
+ * so one that is older than a known one was shipped before it.
+ */
+async function recover(family: Family, files: Sibling[], context: ScanContext): Promise<void> {
+  let known = false;
+  const streams: Stream[] = [];
+  for (const found of files.toReversed()) {
+    if (isCompressed(found.path) || !found.readable) continue;
+    const file = await openLog(found.path).catch(() => undefined);
+    if (!file) continue;
+    try {
+      const id = await nameStream(file, []);
+      const { size } = await file.stat();
+      const offset = id === undefined ? undefined : await context.ask(id);
+      const isKnown = offset !== undefined && offset <= size;
+      known ||= isKnown;
+      const stream = await beginStream(
+        family,
+        file,
+        isKnown ? offset : known ? await endOf(file) : 0,
+        context,
+      );
+      if (isKnown) stream.id = id;
+      stream.done = known && !isKnown;
+      streams.push(stream);
+    } finally {
+      await file.close();
+    }
+  }
+  const left = files.filter(({ path }) => isCompressed(path)).length;
+  if (!known && left > 0)
+    context.log.warn("compressed files are not shipped: nothing tells whether they were", { left });
+}
+
+/**
+ * The name of a stream on the wire, from the file's key and first line, so that it can be told again when the
+ * cursor is lost. Undefined until the first line is whole. `taken` are names that it must not have: a file that
+ * was truncated may begin like before.
+ */
+export async function nameStream(file: LogFile, taken: (string | undefined)[]): Promise<string | undefined> {
+  const head = new Uint8Array(MARK_BYTES);
+  const bytes = head.subarray(0, await file.read(head, 0));
+  const newline = bytes.indexOf(0x0a) + 1;
+  if (newline === 0 && bytes.length < MARK_BYTES) return undefined;
+  for (let serial = 0; ; serial++) {
+    const hash = createHash("sha256").update(`${file.key} ${serial} `);
+    const name = hash
+      .update(newline > 0 ? bytes.subarray(0, newline) : bytes)
+      .digest("base64url")
+      .slice(0, 22);
+    if (!taken.includes(name)) return name;
+  }
+}
+
+/** Where the last whole line ends. */
+async function endOf(file: LogFile): Promise<number> {
+  const { size } = await file.stat();
+  const block = new Uint8Array(64 * 1024);
+  for (let end = size; end > 0; ) {
+    const start = Math.max(0, end - block.length);
+    const n = await file.read(block.subarray(0, end - start), start);
+    const lines = wholeLines(block.subarray(0, n));
+    if (lines > 0) return start + lines;
+    end = start;
+  }
+  return 0;
+}
+
+/** Streams whose file is nowhere: what was not read of them is lost, unless a handle is still open. */
+function settleOrphans(
+  family: Family,
+  located: Map<Stream, Sibling>,
+  time: number,
+  context: ScanContext,
+): void {
+  for (const stream of family.streams) {
+    if (stream.done || located.has(stream) || stream.file) continue;
+    stream.missingSince ??= time;
+    const patience = Math.max(1, context.config.rotateWaitSeconds) * 1000;
+    family.scanAt = Math.min(family.scanAt, stream.missingSince + patience);
+    if (time < stream.missingSince + patience) continue;
+    stream.done = true;
+    context.changed();
+    if (stream.size > stream.offset) context.lose(stream.size - stream.offset, stream);
+  }
+}
+
+/** Drops what is shipped and has not been seen for a day. */
+function forget(family: Family, located: Map<Stream, Sibling>, time: number, context: ScanContext): void {
+  const kept = family.streams.filter(
+    (stream) => !stream.done || located.has(stream) || time - stream.seenAt < FORGET_AFTER_MS,
+  );
+  if (kept.length === family.streams.length) return;
+  family.streams = kept;
+  context.changed();
+}
+
+/** Rotated files whose turn is far off are closed: their names are known, and descriptors are few. */
+async function closeSome(family: Family, located: Map<Stream, Sibling>): Promise<void> {
+  const open = family.streams.filter((stream) => stream.file && located.has(stream));
+  for (const stream of open.slice(OPEN_FILES)) {
+    if (stream.keys.includes(family.liveKey ?? "")) continue;
+    await stream.file?.close();
+    stream.file = undefined;
+  }
+}
+
+/** Oldest first: streams without a file, then in the order of their files, the live one last. */
+function inOrder(streams: Stream[], located: Map<Stream, Sibling>, files: Sibling[]): Stream[] {
+  const place = (stream: Stream) => {
+    const file = located.get(stream);
+    return file ? files.indexOf(file) : -1;
+  };
+  return streams.toSorted((a, b) => place(a) - place(b));
+}
+
+function isCompressed(path: string): boolean {
+  return path.endsWith(".gz") || path.endsWith(".zst");
+}
