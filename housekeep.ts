@@ -12,17 +12,18 @@
  * with other content, both stay and it is said. One run at a time, by a lock that ends with its process.
  */
 import { constants } from "node:fs";
-import { access, lstat, readdir, rmdir, statfs } from "node:fs/promises";
+import { access, lstat, readdir, statfs } from "node:fs/promises";
 import { availableParallelism, setPriority } from "node:os";
 import { join } from "node:path";
 import { compareBatchNames, folders, LEDGER, listBatches, listHosts, parseBatchName } from "./lib/batch.ts";
 import { compressFile } from "./lib/compress.ts";
 import type { Config } from "./lib/config.ts";
 import { exists, reached, removeDurably, TEMP_SUFFIX } from "./lib/durable.ts";
-import { readLedger } from "./lib/ledger.ts";
+import { readLedger, SEALED } from "./lib/ledger.ts";
 import { holdLock } from "./lib/lock.ts";
 import { failReportPath, trimReport } from "./lib/report.ts";
 import { followSchedule } from "./lib/schedule.ts";
+import { forgetSealed } from "./lib/sealed.ts";
 import { tryLock } from "./lib/serve.ts";
 import {
   createProgress,
@@ -38,6 +39,8 @@ import {
 type Options = Config["housekeep"];
 const HOUR_MS = 3_600_000;
 const DAY_MS = 24 * HOUR_MS;
+/** The receiver holds it while it serves a sender. */
+const LOCK = `${LEDGER}-lock`;
 
 /** What a pass is given; `dryRun` changes nothing and says what would be done. */
 export interface HousekeepContext {
@@ -89,7 +92,7 @@ export async function housekeepOnce(context: HousekeepContext): Promise<Housekee
       result,
     );
     await trimReports(context);
-    await removeLedgersLeft(context);
+    await removeRecords(context);
     log.info(context.dryRun ? "dry run done" : "housekeeping done", {
       compressed: result.compressed,
       deleted: result.deleted,
@@ -243,26 +246,27 @@ async function trimReports({ config, log, now, dryRun = false }: HousekeepContex
 }
 
 /**
- * Removes what is left of senders that were not heard of for `forgetAfterDays` and have nothing but their
- * ledger. The ledger itself goes last of the records, so that a crash in between is resumed.
+ * Removes the records of senders that were not heard of for `forgetAfterDays` and have no batch left. Of the
+ * names that they used up one line stays, the newest window: when such a sender comes back with old lines, a
+ * name must not be used a second time.
  */
-async function removeLedgersLeft({ config, log, now, dryRun }: HousekeepContext): Promise<void> {
+async function removeRecords({ config, log, now, dryRun }: HousekeepContext): Promise<void> {
   const before = now() - config.forgetAfterDays * DAY_MS;
   for (const host of await listHosts(config.dir)) {
     const folder = folders(config.dir).host(host);
     if (!(await isForgotten(folder, before))) continue;
     if (dryRun) {
-      log.info("would remove the ledger of a sender long gone", { host });
+      log.info("would remove the records of a sender long gone", { host });
       continue;
     }
-    const lock = await tryLock(join(folder, `${LEDGER}-lock`));
+    const lock = await tryLock(join(folder, LOCK));
     if (!lock) continue; // the receiver has just heard of it
     try {
       if (!(await isForgotten(folder, before))) continue;
-      const rest = (await readdir(folder)).filter((name) => name !== LEDGER && name !== `${LEDGER}-lock`);
-      for (const name of [...rest, LEDGER, `${LEDGER}-lock`]) await removeDurably(join(folder, name));
-      await rmdir(folder);
-      log.info("ledger of a sender long gone removed", { host });
+      await forgetSealed(folder, before);
+      const records = (await readdir(folder)).filter((name) => ![SEALED, LOCK].includes(name));
+      for (const name of records) await removeDurably(join(folder, name));
+      log.info("records of a sender long gone removed", { host });
     } finally {
       lock.release();
     }
@@ -273,8 +277,7 @@ async function removeLedgersLeft({ config, log, now, dryRun }: HousekeepContext)
 async function isForgotten(folder: string, before: number): Promise<boolean> {
   if ((await readdir(folder)).some((name) => !name.startsWith(LEDGER))) return false;
   const ledger = await readLedger(folder);
-  const heardAt = ledger?.heardAt ?? (await lstat(folder)).mtimeMs;
-  return heardAt < before && (ledger?.open.size ?? 0) === 0;
+  return ledger !== undefined && ledger.heardAt < before && ledger.open.size === 0;
 }
 
 /** How much is not delivered yet; none of it is ever touched. */

@@ -212,6 +212,7 @@ const mail = z.strictObject({
     .refine((text) => !new URL(text).password, "a password does not belong here; set mail.password")
     .describe("Mail server: smtp://[USER@]HOST[:PORT], smtps://… or file:///FOLDER for .eml files"),
   password: secret.optional().describe("Password of the user in smtp"),
+  ca: path.optional().describe("PEM file of the CA that signed the mail server's certificate"),
   from: z.email().describe("Sender of every mail"),
   to: z.array(z.email()).min(1).describe("Receivers of every mail"),
   subjectPrefix: z.string().default("[log-rt-sync]").describe("First word of every subject"),

@@ -1,0 +1,337 @@
+/**
+ * What the monitor has to tell: a pure function of what was told before, what is seen and the time.
+ *
+ * An incident is kept per subject: each sender, and each fault of the whole (receiver, delivery, disk, …). It
+ * knows its state, since when, and what the reader was told last; a notice is made when the two differ. Notices
+ * stand in the queue until they are accepted, so that an outage of the mail server loses none of them.
+ *
+ * Times are the monitor's clock. Silence counts from when a sender was heard of as this clock saw it, not from
+ * the start of this machine, and not from the end of an outage of the receiver. When the clock is set,
+ * every time kept moves with it.
+ */
+
+const MINUTE_MS = 60_000;
+/** A sender that is not expected and was silent for so long is gone. */
+const GONE_MS = 24 * 60 * MINUTE_MS;
+/** So many changes within this time are told as flapping, and it is over after a while without any. */
+const FLAP_CHANGES = 5;
+const FLAP_WITHIN_MS = 60 * MINUTE_MS;
+const STEADY_MS = 30 * MINUTE_MS;
+/** Bytes lost are told at once, and again at most so often. */
+const LOST_AGAIN_MS = 60 * MINUTE_MS;
+/** A difference between clock and uptime beyond this is a clock that was set. */
+const CLOCK_STEP_MS = MINUTE_MS;
+/** Free space must rise by so much over the threshold before the fault is over, in percent of the disk. */
+const DISK_MARGIN = 2;
+/** Beyond so many notices in the queue, changes join the last one: the queue stays small in a long outage. */
+const QUEUE_LIMIT = 100;
+
+/** `quiet`: its shipper is alive, no lines come. `never`: expected, not yet seen. `gone`: no longer expected. */
+export type Status = "ok" | "quiet" | "silent" | "never" | "gone" | "fault";
+
+/** What was seen of a sender. Times are by the receiver's clock, 0 for never; lost and lag are bytes. */
+export interface HostSight {
+  host: string;
+  heardAt: number;
+  lineAt: number;
+  lost: number;
+  lag: number;
+}
+
+/** A fault of the whole. The key names it across runs, the title is for people. */
+export interface Fault {
+  key: string;
+  title: string;
+  text: string;
+}
+
+/** What one look has shown. `hosts` is absent when the folder could not be read: then nothing is said of them. */
+export interface Sight {
+  hosts?: HostSight[];
+  /** Receivers that do not answer; their senders are not blamed. */
+  receivers: Fault[];
+  /** All other faults. */
+  faults: Fault[];
+  /** Free space of the folder's disk in percent. */
+  freePercent?: number;
+  /** Since the start of this machine, in milliseconds; it also counts while the clock is set. */
+  uptime: number;
+}
+
+/** What is known of a subject and was told of it. */
+export interface Incident {
+  title: string;
+  text: string;
+  status: Status;
+  /** Since when it is so; 0 when it was never otherwise. */
+  since: number;
+  /** Since when it is not ok. */
+  outage?: number;
+  told: Status;
+  toldAt: number;
+  /** The id of the notice that opened the incident. */
+  thread?: string;
+  /** Times of the latest changes. */
+  changes: number[];
+  flapping?: boolean;
+}
+
+/** What is known of a sender beside its incident. */
+interface Heard {
+  /** The ledger's value, by the receiver's clock. */
+  value: number;
+  /** When that was, by the monitor's clock. */
+  at: number;
+  /** Bytes lost that were told of, and when. */
+  lost: number;
+  lostToldAt: number;
+}
+
+/** One fact of an alert. `lasted` is the length of the outage in milliseconds. */
+export interface Change {
+  kind: "opened" | "over" | "reminder" | "flapping" | "steady" | "lost" | "note";
+  title: string;
+  text: string;
+  status: Status;
+  /** Whether the subject is a sender. */
+  sender: boolean;
+  since: number;
+  lasted?: number;
+  bytes?: number;
+}
+
+/** Something to be told, until it is accepted. An alert says what changed, a summary is made from its hour. */
+export type Notice = {
+  id: string;
+  at: number;
+  references: string[];
+  mailed?: boolean;
+  posted?: boolean;
+} & (
+  | { kind: "alert"; changes: Change[]; counts: Partial<Record<Status, number>> }
+  | { kind: "summary"; hourEnd: number }
+);
+
+/** All that the monitor remembers. */
+export interface MonitorState {
+  version: 1;
+  /** Tells this monitor's message ids from another's. */
+  instance: string;
+  /** Clock and uptime of the last run. */
+  at: number;
+  uptime: number;
+  incidents: Record<string, Incident>;
+  heard: Record<string, Heard>;
+  /** End of the last hour that was summarised or queued, milliseconds since the epoch. */
+  summarisedUntil: number;
+  queue: Notice[];
+}
+
+/** The thresholds, as the config has them. */
+export interface Rules {
+  expected: string[];
+  silentMinutes: number;
+  silentMinutesByHost: Record<string, number>;
+  alertWhenQuiet: boolean;
+  remindMinutes: number;
+  minFreePercent: number;
+}
+
+/** The state of a first run. */
+export function emptyState(instance: string): MonitorState {
+  return { version: 1, instance, at: 0, uptime: 0, incidents: {}, heard: {}, summarisedUntil: 0, queue: [] };
+}
+
+/** Takes in what was seen at `now`: gives the new state, with at most one new notice at the end of its queue. */
+export function judge(before: MonitorState, sight: Sight, rules: Rules, now: number): MonitorState {
+  const state = afterClockStep(structuredClone(before), sight.uptime, now);
+  const id = `alert-${state.instance}-${now}`;
+  const judged: Judged = { state, sight, rules, now, id, changes: [], references: new Set() };
+  judgeFaults(judged);
+  judgeHosts(judged);
+  const { changes, references } = judged;
+  if (changes.length > 0) enqueue(state, { id, at: now, changes, references: [...references] });
+  return state;
+}
+
+interface Judged {
+  state: MonitorState;
+  sight: Sight;
+  rules: Rules;
+  now: number;
+  /** Id of the notice that this run makes, if it makes one. */
+  id: string;
+  changes: Change[];
+  references: Set<string>;
+}
+
+/** Moves all times kept by as much as the clock was set since the last run; a restart is none. */
+function afterClockStep(state: MonitorState, uptime: number, now: number): MonitorState {
+  const step = now - state.at - (uptime - state.uptime);
+  if (state.at > 0 && uptime >= state.uptime && Math.abs(step) > CLOCK_STEP_MS) {
+    for (const heard of Object.values(state.heard)) {
+      heard.at += step;
+      heard.lostToldAt += step;
+    }
+    for (const incident of Object.values(state.incidents)) {
+      incident.since += incident.since > 0 ? step : 0;
+      incident.toldAt += step;
+      incident.changes = incident.changes.map((at) => at + step);
+      if (incident.outage !== undefined) incident.outage += step;
+    }
+  }
+  return Object.assign(state, { at: now, uptime });
+}
+
+function judgeFaults(judged: Judged): void {
+  const { state, sight, rules, now } = judged;
+  const faults = new Map([...sight.receivers, ...sight.faults].map((fault) => [fault.key, fault]));
+  const limit = rules.minFreePercent + (state.incidents.disk?.status === "fault" ? DISK_MARGIN : 0);
+  if (sight.freePercent !== undefined && rules.minFreePercent > 0 && sight.freePercent < limit) {
+    const text = `${sight.freePercent.toFixed(1)} % of the disk is free, expected ${rules.minFreePercent} %`;
+    faults.set("disk", { key: "disk", title: "Disk nearly full", text });
+  }
+  const known = Object.keys(state.incidents).filter((key) => !key.startsWith("host "));
+  for (const key of new Set([...faults.keys(), ...known])) {
+    const fault = faults.get(key);
+    const incident = incidentOf(state, key, fault?.title ?? "");
+    if (fault) incident.text = fault.text;
+    follow(judged, incident, { status: fault ? "fault" : "ok", since: now, sender: false });
+    if (!fault && incident.told === "ok" && !incident.flapping && incident.changes.length === 0) {
+      delete state.incidents[key];
+    }
+  }
+}
+
+function judgeHosts(judged: Judged): void {
+  const { state, sight, rules } = judged;
+  if (!sight.hosts) return;
+  const sights = new Map(sight.hosts.map((host) => [host.host, host]));
+  const known = Object.keys(state.incidents)
+    .filter((key) => key.startsWith("host "))
+    .map((key) => key.slice(5));
+  for (const host of [...new Set([...rules.expected, ...sights.keys(), ...known])].sort()) {
+    const seen = sights.get(host);
+    if (!seen?.heardAt && !rules.expected.includes(host)) {
+      delete state.incidents[`host ${host}`]; // its records were removed, and nobody asks for it
+      delete state.heard[host];
+      continue;
+    }
+    if (seen && seen.heardAt > 0) hear(judged, seen);
+    const incident = incidentOf(state, `host ${host}`, host);
+    follow(judged, incident, { ...hostStatus(judged, host, seen, incident), sender: true });
+  }
+}
+
+/** Notes when a sender was heard of, and tells of bytes that it lost. */
+function hear({ state, now, changes }: Judged, { host, heardAt, lost, lag: _, lineAt: __ }: HostSight): void {
+  const heard = state.heard[host] ?? { value: 0, at: 0, lost: 0, lostToldAt: 0 };
+  state.heard[host] = heard;
+  if (heard.value !== heardAt) Object.assign(heard, { value: heardAt, at: heardAt });
+  heard.at = Math.min(heard.at, now); // a time in the future is a clock that was set back
+  if (lost < heard.lost) heard.lost = lost; // a new ledger counts anew
+  if (lost > heard.lost && now - heard.lostToldAt >= LOST_AGAIN_MS) {
+    const change = { title: host, text: "", status: "fault", sender: true, since: now } as const;
+    changes.push({ kind: "lost", ...change, bytes: lost - heard.lost });
+    Object.assign(heard, { lost, lostToldAt: now });
+  }
+}
+
+function hostStatus(
+  { state, sight, rules, now }: Judged,
+  host: string,
+  seen: HostSight | undefined,
+  incident: Incident,
+): { status: Status; since: number } {
+  const heard = state.heard[host];
+  if (!heard) return { status: "never", since: now };
+  const threshold = (rules.silentMinutesByHost[host] ?? rules.silentMinutes) * MINUTE_MS;
+  const back = lastReturn(state);
+  if (now - heard.at >= GONE_MS && !rules.expected.includes(host)) return { status: "gone", since: heard.at };
+  if (now - Math.max(heard.at, now - sight.uptime, back) >= threshold) {
+    const down = sight.receivers.map(({ key }) => state.incidents[key]?.since ?? now);
+    const itself = incident.status === "silent" || heard.at >= Math.min(...down); // heard while that was down
+    return itself || down.length === 0
+      ? { status: "silent", since: heard.at }
+      : { status: incident.status, since: incident.since };
+  }
+  if (rules.alertWhenQuiet && seen && heard.value - seen.lineAt >= threshold) {
+    return { status: "quiet", since: seen.lineAt || heard.at };
+  }
+  return { status: "ok", since: heard.at };
+}
+
+/** When a receiver that had not answered was back last. */
+function lastReturn(state: MonitorState): number {
+  const receivers = Object.entries(state.incidents).filter(([key]) => key.startsWith("receiver "));
+  return Math.max(0, ...receivers.map(([, { status, since }]) => (status === "ok" ? since : 0)));
+}
+
+function incidentOf(state: MonitorState, key: string, title: string): Incident {
+  state.incidents[key] ??= { title, text: "", status: "ok", since: 0, told: "ok", toldAt: 0, changes: [] };
+  return state.incidents[key];
+}
+
+/** Takes the subject's present state into its incident, and adds what there is to tell. */
+function follow(
+  judged: Judged,
+  incident: Incident,
+  { status, since, sender }: { status: Status; since: number; sender: boolean },
+): void {
+  const { now, id, changes, references, rules, state } = judged;
+  incident.changes = incident.changes.filter((at) => now - at < FLAP_WITHIN_MS);
+  const outage = incident.outage ?? since;
+  if (status !== incident.status) {
+    Object.assign(incident, { status, since, changes: [...incident.changes, now] });
+    if (status === "ok") delete incident.outage;
+    else incident.outage = outage;
+  }
+  const kind = whatToTell(
+    incident,
+    now,
+    state.queue.length > 0 ? Number.POSITIVE_INFINITY : rules.remindMinutes,
+  );
+  if (!kind) return;
+  if (kind === "opened" && incident.told === "ok") incident.thread = id;
+  else if (incident.thread) references.add(incident.thread);
+  changes.push({
+    kind,
+    title: incident.title,
+    text: incident.text,
+    status,
+    sender,
+    since: incident.outage ?? incident.since,
+    ...(status === "ok" && incident.told !== "never" && { lasted: Math.max(0, since - outage) }),
+  });
+  incident.flapping = kind === "flapping" || (kind === "reminder" && incident.flapping === true);
+  Object.assign(incident, { told: status, toldAt: now });
+}
+
+function whatToTell(incident: Incident, now: number, remindMinutes: number): Change["kind"] | undefined {
+  const { status, told, changes } = incident;
+  const reminderDue = now - incident.toldAt >= remindMinutes * MINUTE_MS;
+  if (incident.flapping) {
+    if (now - (changes.at(-1) ?? 0) >= STEADY_MS) return "steady";
+    return reminderDue ? "reminder" : undefined;
+  }
+  if (status !== told) {
+    if (changes.length >= FLAP_CHANGES) return "flapping";
+    return status === "ok" ? "over" : "opened";
+  }
+  return status !== "ok" && status !== "gone" && reminderDue ? "reminder" : undefined;
+}
+
+/** Puts an alert at the end of the queue. */
+export function enqueue(
+  state: MonitorState,
+  alert: { id: string; at: number; changes: Change[]; references: string[] },
+): void {
+  const counts: Partial<Record<Status, number>> = {};
+  for (const [key, { status }] of Object.entries(state.incidents)) {
+    if (key.startsWith("host ")) counts[status] = (counts[status] ?? 0) + 1;
+  }
+  const last = state.queue.at(-1);
+  const joins = last?.kind === "alert" && !last.mailed && state.queue.length >= QUEUE_LIMIT;
+  if (joins) last.changes.push(...alert.changes);
+  else state.queue.push({ kind: "alert", ...alert, counts });
+}

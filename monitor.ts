@@ -1,0 +1,436 @@
+/**
+ * The monitor: tells by mail when something is wrong, when it is over, and once an hour what came and went.
+ *
+ * A run looks (ledgers, folders, /healthz, disk), judges (a pure function, see lib/incident.ts), puts what is to
+ * be told into a queue, saves, and then sends the queue in order. A notice leaves the queue only after the SMTP
+ * server has accepted it, and that is saved at once. A crash before the first save: the next run sees the
+ * same and makes the same notice. A crash after it: the notice is in the queue and is sent by the next
+ * run. A crash between the server's acceptance and the save: the mail comes twice, with the same Message-ID; never zero
+ * times. A summary stands in the queue as its hour alone, and is written when it is sent.
+ *
+ * One run at a time, by a lock that ends with its process. The exit code is 1 while a mail is not accepted.
+ */
+import { randomBytes } from "node:crypto";
+import { access, constants, lstat, stat, statfs } from "node:fs/promises";
+import { uptime } from "node:os";
+import { dirname, join } from "node:path";
+import { folders, listBatches, listHosts } from "./lib/batch.ts";
+import { type Config, readSecret } from "./lib/config.ts";
+import { reached, readIfExists, writeDurably } from "./lib/durable.ts";
+import {
+  emptyState,
+  enqueue,
+  type Fault,
+  type HostSight,
+  judge,
+  type MonitorState,
+  type Notice,
+  type Sight,
+} from "./lib/incident.ts";
+import { readLedger } from "./lib/ledger.ts";
+import { holdLock } from "./lib/lock.ts";
+import { MailError, sendMail, verifyMail } from "./lib/mail.ts";
+import { type MailText, renderAlert, renderSummary } from "./lib/mailtext.ts";
+import { readForwarderState } from "./lib/report.ts";
+import { followSchedule } from "./lib/schedule.ts";
+import { describe, EXIT, formatDuration, type Log, pause, runScript, type Service } from "./lib/service.ts";
+import { commonOffset, HOUR_MS, lastHourEnd, summariseHour, zoneOffset } from "./lib/summary.ts";
+
+type Options = Config["monitor"];
+const MINUTE_MS = 60_000;
+/** Hours before this are not summarised after a long absence: the records do not reach further by far. */
+const OLDEST_SUMMARY_MS = 7 * 24 * HOUR_MS;
+const HTTP_TIMEOUT_MS = 5_000;
+/** A receiver that is just restarted answers the next of so many questions. */
+const HEALTH_TRIES = 3;
+const HEALTH_PAUSE_MS = 1_000;
+/** A webhook that refuses is tried by every run for so long. */
+const WEBHOOK_PATIENCE_MS = HOUR_MS;
+
+/** What a run is given; `uptime` is that of the machine in milliseconds. */
+export interface MonitorContext {
+  config: Options;
+  log: Log;
+  signal: AbortSignal;
+  now: () => number;
+  uptime?: () => number;
+}
+
+async function main(service: Service<"monitor">): Promise<number> {
+  const { config, flags, log, signal, now } = service;
+  if (flags["test-mail"]) return sendTestMail(service);
+  if (flags.status) return printStatus(service);
+  if (!flags.watch) return (await checkOnce({ config, log, signal, now })) ? EXIT.done : EXIT.failed;
+  await followSchedule(config.schedule, () => checkOnce({ config, log, signal, now }), { log, signal });
+  return EXIT.done;
+}
+
+/**
+ * One run. Gives true when every mail that was due is accepted. Throws an OperatorError when another run is in
+ * progress, and the system's error when the state cannot be saved.
+ */
+export async function checkOnce(context: MonitorContext): Promise<boolean> {
+  const { config, now } = context;
+  const lock = await holdLock(`${config.stateFile}.lock`, "The monitor's state");
+  try {
+    const before = await readState(context);
+    const { sight, offset } = await look(context);
+    const state = judge(before, sight, config, now());
+    queueSummaries(state, { ...context, offset });
+    await saveState(config, state);
+    reached("monitor:queued");
+    await tell(state, context);
+    const healthy = state.queue.every(({ mailed }) => mailed);
+    if (healthy) await beat(context);
+    return healthy;
+  } finally {
+    lock.release();
+  }
+}
+
+/** The state, or that of a first run; an unreadable one is told, and the run starts from what it sees. */
+async function readState({ config, log, now }: MonitorContext): Promise<MonitorState> {
+  const fresh = emptyState(randomBytes(4).toString("hex"));
+  const text = await readIfExists(config.stateFile);
+  if (text === undefined) {
+    log.info("first run: starting from what is seen", { stateFile: config.stateFile });
+    return fresh;
+  }
+  try {
+    const state = JSON.parse(text) as MonitorState;
+    if (state?.version === 1 && state.incidents && state.heard && Array.isArray(state.queue)) return state;
+    throw new Error(`expected version 1, found ${state?.version}`);
+  } catch (error) {
+    log.error("state file unreadable: starting from what is seen", { error: describe(error) });
+    const note = `What was told before ${config.stateFile} became unreadable is not known; it may be told again.`;
+    const change = {
+      kind: "note",
+      title: "Monitor starts anew",
+      text: note,
+      status: "ok",
+      sender: false,
+    } as const;
+    const at = now();
+    enqueue(fresh, {
+      id: `note-${fresh.instance}-${at}`,
+      at,
+      changes: [{ ...change, since: at }],
+      references: [],
+    });
+    return fresh;
+  }
+}
+
+function saveState({ stateFile }: Options, state: MonitorState): Promise<void> {
+  return writeDurably(stateFile, `${JSON.stringify(state)}\n`);
+}
+
+// ---- look
+
+/** What an operator would see, and how far the senders' wall clocks are from UTC. sent/ is never listed. */
+async function look(context: MonitorContext): Promise<{ sight: Sight; offset: number }> {
+  const { config, now, uptime: clock = () => uptime() * 1000 } = context;
+  const sight: Sight = { receivers: await askReceivers(context), faults: [], uptime: clock() };
+  const offsets: (number | undefined)[] = [];
+  try {
+    sight.hosts = [];
+    for (const host of await listHosts(config.dir)) {
+      const { offset, ...seen } = await lookAtHost(config.dir, host);
+      sight.hosts.push(seen);
+      offsets.push(offset);
+    }
+    sight.faults.push(...(await lookAtDelivery(config, now())));
+    const { bavail, blocks } = await statfs(config.dir);
+    sight.freePercent = (100 * bavail) / Math.max(1, blocks);
+  } catch (error) {
+    delete sight.hosts; // nothing can be said of them
+    sight.faults.push({
+      key: "folder",
+      title: "Folder cannot be read",
+      text: `${config.dir}: ${describe(error)}`,
+    });
+  }
+  return { sight, offset: commonOffset(offsets, now()) };
+}
+
+async function lookAtHost(dir: string, host: string): Promise<HostSight & { offset: number | undefined }> {
+  const ledger = await readLedger(folders(dir).host(host));
+  const lag = [...(ledger?.streams.values() ?? [])].reduce((sum, stream) => sum + (stream.lag ?? 0), 0);
+  const { heardAt = 0, lineAt = 0, lost = 0 } = ledger ?? {};
+  return { host, heardAt, lineAt, lost, lag, offset: ledger && zoneOffset(ledger) };
+}
+
+/** What keeps batches from the client: how long the oldest waits, what the forwarder says, what is in failed/. */
+async function lookAtDelivery(config: Options, now: number): Promise<Fault[]> {
+  const faults: Fault[] = [];
+  const limit = config.deliveryMinutes * MINUTE_MS;
+  const waiting = await countWaiting(config.dir);
+  if (waiting.oldest && now - waiting.since > limit) {
+    const text = `${waiting.files} sealed batches wait, the oldest ${waiting.oldest} for ${formatDuration(now - waiting.since)}`;
+    faults.push({ key: "delivery", title: "Delivery is late", text });
+  }
+  const forwarder = await readForwarderState(config.dir);
+  const { kind, text, since } = forwarder?.fault ?? { kind: "", text: "", since: now };
+  const atOnce = kind !== "connection" && kind !== "server"; // those two often mend themselves
+  if (kind && (atOnce || now - since > limit))
+    faults.push({ key: `forwarder ${kind}`, title: FAULT_TITLE[kind], text });
+  const failed = await listBatches(folders(config.dir).failed, "sealed");
+  if (failed[0]) {
+    const reason = forwarder?.failed[failed[0]]?.reason;
+    const count = failed.length === 1 ? failed[0] : `${failed.length} batches, the oldest ${failed[0]}`;
+    faults.push({ key: "failed", title: "Delivery failed", text: reason ? `${count}: ${reason}` : count });
+  }
+  return faults;
+}
+
+const FAULT_TITLE = {
+  connection: "Client's server not reached",
+  server: "Client's server refuses",
+  "host key": "Host key refused",
+  login: "Login at the client's server refused",
+  local: "Forwarder cannot work",
+} as const;
+
+/** The queue of all senders. A rename sets the change time: it tells since when a batch waits. */
+async function countWaiting(dir: string): Promise<{ files: number; since: number; oldest?: string }> {
+  const waiting: { files: number; since: number; oldest?: string } = {
+    files: 0,
+    since: Number.POSITIVE_INFINITY,
+  };
+  for (const host of await listHosts(dir)) {
+    const names = await listBatches(folders(dir).host(host), "sealed");
+    waiting.files += names.length;
+    const oldest = names[0];
+    const info = oldest && (await lstat(join(folders(dir).host(host), oldest)).catch(() => undefined)); // just taken
+    if (info && info.ctimeMs < waiting.since) Object.assign(waiting, { since: info.ctimeMs, oldest });
+  }
+  return waiting;
+}
+
+async function askReceivers({ config, signal }: MonitorContext): Promise<Fault[]> {
+  const faults = await Promise.all(
+    config.receivers.map(async (url): Promise<Fault | undefined> => {
+      const { origin } = new URL(url);
+      let text = "";
+      for (let tries = 0; tries < HEALTH_TRIES; tries++) {
+        if (tries > 0) await pause(HEALTH_PAUSE_MS, signal);
+        try {
+          const answer = await get(`${origin}/healthz`, signal);
+          if (answer.ok) return undefined;
+          text = `${origin}/healthz answers ${answer.status}: ${(await answer.text()).slice(0, 200).trim()}`;
+        } catch (error) {
+          text = `${origin} does not answer: ${describe(error)}`;
+        }
+      }
+      return { key: `receiver ${origin}`, title: `Receiver ${origin} not well`, text };
+    }),
+  );
+  signal.throwIfAborted();
+  return faults.filter((fault) => fault !== undefined);
+}
+
+function get(url: string, signal: AbortSignal): Promise<Response> {
+  return fetch(url, { signal: AbortSignal.any([signal, AbortSignal.timeout(HTTP_TIMEOUT_MS)]) });
+}
+
+// ---- tell
+
+/** Queues the summaries of all hours that have become due since the last one, each once. */
+function queueSummaries(
+  state: MonitorState,
+  { config, log, now, offset }: MonitorContext & { offset: number },
+): void {
+  const due = lastHourEnd(now() - config.summaryMinute * MINUTE_MS, offset);
+  if (state.summarisedUntil === 0) state.summarisedUntil = due; // the first is that of the next hour
+  const oldest = due - OLDEST_SUMMARY_MS;
+  if (state.summarisedUntil < oldest) {
+    log.warn("hours long past are not summarised", { hours: (oldest - state.summarisedUntil) / HOUR_MS });
+    state.summarisedUntil = oldest;
+  }
+  while (state.summarisedUntil + HOUR_MS <= due) {
+    const hourEnd = state.summarisedUntil + HOUR_MS;
+    const id = `summary-${state.instance}-${hourEnd}`;
+    state.queue.push({ kind: "summary", id, at: now(), references: [], hourEnd });
+    state.summarisedUntil = hourEnd;
+  }
+}
+
+/** Sends the queue in order. A server that is down ends the attempt; a mail that it refuses holds up no other. */
+async function tell(state: MonitorState, context: MonitorContext): Promise<void> {
+  const { config, log, signal, now } = context;
+  let mailDown = false;
+  let hookDown = config.webhook === undefined;
+  for (const notice of [...state.queue]) {
+    if (signal.aborted || (mailDown && hookDown)) return;
+    const text = await render(notice, config);
+    if (!notice.mailed && !mailDown) mailDown = !(await mailNotice(notice, text, context));
+    if (!notice.posted && !hookDown) hookDown = !(await postNotice(notice, text, context));
+    const posted = notice.posted || !config.webhook || now() - notice.at > WEBHOOK_PATIENCE_MS;
+    if (config.webhook && posted && !notice.posted) log.warn("webhook given up", { id: notice.id });
+    if (notice.mailed && posted) state.queue.splice(state.queue.indexOf(notice), 1);
+    await saveState(config, state);
+  }
+}
+
+async function render(notice: Notice, config: Options): Promise<MailText> {
+  return notice.kind === "alert"
+    ? renderAlert(notice)
+    : renderSummary(await summariseHour(config, notice.hourEnd));
+}
+
+/** Marks the notice as mailed when the server took it. Gives false when the server takes none. */
+async function mailNotice(
+  notice: Notice,
+  text: MailText,
+  { config, log, signal }: MonitorContext,
+): Promise<boolean> {
+  const { id, at, references } = notice;
+  try {
+    const refused = await sendMail(config.mail, { id, at, references, ...text }, signal);
+    reached("monitor:accepted");
+    notice.mailed = true;
+    log.info("mail sent", { id, subject: text.subject });
+    if (refused.length > 0) log.warn("recipients refused", { id, recipients: refused.join(",") });
+    return true;
+  } catch (error) {
+    log.error("mail not accepted; the next run tries again", { id, error: describe(error) });
+    return error instanceof MailError && error.permanent;
+  }
+}
+
+/** The mail's content as JSON. Its address may hold a secret and is never told. */
+async function postNotice(
+  notice: Notice,
+  { subject, text }: MailText,
+  { config, log, signal }: MonitorContext,
+): Promise<boolean> {
+  const { mailed: _, posted: __, references: ___, ...content } = notice;
+  try {
+    const answer = await fetch(config.webhook ?? "", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ subject, text, ...content }),
+      signal: AbortSignal.any([signal, AbortSignal.timeout(HTTP_TIMEOUT_MS)]),
+    });
+    if (!answer.ok) throw new Error(`it answers ${answer.status}`);
+    notice.posted = true;
+    return true;
+  } catch (error) {
+    log.warn("webhook not reached; the next run tries again", { id: notice.id, error: withoutUrl(error) });
+    return false;
+  }
+}
+
+/** Tells whoever watches the monitor that it is alive. */
+async function beat({ config, log, signal }: MonitorContext): Promise<void> {
+  if (!config.heartbeatUrl) return;
+  try {
+    const answer = await get(config.heartbeatUrl, signal);
+    if (!answer.ok) throw new Error(`it answers ${answer.status}`);
+  } catch (error) {
+    log.warn("heartbeat not delivered", { error: withoutUrl(error) });
+  }
+}
+
+function withoutUrl(error: unknown): string {
+  return describe(error).replace(/https?:\/\/\S+/g, "…");
+}
+
+// ---- flags
+
+async function sendTestMail({ config, log, signal, now }: Service<"monitor">): Promise<number> {
+  const at = now();
+  const text = "If you can read this, alerts will arrive too.";
+  const fact = { kind: "note", title: "Test mail", text, status: "ok", sender: false, since: at } as const;
+  const notice: Notice = { kind: "alert", id: `test-${at}`, at, references: [], changes: [fact], counts: {} };
+  return (await mailNotice(notice, renderAlert(notice), { config, log, signal, now })) && notice.mailed
+    ? EXIT.done
+    : EXIT.failed;
+}
+
+async function printStatus(service: Service<"monitor">): Promise<number> {
+  const { config, now } = service;
+  const before = await readState(service);
+  const { sight } = await look(service);
+  const state = judge(before, sight, config, now());
+  const ago = (at: number) => (at > 0 ? `${formatDuration(now() - at)} ago` : "never");
+  const seen = new Map((sight.hosts ?? []).map((host) => [host.host, host]));
+  const rows = [["SENDER", "STATE", "HEARD", "LAST LINE", "LAG", "LOST"]];
+  const faults: string[] = [];
+  for (const [key, incident] of Object.entries(state.incidents)) {
+    const { status, title, text, flapping } = incident;
+    if (!key.startsWith("host ")) {
+      if (status === "fault") faults.push(`${title}: ${text}`);
+      continue;
+    }
+    const { heardAt = 0, lineAt = 0, lag = 0, lost = 0 } = seen.get(title) ?? {};
+    const threshold = (config.silentMinutesByHost[title] ?? config.silentMinutes) * MINUTE_MS;
+    const shown = status === "ok" && heardAt - lineAt >= threshold ? "quiet" : status;
+    rows.push([
+      title,
+      flapping ? `${shown}, flapping` : shown,
+      ago(heardAt),
+      ago(lineAt),
+      `${lag}`,
+      `${lost}`,
+    ]);
+  }
+  const widths = rows[0]?.map((_, i) => Math.max(...rows.map((row) => row[i]?.length ?? 0))) ?? [];
+  const lines = rows.map((row) =>
+    row
+      .map((cell, i) => cell.padEnd(widths[i] ?? 0))
+      .join("  ")
+      .trimEnd(),
+  );
+  const queue = state.queue.filter(({ mailed }) => !mailed).length;
+  lines.push(
+    "",
+    faults.length > 0 ? faults.join("\n") : "Receiver, delivery and disk: ok",
+    `Mails waiting: ${queue}`,
+  );
+  process.stdout.write(`${lines.join("\n")}\n`);
+  return EXIT.done;
+}
+
+/** What only this host can tell of the config; with `connect` also whether the mail server lets us in. */
+async function check({ config, signal }: Service<"monitor">, connect: boolean): Promise<string[]> {
+  const faults: string[] = [];
+  const find = async (key: string, what: string, work: () => unknown) => {
+    try {
+      await work();
+    } catch (error) {
+      faults.push(`monitor.${key}: ${what} (${describe(error)})`);
+    }
+  };
+  const stateFolder = dirname(config.stateFile);
+  await find("dir", `${config.dir}: expected a folder that can be read`, () =>
+    access(config.dir, constants.R_OK | constants.X_OK),
+  );
+  await find("stateFile", `${stateFolder}: expected a folder that can be written`, async () => {
+    await access(stateFolder, constants.W_OK | constants.X_OK);
+    if (!(await stat(stateFolder)).isDirectory()) throw new Error("not a folder");
+  });
+  const { password, ca } = config.mail;
+  if (password) await find("mail.password", "expected a secret that can be read", () => readSecret(password));
+  if (ca) await find("mail.ca", `${ca}: expected a file that can be read`, () => access(ca, constants.R_OK));
+  if (connect && faults.length === 0) {
+    await find("mail.smtp", "expected a server that lets us in", () => verifyMail(config.mail, signal));
+  }
+  return faults;
+}
+
+if (import.meta.main) {
+  await runScript(
+    {
+      name: "monitor",
+      about: "Tells by mail what is wrong and what was delivered; one check (for cron), or --watch.",
+      flags: {
+        watch: "stay and follow monitor.schedule",
+        status: "print what is seen now, as a table; tells nobody",
+        "test-mail": "send a mail to show that mails arrive, exit",
+      },
+      check,
+    },
+    main,
+  );
+}
