@@ -1,0 +1,281 @@
+/**
+ * The chaos run: `npm run chaos -- --minutes 5 --seed 1 [--json FILE] [--keep]`.
+ *
+ * Starts the whole pipeline on real parts, lets a seeded adversary loose on it, then lets everything settle
+ * and has an independent checker compare what was written with what lies on the client. Every count of the
+ * last table must be 0, otherwise the exit code is 1 and the folder with all logs is kept. The same seed plans
+ * the same faults again.
+ */
+import { mkdtempSync, readdirSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { type Adversary, type Outage, unleash } from "./adversary.ts";
+import { checkDelivery, type Verdict } from "./checker.ts";
+import type { Mail } from "./mailbox.ts";
+import { type Pipeline, startPipeline, unmountDisk } from "./pipeline.ts";
+import { createRandom } from "./random.ts";
+import { createScreen, type Screen } from "./screen.ts";
+
+/** How a run is made. */
+export interface ChaosOptions {
+  minutes: number;
+  seed: number;
+  linesPerSecond: number;
+  /** Keeps the folder also when all is well. */
+  keep: boolean;
+}
+
+/** What came of it. */
+export interface ChaosResult extends Verdict {
+  seed: number;
+  minutes: number;
+  written: number;
+  /** Silenced hosts without a mail that says so, or without one that says it is back. */
+  mailsMissing: number;
+  /** More mails about an outage than the kills of the monitor can explain. */
+  mailsTwice: number;
+  /** Processes that ended without being told to. */
+  crashes: number;
+  /** Processes that did not end with 0 within 5 seconds of SIGTERM. */
+  badExits: number;
+  kills: number;
+  faults: Record<string, number>;
+  /** How long it took from the last line to its delivery. */
+  settledSeconds: number;
+  passed: boolean;
+  folder: string;
+  target: string;
+}
+
+/** Counts that must be 0. */
+const ZEROS = [
+  "missing",
+  "twice",
+  "misfiled",
+  "outOfOrder",
+  "corrupt",
+  "stray",
+  "misreported",
+  "mailsMissing",
+  "mailsTwice",
+  "crashes",
+  "badExits",
+] as const;
+
+const DISK_MIB = 384;
+/** When nothing more arrives for so long after the end, the rest is missing. */
+const SETTLE_MS = 45_000;
+
+/** One run from start to verdict. */
+export async function runChaos(options: ChaosOptions, screen: Screen): Promise<ChaosResult> {
+  const folder = mkdtempSync(join(tmpdir(), "log-rt-sync-chaos-"));
+  const random = createRandom(options.seed);
+  const pipeline = await startPipeline({
+    folder,
+    random,
+    linesPerSecond: options.linesPerSecond,
+    diskMiB: DISK_MIB,
+  });
+  const started = Date.now();
+  const seconds = () => ((Date.now() - started) / 1000).toFixed(1);
+  const adversary = unleash(pipeline, random, options.minutes * 60_000, (text) =>
+    screen.note(seconds(), text),
+  );
+  screen.watch(() => describeProgress(pipeline, adversary, started, options.minutes));
+  try {
+    await adversary.finished;
+    screen.note(seconds(), "the adversary is done; writers stop, everything settles");
+    for (const writer of pipeline.writers) await writer.stop();
+    const ended = Date.now();
+    await settle(pipeline);
+    const settledSeconds = Math.round((Date.now() - ended) / 1000);
+    const exits = await Promise.all(pipeline.processes.map((one) => one.stop()));
+    screen.end();
+    return judge(options, pipeline, adversary, { folder, exits, settledSeconds });
+  } finally {
+    screen.end();
+    await Promise.all(pipeline.processes.map((one) => one.stop()));
+    await pipeline.close();
+    writeFileSync(join(folder, "actions.log"), `${adversary.history.join("\n")}\n`);
+    if (pipeline.hasOwnDisk) await keepAndUnmount(folder);
+  }
+}
+
+/** Waits until as many bytes as were written lie at the client and no batch waits, or nothing moves any more. */
+async function settle(pipeline: Pipeline): Promise<void> {
+  let bytes = -1;
+  for (let since = Date.now(); Date.now() - since < SETTLE_MS; await sleep(250)) {
+    const now = folderBytes(pipeline.client);
+    if (now !== bytes) since = Date.now();
+    bytes = now;
+    if (bytes >= writtenBytes(pipeline) && countWaiting(pipeline.server) === 0) {
+      await sleep(2500); // what comes twice comes now
+      if (folderBytes(pipeline.client) === bytes) return;
+    }
+  }
+}
+
+interface Ending {
+  folder: string;
+  exits: { code: number | string; ms: number }[];
+  settledSeconds: number;
+}
+
+function judge(options: ChaosOptions, pipeline: Pipeline, adversary: Adversary, ending: Ending): ChaosResult {
+  const written = pipeline.writers.map(({ host, lines }) => ({ host, lines }));
+  const verdict = checkDelivery(pipeline.client, written, pipeline.report);
+  const mails = checkMails(pipeline.mailbox.mails, adversary.outages, pipeline.monitor.kills);
+  const counts = {
+    ...verdict,
+    mailsMissing: mails.missing,
+    mailsTwice: mails.twice,
+    crashes: pipeline.processes.reduce((sum, one) => sum + one.crashes, 0),
+    badExits: ending.exits.filter(({ code, ms }) => code !== 0 || ms > 5000).length,
+  };
+  return {
+    seed: options.seed,
+    minutes: options.minutes,
+    written: written.reduce((sum, { lines }) => sum + lines, 0),
+    ...counts,
+    examples: [...verdict.examples, ...mails.examples],
+    kills: pipeline.processes.reduce((sum, one) => sum + one.kills, 0),
+    faults: adversary.counts,
+    settledSeconds: ending.settledSeconds,
+    passed: ZEROS.every((name) => counts[name] === 0),
+    folder: ending.folder,
+    target: pipeline.downlink ? "sftp:// (OpenSSH)" : "file://",
+  };
+}
+
+/**
+ * Each outage must be told at least once when it began and at least once when it was over. A kill of the monitor
+ * between a mail and its state repeats that mail, by design; more repeats than kills are a fault.
+ */
+export function checkMails(mails: Mail[], outages: Outage[], monitorKills: number) {
+  const result = { missing: 0, twice: 0, examples: [] as string[] };
+  for (const { host, from, to } of outages) {
+    const about = mails.filter(({ subject, text }) => `${subject}\n${text}`.includes(host));
+    const told = about.filter(({ at }) => at >= from && at <= to);
+    const over = about.filter(({ at }) => at > to);
+    for (const [what, found] of [
+      ["is silent", told],
+      ["is back", over],
+    ] as const) {
+      if (found.length === 0) {
+        result.missing++;
+        result.examples.push(`mailsMissing: none that says ${host} ${what}`);
+      }
+    }
+    const same = told.length - new Set(told.map(({ subject, text }) => subject + text)).size;
+    if (same > monitorKills) {
+      result.twice += same - monitorKills;
+      result.examples.push(`mailsTwice: ${same} repeats about ${host}`);
+    }
+  }
+  return result;
+}
+
+/** Open and sealed batches that have not been delivered. */
+function countWaiting(server: string): number {
+  let count = 0;
+  for (const entry of readdirSync(server, { withFileTypes: true })) {
+    if (!entry.isDirectory() || entry.name === "sent") continue;
+    count += readdirSync(join(server, entry.name)).filter((name) => /\.log(\.part)?$/.test(name)).length;
+  }
+  return count;
+}
+
+function folderBytes(folder: string): number {
+  let bytes = 0;
+  for (const name of readdirSync(folder)) {
+    try {
+      bytes += statSync(join(folder, name)).size;
+    } catch {
+      // renamed just now
+    }
+  }
+  return bytes;
+}
+
+function writtenBytes(pipeline: Pipeline): number {
+  return pipeline.writers.reduce((sum, { bytes }) => sum + bytes, 0);
+}
+
+function describeProgress(
+  pipeline: Pipeline,
+  adversary: Adversary,
+  started: number,
+  minutes: number,
+): string[] {
+  const lines = pipeline.writers.reduce((sum, writer) => sum + writer.lines, 0);
+  const bytes = writtenBytes(pipeline);
+  const there = folderBytes(pipeline.client);
+  const kills = pipeline.processes.reduce((sum, one) => sum + one.kills, 0);
+  const dead = pipeline.processes.filter(({ pid }) => pid === undefined).map(({ name }) => name);
+  return [
+    `${Math.round((Date.now() - started) / 1000)} of ${Math.round(minutes * 60)} s   ${adversary.history.length} faults, ${kills} kills`,
+    `${lines.toLocaleString("en")} lines written, ${(bytes / 1e6).toFixed(1)} MB   ${(there / 1e6).toFixed(1)} MB at the client`,
+    `down: ${dead.join(", ") || "none"}   waiting batches: ${countWaiting(pipeline.server)}   mails: ${pipeline.mailbox.mails.length}`,
+  ];
+}
+
+/** The disk of the run goes; what a person would look at is copied beside it first. */
+async function keepAndUnmount(folder: string): Promise<void> {
+  const { cp } = await import("node:fs/promises");
+  await cp(join(folder, "server"), join(folder, "server-kept"), { recursive: true });
+  unmountDisk(join(folder, "server"));
+}
+
+/** The last table. */
+export function formatResult(result: ChaosResult): string {
+  const rows: [string, string | number][] = [
+    ["lines written", result.written.toLocaleString("en")],
+    ["lines at the client", result.lines.toLocaleString("en")],
+    ["files at the client", result.files],
+    ["delivered over", result.target],
+    ["processes killed", result.kills],
+    ["settled after", `${result.settledSeconds} s`],
+    ...Object.entries(result.faults).map(([name, count]): [string, number] => [`fault: ${name}`, count]),
+    ...ZEROS.map((name): [string, number] => [name, result[name]]),
+  ];
+  const width = Math.max(...rows.map(([name]) => name.length));
+  const table = rows.map(([name, value]) => `  ${name.padEnd(width)}  ${String(value).padStart(12)}`);
+  const examples = result.examples.map((example) => `  ${example}`);
+  const verdict = result.passed ? "PASS: all zeros" : `FAIL: everything is kept in ${result.folder}`;
+  return [`seed ${result.seed}, ${result.minutes} min`, ...table, ...examples, verdict, ""].join("\n");
+}
+
+function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
+}
+
+const USAGE = `Usage: npm run chaos -- [--minutes N] [--seed N] [--rate LINES_PER_SECOND] [--json FILE] [--keep]\n`;
+
+async function main(): Promise<number> {
+  const options = {
+    minutes: { type: "string", default: "5" },
+    seed: { type: "string", default: "1" },
+    rate: { type: "string", default: "4000" },
+    json: { type: "string" },
+    keep: { type: "boolean", default: false },
+    help: { type: "boolean", default: false },
+  } as const;
+  const { values } = parseArgs({ options });
+  const [minutes, seed, linesPerSecond] = [values.minutes, values.seed, values.rate].map(Number) as [
+    number,
+    number,
+    number,
+  ];
+  if (values.help || !(minutes > 0) || !Number.isInteger(seed) || !(linesPerSecond > 0)) {
+    process.stdout.write(USAGE);
+    return values.help ? 0 : 2;
+  }
+  const result = await runChaos({ minutes, seed, linesPerSecond, keep: values.keep }, createScreen());
+  process.stdout.write(formatResult(result));
+  if (values.json) writeFileSync(values.json, `${JSON.stringify(result, null, 2)}\n`);
+  if (result.passed && !values.keep) rmSync(result.folder, { recursive: true, force: true });
+  return result.passed ? 0 : 1;
+}
+
+if (import.meta.main) process.exit(await main());
