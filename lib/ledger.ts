@@ -136,10 +136,18 @@ export function applyRecord(ledger: Ledger, record: LedgerRecord): void {
   for (const name of record.closed ?? []) ledger.open.delete(name);
 }
 
-/** What `lines` more lines at the time `at` make of that minute's count: the `minutes` of a commit's record. */
-export function countMinute(ledger: Ledger, lines: number, at: number): Record<string, number> {
+/**
+ * What `lines` more lines at the time `at` make of that minute's count: the `minutes` of a commit's record.
+ * `counted` is what the same commit has counted so far.
+ */
+export function countMinute(
+  ledger: Ledger,
+  lines: number,
+  at: number,
+  counted: LedgerRecord["minutes"] = {},
+): Record<string, number> {
   const minute = Math.floor(at / 60_000);
-  return { [minute]: (ledger.minutes.get(minute) ?? 0) + lines };
+  return { ...counted, [minute]: (counted[minute] ?? ledger.minutes.get(minute) ?? 0) + lines };
 }
 
 /** The whole ledger as one record, for compaction. */

@@ -28,6 +28,7 @@ import { dashedHost, formatBatchName, LEDGER, parseBatchName, withState } from "
 import { makeFolder, moveDurably, reached, writeDurably } from "./durable.ts";
 import {
   applyRecord,
+  countMinute,
   formatRecord,
   type Ledger,
   type LedgerRecord,
@@ -164,7 +165,10 @@ export class Sender {
     const stream: Stream = { ...known, offset: chunk.end, at: now };
     if (chunk.lag !== undefined) stream.lag = chunk.lag;
     const lines = chunk.body.length > 0 ? this.#stageLines(chunk, stream, now) : 0;
-    if (lines > 0) this.#change.lineAt = now;
+    if (lines > 0) {
+      this.#change.lineAt = now;
+      this.#change.minutes = countMinute(this.ledger, lines, now, this.#change.minutes);
+    }
     this.#streams.set(chunk.stream, stream);
     return { conflict: false, lines, offset: chunk.end };
   }
