@@ -20,8 +20,10 @@ import { createStore, type Store, StoreError } from "./lib/commit.ts";
 import type { Config } from "./lib/config.ts";
 import { makeFolder } from "./lib/durable.ts";
 import { holdLock } from "./lib/lock.ts";
+import { pageHeaders, renderPage } from "./lib/page.ts";
 import { type Server, serve } from "./lib/serve.ts";
 import { describe, EXIT, loop, OperatorError, runScript, type Service, VERSION } from "./lib/service.ts";
+import { createStatusReader } from "./lib/status.ts";
 import { createWindowFinder } from "./lib/timestamp.ts";
 
 type ReceiverConfig = Config["receiver"];
@@ -108,6 +110,9 @@ export function createApp(config: ReceiverConfig, { access, store }: Parts) {
   const app = new Hono<{ Bindings: Arrival }>();
 
   app.get("/healthz", (c) => c.json({ status: "ok", version: VERSION }));
+
+  const readStatus = createStatusReader(config, { ledgerOf: (host) => store.senders.get(host)?.ledger });
+  app.get("/", async (c) => c.body(renderPage(await readStatus()), 200, pageHeaders));
 
   // Hono answers HEAD with what GET would, without the body.
   app.get(UPLOAD_PATH, async (c) => {
