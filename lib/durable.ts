@@ -5,7 +5,7 @@
  * old content or the new one, never a part. A temp file has a fixed name, so a stale one is overwritten by
  * the next save and never piles up; whoever saves a path owns it (one process, by lock).
  */
-import { constants } from "node:fs";
+import { constants, fdatasyncSync } from "node:fs";
 import { type FileHandle, lstat, mkdir, open, readFile, rename, rm } from "node:fs/promises";
 import { dirname } from "node:path";
 
@@ -52,6 +52,23 @@ export async function moveDurably(from: string, to: string): Promise<void> {
   if (dirname(from) !== dirname(to)) await syncFolder(dirname(from));
 }
 
+/**
+ * The same for many files, each folder synced once. All or some of the moves are done when it throws; which,
+ * the folders tell.
+ */
+export async function moveAllDurably(moves: { from: string; to: string }[]): Promise<void> {
+  const changed = new Set<string>();
+  try {
+    for (const { from, to } of moves) {
+      if (await exists(to)) throw new Error(`Cannot move "${from}": "${to}" exists already`);
+      await rename(from, to);
+      changed.add(dirname(to)).add(dirname(from));
+    }
+  } finally {
+    for (const folder of changed) await syncFolder(folder);
+  }
+}
+
 /** Removes a file and syncs its folder; a file that is gone already is not an error. */
 export async function removeDurably(path: string): Promise<void> {
   await rm(path, { force: true });
@@ -91,6 +108,33 @@ export async function writeFully(file: FileHandle, data: Uint8Array, position: n
     if (bytesWritten === 0) throw new Error(`Cannot write: 0 of ${data.length - done} bytes were taken`);
     done += bytesWritten;
   }
+}
+
+/**
+ * Writes a stream to the file at `path`, from nothing, on stable storage when it returns. Gives the number of
+ * bytes written and the size that the file then has. The name itself is not synced: it is a temp name.
+ */
+export async function writeStream(
+  path: string,
+  chunks: AsyncIterable<Uint8Array>,
+): Promise<{ written: number; size: number }> {
+  const file = await open(path, "w", 0o640);
+  try {
+    let written = 0;
+    for await (const chunk of chunks) {
+      await writeFully(file, chunk, written);
+      written += chunk.length;
+    }
+    await file.sync();
+    return { written, size: (await file.stat()).size };
+  } finally {
+    await file.close();
+  }
+}
+
+/** Makes the data of an open file survive a power loss, in place: the caller waits for the disk. */
+export function syncData(fd: number): void {
+  fdatasyncSync(fd);
 }
 
 /** Creates a folder and its parents, on stable storage when it returns. */

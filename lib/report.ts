@@ -96,7 +96,8 @@ export async function readReportTail(path: string, bytes = 1_048_576): Promise<R
 }
 
 /** What holds up all deliveries, in the order in which one meets them. */
-export type FaultKind = "connection" | "host key" | "login" | "server" | "local";
+export const FAULT_KINDS = ["connection", "host key", "login", "server", "local"] as const;
+export type FaultKind = (typeof FAULT_KINDS)[number];
 
 /** The forwarder's state, for the monitor and `--status`. Times are milliseconds since the epoch. */
 export interface ForwarderState {
