@@ -10,39 +10,55 @@
  * offset that is committed already: 409, and the shipper goes on from there. So nothing is lost or doubled.
  * A batch is sealed (its name recorded as used up, then `.part` renamed) when its window is over and quiet.
  */
+import { readFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { Hono } from "hono";
+import { type Context, Hono, type Next } from "hono";
 import { type Access, type Arrival, createAccess } from "./lib/access.ts";
-import { readBody } from "./lib/body.ts";
+import { createIntake } from "./lib/body.ts";
 import { HEADER, parseChunkHeaders, parseStreamHeaders, UPLOAD_PATH, WireError } from "./lib/chunk.ts";
 import { createStore, type Store, StoreError } from "./lib/commit.ts";
-import type { Config } from "./lib/config.ts";
+import { type Config, readSecret } from "./lib/config.ts";
 import { makeFolder } from "./lib/durable.ts";
+import { LEGACY_STREAM, parseLegacy } from "./lib/legacy.ts";
 import { holdLock } from "./lib/lock.ts";
+import { createMetrics, METRICS_TYPE, type Metrics } from "./lib/metrics.ts";
 import { pageHeaders, renderPage } from "./lib/page.ts";
-import { type Server, serve } from "./lib/serve.ts";
-import { describe, EXIT, loop, OperatorError, runScript, type Service, VERSION } from "./lib/service.ts";
-import { createStatusReader } from "./lib/status.ts";
+import { type ServeOptions, type Server, serve } from "./lib/serve.ts";
+import {
+  describe,
+  EXIT,
+  type Log,
+  loop,
+  OperatorError,
+  pause,
+  runScript,
+  type Service,
+  VERSION,
+} from "./lib/service.ts";
+import { createStatusReader, type Status } from "./lib/status.ts";
 import { createWindowFinder } from "./lib/timestamp.ts";
 
 type ReceiverConfig = Config["receiver"];
 
 const SEAL_EVERY_MS = 1000;
 const RETRY_AFTER_SECONDS = "1";
+/** How long open connections may take to end after SIGTERM; what is in hand is answered long before. */
+const CLOSE_MS = 2000;
 
 async function main(service: Service<"receiver">): Promise<number> {
-  const { config, log, signal } = service;
+  const { config, log, now, signal } = service;
   const groups = servedGroups(service);
-  await lockGroups(service, groups);
-  const access = createAccess(config);
-  const store = openStore(service);
-  await store.start((host) => groups.includes(Math.max(0, access.groupOf(host))));
-  const app = createApp(config, { access, store });
-  const servers = groups.map((group) => listen(service, group, app));
-  await loop(() => store.seal(), { everyMs: SEAL_EVERY_MS, signal });
-  await Promise.all(servers.map((server) => server.close()));
-  await store.close();
+  const tls = readTls(config);
+  await prepareFolder(config);
+  await lockGroups(config, groups);
+  const receiver = createReceiver(config, { log, now, signal });
+  await receiver.store.start((host) => groups.includes(Math.max(0, receiver.access.groupOf(host))));
+  const app = createApp(config, receiver);
+  const servers = groups.map((group) => listen(service, group, app, tls));
+  await loop(() => receiver.store.seal(), { everyMs: SEAL_EVERY_MS, signal });
+  await Promise.race([Promise.all(servers.map((server) => server.close())), pause(CLOSE_MS)]);
+  await receiver.store.close();
   log.info("receiver stopped");
   return EXIT.done;
 }
@@ -57,31 +73,47 @@ function servedGroups({ config, configFile, flags }: Service<"receiver">): numbe
   throw new OperatorError(`No group has port ${flags.port}: ${configFile} has groups of ports ${ports}`);
 }
 
-/** One process per group: a second one on the same folder and port says so and ends. */
-async function lockGroups({ config }: Service<"receiver">, groups: number[]): Promise<void> {
-  const probe = join(config.dir, ".receiver-probe");
+/** Throws an OperatorError when a file of `tls` cannot be read. */
+function readTls({ tls }: ReceiverConfig): ServeOptions["tls"] {
+  if (!tls) return undefined;
+  const read = (path: string) => {
+    try {
+      return readFileSync(path, "utf8");
+    } catch (error) {
+      throw new OperatorError(`Cannot read receiver.tls file ${path}: ${describe(error)}`);
+    }
+  };
+  const { cert, key, clientCa } = tls;
+  return { cert: read(cert), key: read(key), ...(clientCa && { clientCa: read(clientCa) }) };
+}
+
+/** Throws an OperatorError when the folder cannot be made or written to. */
+async function prepareFolder({ dir }: ReceiverConfig): Promise<void> {
+  const probe = join(dir, ".receiver-probe");
   try {
-    await makeFolder(config.dir);
+    await makeFolder(dir);
     await writeFile(probe, "");
     await rm(probe, { force: true });
   } catch (error) {
-    throw new OperatorError(`Cannot write to receiver.dir ${config.dir}: ${describe(error)}`);
-  }
-  for (const index of groups) {
-    const port = config.groups[index]?.port;
-    await holdLock(join(config.dir, `.receiver-${port}.lock`), `The group of port ${port}`);
+    throw new OperatorError(`Cannot write to receiver.dir ${dir}: ${describe(error)}`);
   }
 }
 
-function openStore({ config, log, now }: Service<"receiver">): Store {
-  const findWindow = createWindowFinder(config.windowMinutes, config.timestampPattern);
-  return createStore({ ...config, findWindow, log, now });
+/** One process per group: a second one on the same folder and port says so and ends. */
+async function lockGroups({ dir, groups }: ReceiverConfig, own: number[]): Promise<void> {
+  for (const index of own) {
+    const port = groups[index]?.port;
+    await holdLock(join(dir, `.receiver-${port}.lock`), `The group of port ${port}`);
+  }
 }
+
+type App = ReturnType<typeof createApp>;
 
 function listen(
   { config, log }: Service<"receiver">,
   group: number,
-  app: ReturnType<typeof createApp>,
+  app: App,
+  tls: ServeOptions["tls"],
 ): Server {
   const port = config.groups[group]?.port ?? 0;
   try {
@@ -90,29 +122,52 @@ function listen(
       port,
       maxBodyBytes: config.maxBodyBytes,
       idleTimeoutSeconds: config.idleTimeoutSeconds,
+      ...(tls && { tls }),
       fetch: (request, peer) => app.fetch(request, { peer, group }),
     });
-    log.info("receiver listens", { address: config.listen, port: server.port });
+    log.info("receiver listens", { address: config.listen, port: server.port, tls: tls !== undefined });
     return server;
   } catch (error) {
     throw new OperatorError(`Cannot listen on ${config.listen} port ${port}: ${describe(error)}`);
   }
 }
 
-/** What the app works with. */
-export interface Parts {
+/** What the app works with: who may come in, what is stored, what is told. */
+export interface Receiver {
   access: Access;
   store: Store;
+  metrics: Metrics;
+  status: () => Promise<Status>;
+  log: Log;
+  signal: AbortSignal;
+}
+
+/** The receiver without its ports. Nothing is on disk before the store is started or a chunk comes. */
+export function createReceiver(
+  config: ReceiverConfig,
+  { log, now, signal }: { log: Log; now: () => number; signal: AbortSignal },
+): Receiver {
+  const metrics = createMetrics();
+  const findWindow = createWindowFinder(config.windowMinutes, config.timestampPattern);
+  const store = createStore({ ...config, findWindow, log, now, onCommit: metrics.commit });
+  const status = createStatusReader(config, {
+    now,
+    ledgerOf: (host) => store.senders.get(host)?.ledger,
+  });
+  return { access: createAccess(config), store, metrics, status, log, signal };
 }
 
 /** The HTTP side: one app for all ports; the server tells by which a request came. */
-export function createApp(config: ReceiverConfig, { access, store }: Parts) {
+export function createApp(config: ReceiverConfig, { access, store, metrics, status, log, signal }: Receiver) {
   const app = new Hono<{ Bindings: Arrival }>();
+  const intake = createIntake(config);
+
+  app.use(async (_, next) => {
+    if (signal.aborted) throw new WireError(503, "shutting down");
+    await next();
+  });
 
   app.get("/healthz", (c) => c.json({ status: "ok", version: VERSION }));
-
-  const readStatus = createStatusReader(config, { ledgerOf: (host) => store.senders.get(host)?.ledger });
-  app.get("/", async (c) => c.body(renderPage(await readStatus()), 200, pageHeaders));
 
   // Hono answers HEAD with what GET would, without the body.
   app.get(UPLOAD_PATH, async (c) => {
@@ -123,26 +178,83 @@ export function createApp(config: ReceiverConfig, { access, store }: Parts) {
     return offset === undefined ? c.body(null, 404) : c.body(null, 200, { [HEADER.offset]: String(offset) });
   });
 
-  app.post(UPLOAD_PATH, async (c) => {
+  app.post(UPLOAD_PATH, (c) => {
+    const type = (c.req.header("Content-Type") ?? "").split(";")[0]?.trim().toLowerCase();
+    if (type === "text/plain") return takeChunk(c);
+    if (type === "application/json") return takeLegacy(c);
+    throw new WireError(415, `Content-Type ${JSON.stringify(type)} is not known; expected text/plain`);
+  });
+
+  async function takeChunk(c: Context<{ Bindings: Arrival }>): Promise<Response> {
     const { headers } = c.req.raw;
     const chunk = parseChunkHeaders(headers);
     access.authorise(chunk.host, headers, c.env);
-    const body = await readBody(c.req.raw, { maxBytes: config.maxBodyBytes });
-    const { conflict, lines, offset } = await store.commit({ ...chunk, body });
-    c.header(HEADER.offset, String(offset));
-    if (conflict) return c.text(`stream ${chunk.stream} is at ${offset}\n`, 409);
-    return c.json({ lines, offset });
-  });
+    return intake.take(c.req.raw, async (body) => {
+      const range = chunk.end - chunk.offset;
+      if (body.length > range)
+        throw new WireError(400, `body has ${body.length} bytes, its range only ${range}`);
+      const outcome = await store.commit({ ...chunk, body });
+      metrics.chunk(chunk.host, body.length, outcome);
+      const { conflict, lines, offset } = outcome;
+      c.header(HEADER.offset, String(offset));
+      return conflict ? c.text(`stream ${chunk.stream} is at ${offset}\n`, 409) : c.json({ lines, offset });
+    });
+  }
+
+  async function takeLegacy(c: Context<{ Bindings: Arrival }>): Promise<Response> {
+    const { headers } = c.req.raw;
+    access.checkLegacy(headers, c.env);
+    return intake.take(c.req.raw, async (json) => {
+      const { host, body } = parseLegacy(json);
+      access.authoriseLegacy(host, headers, c.env);
+      const outcome = await store.commit({ host, stream: LEGACY_STREAM, body });
+      metrics.chunk(host, body.length, outcome);
+      return c.text(`OK - ${outcome.lines} lines`);
+    });
+  }
+
+  app.use("/", watchersOnly);
+  app.use("/metrics", watchersOnly);
+  app.get("/", async (c) => c.body(renderPage(await status()), 200, pageHeaders));
+  app.get("/metrics", async (c) =>
+    c.body(metrics.render(await status(), intake), 200, { "Content-Type": METRICS_TYPE }),
+  );
+
+  async function watchersOnly(c: Context<{ Bindings: Arrival }>, next: Next): Promise<void> {
+    if (!access.mayWatch(c.req.raw.headers, c.env))
+      throw new WireError(401, "a token is required, or loopback");
+    await next();
+  }
 
   app.notFound((c) => c.text(`there is no ${c.req.method} ${c.req.path}\n`, 404));
 
   app.onError((error, c) => {
-    if (!(error instanceof WireError || error instanceof StoreError)) throw error;
-    if (error.status === 401) c.header("WWW-Authenticate", "Bearer");
+    if (!(error instanceof WireError || error instanceof StoreError)) {
+      log.error("request failed", { path: c.req.path, error: describe(error) });
+      return c.text("the receiver has a fault; see its log\n", 500);
+    }
+    metrics.refused(error.status);
+    if (error.status === 401) c.header("WWW-Authenticate", c.req.path === UPLOAD_PATH ? "Bearer" : "Basic");
     if (error.status === 503) c.header("Retry-After", RETRY_AFTER_SECONDS);
     return c.text(`${error.message}\n`, error.status as 400);
   });
   return app;
+}
+
+/** What only this host can tell, for `--check`. */
+async function checkReceiver({ config }: Service<"receiver">): Promise<string[]> {
+  const faults: string[] = [];
+  const attempt = async (work: () => unknown) => {
+    try {
+      await work();
+    } catch (error) {
+      faults.push(describe(error));
+    }
+  };
+  await attempt(() => prepareFolder(config));
+  await attempt(() => readTls(config));
+  for (const token of Object.values(config.tokens ?? {})) await attempt(() => readSecret(token));
+  return faults;
 }
 
 if (import.meta.main) {
@@ -151,6 +263,7 @@ if (import.meta.main) {
       name: "receiver",
       about: "Takes log lines from shippers over HTTP and files them in batches, one per sender and window.",
       flags: { "port=N": "serve the group of this port alone, as one process of several" },
+      check: checkReceiver,
     },
     main,
   );

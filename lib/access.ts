@@ -66,18 +66,26 @@ export function createAccess(config: Config["receiver"]) {
     throw new WireError(401, "the token is not known");
   }
 
-  /**
-   * The same for the original's form, which has no token: host and address must both be listed by address, and
-   * where tokens are configured the host must be the address, so that nobody speaks for a host that has one.
-   */
-  function authoriseLegacy(host: string, headers: Headers, arrival: Arrival): void {
+  const isListed = (text: string, { group }: Arrival) => listed[group]?.(text) === true;
+
+  /** The original's form has no token: it is taken from listed addresses only, before its body is read. */
+  function checkLegacy(headers: Headers, arrival: Arrival): void {
     if (!config.legacy)
       throw new WireError(415, "the JSON form is off; set receiver.legacy, or send text/plain");
-    checkGroup(host, arrival);
     const address = clientAddress(headers, arrival);
-    const isListed = (text: string) => listed[arrival.group]?.(text) === true;
-    if (isListed(host) && isListed(address) && (!tokens || host === address)) return;
-    throw new WireError(403, `address ${address} may not send the JSON form for host ${host}`);
+    if (!isListed(address, arrival))
+      throw new WireError(403, `address ${address} may not send the JSON form`);
+  }
+
+  /**
+   * Its host must be listed by address, too; where tokens are configured it must be the very address, so that
+   * nobody speaks for a host that has a token.
+   */
+  function authoriseLegacy(host: string, headers: Headers, arrival: Arrival): void {
+    checkGroup(host, arrival);
+    const isOwn = host === clientAddress(headers, arrival);
+    if (isOwn || (!tokens && isListed(host, arrival))) return;
+    throw new WireError(403, `this address may not send the JSON form for host ${host}`);
   }
 
   /** Whether a request may see status page and metrics: from this machine itself, or with any token. */
@@ -89,7 +97,7 @@ export function createAccess(config: Config["receiver"]) {
     return shown !== undefined && Object.values(tokens ?? {}).some((ref) => isSame(shown, readSecret(ref)));
   }
 
-  return { groupOf, authorise, authoriseLegacy, mayWatch };
+  return { groupOf, authorise, checkLegacy, authoriseLegacy, mayWatch };
 }
 
 function bearer(headers: Headers): string | undefined {

@@ -1,37 +1,143 @@
 /**
- * The body of a request, decoded, within limits: what arrives and what comes out of decompression are counted
- * as they come, so a small body that would become a huge one is refused before it is in memory.
+ * The body of a request within limits. What arrives is counted as it comes, alone and together with all other
+ * bodies in hand, so that neither one huge body nor many senders can take more memory than the config allows;
+ * what comes out of decompression is counted before it is kept.
  */
-import { createGunzip, createZstdDecompress } from "node:zlib";
-import { type Encoding, WireError } from "./chunk.ts";
+import { constants, gunzipSync, zstdDecompressSync } from "node:zlib";
+import { WireError } from "./chunk.ts";
 
-export async function readBody(request: Request, { maxBytes }: { maxBytes: number }): Promise<Uint8Array> {
-  const encoding = request.headers.get("Content-Encoding") ?? "identity";
-  const parts: Uint8Array[] = [];
-  let length = 0;
-  for await (const part of (request.body ?? []) as AsyncIterable<Uint8Array>) {
-    length += part.length;
-    if (length > maxBytes) throw new WireError(413, `body is longer than ${maxBytes} bytes`);
-    parts.push(part);
-  }
-  const raw = parts.length === 1 ? (parts[0] as Uint8Array) : Buffer.concat(parts);
-  return encoding === "identity" ? raw : decode(raw, encoding as Encoding, maxBytes);
+export interface IntakeLimits {
+  /** Of one body, before and after decompression. */
+  maxBodyBytes: number;
+  /** Of all bodies in hand. */
+  maxBytesInFlight: number;
+  maxRequests: number;
+  /** After so long a body must have come at a rate of `MIN_RATE` bytes per second on average. */
+  idleTimeoutSeconds: number;
 }
 
-function decode(body: Uint8Array, encoding: Encoding, maxBytes: number): Promise<Uint8Array> {
-  const stream = encoding === "gzip" ? createGunzip() : createZstdDecompress();
-  return new Promise((resolve, reject) => {
-    const parts: Uint8Array[] = [];
-    let length = 0;
-    stream.on("data", (part: Uint8Array) => {
-      length += part.length;
-      if (length > maxBytes) {
-        stream.destroy();
-        reject(new WireError(413, `body is longer than ${maxBytes} bytes when decompressed`));
-      } else parts.push(part);
+const MIN_RATE = 1024;
+/** A body up to this length gets its memory at once, by what its header announces; a longer one as it comes. */
+const AT_ONCE_BYTES = 2_097_152;
+/** zstd windows up to 16 MiB, more than its highest common level uses: a frame may ask for far more memory. */
+const ZSTD_WINDOW_LOG = 24;
+
+export type Intake = ReturnType<typeof createIntake>;
+
+/** Takes bodies in; `requests` and `bytes` tell how much is in hand. */
+export function createIntake(limits: IntakeLimits) {
+  const intake = {
+    requests: 0,
+    bytes: 0,
+
+    /** Reads and decodes a body and hands it to `work`; it counts as in hand until `work` is done. */
+    async take<T>(request: Request, work: (body: Uint8Array) => Promise<T>): Promise<T> {
+      if (intake.requests >= limits.maxRequests) throw new WireError(503, "too many requests at once");
+      const held = { bytes: 0 };
+      const hold = (bytes: number) => {
+        held.bytes += bytes;
+        intake.bytes += bytes;
+        if (intake.bytes > limits.maxBytesInFlight) throw new WireError(503, "too many bytes at once");
+      };
+      intake.requests++;
+      try {
+        const raw = await readRaw(request, limits, hold);
+        const body = decode(raw, request.headers.get("Content-Encoding"), limits.maxBodyBytes);
+        if (body !== raw) hold(body.length);
+        return await work(body);
+      } finally {
+        intake.requests--;
+        intake.bytes -= held.bytes;
+      }
+    },
+  };
+  return intake;
+}
+
+/** The body as it came, in one piece of memory. */
+async function readRaw(
+  request: Request,
+  { maxBodyBytes, idleTimeoutSeconds }: IntakeLimits,
+  hold: (bytes: number) => void,
+): Promise<Uint8Array> {
+  const announced = Number(request.headers.get("Content-Length") ?? 0);
+  if (announced > maxBodyBytes) throw tooLong(maxBodyBytes);
+  let body = Buffer.allocUnsafeSlow(Math.min(announced, AT_ONCE_BYTES));
+  let length = 0;
+  const started = performance.now();
+  const reader = request.body?.getReader();
+  while (reader) {
+    const { value, done } = await reader.read().catch((error) => {
+      throw new WireError(400, `body ended early: ${error.message}`);
     });
-    stream.on("end", () => resolve(Buffer.concat(parts)));
-    stream.on("error", () => reject(new WireError(400, `body is no ${encoding}`)));
-    stream.end(body);
-  });
+    if (done) break;
+    if (length + value.length > maxBodyBytes) throw tooLong(maxBodyBytes);
+    hold(value.length);
+    if (length + value.length > body.length) {
+      const larger = Buffer.allocUnsafeSlow(Math.max(2 * body.length, length + value.length));
+      larger.set(body.subarray(0, length));
+      body = larger;
+    }
+    body.set(value, length);
+    length += value.length;
+    const seconds = (performance.now() - started) / 1000;
+    if (seconds > idleTimeoutSeconds && length < seconds * MIN_RATE)
+      throw new WireError(408, "body is too slow");
+  }
+  return body.subarray(0, length);
+}
+
+/** Throws a WireError: 415 for an unknown encoding, 413 when too much comes out, 400 for a body that is none. */
+function decode(raw: Uint8Array, encoding: string | null, maxBytes: number): Uint8Array {
+  if (encoding === null || encoding === "identity") return raw;
+  if (encoding !== "gzip" && encoding !== "zstd") {
+    throw new WireError(415, `Content-Encoding ${encoding} is not known; expected gzip or zstd`);
+  }
+  if (raw.length === 0) return raw;
+  if (encoding === "zstd" && !isWholeZstd(raw)) throw new WireError(400, "body is no zstd, or cut short");
+  try {
+    const options = { maxOutputLength: maxBytes, chunkSize: 262_144 };
+    if (encoding === "gzip") return gunzipSync(raw, options);
+    const params = { [constants.ZSTD_d_windowLogMax]: ZSTD_WINDOW_LOG };
+    return zstdDecompressSync(raw, { ...options, params });
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "ERR_BUFFER_TOO_LARGE") throw tooLong(maxBytes);
+    throw new WireError(400, `body is no ${encoding}, or cut short: ${(error as Error).message}`);
+  }
+}
+
+function tooLong(maxBytes: number): WireError {
+  return new WireError(413, `body is longer than ${maxBytes} bytes, before or after decompression`);
+}
+
+/**
+ * Whether bytes are whole zstd frames and nothing else, by RFC 8878 section 3.1: the decompressors of the
+ * runtimes give what they have of a frame that was cut short, without an error.
+ */
+function isWholeZstd(bytes: Uint8Array): boolean {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  let at = 0;
+  while (at + 8 <= bytes.length) {
+    const magic = view.getUint32(at, true);
+    if (magic >= 0x184d2a50 && magic <= 0x184d2a5f) {
+      at += 8 + view.getUint32(at + 4, true); // a skippable frame
+      continue;
+    }
+    if (magic !== 0xfd2fb528) return false;
+    const descriptor = bytes[at + 4] as number;
+    const isSingle = (descriptor & 0x20) !== 0;
+    const sizeFlag = descriptor >> 6;
+    at += 5 + (isSingle ? 0 : 1) + ([0, 1, 2, 4][descriptor & 3] as number);
+    at += sizeFlag === 0 ? (isSingle ? 1 : 0) : 1 << sizeFlag;
+    for (let isLast = false; !isLast; ) {
+      if (at + 3 > bytes.length) return false;
+      const block =
+        (bytes[at] as number) | ((bytes[at + 1] as number) << 8) | ((bytes[at + 2] as number) << 16);
+      isLast = (block & 1) === 1;
+      const isRun = ((block >> 1) & 3) === 1;
+      at += 3 + (isRun ? 1 : block >> 3);
+    }
+    if ((descriptor & 4) !== 0) at += 4;
+  }
+  return at === bytes.length;
 }

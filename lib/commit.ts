@@ -3,12 +3,12 @@
  * of them, of all senders, so that they share its syncs. Everything that writes (commits, sealing, opening a
  * sender) takes turns; nothing is answered before the syncs of its lines and of its ledger record have returned.
  */
-import { fdatasync, fdatasyncSync } from "node:fs";
+import { fdatasync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { dashedHost, listHosts } from "./batch.ts";
-import { exists, makeFolder, reached, syncFolder } from "./durable.ts";
+import { exists, reached, syncData, syncFolder } from "./durable.ts";
 import { type Chunk, type Outcome, openSender, type Sender, type StoreOptions } from "./sender.ts";
 import { createFaultLog, describe } from "./service.ts";
 
@@ -35,8 +35,15 @@ interface Waiting {
 
 export type Store = ReturnType<typeof createStore>;
 
-/** The folder of all senders. `maxHosts` bounds how many are known at once. */
-export function createStore(options: StoreOptions & { maxHosts: number }) {
+export interface CommitOptions extends StoreOptions {
+  /** How many senders may be known at once. */
+  maxHosts: number;
+  /** Told how long each commit took, in milliseconds. */
+  onCommit: (ms: number) => void;
+}
+
+/** The folder of all senders. */
+export function createStore(options: CommitOptions) {
   const { dir, log, now } = options;
   const faults = createFaultLog(log, now);
   const senders = new Map<string, Sender>();
@@ -128,7 +135,7 @@ export function createStore(options: StoreOptions & { maxHosts: number }) {
         resolve(outcome);
       }
     }
-    store.observe(ms);
+    options.onCommit(ms);
   }
 
   /** Opens a sender, with its folder brought into order. One at a time, between commits. */
@@ -168,11 +175,9 @@ export function createStore(options: StoreOptions & { maxHosts: number }) {
     dashes.set(dashed, host);
   }
 
-  const store = {
+  return {
     commit,
     senders: senders as ReadonlyMap<string, Sender>,
-    /** Told how long each commit took, in milliseconds. */
-    observe: (_ms: number) => {},
 
     /** Where a stream stands, or undefined when it is not known. Makes nothing on disk for a new host. */
     async committed(host: string, stream: string): Promise<number | undefined> {
@@ -217,7 +222,6 @@ export function createStore(options: StoreOptions & { maxHosts: number }) {
         senders.clear();
       }),
   };
-  return store;
 }
 
 /**
@@ -235,7 +239,7 @@ async function syncAll(files: { sender: Sender; fd: number }[], failed: Map<Send
     return;
   }
   try {
-    fdatasyncSync(only.fd);
+    syncData(only.fd);
   } catch (error) {
     failed.set(only.sender, error);
   }
@@ -247,5 +251,3 @@ function storeError(error: unknown): StoreError {
   const status = ["ENOSPC", "EDQUOT", "EROFS", "EIO"].includes(code ?? "") ? 507 : 503;
   return new StoreError(status, `not stored: ${code ?? describe(error)}`, error);
 }
-
-void makeFolder;

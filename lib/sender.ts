@@ -14,7 +14,6 @@
 import {
   closeSync,
   existsSync,
-  fdatasyncSync,
   fstatSync,
   ftruncateSync,
   openSync,
@@ -25,7 +24,7 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { dashedHost, formatBatchName, LEDGER, parseBatchName, withState } from "./batch.ts";
-import { makeFolder, moveDurably, reached, writeDurably } from "./durable.ts";
+import { makeFolder, moveDurably, reached, syncData, writeDurably } from "./durable.ts";
 import {
   applyRecord,
   countMinute,
@@ -54,12 +53,15 @@ export interface StoreOptions {
   log: Log;
 }
 
-/** One POST: bytes `[offset, end)` of a stream, and the lines that are left of them. */
+/**
+ * One POST: bytes `[offset, end)` of a stream, and the lines that are left of them. Without a range it goes
+ * behind what is there: the original's form knows none.
+ */
 export interface Chunk {
   host: string;
   stream: string;
-  offset: number;
-  end: number;
+  offset?: number;
+  end?: number;
   lag?: number;
   lost?: number;
   body: Uint8Array;
@@ -132,6 +134,7 @@ export class Sender {
   #streams = new Map<string, Stream>();
   #open = new Map<string, OpenBatch>();
   #change: LedgerRecord = {};
+  #lines = 0;
   #appended = 0;
   #created = false;
 
@@ -158,19 +161,21 @@ export class Sender {
     const now = this.#options.now();
     this.usedAt = now;
     const known = this.#streams.get(chunk.stream) ?? this.ledger.streams.get(chunk.stream);
-    if (known && known.offset !== chunk.offset) return { conflict: true, lines: 0, offset: known.offset };
+    const { offset = known?.offset ?? 0, end = offset + chunk.body.length, body, lag, lost } = chunk;
+    if (known && known.offset !== offset) return { conflict: true, lines: 0, offset: known.offset };
     this.#change.heardAt = now;
-    if (chunk.lost) this.#change.lost = (this.#change.lost ?? this.ledger.lost) + chunk.lost;
-    if (!known && chunk.end === chunk.offset) return { conflict: false, lines: 0, offset: chunk.end };
-    const stream: Stream = { ...known, offset: chunk.end, at: now };
-    if (chunk.lag !== undefined) stream.lag = chunk.lag;
-    const lines = chunk.body.length > 0 ? this.#stageLines(chunk, stream, now) : 0;
+    if (lost) this.#change.lost = (this.#change.lost ?? this.ledger.lost) + lost;
+    if (!known && end === offset) return { conflict: false, lines: 0, offset: end };
+    const stream: Stream = { ...known, offset: end, at: now };
+    delete stream.lag;
+    if (lag !== undefined) stream.lag = lag;
+    const lines = body.length > 0 ? this.#stageLines(chunk, stream, now) : 0;
     if (lines > 0) {
       this.#change.lineAt = now;
-      this.#change.minutes = countMinute(this.ledger, lines, now, this.#change.minutes);
+      this.#lines += lines;
     }
     this.#streams.set(chunk.stream, stream);
-    return { conflict: false, lines, offset: chunk.end };
+    return { conflict: false, lines, offset: end };
   }
 
   /** Files each run of lines of one window with one write from the body itself. */
@@ -290,7 +295,7 @@ export class Sender {
   }
 
   #close(file: OpenFile): void {
-    if (file.unsynced) fdatasyncSync(file.fd);
+    if (file.unsynced) syncData(file.fd);
     closeSync(file.fd);
     this.#files.delete(file.name);
   }
@@ -316,7 +321,8 @@ export class Sender {
   /** Writes the record of what was staged. Returns the ledger's descriptor, to be synced. */
   append(): number {
     this.#created = false;
-    const record: LedgerRecord = { ...this.#change };
+    const record = this.#change;
+    if (this.#lines > 0) record.minutes = countMinute(this.ledger, this.#lines, this.#options.now());
     if (this.#streams.size > 0) record.streams = Object.fromEntries(this.#streams);
     if (this.#open.size > 0) record.open = Object.fromEntries(this.#open);
     return this.#appendRecord(record);
@@ -337,13 +343,11 @@ export class Sender {
 
   /** Makes the commit true: everything that was staged is on stable storage. */
   apply(): void {
-    applyRecord(this.ledger, this.#change);
-    for (const [name, stream] of this.#streams) {
-      const { piece } = this.ledger.streams.get(name) ?? {};
-      this.ledger.streams.set(name, stream);
-      if (piece !== undefined && stream.piece === undefined) this.#dropPiece(name);
+    for (const [name, { piece }] of this.#streams) {
+      const had = this.ledger.streams.get(name)?.piece;
+      if (had !== undefined && piece === undefined) this.#dropPiece(name);
     }
-    for (const [name, batch] of this.#open) this.ledger.open.set(name, batch);
+    applyRecord(this.ledger, this.#change);
     for (const file of this.#files.values()) file.unsynced = false;
     this.#ledgerLength += this.#appended;
     this.#clear();
@@ -353,6 +357,7 @@ export class Sender {
     this.#streams = new Map();
     this.#open = new Map();
     this.#change = {};
+    this.#lines = 0;
     this.#appended = 0;
     this.#created = false;
   }
