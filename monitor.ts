@@ -11,49 +11,30 @@
  * One run at a time, by a lock that ends with its process. The exit code is 1 while a mail is not accepted.
  */
 import { randomBytes } from "node:crypto";
-import { access, constants, lstat, stat, statfs } from "node:fs/promises";
-import { uptime } from "node:os";
-import { dirname, join } from "node:path";
-import { folders, listBatches, listHosts } from "./lib/batch.ts";
+import { access, constants, stat } from "node:fs/promises";
+import { dirname } from "node:path";
 import { type Config, readSecret } from "./lib/config.ts";
 import { reached, readIfExists, writeDurably } from "./lib/durable.ts";
-import {
-  emptyState,
-  enqueue,
-  type Fault,
-  type HostSight,
-  judge,
-  type MonitorState,
-  type Notice,
-  type Sight,
-} from "./lib/incident.ts";
-import { readLedger } from "./lib/ledger.ts";
+import { emptyState, enqueue, judge, type MonitorState, type Notice } from "./lib/incident.ts";
 import { holdLock } from "./lib/lock.ts";
 import { MailError, sendMail, verifyMail } from "./lib/mail.ts";
 import { type MailText, renderAlert, renderSummary } from "./lib/mailtext.ts";
-import { readForwarderState } from "./lib/report.ts";
 import { followSchedule } from "./lib/schedule.ts";
-import { describe, EXIT, formatDuration, type Log, pause, runScript, type Service } from "./lib/service.ts";
-import { commonOffset, HOUR_MS, lastHourEnd, summariseHour, zoneOffset } from "./lib/summary.ts";
+import { describe, EXIT, formatDuration, type Log, runScript, type Service } from "./lib/service.ts";
+import { type LookContext, look } from "./lib/sight.ts";
+import { HOUR_MS, lastHourEnd, summariseHour } from "./lib/summary.ts";
 
 type Options = Config["monitor"];
 const MINUTE_MS = 60_000;
 /** Hours before this are not summarised after a long absence: the records do not reach further by far. */
 const OLDEST_SUMMARY_MS = 7 * 24 * HOUR_MS;
 const HTTP_TIMEOUT_MS = 5_000;
-/** A receiver that is just restarted answers the next of so many questions. */
-const HEALTH_TRIES = 3;
-const HEALTH_PAUSE_MS = 1_000;
 /** A webhook that refuses is tried by every run for so long. */
 const WEBHOOK_PATIENCE_MS = HOUR_MS;
 
-/** What a run is given; `uptime` is that of the machine in milliseconds. */
-export interface MonitorContext {
-  config: Options;
+/** What a run is given. */
+export interface MonitorContext extends LookContext {
   log: Log;
-  signal: AbortSignal;
-  now: () => number;
-  uptime?: () => number;
 }
 
 async function main(service: Service<"monitor">): Promise<number> {
@@ -123,114 +104,6 @@ async function readState({ config, log, now }: MonitorContext): Promise<MonitorS
 
 function saveState({ stateFile }: Options, state: MonitorState): Promise<void> {
   return writeDurably(stateFile, `${JSON.stringify(state)}\n`);
-}
-
-// ---- look
-
-/** What an operator would see, and how far the senders' wall clocks are from UTC. sent/ is never listed. */
-async function look(context: MonitorContext): Promise<{ sight: Sight; offset: number }> {
-  const { config, now, uptime: clock = () => uptime() * 1000 } = context;
-  const sight: Sight = { receivers: await askReceivers(context), faults: [], uptime: clock() };
-  const offsets: (number | undefined)[] = [];
-  try {
-    sight.hosts = [];
-    for (const host of await listHosts(config.dir)) {
-      const { offset, ...seen } = await lookAtHost(config.dir, host);
-      sight.hosts.push(seen);
-      offsets.push(offset);
-    }
-    sight.faults.push(...(await lookAtDelivery(config, now())));
-    const { bavail, blocks } = await statfs(config.dir);
-    sight.freePercent = (100 * bavail) / Math.max(1, blocks);
-  } catch (error) {
-    delete sight.hosts; // nothing can be said of them
-    sight.faults.push({
-      key: "folder",
-      title: "Folder cannot be read",
-      text: `${config.dir}: ${describe(error)}`,
-    });
-  }
-  return { sight, offset: commonOffset(offsets, now()) };
-}
-
-async function lookAtHost(dir: string, host: string): Promise<HostSight & { offset: number | undefined }> {
-  const ledger = await readLedger(folders(dir).host(host));
-  const lag = [...(ledger?.streams.values() ?? [])].reduce((sum, stream) => sum + (stream.lag ?? 0), 0);
-  const { heardAt = 0, lineAt = 0, lost = 0 } = ledger ?? {};
-  return { host, heardAt, lineAt, lost, lag, offset: ledger && zoneOffset(ledger) };
-}
-
-/** What keeps batches from the client: how long the oldest waits, what the forwarder says, what is in failed/. */
-async function lookAtDelivery(config: Options, now: number): Promise<Fault[]> {
-  const faults: Fault[] = [];
-  const limit = config.deliveryMinutes * MINUTE_MS;
-  const waiting = await countWaiting(config.dir);
-  if (waiting.oldest && now - waiting.since > limit) {
-    const text = `${waiting.files} sealed batches wait, the oldest ${waiting.oldest} for ${formatDuration(now - waiting.since)}`;
-    faults.push({ key: "delivery", title: "Delivery is late", text });
-  }
-  const forwarder = await readForwarderState(config.dir);
-  const { kind, text, since } = forwarder?.fault ?? { kind: "", text: "", since: now };
-  const atOnce = kind !== "connection" && kind !== "server"; // those two often mend themselves
-  if (kind && (atOnce || now - since > limit))
-    faults.push({ key: `forwarder ${kind}`, title: FAULT_TITLE[kind], text });
-  const failed = await listBatches(folders(config.dir).failed, "sealed");
-  if (failed[0]) {
-    const reason = forwarder?.failed[failed[0]]?.reason;
-    const count = failed.length === 1 ? failed[0] : `${failed.length} batches, the oldest ${failed[0]}`;
-    faults.push({ key: "failed", title: "Delivery failed", text: reason ? `${count}: ${reason}` : count });
-  }
-  return faults;
-}
-
-const FAULT_TITLE = {
-  connection: "Client's server not reached",
-  server: "Client's server refuses",
-  "host key": "Host key refused",
-  login: "Login at the client's server refused",
-  local: "Forwarder cannot work",
-} as const;
-
-/** The queue of all senders. A rename sets the change time: it tells since when a batch waits. */
-async function countWaiting(dir: string): Promise<{ files: number; since: number; oldest?: string }> {
-  const waiting: { files: number; since: number; oldest?: string } = {
-    files: 0,
-    since: Number.POSITIVE_INFINITY,
-  };
-  for (const host of await listHosts(dir)) {
-    const names = await listBatches(folders(dir).host(host), "sealed");
-    waiting.files += names.length;
-    const oldest = names[0];
-    const info = oldest && (await lstat(join(folders(dir).host(host), oldest)).catch(() => undefined)); // just taken
-    if (info && info.ctimeMs < waiting.since) Object.assign(waiting, { since: info.ctimeMs, oldest });
-  }
-  return waiting;
-}
-
-async function askReceivers({ config, signal }: MonitorContext): Promise<Fault[]> {
-  const faults = await Promise.all(
-    config.receivers.map(async (url): Promise<Fault | undefined> => {
-      const { origin } = new URL(url);
-      let text = "";
-      for (let tries = 0; tries < HEALTH_TRIES; tries++) {
-        if (tries > 0) await pause(HEALTH_PAUSE_MS, signal);
-        try {
-          const answer = await get(`${origin}/healthz`, signal);
-          if (answer.ok) return undefined;
-          text = `${origin}/healthz answers ${answer.status}: ${(await answer.text()).slice(0, 200).trim()}`;
-        } catch (error) {
-          text = `${origin} does not answer: ${describe(error)}`;
-        }
-      }
-      return { key: `receiver ${origin}`, title: `Receiver ${origin} not well`, text };
-    }),
-  );
-  signal.throwIfAborted();
-  return faults.filter((fault) => fault !== undefined);
-}
-
-function get(url: string, signal: AbortSignal): Promise<Response> {
-  return fetch(url, { signal: AbortSignal.any([signal, AbortSignal.timeout(HTTP_TIMEOUT_MS)]) });
 }
 
 // ---- tell
@@ -310,7 +183,7 @@ async function postNotice(
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ subject, text, ...content }),
-      signal: AbortSignal.any([signal, AbortSignal.timeout(HTTP_TIMEOUT_MS)]),
+      signal: withTimeout(signal),
     });
     if (!answer.ok) throw new Error(`it answers ${answer.status}`);
     notice.posted = true;
@@ -325,11 +198,15 @@ async function postNotice(
 async function beat({ config, log, signal }: MonitorContext): Promise<void> {
   if (!config.heartbeatUrl) return;
   try {
-    const answer = await get(config.heartbeatUrl, signal);
+    const answer = await fetch(config.heartbeatUrl, { signal: withTimeout(signal) });
     if (!answer.ok) throw new Error(`it answers ${answer.status}`);
   } catch (error) {
     log.warn("heartbeat not delivered", { error: withoutUrl(error) });
   }
+}
+
+function withTimeout(signal: AbortSignal): AbortSignal {
+  return AbortSignal.any([signal, AbortSignal.timeout(HTTP_TIMEOUT_MS)]);
 }
 
 function withoutUrl(error: unknown): string {

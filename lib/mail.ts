@@ -41,7 +41,7 @@ export async function sendMail(options: Options, mail: Mail, signal: AbortSignal
   const message = composeMessage(options, mail);
   const url = new URL(options.smtp);
   if (url.protocol === "file:") {
-    await writeMessage(fileURLToPath(url), message, mail);
+    await writeMessage(fileURLToPath(options.smtp), message, mail);
     return [];
   }
   const transport = connect(options, url);
@@ -63,7 +63,7 @@ export async function sendMail(options: Options, mail: Mail, signal: AbortSignal
 /** Connects, starts TLS and logs in without sending anything. Throws what the server or the network said. */
 export async function verifyMail(options: Options, signal: AbortSignal): Promise<void> {
   const url = new URL(options.smtp);
-  if (url.protocol === "file:") return makeFolder(fileURLToPath(url));
+  if (url.protocol === "file:") return makeFolder(fileURLToPath(options.smtp));
   const transport = connect(options, url);
   try {
     await withDeadline(transport, options, signal, transport.verify());

@@ -26,6 +26,8 @@ const COLOR = {
 };
 /** Beyond so many names a list says how many more there are. */
 const NAMES = 3;
+/** A fault's part of the subject, in characters: a lock screen shows no more. */
+const SUBJECT_LENGTH = 90;
 /** Height of the curve's tallest bar in pixels. */
 const CURVE_PX = 48;
 
@@ -55,7 +57,7 @@ export function renderAlert({ changes, counts, at }: Extract<Notice, { kind: "al
 <div style="font-size:16px;font-weight:bold;color:${COLOR.ink}">${escapeHtml(headline(change))}</div>
 <div style="padding-top:3px;color:${COLOR.faint}">${escapeHtml(explain(change, at))}</div></td></tr>`;
   });
-  const body = `<table role="presentation" width="100%" cellpadding="0" cellspacing="0">${rows.join("\n")}</table>
+  const body = `<table role="presentation" width="100%" cellpadding="0" cellspacing="0" style="table-layout:fixed;overflow-wrap:anywhere">${rows.join("\n")}</table>
 <p style="margin:14px 14px 4px;color:${COLOR.faint}">${escapeHtml(senders)}</p>`;
   const color = facts.every(isGood) ? COLOR.good : COLOR.bad;
   const lines = facts.map((change) => `* ${headline(change)}\n  ${explain(change, at)}`);
@@ -90,12 +92,20 @@ function alertSubject(facts: Change[], counts: Partial<Record<Status, number>>):
   const all = Object.values(counts).reduce((sum, n) => sum + n, 0);
   const parts = [...groups.values()].map((group) => {
     const [only] = group;
-    if (only && group.length === 1) return headline(only);
+    if (only && group.length === 1) return oneLine(only);
     const everyone = group.length === all && only?.status === "silent" && only.kind === "opened";
     if (everyone) return `All ${all} senders silent: receiver or network down?`;
     return `${group.length} senders ${short(only)}: ${listNames(group.map(({ title }) => title))}`;
   });
   return parts.length <= 2 ? parts.join("; ") : `${parts[0]}; and ${parts.length - 1} more changes`;
+}
+
+/** A fact in the subject: a fault with the beginning of what it says. */
+function oneLine(change: Change): string {
+  const { sender, kind, text } = change;
+  if (sender || text === "" || (kind !== "opened" && kind !== "reminder")) return headline(change);
+  const line = `${headline(change)}: ${text.replace(/\s+/g, " ")}`;
+  return line.length <= SUBJECT_LENGTH ? line : `${line.slice(0, SUBJECT_LENGTH - 1)}…`;
 }
 
 /** What happened to several senders, in a word. */
@@ -107,7 +117,7 @@ function short(change: Change | undefined): string {
   return `${change?.kind === "reminder" ? "still " : ""}${STATUS_TEXT[change?.status ?? "ok"]}`;
 }
 
-function headline({ kind, title, status, sender, since, lasted, bytes = 0, text }: Change): string {
+function headline({ kind, title, status, sender, since, lasted, bytes = 0 }: Change): string {
   const clock = formatClock(since);
   if (kind === "note") return title;
   if (kind === "lost") return `${title} lost ${formatBytes(bytes)} before they were read`;
@@ -120,7 +130,7 @@ function headline({ kind, title, status, sender, since, lasted, bytes = 0, text 
       : `${title} back after ${formatDuration(lasted)}`;
   }
   const still = kind === "reminder" ? "still " : "";
-  if (!sender) return `${still}${title}: ${text}`.replace(/^s/, "S");
+  if (!sender) return still ? `Still: ${title}` : title;
   if (status === "never") return `${title} ${still}never heard of`;
   if (status === "gone") return `${title} is gone: silent for a day, not expected`;
   return `${title} ${still}${STATUS_TEXT[status]} since ${clock}`;
@@ -133,7 +143,7 @@ function explain({ kind, status, sender, since, text }: Change, at: number): str
   if (kind === "flapping")
     return "It goes and comes. No mail for each change until it has been steady for half an hour.";
   if (kind === "note") return text;
-  if (!sender) return kind === "over" ? `It was so since ${ago}.` : `${text}. Noticed ${ago}.`;
+  if (!sender) return kind === "over" ? `It began ${ago}.` : `${sentence(text)}. Noticed ${ago}.`;
   if (kind === "over") return "Its shipper is heard of again; what it kept meanwhile is on its way.";
   if (kind === "steady") return `No change for half an hour. Since ${ago}.`;
   if (status === "silent")
@@ -152,7 +162,8 @@ function listNames(names: string[]): string {
 
 /** The mail of an hour. */
 export function renderSummary(summary: HourSummary): MailText {
-  const { total, rows } = summary;
+  const { total } = summary;
+  const rows = [...summary.rows].sort((a, b) => Number(isWell(a)) - Number(isWell(b))); // what is wrong first
   const [day = "", from = ""] = summary.hour.split(" ");
   const hour = `${from}–${nextHour(from)}`;
   const troubles = summaryTroubles(summary);
@@ -166,6 +177,7 @@ export function renderSummary(summary: HourSummary): MailText {
         : COLOR.warn;
   const most = Math.max(1, ...rows.map((row) => row.received.lines));
   const body = [
+    heading("Lines"),
     figures(summary),
     heading("Lines per hour, last 24 hours"),
     curve(summary),
@@ -205,8 +217,8 @@ function figures({ total }: HourSummary): string {
   ] as const;
   const html = cells.map(
     ([name, { lines, files }, color]) =>
-      `<td width="25%" style="padding:12px 4px;text-align:center"><div style="font-size:18px;font-weight:bold;color:${color}">${formatCount(lines)}</div>
-<div style="font-size:12px;color:${COLOR.faint}">lines ${name}<br>${files} ${files === 1 ? "file" : "files"}</div></td>`,
+      `<td width="25%" style="padding:2px 2px 10px;text-align:center"><div style="font-size:16px;font-weight:bold;color:${color}">${formatCount(lines)}</div>
+<div style="font-size:12px;color:${COLOR.faint}">${name}<br>${files} ${files === 1 ? "file" : "files"}</div></td>`,
   );
   return `<table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>${html.join("")}</tr></table>`;
 }
@@ -236,7 +248,9 @@ function hostRow(row: HourRow, most: number, hour: string): string {
     width > 0 ? `<td width="${width}%" style="height:5px;background:${color};font-size:1px">&nbsp;</td>` : "";
   const bar = `<table role="presentation" width="100%" cellpadding="0" cellspacing="0" style="margin-top:6px"><tr>${fill}${rest}</tr></table>`;
   const other =
-    row.hour === hour ? "" : ` <span style="color:${COLOR.faint}">its hour ${row.hour.slice(11)}</span>`;
+    row.hour === hour
+      ? ""
+      : ` <span style="font-weight:normal;color:${COLOR.faint}">its hour ${row.hour.slice(11)}</span>`;
   return `<tr><td style="padding:9px 14px;border-bottom:1px solid ${COLOR.line}">
 <table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>
 <td style="color:${COLOR.ink};font-weight:bold">${escapeHtml(row.host)}${other}</td>
@@ -244,6 +258,10 @@ function hostRow(row: HourRow, most: number, hour: string): string {
 <tr><td style="font-size:12px;color:${color}">${escapeHtml(text)}</td>
 <td align="right" style="font-size:12px;color:${COLOR.faint};white-space:nowrap">${received.files} ${received.files === 1 ? "file" : "files"} · ${formatBytes(received.bytes)}</td></tr></table>
 ${bar}</td></tr>`;
+}
+
+function isWell(row: HourRow): boolean {
+  return hostVerdict(row).color === COLOR.good;
 }
 
 function hostVerdict(row: HourRow): { text: string; color: string } {
@@ -297,7 +315,7 @@ function page(title: string, subtitle: string, color: string, body: string): str
 <meta name="color-scheme" content="light"><title>${escapeHtml(title)}</title></head>
 <body style="margin:0;padding:0;background:#f2f5f7">
 <table role="presentation" width="100%" cellpadding="0" cellspacing="0" style="background:#f2f5f7"><tr><td align="center" style="padding:12px">
-<table role="presentation" width="100%" cellpadding="0" cellspacing="0" style="max-width:600px;background:#ffffff;font-family:Helvetica,Arial,sans-serif;font-size:14px;line-height:1.4;text-align:left">
+<table role="presentation" width="100%" cellpadding="0" cellspacing="0" style="max-width:600px;table-layout:fixed;overflow-wrap:anywhere;background:#ffffff;font-family:Helvetica,Arial,sans-serif;font-size:14px;line-height:1.4;text-align:left">
 <tr><td style="padding:14px;background:${color};color:#ffffff"><div style="font-size:18px;font-weight:bold">${escapeHtml(title)}</div>
 <div style="font-size:13px">${escapeHtml(subtitle)}</div></td></tr>
 <tr><td style="padding:0 0 10px">${body}</td></tr></table>
