@@ -50,8 +50,10 @@ export interface Family {
   streams: Stream[];
   /** Key of the file under the live path now. */
   liveKey: string | undefined;
-  /** The folder is to be looked at again at this time, ms. */
+  /** The folder is to be looked at again at this time, ms; 0 for at once. */
   scanAt: number;
+  /** Some file is not settled: still being copied or compressed, or missing for a moment only. */
+  unsettled: boolean;
   /** Unknown files that are not ours, as they were when this was found out. */
   ignored: Set<string>;
   /** How the first look takes what it finds. */
@@ -86,6 +88,7 @@ export function createFamily(path: string, start: Family["start"], now: number, 
     streams,
     liveKey: undefined,
     scanAt: 0,
+    unsettled: false,
     ignored: new Set(),
     start,
   };
@@ -117,7 +120,7 @@ export async function scanFamily(family: Family, context: ScanContext): Promise<
   family.start = "known";
   family.streams = inOrder(family.streams, located, files);
   if (waiting) family.scanAt = Math.min(family.scanAt, time + 1000);
-  else settleOrphans(family, located, time, context);
+  family.unsettled = waiting || !settleOrphans(family, located, time, context);
   forget(family, located, time, context);
   await closeSome(family, located);
 }
@@ -254,7 +257,7 @@ async function isCopyOf(copy: LogFile, original: LogFile): Promise<boolean> {
 }
 
 /** Adds a stream for a file. */
-async function beginStream(
+export async function beginStream(
   family: Family,
   file: LogFile,
   offset: number,
@@ -326,7 +329,7 @@ async function recover(family: Family, files: Sibling[], context: ScanContext): 
     const file = await openLog(found.path).catch(() => undefined);
     if (!file) continue;
     try {
-      const id = await nameStream(file, []);
+      const id = await nameStream(file, { streams: [] });
       const { size } = await file.stat();
       const offset = id === undefined ? undefined : await context.ask(id);
       const isKnown = offset !== undefined && offset <= size;
@@ -351,21 +354,22 @@ async function recover(family: Family, files: Sibling[], context: ScanContext): 
 
 /**
  * The name of a stream on the wire, from the file's key and first line, so that it can be told again when the
- * cursor is lost. Undefined until the first line is whole. `taken` are names that it must not have: a file that
- * was truncated may begin like before.
+ * cursor is lost. Undefined until the first line is whole. No other stream of the family has the same: a file
+ * that was truncated may begin like before.
  */
-export async function nameStream(file: LogFile, taken: (string | undefined)[]): Promise<string | undefined> {
+export async function nameStream(
+  file: LogFile,
+  family: Pick<Family, "streams">,
+): Promise<string | undefined> {
   const head = new Uint8Array(MARK_BYTES);
   const bytes = head.subarray(0, await file.read(head, 0));
   const newline = bytes.indexOf(0x0a) + 1;
   if (newline === 0 && bytes.length < MARK_BYTES) return undefined;
+  const first = newline > 0 ? bytes.subarray(0, newline) : bytes;
   for (let serial = 0; ; serial++) {
-    const hash = createHash("sha256").update(`${file.key} ${serial} `);
-    const name = hash
-      .update(newline > 0 ? bytes.subarray(0, newline) : bytes)
-      .digest("base64url")
-      .slice(0, 22);
-    if (!taken.includes(name)) return name;
+    const hash = createHash("sha256").update(`${file.key} ${serial} `).update(first);
+    const name = hash.digest("base64url").slice(0, 22);
+    if (!family.streams.some(({ id }) => id === name)) return name;
   }
 }
 
@@ -383,23 +387,80 @@ async function endOf(file: LogFile): Promise<number> {
   return 0;
 }
 
-/** Streams whose file is nowhere: what was not read of them is lost, unless a handle is still open. */
+/** What the cursor keeps of a family. */
+export function toState({ since, streams }: Family): FamilyState {
+  return { since, streams: streams.map(({ file, grewAt, endSeenAt, missingSince, ...state }) => state) };
+}
+
+/** False for a rotated file whose end was reached, and that nobody has written to since. */
+export function mayHaveGrown(stream: Stream): boolean {
+  return stream.file !== undefined || stream.endSeenAt === undefined || stream.endSeenAt !== stream.size;
+}
+
+/** Opens a stream's file where it was last seen; undefined when another one lies there now. */
+export async function openStream(family: Family, stream: Stream): Promise<LogFile | undefined> {
+  if (stream.missingSince !== undefined) return undefined;
+  try {
+    const file = await openLog(stream.path);
+    if (stream.keys.includes(file.key)) return file;
+    await file.close();
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+  }
+  family.scanAt = 0;
+  return undefined;
+}
+
+/** A rotated file at whose end we are: done when it was quiet for long enough and ends with a whole line. */
+export async function finishStream(family: Family, stream: Stream, context: ScanContext): Promise<void> {
+  const { file } = stream;
+  if (!file) return;
+  const time = context.now();
+  const { size, mtimeMs } = await file.stat();
+  if (!file.compression) {
+    if (size !== stream.endSeenAt) stream.grewAt = stream.endSeenAt === undefined ? mtimeMs : time;
+    stream.endSeenAt = size;
+    const quietAt = stream.grewAt + context.config.rotateWaitSeconds * 1000;
+    if (time < quietAt) {
+      family.scanAt = Math.min(family.scanAt, quietAt);
+      return;
+    }
+  }
+  await file.close();
+  stream.file = undefined;
+  const unfinished = stream.size - stream.offset;
+  if (unfinished > 0 && !file.compression) return; // half a line: its writer may still end it
+  stream.done = true;
+  context.changed();
+  context.log.info("file is done", { path: stream.path, stream: stream.id, bytes: stream.offset });
+  if (unfinished > 0) context.lose(unfinished, stream);
+}
+
+/**
+ * Streams whose file is nowhere: what was not read of them is lost, unless a handle is still open. False when
+ * some file may only be missing for a moment.
+ */
 function settleOrphans(
   family: Family,
   located: Map<Stream, Sibling>,
   time: number,
   context: ScanContext,
-): void {
+): boolean {
+  let settled = true;
   for (const stream of family.streams) {
     if (stream.done || located.has(stream) || stream.file) continue;
     stream.missingSince ??= time;
     const patience = Math.max(1, context.config.rotateWaitSeconds) * 1000;
     family.scanAt = Math.min(family.scanAt, stream.missingSince + patience);
-    if (time < stream.missingSince + patience) continue;
+    if (time < stream.missingSince + patience) {
+      settled = false;
+      continue;
+    }
     stream.done = true;
     context.changed();
     if (stream.size > stream.offset) context.lose(stream.size - stream.offset, stream);
   }
+  return settled;
 }
 
 /** Drops what is shipped and has not been seen for a day. */
