@@ -217,10 +217,11 @@ function figures({ total }: HourSummary): string {
   ] as const;
   const html = cells.map(
     ([name, { lines, files }, color]) =>
-      `<td width="25%" style="padding:2px 2px 10px;text-align:center"><div style="font-size:16px;font-weight:bold;color:${color}">${formatCount(lines)}</div>
-<div style="font-size:12px;color:${COLOR.faint}">${name}<br>${files} ${files === 1 ? "file" : "files"}</div></td>`,
+      `<td width="50%" style="padding:2px 14px 8px"><div style="font-size:18px;font-weight:bold;color:${color}">${formatCount(lines)}</div>
+<div style="font-size:12px;color:${COLOR.faint}">${name} in ${files} ${files === 1 ? "file" : "files"}</div></td>`,
   );
-  return `<table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>${html.join("")}</tr></table>`;
+  const grid = `<tr>${html.slice(0, 2).join("")}</tr><tr>${html.slice(2).join("")}</tr>`;
+  return `<table role="presentation" width="100%" cellpadding="0" cellspacing="0">${grid}</table>`;
 }
 
 function curve({ curve: hours, hour }: HourSummary): string {
@@ -253,7 +254,7 @@ function hostRow(row: HourRow, most: number, hour: string): string {
       : ` <span style="font-weight:normal;color:${COLOR.faint}">its hour ${row.hour.slice(11)}</span>`;
   return `<tr><td style="padding:9px 14px;border-bottom:1px solid ${COLOR.line}">
 <table role="presentation" width="100%" cellpadding="0" cellspacing="0"><tr>
-<td style="color:${COLOR.ink};font-weight:bold">${escapeHtml(row.host)}${other}</td>
+<td style="font-size:${row.host.length > 24 ? 12 : 14}px;color:${COLOR.ink};font-weight:bold">${escapeHtml(row.host)}${other}</td>
 <td align="right" style="color:${COLOR.ink};white-space:nowrap">${formatCount(received.lines)} lines</td></tr>
 <tr><td style="font-size:12px;color:${color}">${escapeHtml(text)}</td>
 <td align="right" style="font-size:12px;color:${COLOR.faint};white-space:nowrap">${received.files} ${received.files === 1 ? "file" : "files"} · ${formatBytes(received.bytes)}</td></tr></table>
