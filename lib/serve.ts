@@ -101,14 +101,10 @@ export interface ClientTls {
 /** A `fetch` that trusts `ca` (beside nothing else, when given) and shows a client certificate. */
 export function fetchWith(tls: ClientTls): typeof fetch {
   if (!tls.ca && !tls.cert) return fetch;
+  const client = tls.cert ? { cert: tls.cert, key: tls.key } : {}; // Bun takes "" for a certificate that is wrong
   const extra = deno
-    ? {
-        client: deno.createHttpClient({
-          ...(tls.ca && { caCerts: [tls.ca] }),
-          ...(tls.cert && { cert: tls.cert, key: tls.key }),
-        }),
-      }
-    : { tls };
+    ? { client: deno.createHttpClient({ ...(tls.ca && { caCerts: [tls.ca] }), ...client }) }
+    : { tls: { ...(tls.ca && { ca: tls.ca }), ...client } };
   return ((input: string | URL | Request, init?: RequestInit) =>
     fetch(input, { ...init, ...extra } as RequestInit)) as typeof fetch;
 }
