@@ -11,8 +11,11 @@ const root = join(import.meta.dirname, "..");
 const bin = (name: string) => join(root, "node_modules", ".bin", name);
 const filters = process.argv.slice(2);
 
+/** Nothing of it takes nearly as long; what hangs must not keep the last line from being written. */
+const LIMIT_MS = 20 * 60_000;
+
 function run(command: string, args: string[]): boolean {
-  const { status, error } = spawnSync(command, args, { cwd: root, stdio: "inherit" });
+  const { status, error } = spawnSync(command, args, { cwd: root, stdio: "inherit", timeout: LIMIT_MS });
   if (error) process.stderr.write(`${command}: ${error.message}\n`);
   return status === 0;
 }
@@ -50,10 +53,9 @@ try {
 if (!ok && failed === 0) failed++; // a file that could not be loaded is no test, but a failure
 rmSync(folder, { recursive: true, force: true });
 
-if (skipped > 0 && process.env.CI) {
-  process.stderr.write("skipped tests are failures in CI\n");
-  failed += skipped;
-  skipped = 0;
+if (skipped > 0) {
+  process.stdout.write(`\n${skipped} skipped${process.env.CI ? ", which is a failure in CI" : ""}\n`);
+  if (process.env.CI) failed += skipped;
 }
-process.stdout.write(`\n${passed} passed, ${failed} failed${skipped > 0 ? `, ${skipped} skipped` : ""}\n`);
+process.stdout.write(`\n${passed} passed, ${failed} failed\n`);
 process.exit(failed === 0 && passed > 0 ? 0 : 1);
