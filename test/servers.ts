@@ -1,0 +1,244 @@
+/**
+ * The real servers around the five scripts: nginx, logrotate, OpenSSH with a chrooted sftp-only account, and a
+ * mail server. All on 127.0.0.1, with their files in temporary folders, ended and removed after the tests.
+ */
+import { execFileSync } from "node:child_process";
+import { chmodSync, chownSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { request } from "node:http";
+import { connect } from "node:net";
+import { join } from "node:path";
+import { SMTPServer } from "smtp-server";
+import { findProgram, freePort, onCleanup, type Running, start, tempFolder, until } from "./support.ts";
+
+/** What the Debian packages are called, for `missing()`. */
+export const PACKAGES = {
+  nginx: { nginx: "nginx-light" },
+  logrotate: { logrotate: "logrotate" },
+  sshd: { sshd: "openssh-server", "ssh-keygen": "openssh-client", useradd: "passwd" },
+};
+
+function program(name: string): string {
+  const path = findProgram(name);
+  if (!path) throw new Error(`${name} is not installed`);
+  return path;
+}
+
+/** A port that answers. */
+function accepts(port: number): Promise<boolean> {
+  return new Promise((resolve) => {
+    const socket = connect(port, "127.0.0.1");
+    socket.once("connect", () => {
+      socket.destroy();
+      resolve(true);
+    });
+    socket.once("error", () => resolve(false));
+  });
+}
+
+// ---- nginx and logrotate
+
+export interface Nginx {
+  port: number;
+  /** Folder of the log, and its live file. */
+  folder: string;
+  log: string;
+  /**
+   * Sends requests over one connection, one after the other; each line gets the time (as $time_local shows it)
+   * that `timeOf` gives for its number. Returns when nginx has answered, and so has written, all of them.
+   */
+  get(numbers: Iterable<number>, timeOf: (number: number) => string): Promise<void>;
+  /** `logrotate -f` with Debian's way for nginx: rename, create, USR1, compress the one before. */
+  rotate(): void;
+  /** The log's files in order of writing: `access.log.3.gz`, …, `access.log.1`, `access.log`. */
+  files(): string[];
+}
+
+/**
+ * Starts an nginx that logs in the combined format, but takes the time from the request's header `Time`, so that
+ * a test can write into windows of the past.
+ */
+export async function startNginx(): Promise<Nginx> {
+  const folder = await tempFolder();
+  const port = await freePort();
+  const log = join(folder, "access.log");
+  const config = join(folder, "nginx.conf");
+  const temp = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(
+    (name) => `${name}_temp_path ${join(folder, "temp")};`,
+  );
+  writeFileSync(
+    config,
+    `daemon off; ${process.getuid?.() === 0 ? "user root;" : ""} worker_processes 2; pid ${join(folder, "nginx.pid")};
+error_log ${join(folder, "error.log")};
+events { worker_connections 64; }
+http {
+  ${temp.join(" ")}
+  log_format timed '$remote_addr - $remote_user [$http_time] "$request" $status $body_bytes_sent "$http_referer" "$http_user_agent"';
+  access_log ${log} timed;
+  keepalive_requests 1000000;
+  server { listen 127.0.0.1:${port}; location / { return 200 "hello\\n"; } }
+}\n`,
+  );
+  const logrotate = join(folder, "logrotate.conf");
+  writeFileSync(
+    logrotate,
+    `${log} {
+  rotate 20
+  create 0640
+  compress
+  delaycompress
+  sharedscripts
+  postrotate
+    kill -USR1 $(cat ${join(folder, "nginx.pid")})
+  endscript
+}\n`,
+  );
+  chmodSync(logrotate, 0o644);
+  const nginx = start(program("nginx"), ["-e", join(folder, "error.log"), "-p", folder, "-c", config]);
+  onCleanup(() => nginx.stop("SIGTERM")); // a killed master would leave its workers behind
+  await until("nginx listens", () => accepts(port));
+  let rotations = 0;
+  return {
+    port,
+    folder,
+    log,
+    get: async (numbers, timeOf) => {
+      for (const number of numbers) await getOnce(port, number, timeOf(number));
+    },
+    rotate: () => {
+      execFileSync(program("logrotate"), ["-f", "-s", join(folder, "logrotate.state"), logrotate]);
+      rotations++;
+    },
+    files: () => {
+      const old = Array.from({ length: rotations }, (_, i) => `${log}.${rotations - i}`);
+      return [...old.map((path, i) => (i < rotations - 1 ? `${path}.gz` : path)), log];
+    },
+  };
+}
+
+function getOnce(port: number, number: number, time: string): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const headers = { Time: time, "User-Agent": `test "${number % 7}"` };
+    const call = request(
+      { host: "127.0.0.1", port, path: `/item/${number}?q=caf%C3%A9`, headers },
+      (answer) => {
+        answer.resume();
+        answer.on("end", resolve);
+      },
+    );
+    call.on("error", reject);
+    call.end();
+  });
+}
+
+// ---- OpenSSH
+
+export interface Sshd {
+  port: number;
+  user: string;
+  /** File of the private key that the account takes. */
+  privateKey: string;
+  /** `SHA256:…`, as forwarder.hostKey wants it. */
+  hostKey: string;
+  /** The account's one folder, as the server's machine sees it; the client sees it as `/upload`. */
+  folder: string;
+  /** `sftp://USER@127.0.0.1:PORT/upload`. */
+  target: string;
+  /** The server as a process; it may be stopped and started again on the same port. */
+  start(): Promise<Running>;
+}
+
+/**
+ * Starts OpenSSH's server with one account that may do SFTP and nothing else, in a chroot whose only folder it
+ * can write to is `/upload`. Needs root: the account is made for the test and removed behind it.
+ */
+export async function startSshd(): Promise<Sshd> {
+  const port = await freePort();
+  const user = `lrs${process.pid.toString(36)}${Date.now().toString(36).slice(-5)}`;
+  execFileSync(program("useradd"), ["--system", "--no-create-home", "--shell", "/usr/sbin/nologin", user]);
+  onCleanup(() => execFileSync(program("userdel"), [user]));
+  // "*" is no password; useradd's "!" would lock the account for keys, too
+  execFileSync(program("usermod"), ["--password", "*", user]);
+  // sshd wants every folder above the chroot to be root's alone: /tmp is not.
+  mkdirSync("/run/sshd", { recursive: true, mode: 0o755 });
+  const root = mkdtempSync("/run/log-rt-sync-sshd-");
+  onCleanup(() => rmSync(root, { recursive: true, force: true }));
+  chmodSync(root, 0o755);
+  const folder = join(root, "chroot", "upload");
+  mkdirSync(folder, { recursive: true });
+  const [uid = 0, gid = 0] = ["-u", "-g"].map((flag) => Number(execFileSync("id", [flag, user])));
+  chownSync(folder, uid, gid);
+
+  const keys = await tempFolder();
+  for (const name of ["host", "client"]) {
+    execFileSync(program("ssh-keygen"), ["-q", "-t", "ed25519", "-N", "", "-f", join(keys, name)]);
+  }
+  const authorized = join(root, "authorized");
+  writeFileSync(authorized, readFileSync(join(keys, "client.pub")), { mode: 0o644 });
+  const [, hostKey = ""] = execFileSync(program("ssh-keygen"), ["-lf", join(keys, "host.pub")])
+    .toString()
+    .split(" ");
+  const config = join(keys, "sshd_config");
+  writeFileSync(
+    config,
+    `Port ${port}
+ListenAddress 127.0.0.1
+HostKey ${join(keys, "host")}
+PidFile ${join(keys, "pid")}
+AuthorizedKeysFile ${authorized}
+AllowUsers ${user}
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+UsePAM no
+UseDNS no
+MaxStartups 100
+Subsystem sftp internal-sftp
+ChrootDirectory ${join(root, "chroot")}
+ForceCommand internal-sftp
+AllowTcpForwarding no
+`,
+  );
+  const sshd: Sshd = {
+    port,
+    user,
+    privateKey: join(keys, "client"),
+    hostKey,
+    folder,
+    target: `sftp://${user}@127.0.0.1:${port}/upload`,
+    start: async () => {
+      const running = start(program("sshd"), ["-D", "-e", "-f", config]);
+      await until("sshd listens", () => accepts(port));
+      return running;
+    },
+  };
+  await sshd.start();
+  return sshd;
+}
+
+// ---- mail
+
+export interface MailServer {
+  port: number;
+  /** Every message that was accepted, as it came over the wire. */
+  messages: Buffer[];
+}
+
+/** Starts a mail server that takes everything. */
+export async function startSmtp(): Promise<MailServer> {
+  const messages: Buffer[] = [];
+  const server = new SMTPServer({
+    authOptional: true,
+    disabledCommands: ["STARTTLS"],
+    onData(stream, _session, callback) {
+      const parts: Buffer[] = [];
+      stream.on("data", (part: Buffer) => parts.push(part));
+      stream.on("end", () => {
+        messages.push(Buffer.concat(parts));
+        callback();
+      });
+    },
+  });
+  const port = await freePort();
+  await new Promise<void>((resolve) => server.listen(port, "127.0.0.1", resolve));
+  onCleanup(() => new Promise<void>((resolve) => server.close(resolve)));
+  return { port, messages };
+}
