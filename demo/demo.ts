@@ -128,7 +128,7 @@ function stateOf({ shippers, writers }: Stage, row: HostRow, index: number, elap
   const lag = row.written - row.received;
   if (!shippers[index]?.running) return "killed";
   if (writers[index]?.reopening) return "rotating";
-  if (lag > 2 * (RATES[index] ?? 0)) return "catching up";
+  if (lag > 2 * (RATES[index] ?? 0)) return "backlog";
   return elapsedMs > TRAFFIC_MS && row.delivered === row.written ? "done" : "live";
 }
 

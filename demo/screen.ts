@@ -16,7 +16,7 @@ export interface Picture {
   windows: string[];
   events: Event[];
 }
-export type State = "live" | "killed" | "rotating" | "catching up" | "done";
+export type State = "live" | "killed" | "rotating" | "backlog" | "done";
 
 /** Something that happened. */
 export interface Event {
@@ -35,13 +35,16 @@ export const red = paint("31");
 export const yellow = paint("33");
 export const cyan = paint("36");
 
-const HOST_WIDTH = 16;
+const HOST_WIDTH = 15;
+/** Without a cursor, and without wrapping: a line that is too long must not move those below it. */
+const HIDE_CURSOR = "\x1b[?25l\x1b[?7l";
+const SHOW_CURSOR = "\x1b[?7h\x1b[?25h";
 const MOODS = { plain: (text: string) => text, bad: red, good: green };
 const STATES: Record<State, string> = {
   live: green("● live"),
   killed: red("✗ killed"),
   rotating: cyan("↻ rotating"),
-  "catching up": yellow("▲ catching up"),
+  backlog: yellow("▲ backlog"),
   done: dim("● done"),
 };
 
@@ -54,7 +57,7 @@ export function createScreen() {
     show(picture: Picture, last = false): void {
       if (terminal) {
         const lines = drawPicture(picture);
-        const up = height > 0 ? `\x1b[${height}A\r` : "\x1b[?25l";
+        const up = height > 0 ? `\x1b[${height}A\r` : HIDE_CURSOR;
         process.stdout.write(`${up}${lines.map((line) => `${line}\x1b[K\n`).join("")}\x1b[J`);
         height = lines.length;
         return;
@@ -71,7 +74,7 @@ export function createScreen() {
       );
     },
     end(): void {
-      if (terminal && height > 0) process.stdout.write("\x1b[?25h");
+      if (terminal && height > 0) process.stdout.write(SHOW_CURSOR);
       height = 0;
     },
   };

@@ -21,7 +21,7 @@ export async function showAccount(stage: Stage, rows: HostRow[]): Promise<boolea
     lines > 0 && lines === rows.reduce((sum, row) => sum + row.written, 0) && cells.every(isExact);
   const print = (text = "") => process.stdout.write(`${text && `  ${text}`}\n`);
   print();
-  print(bold("The account, from the files alone: lines that nginx wrote = lines that the client has"));
+  print(bold("The account, from the files alone: what nginx wrote = what the client has"));
   print();
   for (const row of formatCells(cells, windowsOf(clock))) print(row);
   print();
@@ -33,10 +33,10 @@ export async function showAccount(stage: Stage, rows: HostRow[]): Promise<boolea
   );
   for (const mail of stage.mails) print(`  ${mail.subject}`);
   print();
-  print(`Housekeeping would ${await planHousekeeping(places)}`);
+  print(`Housekeeping (--dry-run) would ${await planHousekeeping(places)}`);
   print();
   print(`Look around in ${bold(places.root)}`);
-  for (const [path, text] of PLACES_TO_LOOK) print(`  ${path.padEnd(32)}${dim(text)}`);
+  for (const [path, text] of PLACES_TO_LOOK) print(`  ${path.padEnd(29)}${dim(text)}`);
   print();
   return exact && silence !== undefined && recovery !== undefined;
 }
@@ -45,7 +45,7 @@ const PLACES_TO_LOOK: [string, string][] = [
   ["client/", "what the client has, one file per host and window"],
   ["middle/linecount-report.log", "one line per delivery"],
   ["middle/batches/", "the queue: open, sealed, sent"],
-  ["mails/", "the mails, to open with any mail program"],
+  ["mails/", "to open with any mail program"],
   ["middle/*.out, 10.*/*.out", "what the scripts logged"],
   ["middle/config.json", "the config they ran with"],
 ];
@@ -55,7 +55,7 @@ function isExact(cell: Cell): boolean {
 }
 
 function formatCells(cells: Cell[], windows: string[]): string[] {
-  const row = (name: string, values: string[]) => name.padEnd(16) + values.join("");
+  const row = (name: string, values: string[]) => name.padEnd(15) + values.join("");
   const body = HOSTS.map((host) =>
     row(
       host,
@@ -94,5 +94,5 @@ async function planHousekeeping(places: Places): Promise<string> {
   const value = (name: string) =>
     new RegExp(`\\b${name}=("[^"]*"|\\S+)`).exec(sum)?.[1]?.replaceAll('"', "") ?? "?";
   const sum = output.split("\n").find((line) => line.includes("dry run done")) ?? "";
-  return `compress ${value("compressed")} delivered files and delete ${value("deleted")} (housekeep --dry-run)`;
+  return `compress ${value("compressed")} delivered files and delete ${value("deleted")}`;
 }
