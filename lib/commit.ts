@@ -12,9 +12,7 @@ import { exists, reached, syncData, syncFolder } from "./durable.ts";
 import { type Chunk, type Outcome, openSender, type Sender, type StoreOptions } from "./sender.ts";
 import { createFaultLog, describe } from "./service.ts";
 
-const fdatasyncInPool = promisify(fdatasync);
-/** A sender not heard of for so long gives back its descriptors. */
-const REST_MS = 60_000;
+const syncDataInPool = promisify(fdatasync);
 
 /** A chunk that cannot be taken now; `status` as in the wire contract. */
 export class StoreError extends Error {
@@ -48,7 +46,9 @@ export function createStore(options: CommitOptions) {
   const faults = createFaultLog(log, now);
   const senders = new Map<string, Sender>();
   const dashes = new Map<string, string>();
-  let queue: Waiting[] = [];
+  /** Senders of ours that have a folder and could not be opened: tried again, for what is due in it. */
+  const unopened = new Set<string>();
+  const queue: Waiting[] = [];
   let turns: Promise<unknown> = Promise.resolve();
 
   /** Runs `work` when everything before it is done. */
@@ -69,59 +69,48 @@ export function createStore(options: CommitOptions) {
   function enqueue(chunk: Chunk, sender: Sender): Promise<Outcome> {
     return new Promise((resolve, reject) => {
       queue.push({ chunk, sender, outcome: undefined, resolve, reject });
-      if (queue.length === 1) void turn(commitQueue);
+      if (queue.length > 1) return; // the turn that is booked takes this one, too
+      turn(() => commitAll(queue.splice(0))).catch(reject);
     });
   }
 
-  async function commitQueue(): Promise<void> {
-    const waiting = queue;
-    queue = [];
+  async function commitAll(waiting: Waiting[]): Promise<void> {
     const started = performance.now();
     const failed = new Map<Sender, unknown>();
-    const touched = new Set<Sender>();
-    for (const entry of waiting) {
-      const { sender } = entry;
-      if (failed.has(sender)) continue;
-      try {
-        if (sender.broken) throw new Error("its folder is looked at anew");
-        entry.outcome = sender.stage(entry.chunk);
-        if (!entry.outcome.conflict) touched.add(sender);
-      } catch (error) {
-        failed.set(sender, error);
-      }
-    }
-    const going = () => [...touched].filter((sender) => !failed.has(sender));
+    const touched = stageAll(waiting, failed);
+    const going = () => touched.filter(({ sender }) => !failed.has(sender));
     await syncAll(
-      going().flatMap((sender) => sender.unsynced().map(({ fd }) => ({ sender, fd }))),
+      going().flatMap(({ sender }) => [
+        ...sender.unsynced().map(({ fd }) => ({ sender, fd })),
+        ...(sender.created ? [{ sender, folder: sender.folder }] : []),
+      ]),
       failed,
     );
-    for (const sender of going()) {
-      if (sender.created) await syncFolder(sender.folder).catch((error) => failed.set(sender, error));
-    }
     reached("commit:synced");
-    const ledgers: { sender: Sender; fd: number }[] = [];
-    for (const sender of going()) {
-      try {
-        ledgers.push({ sender, fd: sender.append() });
-      } catch (error) {
-        failed.set(sender, error);
-      }
-    }
+    const ledgers = attemptAll(going(), failed, ({ sender }) => ({ sender, fd: sender.append() }));
     reached("commit:appended");
     await syncAll(ledgers, failed);
     reached("commit:recorded");
-    for (const sender of going()) sender.apply();
-    for (const [sender, error] of failed) {
-      if (touched.has(sender) || !sender.broken) sender.rollBack();
-      void error;
-    }
+    for (const { sender } of going()) sender.apply();
+    for (const sender of failed.keys()) sender.rollBack();
     answer(waiting, failed, performance.now() - started);
-    for (const sender of going()) {
+    for (const { sender } of going()) {
       await sender.compact().catch((error) => {
         sender.broken = true;
-        faults.failed(sender.host, "ledger not compacted", { host: sender.host, error: describe(error) });
+        faults.failed(sender.host, "ledger not rewritten", { host: sender.host, error: describe(error) });
       });
     }
+  }
+
+  /** Writes the lines of all chunks. Returns the senders that have something to commit. */
+  function stageAll(waiting: Waiting[], failed: Map<Sender, unknown>): { sender: Sender }[] {
+    const touched = new Set<Sender>();
+    const stageable = waiting.filter(({ sender }) => !sender.broken);
+    attemptAll(stageable, failed, (entry) => {
+      entry.outcome = entry.sender.stage(entry.chunk);
+      if (!entry.outcome.conflict) touched.add(entry.sender);
+    });
+    return [...touched].map((sender) => ({ sender }));
   }
 
   function answer(waiting: Waiting[], failed: Map<Sender, unknown>, ms: number): void {
@@ -129,7 +118,7 @@ export function createStore(options: CommitOptions) {
       const error = failed.get(sender);
       if (error !== undefined || !outcome) {
         faults.failed(sender.host, "chunk not stored", { host: sender.host, error: describe(error) });
-        reject(storeError(error));
+        reject(storeError(error ?? new Error("the folder is looked at anew; try again")));
       } else {
         faults.recovered(sender.host, "chunks are stored again", { host: sender.host });
         resolve(outcome);
@@ -151,6 +140,7 @@ export function createStore(options: CommitOptions) {
         await admit(host);
         const sender = await openSender(host, options);
         senders.set(host, sender);
+        unopened.delete(host);
         faults.recovered(host, "sender is open again", { host });
         return sender;
       } catch (error) {
@@ -160,6 +150,11 @@ export function createStore(options: CommitOptions) {
         throw error instanceof StoreError ? error : storeError(error);
       }
     });
+  }
+
+  async function openAll(): Promise<void> {
+    for (const sender of senders.values()) if (sender.broken) unopened.add(sender.host);
+    for (const host of [...unopened]) await open(host).catch(() => {}); // told already
   }
 
   /** Two hosts must not share a dashed form: their batches would have the same names. */
@@ -191,13 +186,15 @@ export function createStore(options: CommitOptions) {
       for (const host of await listHosts(dir)) {
         dashes.set(dashedHost(host), host);
         if (!isOurs(host) || (await readdir(join(dir, host))).length === 0) continue;
-        await open(host).catch(() => {}); // told already; tried again when it is heard of
+        unopened.add(host);
       }
+      await openAll();
     },
 
     /** Seals what is due and lets idle senders rest. Returns the names that were sealed. */
     async seal(): Promise<string[]> {
       const sealed: string[] = [];
+      await openAll();
       for (const sender of [...senders.values()]) {
         for (const name of sender.due()) {
           try {
@@ -210,7 +207,9 @@ export function createStore(options: CommitOptions) {
             faults.failed(name, "batch not sealed", { batch: name, error: describe(error) });
           }
         }
-        if (now() - sender.usedAt > REST_MS) await turn(async () => sender.rest());
+        await turn(() => sender.tidy()).catch((error) => {
+          faults.failed(sender.folder, "ledger not tidied", { host: sender.host, error: describe(error) });
+        });
       }
       return sealed;
     },
@@ -224,25 +223,40 @@ export function createStore(options: CommitOptions) {
   };
 }
 
+/** Does `work` for each, but for the senders that have failed; what throws, fails its sender. */
+function attemptAll<T extends { sender: Sender }, R>(
+  entries: T[],
+  failed: Map<Sender, unknown>,
+  work: (entry: T) => R,
+): R[] {
+  const results: R[] = [];
+  for (const entry of entries) {
+    if (failed.has(entry.sender)) continue;
+    try {
+      results.push(work(entry));
+    } catch (error) {
+      failed.set(entry.sender, error);
+    }
+  }
+  return results;
+}
+
+/** What of a sender must be on stable storage: an open file, or the names in its folder. */
+type Unsynced = { sender: Sender; fd: number } | { sender: Sender; folder: string };
+
 /**
- * Syncs files that belong to senders; whose sync fails, that sender has failed. One file is synced in place:
- * the way through the thread pool costs more than a fast disk takes. Several go together, so that the file
- * system's journal writes them at once.
+ * Syncs what belongs to senders; whose sync fails, that sender has failed. A file alone is synced in place: the
+ * way through the thread pool costs more than a fast disk takes. Several go together, so that the file system's
+ * journal writes them at once.
  */
-async function syncAll(files: { sender: Sender; fd: number }[], failed: Map<Sender, unknown>): Promise<void> {
-  const [only, ...others] = files;
-  if (!only) return;
-  if (others.length > 0) {
-    await Promise.all(
-      files.map(({ sender, fd }) => fdatasyncInPool(fd).catch((error) => failed.set(sender, error))),
-    );
+async function syncAll(all: Unsynced[], failed: Map<Sender, unknown>): Promise<void> {
+  const [only] = all;
+  if (all.length === 1 && only && "fd" in only) {
+    attemptAll([only], failed, () => syncData(only.fd));
     return;
   }
-  try {
-    syncData(only.fd);
-  } catch (error) {
-    failed.set(only.sender, error);
-  }
+  const sync = (one: Unsynced) => ("fd" in one ? syncDataInPool(one.fd) : syncFolder(one.folder));
+  await Promise.all(all.map((one) => sync(one).catch((error) => failed.set(one.sender, error))));
 }
 
 /** What a system's error means for the sender of a chunk. */

@@ -7,8 +7,8 @@
 import { createReadStream } from "node:fs";
 import { readdir, rm, stat, truncate } from "node:fs/promises";
 import { join } from "node:path";
-import { LEDGER, listBatches, parseWindow, withState } from "./batch.ts";
-import { readIfExists, writeDurably } from "./durable.ts";
+import { LEDGER, listBatches, parseBatchName, parseWindow, withState } from "./batch.ts";
+import { moveDurably, readIfExists, writeDurably } from "./durable.ts";
 import {
   applyRecord,
   emptyLedger,
@@ -16,6 +16,7 @@ import {
   LEDGER_VERSION,
   type Ledger,
   type LedgerRecord,
+  type OpenBatch,
   parseRecords,
   readSealed,
   snapshot,
@@ -25,146 +26,142 @@ import { type Log, OperatorError } from "./service.ts";
 /** A line whose end has not come is kept in a file of its own, named so and with its stream behind it. */
 export const PIECE = `${LEDGER}-piece-`;
 
-export interface RecoverOptions {
+/** A sender's folder while it is brought into order. */
+interface Recovery {
+  host: string;
+  folder: string;
+  ledger: Ledger;
+  /** Whether the ledger speaks of everything that was ever acknowledged: it is there, and undamaged. */
+  isComplete: boolean;
+  /** Whether the ledger on disk no longer says what is true. */
+  isStale: boolean;
+  /** Names that a crash left half sealed. */
+  finishing: Set<string>;
   now: () => number;
   log: Log;
-}
-
-/** A sender as it is after a start: what is committed, and the names that a crash left half sealed. */
-export interface Recovered {
-  ledger: Ledger;
-  finishing: Set<string>;
 }
 
 /** Brings a sender's folder into order. Throws an OperatorError when a newer version wrote its ledger. */
 export async function recoverSender(
   host: string,
   folder: string,
-  options: RecoverOptions,
-): Promise<Recovered> {
-  const { ledger, isWhole, isClean } = await replay(host, folder, options.log);
-  const finishing = await recoverBatches(host, folder, ledger, isWhole, options);
-  await recoverPieces(host, folder, ledger, options.log);
-  if (!isClean || finishing.changed) {
-    await writeDurably(join(folder, LEDGER), formatRecord(snapshot(ledger)));
-  }
-  return { ledger, finishing: finishing.names };
+  { now, log }: Pick<Recovery, "now" | "log">,
+): Promise<Pick<Recovery, "ledger" | "finishing">> {
+  const recovery = {
+    host,
+    folder,
+    now,
+    log,
+    finishing: new Set<string>(),
+    ...(await replay(host, folder, log)),
+  };
+  await recoverBatches(recovery);
+  await recoverPieces(recovery);
+  const { ledger, finishing } = recovery;
+  if (recovery.isStale) await writeDurably(join(folder, LEDGER), formatRecord(snapshot(ledger)));
+  return { ledger, finishing };
 }
 
-/** Reads the ledger. `isWhole`: what it does not name was never acknowledged; `isClean`: it can be appended to. */
 async function replay(host: string, folder: string, log: Log) {
   const path = join(folder, LEDGER);
   const text = await readIfExists(path);
   const ledger = emptyLedger();
-  if (text === undefined) return { ledger, isWhole: false, isClean: false };
+  if (text === undefined) return { ledger, isComplete: false, isStale: true };
   const { records, damaged, end } = parseRecords(text);
   for (const record of records as LedgerRecord[]) {
-    if ((record.v ?? 0) > LEDGER_VERSION) {
+    const { v = 0 } = record;
+    if (v > LEDGER_VERSION) {
       throw new OperatorError(
-        `${path} was written by a newer version (${record.v}); this one knows ${LEDGER_VERSION}`,
+        `${path} is of version ${v}, written by a newer release; this one knows ${LEDGER_VERSION}`,
       );
     }
     applyRecord(ledger, record);
   }
-  const isWhole = damaged === 0 && records.length > 0;
-  if (!isWhole) log.error("ledger is damaged", { host, path, damaged, records: records.length });
-  return { ledger, isWhole, isClean: isWhole && end === Buffer.byteLength(text) };
+  const isComplete = damaged === 0 && records.length > 0;
+  if (!isComplete) log.error("ledger is damaged", { host, path, damaged, records: records.length });
+  return { ledger, isComplete, isStale: !isComplete || end < Buffer.byteLength(text) };
 }
 
 /** Cuts, finishes or takes up every `.part`, and closes what is open in the ledger alone. */
-async function recoverBatches(
-  host: string,
-  folder: string,
-  ledger: Ledger,
-  isWhole: boolean,
-  { now, log }: RecoverOptions,
-): Promise<{ names: Set<string>; changed: boolean }> {
-  const parts = await listBatches(folder, "open");
-  const names = new Set<string>();
-  let changed = false;
+async function recoverBatches(recovery: Recovery): Promise<void> {
+  const { folder, ledger, isComplete, finishing } = recovery;
   const sealed = new Map((await readSealed(folder)).map((batch) => [batch.name, batch]));
-  for (const part of parts) {
-    const name = withState(part, "sealed");
-    const path = join(folder, part);
-    const { size } = await stat(path);
-    const committed = sealed.get(name)?.bytes ?? ledger.open.get(name)?.bytes;
-    if (committed === undefined && isWhole) {
-      await rm(path); // it was begun by a commit that did not come to its end
-      continue;
-    }
-    if (committed === undefined) {
-      changed = true;
-      await adopt(host, path, name, size, ledger, now());
-      log.error("batch is in no ledger: kept as it is", { host, batch: name, bytes: size });
-    } else if (size > committed) await truncate(path, committed);
-    else if (size < committed) {
-      changed = true;
-      reportLoss(log, ledger, host, name, committed - size);
-      const batch = ledger.open.get(name);
-      if (batch) batch.bytes = size;
-    }
-    if (sealed.has(name)) {
-      names.add(name);
-      ledger.open.delete(name);
-      changed = true;
-    }
+  const names = (await listBatches(folder, "open")).map((part) => withState(part, "sealed"));
+  for (const name of names) {
+    const batch = sealed.get(name) ?? ledger.open.get(name);
+    if (batch) await cutBack(recovery, withState(name, "open"), batch);
+    else if (isComplete)
+      await rm(join(folder, withState(name, "open"))); // begun by a commit that never ended
+    else await adopt(recovery, name);
+    if (sealed.has(name)) finishing.add(name);
   }
-  for (const [name, batch] of ledger.open) {
-    if (parts.includes(withState(name, "open"))) continue;
-    if (!sealed.has(name)) reportLoss(log, ledger, host, name, batch.bytes);
+  for (const [name, { bytes }] of ledger.open) {
+    if (names.includes(name) && !sealed.has(name)) continue;
+    if (!sealed.has(name)) reportLoss(recovery, name, bytes);
     ledger.open.delete(name);
-    changed = true;
+    recovery.isStale = true;
   }
-  return { names, changed };
 }
 
 /** Takes up a `.part` that no ledger knows: all of it may have been acknowledged, up to its last `\n`. */
-async function adopt(host: string, path: string, name: string, size: number, ledger: Ledger, now: number) {
-  let bytes = 0;
-  let lines = 0;
+async function adopt(recovery: Recovery, name: string): Promise<void> {
+  const { host, folder, ledger, now, log } = recovery;
+  const path = join(folder, withState(name, "open"));
+  const batch: OpenBatch = { bytes: 0, lines: 0, endsAt: 0, at: now() };
   let read = 0;
   for await (const block of createReadStream(path) as AsyncIterable<Buffer>) {
     for (let at = block.indexOf(0x0a); at >= 0; at = block.indexOf(0x0a, at + 1)) {
-      lines++;
-      bytes = read + at + 1;
+      batch.lines++;
+      batch.bytes = read + at + 1;
     }
     read += block.length;
   }
-  if (bytes < size) await truncate(path, bytes);
-  if (bytes === 0) return rm(path);
-  const window = /_(\d{8}_\d\d-\d\d)_/.exec(name)?.[1] ?? "";
-  const zone = new Date(now).getTimezoneOffset() * 60_000; // the lines' own is not known here
-  ledger.open.set(name, { bytes, lines, endsAt: parseWindow(window).end + zone, at: now });
-  void host;
+  if (batch.lines === 0) return rm(path);
+  await truncate(path, batch.bytes);
+  // The zone of its lines is not known any more; this machine's own is the best guess for when it ends.
+  const { end } = parseWindow(parseBatchName(name)?.window ?? "");
+  batch.endsAt = end + new Date(end).getTimezoneOffset() * 60_000;
+  ledger.open.set(name, batch);
+  log.error("batch is in no ledger: kept as it is", { host, batch: name, lines: batch.lines });
 }
 
-async function recoverPieces(host: string, folder: string, ledger: Ledger, log: Log): Promise<void> {
-  const found = new Set<string>();
-  for (const file of await readdir(folder)) {
-    if (!file.startsWith(PIECE)) continue;
-    const name = file.slice(PIECE.length);
-    const path = join(folder, file);
-    const stream = ledger.streams.get(name);
-    if (stream?.piece === undefined) {
-      await rm(path, { force: true });
-      continue;
-    }
-    found.add(name);
-    const { size } = await stat(path);
-    if (size > stream.piece) await truncate(path, stream.piece);
-    else if (size < stream.piece) {
-      reportLoss(log, ledger, host, file, stream.piece - size);
-      stream.piece = size;
-    }
+/** Brings every piece of a long line to its committed length. */
+async function recoverPieces(recovery: Recovery): Promise<void> {
+  const { folder, ledger, isComplete, now } = recovery;
+  const names = (await readdir(folder)).filter((file) => file.startsWith(PIECE));
+  for (const name of names) {
+    const stream = ledger.streams.get(name.slice(PIECE.length));
+    if (stream?.piece !== undefined) {
+      const piece = { bytes: stream.piece };
+      await cutBack(recovery, name, piece);
+      stream.piece = piece.bytes;
+    } else if (isComplete) await rm(join(folder, name));
+    else
+      await moveDurably(
+        join(folder, name),
+        join(folder, `${LEDGER}-lost-${now()}-${name.slice(PIECE.length)}`),
+      );
   }
   for (const [name, stream] of ledger.streams) {
-    if (stream.piece === undefined || found.has(name)) continue;
-    reportLoss(log, ledger, host, PIECE + name, stream.piece);
+    if (stream.piece === undefined || names.includes(PIECE + name)) continue;
+    reportLoss(recovery, PIECE + name, stream.piece);
     delete stream.piece;
   }
 }
 
-function reportLoss(log: Log, ledger: Ledger, host: string, file: string, bytes: number): void {
+/** Cuts a file to its committed length; a file that is shorter has lost lines that were acknowledged. */
+async function cutBack(recovery: Recovery, file: string, committed: { bytes: number }): Promise<void> {
+  const path = join(recovery.folder, file);
+  const { size } = await stat(path);
+  if (size > committed.bytes) await truncate(path, committed.bytes);
+  if (size >= committed.bytes) return;
+  reportLoss(recovery, file, committed.bytes - size);
+  committed.bytes = size;
+}
+
+function reportLoss(recovery: Recovery, file: string, bytes: number): void {
+  const { host, log, ledger } = recovery;
   log.error("committed bytes are gone from the disk", { host, file, bytes });
   ledger.lost += bytes;
+  recovery.isStale = true;
 }

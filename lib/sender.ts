@@ -20,6 +20,7 @@ import {
   readSync,
   rmSync,
   truncateSync,
+  writeFileSync,
   writeSync,
 } from "node:fs";
 import { join } from "node:path";
@@ -37,7 +38,7 @@ import {
 } from "./ledger.ts";
 import { holdLock } from "./lock.ts";
 import { PIECE, recoverSender } from "./recover.ts";
-import { nextPart, recordSealed } from "./sealed.ts";
+import { forgetSealed, nextPart, recordSealed } from "./sealed.ts";
 import type { Log } from "./service.ts";
 import { type FindWindow, STAMP_WITHIN, type Window, windowOfArrival } from "./timestamp.ts";
 
@@ -92,6 +93,8 @@ const MAX_FILES = 64;
 const FUTURE_MS = 7 * 86_400_000;
 const DAY_MS = 86_400_000;
 const COPY_BYTES = 262_144;
+/** A sender not heard of for so long gives back its descriptors. */
+const REST_MS = 60_000;
 
 function pieceName(stream: string): string {
   return PIECE + stream;
@@ -130,6 +133,7 @@ export class Sender {
   #ledgerFd = -1;
   #ledgerLength = 0;
   #compactAt = COMPACT_BYTES;
+  #tidiedAt = Number.NEGATIVE_INFINITY;
   /** The commit in hand: what it will change. */
   #streams = new Map<string, Stream>();
   #open = new Map<string, OpenBatch>();
@@ -277,14 +281,15 @@ export class Sender {
   /** The file of this name in the folder, open for writing behind its first `length` bytes. */
   #file(name: string, length: number): OpenFile {
     let file = this.#files.get(name);
-    if (!file) {
+    if (file) this.#files.delete(name);
+    else {
       if (this.#files.size >= MAX_FILES) this.#closeOldest();
       const path = join(this.folder, name);
       const isNew = !existsSync(path);
       file = { name, fd: openSync(path, isNew ? "wx+" : "r+", 0o640), length, unsynced: false };
-      if (isNew) this.#created = true;
-      this.#files.set(name, file);
+      if (length === 0) this.#created = true;
     }
+    this.#files.set(name, file); // the last used stands last
     file.length = length;
     return file;
   }
@@ -329,16 +334,20 @@ export class Sender {
   }
 
   #appendRecord(record: LedgerRecord): number {
-    if (this.#ledgerFd < 0) {
-      this.#ledgerFd = openSync(join(this.folder, LEDGER), "r+");
-      this.#ledgerLength = fstatSync(this.#ledgerFd).size;
-    }
+    if (this.#ledgerFd < 0) this.#openLedger();
     const line = Buffer.from(formatRecord(record));
     for (let at = 0; at < line.length; ) {
       at += writeSync(this.#ledgerFd, line, at, line.length - at, this.#ledgerLength + at);
     }
     this.#appended = line.length;
     return this.#ledgerFd;
+  }
+
+  #openLedger(): void {
+    const path = join(this.folder, LEDGER);
+    if (!existsSync(path)) writeFileSync(path, formatRecord(snapshot(this.ledger))); // removed by hand
+    this.#ledgerFd = openSync(path, "r+");
+    this.#ledgerLength = fstatSync(this.#ledgerFd).size;
   }
 
   /** Makes the commit true: everything that was staged is on stable storage. */
@@ -366,7 +375,11 @@ export class Sender {
   #dropPiece(stream: string): void {
     const file = this.#files.get(pieceName(stream));
     if (file) this.#close(file);
-    rmSync(join(this.folder, pieceName(stream)), { force: true });
+    try {
+      rmSync(join(this.folder, pieceName(stream)), { force: true });
+    } catch {
+      // the ledger does not speak of it any more
+    }
   }
 
   /**
@@ -374,7 +387,9 @@ export class Sender {
    * speaks of stay where they are. When something cannot be undone the sender is `broken`.
    */
   rollBack(): void {
-    const files = new Set([...this.#open.keys()].map((name) => withState(name, "open")));
+    if (this.broken) return;
+    const files = new Set(this.unsynced().map((file) => file.name));
+    for (const name of this.#open.keys()) files.add(withState(name, "open"));
     for (const stream of this.#streams.keys()) files.add(pieceName(stream));
     try {
       if (this.#ledgerFd >= 0) ftruncateSync(this.#ledgerFd, this.#ledgerLength);
@@ -405,19 +420,26 @@ export class Sender {
     if (batch) this.#batches.delete(batch.window);
   }
 
-  /** Rewrites the ledger when it has grown far beyond what it says, without what is too old to be asked for. */
+  /** Rewrites the ledger when it has grown far beyond what it says. */
   async compact(): Promise<void> {
     if (this.#ledgerLength < this.#compactAt) return;
-    const oldest = this.#options.now() - this.#options.forgetAfterDays * DAY_MS;
-    for (const [name, stream] of this.ledger.streams) {
-      if (stream.at < oldest && stream.piece === undefined) this.ledger.streams.delete(name);
-    }
     const text = formatRecord(snapshot(this.ledger));
     await writeDurably(join(this.folder, LEDGER), text);
     this.#compactAt = Math.max(COMPACT_BYTES, COMPACT_RATIO * text.length);
-    closeSync(this.#ledgerFd);
-    this.#ledgerFd = -1;
-    this.#ledgerLength = 0;
+    this.#closeLedger();
+  }
+
+  /** Forgets, once a day, what is too old to be asked for; gives back what a quiet sender needs not hold. */
+  async tidy(): Promise<void> {
+    const now = this.#options.now();
+    if (now - this.usedAt > REST_MS) this.#rest();
+    if (Math.abs(now - this.#tidiedAt) < DAY_MS) return;
+    this.#tidiedAt = now;
+    const oldest = now - this.#options.forgetAfterDays * DAY_MS;
+    for (const [name, stream] of this.ledger.streams) {
+      if (stream.at < oldest && stream.piece === undefined) this.ledger.streams.delete(name);
+    }
+    await forgetSealed(this.folder, oldest);
   }
 
   /** The open batches that may be sealed now. */
@@ -457,15 +479,19 @@ export class Sender {
     this.#appended = 0;
   }
 
-  /** Gives back what a sender that is not heard of needs not hold. */
-  rest(): void {
-    for (const file of [...this.#files.values()]) this.#close(file);
-    if (this.#ledgerFd >= 0) closeSync(this.#ledgerFd);
-    this.#ledgerFd = -1;
+  close(): void {
+    this.#rest();
+    this.#lock.release();
   }
 
-  close(): void {
-    this.rest();
-    this.#lock.release();
+  #rest(): void {
+    for (const file of [...this.#files.values()]) this.#close(file);
+    this.#closeLedger();
+  }
+
+  #closeLedger(): void {
+    if (this.#ledgerFd >= 0) closeSync(this.#ledgerFd);
+    this.#ledgerFd = -1;
+    this.#ledgerLength = 0;
   }
 }

@@ -105,7 +105,7 @@ export function createWindowFinder(windowMinutes: number, pattern?: string): Fin
   function timeOf(b: Uint8Array, y: number, mo: number, d: number, at: number, zone: number) {
     const hour = two(b, at);
     const minute = two(b, at + 3);
-    const ok = y >= 2000 && mo >= 1 && mo <= 12 && d <= 31 && hour <= 23 && minute <= 59; // false for NaN
+    const ok = y >= 2000 && y <= 2099 && mo >= 1 && mo <= 12 && d <= 31 && hour <= 23 && minute <= 59; // false for NaN
     if (!ok || !(two(b, at + 6) <= 60) || Number.isNaN(zone)) return undefined;
     return windowOf(y, mo, d, hour, minute, zone);
   }

@@ -1,0 +1,256 @@
+/**
+ * The receiver as a process that is killed, stopped at each step, out of disk, or watched by strace: what it
+ * answered 200 for is there once, and nothing else.
+ */
+import { expect, test } from "bun:test";
+import { existsSync } from "node:fs";
+import { readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { linesOfWindows, post, sendAll, storedWindows } from "./sending.ts";
+import {
+  expectSameLines,
+  freePort,
+  missing,
+  notRoot,
+  onCleanup,
+  type Running,
+  runScriptOnce,
+  start,
+  startScript,
+  tempFolder,
+  until,
+  writeConfig,
+} from "./support.ts";
+
+async function setUp(options: object = {}) {
+  const folder = await tempFolder();
+  const dir = join(folder, "data");
+  const port = await freePort();
+  const receiver = { dir, groups: [{ port, senders: ["*"] }], sealAfterSeconds: 3600, ...options };
+  const config = await writeConfig(folder, { receiver });
+  return { folder, dir, port, config, url: `http://127.0.0.1:${port}` };
+}
+
+async function isUp(url: string): Promise<boolean> {
+  return fetch(`${url}/healthz`).then(
+    (response) => response.ok,
+    () => false,
+  );
+}
+
+async function run(config: string, url: string, env: Record<string, string> = {}): Promise<Running> {
+  const receiver = startScript("receiver", config, [], env);
+  await until(`the receiver listens:\n${receiver.output}`, () => isUp(url));
+  return receiver;
+}
+
+async function expectWindows(dir: string, host: string, text: string): Promise<void> {
+  const stored = await storedWindows(dir, host);
+  expect([...stored.keys()].sort()).toEqual(["26112206_00-19", "26112206_20-39", "26112206_40-59"]);
+  expectSameLines(
+    [...stored]
+      .sort()
+      .map(([, lines]) => lines)
+      .join(""),
+    text,
+  );
+}
+
+const KILLS = Number(process.env.LOG_RT_SYNC_KILLS ?? 20);
+
+test(`the receiver killed ${KILLS} times under load keeps every line once, in order`, async () => {
+  const { dir, config, url } = await setUp({ sealAfterSeconds: 0.5 });
+  const hosts = ["10.0.0.1", "10.0.0.2", "web-3.example"];
+  const text = linesOfWindows(Math.max(30_000, 1500 * KILLS));
+  const bytes = Buffer.from(text);
+  let done = false;
+  const sending = Promise.all(
+    hosts.map((host) => sendAll(url, host, bytes, { signal: AbortSignal.timeout(600_000) })),
+  ).finally(() => {
+    done = true;
+  });
+  let kills = 0;
+  for (; kills < KILLS && !done; kills++) {
+    const receiver = startScript("receiver", config);
+    await until(
+      `the receiver listens or the senders are done`,
+      async () => done || (await isUp(url)),
+      60_000,
+    );
+    await new Promise((resolve) => setTimeout(resolve, Math.random() * 120)); // any instruction
+    await receiver.stop("SIGKILL");
+  }
+  const receiver = startScript("receiver", config);
+  await sending;
+  expect(await receiver.stop()).toBe(0);
+  expect(receiver.output).not.toContain(" error ");
+  for (const host of hosts) await expectWindows(dir, host, text);
+  process.stderr.write(`killed ${kills} times\n`);
+}, 900_000);
+
+/** Steps at which a process may be stopped; each must leave what the next start can mend. */
+const STEPS = [
+  "commit:written",
+  "commit:synced",
+  "commit:appended",
+  "commit:recorded",
+  "durable:written",
+  "seal:recorded",
+  "seal:renamed",
+];
+
+test.each(STEPS)("the receiver stopped at %s keeps every line once", async (step) => {
+  const { dir, config, url } = await setUp({ sealAfterSeconds: 0.2 });
+  const text = linesOfWindows(3000);
+  const count = step === "commit:written" ? "5" : "1";
+  const first = startScript("receiver", config, [], {
+    LOG_RT_SYNC_STOP_AT: step,
+    LOG_RT_SYNC_STOP_COUNT: count,
+  });
+  const stop = new AbortController();
+  first.ended.finally(() => stop.abort());
+  await sendAll(url, "10.0.0.1", Buffer.from(text), { signal: stop.signal }).catch(() => {});
+  expect(await first.ended).toBe("SIGKILL");
+  const receiver = await run(config, url);
+  await sendAll(url, "10.0.0.1", Buffer.from(text));
+  await until("all is sealed", async () => (await storedFiles(dir)).every((name) => !name.endsWith(".part")));
+  expect(await receiver.stop()).toBe(0);
+  await expectWindows(dir, "10.0.0.1", text);
+});
+
+async function storedFiles(dir: string, host = "10.0.0.1"): Promise<string[]> {
+  return (await readdir(join(dir, host))).filter((name) => !name.startsWith("."));
+}
+
+test.skipIf(missing({ strace: "strace" }))(
+  "no 200 leaves before its lines and its ledger record are synced",
+  async () => {
+    const { folder, dir, config, url } = await setUp();
+    const receiver = await run(config, url);
+    const trace = join(folder, "trace");
+    const strace = start("strace", [
+      ...["-f", "-y", "-s", "200", "-o", trace, "-p", String(receiver.process.pid)],
+      ...["-e", "trace=pwrite64,write,writev,sendto,sendmsg,fsync,fdatasync"],
+    ]);
+    await strace.says("attached");
+    // Each sender has a range of offsets of its own: the answer's offset tells whose it is.
+    const hosts = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
+    const RANGE = 1e9;
+    const body = linesOfWindows(200);
+    const chunks = 10;
+    const send = async (host: string, start: number) => {
+      for (let i = 0; i < chunks; i++) {
+        const answer = await fetch(post(url, body, { host, offset: start + i * body.length }));
+        expect(answer.status).toBe(200);
+      }
+    };
+    await Promise.all(hosts.map((host, i) => send(host, i * RANGE)));
+    await strace.stop("SIGINT");
+    await receiver.stop();
+    const unsynced = new Set<string>();
+    const syncing = new Map<string, string>();
+    const counts = { answers: 0, writes: 0, ledgers: 0 };
+    for (const call of (await readFile(trace, "latin1")).split("\n")) {
+      const pid = call.split(" ")[0] ?? "";
+      const [, name = "", file = ""] = /(\w+)\(\d+<([^>]+)>/.exec(call) ?? [];
+      if (name === "pwrite64" && file.startsWith(dir)) {
+        if (!file.endsWith(".part")) {
+          counts.ledgers++;
+          const folder = file.slice(0, file.lastIndexOf("/"));
+          expect([...unsynced].filter((other) => other.startsWith(folder) && other !== file)).toEqual([]);
+        }
+        unsynced.add(file);
+        counts.writes++;
+      } else if (name.endsWith("sync") && call.includes("<unfinished")) syncing.set(pid, file);
+      else if (name.endsWith("sync") && call.endsWith(" = 0")) unsynced.delete(file);
+      else if (/sync resumed>.* = 0$/.test(call)) unsynced.delete(syncing.get(pid) ?? "");
+      else if (call.includes("HTTP/1.1 200 OK")) {
+        counts.answers++;
+        const offset = Number(/Upload-Offset: (\d+)/.exec(call)?.[1]);
+        const folder = join(dir, hosts[Math.floor(offset / RANGE)] ?? "");
+        expect([...unsynced].filter((other) => other.startsWith(folder))).toEqual([]);
+      }
+    }
+    expect(counts.answers).toBe(chunks * hosts.length);
+    expect(counts.writes).toBeGreaterThan(counts.answers);
+    expect(counts.ledgers).toBe(counts.answers);
+  },
+);
+
+test.skipIf(notRoot())(
+  "a disk that is full gets 507, keeps what was there, and goes on when there is room",
+  async () => {
+    const disk = await tempFolder();
+    const mounted = start("mount", ["-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]);
+    if ((await mounted.ended) !== 0) throw new Error(`cannot mount a tmpfs: ${mounted.output}`);
+    onCleanup(() => start("umount", ["-l", disk]).ended);
+    const dir = join(disk, "data");
+    const { config, url } = await setUp({ dir });
+    const receiver = await run(config, url);
+    const text = linesOfWindows(8000); // 0.8 MB
+    await sendAll(url, "10.0.0.1", Buffer.from(text));
+    const ballast = join(disk, "ballast");
+    await writeFile(ballast, Buffer.alloc(4 << 20)).catch(() => {}); // all that is left
+    const large = linesOfWindows(2000).repeat(5);
+    const refused = await fetch(post(url, large, { offset: text.length, stream: "stream-10-0-0-1" }));
+    expect({ status: refused.status, text: await refused.text() }).toMatchObject({ status: 507 });
+    expect((await fetch(post(url, large, { host: "10.0.0.9" }))).status).toBe(507);
+    await expectWindows(dir, "10.0.0.1", text);
+    await rm(ballast);
+    const accepted = await fetch(post(url, large, { offset: text.length, stream: "stream-10-0-0-1" }));
+    expect(accepted.status).toBe(200);
+    await until("it says so", () => receiver.output.includes("chunks are stored again"));
+    expect(receiver.output.split("chunk not stored").length).toBe(2); // once, not for every try
+    expect(await receiver.stop()).toBe(0);
+    const stored = [...(await storedWindows(dir, "10.0.0.1")).values()].join("");
+    expect(stored.length).toBe(text.length + large.length);
+  },
+);
+
+test("a second receiver on the same group, or on a port that is taken, says so and exits", async () => {
+  const first = await setUp();
+  const receiver = await run(first.config, first.url);
+  const second = await runScriptOnce("receiver", first.config);
+  expect(second.code).toBe(1);
+  expect(second.output).toContain(
+    `The group of port ${first.port} is in use by process ${receiver.process.pid}`,
+  );
+  const other = await setUp({ groups: [{ port: first.port, senders: ["*"] }] });
+  const third = await runScriptOnce("receiver", other.config);
+  expect(third.code).toBe(1);
+  expect(third.output).toContain(`Cannot listen on 127.0.0.1 port ${first.port}`);
+  expect(third.output.trim().split("\n").length).toBe(1);
+});
+
+test("groups spread over processes: --port serves one, and 421 names the port of the other", async () => {
+  const [one, two] = [await freePort(), await freePort()];
+  const tokens = { "*": { env: "RECEIVER_TOKEN" } };
+  const groups = [
+    { port: one, senders: ["10.0.1.0/24"] },
+    { port: two, senders: ["10.0.2.0/24", "web-2.example"] },
+  ];
+  const { config, dir } = await setUp({ groups, tokens });
+  const env = { RECEIVER_TOKEN: "secret-token" };
+  const headers = { Authorization: "Bearer secret-token" };
+  const [first, second] = await Promise.all(
+    [one, two].map(async (port) => {
+      const receiver = startScript("receiver", config, ["--port", String(port)], env);
+      await until("it listens", () => isUp(`http://127.0.0.1:${port}`));
+      return receiver;
+    }),
+  );
+  const send = (port: number, host: string) =>
+    fetch(post(`http://127.0.0.1:${port}`, linesOfWindows(3), { host, headers }));
+  expect((await send(one, "10.0.1.7")).status).toBe(200);
+  expect((await send(two, "web-2.example")).status).toBe(200);
+  const wrong = await send(one, "10.0.2.7");
+  expect(wrong.status).toBe(421);
+  expect(await wrong.text()).toContain(String(two));
+  expect((await send(one, "10.0.3.7")).status).toBe(403);
+  expect(existsSync(join(dir, "10.0.2.7"))).toBe(false);
+  expect(await first?.stop()).toBe(0);
+  expect(await second?.stop()).toBe(0);
+  const none = await runScriptOnce("receiver", config, ["--port", "1"], env);
+  expect(none.code).toBe(1);
+  expect(none.output).toContain("No group has port 1");
+});
