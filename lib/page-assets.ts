@@ -103,8 +103,8 @@ th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th
 `;
 
 /**
- * Fetches the page again and changes only what differs, so that focus, scroll and selection stay where they are
- * and a screen reader is told only of a new verdict. A new style means a new version: then all is loaded anew.
+ * Fetches the page again and changes only what differs, with rows known by their id, so that focus, scroll and
+ * selection stay where they are and a screen reader is told only of a new verdict. A new style means a new version: then all is loaded anew.
  */
 export const SCRIPT = `
 const find = (selector, page = document) => page.querySelector(selector);
@@ -116,26 +116,33 @@ function morph(old, next) {
   if (old.nodeType === Node.TEXT_NODE) { if (old.data !== next.data) old.data = next.data; return; }
   for (const { name } of [...old.attributes]) if (!next.hasAttribute(name)) old.removeAttribute(name);
   for (const { name, value } of next.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
-  const children = [...old.childNodes];
-  for (const [i, child] of [...next.childNodes].entries()) {
-    if (children[i]) morph(children[i], child);
-    else old.append(child);
+  const wanted = [...next.childNodes], ids = new Set(wanted.map(({ id }) => id));
+  const known = new Map([...old.children].filter(({ id }) => id).map((child) => [child.id, child]));
+  for (const [id, child] of known) if (!ids.has(id)) child.remove();
+  for (const [i, child] of wanted.entries()) {
+    const here = old.childNodes[i] ?? null, same = known.get(child.id) ?? (here?.id ? null : here);
+    if (!same || same !== here) old.insertBefore(same ?? child, here);
+    if (same) morph(same, child);
   }
-  for (const child of children.slice(next.childNodes.length)) child.remove();
+  while (old.childNodes.length > wanted.length) old.lastChild.remove();
 }
 
 async function refresh() {
   clearTimeout(timer);
   if (pause.ariaPressed === "true" || document.hidden) return;
   try {
-    const answer = await fetch(location.href, { signal: AbortSignal.timeout(8000) });
+    const answer = await fetch(location.origin + location.pathname, { signal: AbortSignal.timeout(8000) });
     if (!answer.ok) throw new Error(answer.statusText);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     if (find("style", page).textContent !== find("style").textContent) return location.reload();
+    const focused = document.activeElement.id;
     morph(main, find("main", page));
+    if (focused && document.activeElement.id !== focused) {
+      document.getElementById(focused)?.focus({ preventScroll: true });
+    }
     morph(find("link"), find("link", page));
     if (document.title !== page.title) document.title = page.title;
-    stale.hidden = true;
+    if (!stale.hidden) stale.hidden = true;
   } catch {
     stale.textContent = "The receiver does not answer: this is the state of " + main.dataset.at + ".";
     stale.hidden = false;

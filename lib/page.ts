@@ -25,6 +25,8 @@ import {
 
 /** Rows of one page; senders beyond it are counted, not listed. */
 const MAX_ROWS = 500;
+/** Links to the senders of one problem. */
+const MAX_LINKS = 6;
 /** Points of a sender's curve; the curve of all has one per minute. */
 const ROW_POINTS = 48;
 /** "Now" in lines per minute is the mean of so many minutes. */
@@ -97,17 +99,19 @@ function renderVerdict({ now }: Status, headline: string, mark: Verdict, problem
   const explained = problems.filter(({ hosts, detail }) => hosts.length > 0 || detail);
   return html`<section class="verdict ${mark}" aria-label="Verdict">
 <div role="status"><h1>${symbol(mark)}${headline}</h1></div>
-${explained.length > 0 && html`<ul>${explained.map(({ text, detail, hosts }) => html`<li>${problems.length > 1 && `${sentence(text)}: `}${detail ?? links(hosts)}</li>`)}</ul>`}
+${explained.length > 0 && html`<ul>${explained.map((problem) => renderProblem(problem, problems.length))}</ul>`}
 <p class="at">State of <time datetime="${new Date(now).toISOString()}">${FULL_TIME.format(now)}</time></p>
 </section>`;
 }
 
-/** The first few senders of a problem; the table shows the others. */
-function links(hosts: string[]): Html {
-  const shown = hosts
-    .slice(0, 6)
-    .map((host) => html`<a href="#${encodeURIComponent(anchor(host))}">${host}</a> `);
-  return html`${shown}${hosts.length > 6 && `and ${hosts.length - 6} more`}`;
+/** What is behind the headline; the first few senders alone, the table shows the others. */
+function renderProblem({ kind, text, detail, hosts }: Problem, of: number): Html {
+  const links = hosts.slice(0, MAX_LINKS).map((host) => {
+    const href = `#${encodeURIComponent(anchor(host))}`;
+    return html`<a id="${kind}-${host}" href="${href}">${host}</a> `;
+  });
+  const more = hosts.length > MAX_LINKS && `and ${hosts.length - MAX_LINKS} more`;
+  return html`<li>${of > 1 && `${sentence(text)}: `}${detail ?? html`${links}${more}`}</li>`;
 }
 
 /** The two questions and the disk, each with its numbers. */
@@ -132,7 +136,7 @@ function renderArrival(hosts: HostStatus[]): Html {
   const perMinute = addCurves(hosts);
   const hours = `${perMinute.length / 60} hours`;
   const lost = sum(hosts, "lost");
-  return html`<dl>${figure("Senders", `${sending} of ${senders}`)}${figure("Lines per minute", number(latest(perMinute)))}
+  return html`<dl>${figure("Senders", `${number(sending)} of ${number(senders)}`)}${figure("Lines per minute", number(latest(perMinute)))}
 ${figure("Lag", formatBytes(sum(hosts, "lag")))}${lost > 0 && figure("Bytes lost", formatBytes(lost))}</dl>
 ${
   perMinute.length > 0 &&
@@ -185,8 +189,7 @@ function renderHosts({ hosts, now }: Status): Html {
   ];
   return html`<section class="hosts"><h2 id="senders">Senders</h2>
 <table role="table" aria-labelledby="senders"><thead role="rowgroup"><tr role="row">${heads.map((head) => html`<th role="columnheader" scope="col">${head}</th>`)}</tr></thead>
-<tbody role="rowgroup">
-${sorted.slice(0, MAX_ROWS).map((host) => renderHost(host, now))}</tbody></table>
+<tbody role="rowgroup">${sorted.slice(0, MAX_ROWS).map((host) => renderHost(host, now))}</tbody></table>
 ${sorted.length > MAX_ROWS && html`<p class="hint">${count(sorted.length - MAX_ROWS, "more sender is", "more senders are")} counted above and not listed.</p>`}
 </section>`;
 }
@@ -211,8 +214,7 @@ function renderHost(host: HostStatus, now: number): Html {
     amount(host.waiting, html`${number(host.waiting)}${since}`, isLate(host, now)),
     amount(host.failed, number(host.failed), true),
     amount(host.lost, formatBytes(host.lost), true),
-  ]}</tr>
-`;
+  ]}</tr>`;
 }
 
 function renderAbout({ version, startedAt, now, dir, hosts }: Status): Html {

@@ -9,7 +9,7 @@ import { dashedHost, folders, listBatches, listHosts, parseBatchName } from "./b
 import { type Config, createMatcher, sections } from "./config.ts";
 import { emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
 import { type ForwarderState, readForwarderState } from "./report.ts";
-import { VERSION } from "./service.ts";
+import { describe, VERSION } from "./service.ts";
 
 /**
  * How a sender is doing. `ok`: lines come; `quiet`: it is heard of, but sends no lines; `silent`: it is not
@@ -58,6 +58,7 @@ export interface Status {
 
 /** Something that keeps lines from arriving or batches from being delivered, in words. */
 export interface Problem {
+  kind: "silent" | "never" | "fault" | "late" | "failed" | "disk";
   leg: "arrival" | "delivery" | "disk";
   text: string;
   /** What is known beyond the text. */
@@ -130,7 +131,9 @@ export async function collectStatus(
     ({ bavail, blocks, bsize }) => ({ free: bavail * bsize, total: blocks * bsize }),
     () => undefined,
   );
-  const forwarder = await readForwarderState(dir);
+  const forwarder = await readForwarderState(dir).catch((error): Status["forwarder"] => {
+    return { at: 0, fault: { kind: "local", text: describe(error), since: now } };
+  });
   return {
     version: VERSION,
     now,
@@ -181,29 +184,39 @@ async function countFailed(dir: string): Promise<Map<string, number>> {
 
 /** What is wrong, worst first; nothing when every line arrives and every batch is delivered. */
 export function findProblems({ hosts, forwarder, disk, now }: Status): Problem[] {
-  const problems: Problem[] = [];
-  const tell = (leg: Problem["leg"], concerned: HostStatus[], text: (count: number) => string) => {
-    if (concerned.length > 0)
-      problems.push({ leg, text: text(concerned.length), hosts: concerned.map(({ host }) => host) });
-  };
-  tell("arrival", inState(hosts, "silent"), (n) => `${count(n, "sender is", "senders are")} silent`);
-  tell("arrival", inState(hosts, "never"), (n) => `${count(n, "sender was", "senders were")} never heard of`);
+  const silent = inState(hosts, "silent");
+  const never = inState(hosts, "never");
+  const late = hosts.filter((host) => isLate(host, now));
+  const failed = hosts.filter((host) => host.failed > 0);
+  const lateSince = Math.min(now, ...late.map(({ waitingSince = now }) => waitingSince));
+  const problems: (Omit<Problem, "hosts"> & { hosts: HostStatus[] })[] = [];
+  if (silent.length > 0) {
+    const text = `${count(silent.length, "sender is", "senders are")} silent`;
+    problems.push({ kind: "silent", leg: "arrival", text, hosts: silent });
+  }
+  if (never.length > 0) {
+    const text = `${count(never.length, "sender was", "senders were")} never heard of`;
+    problems.push({ kind: "never", leg: "arrival", text, hosts: never });
+  }
   if (forwarder?.fault) {
     const { text: detail, since } = forwarder.fault;
     const text = `delivery fails since ${formatClock(since, now)}`;
-    problems.push({ leg: "delivery", text, detail, hosts: [] });
+    problems.push({ kind: "fault", leg: "delivery", text, detail, hosts: [] });
   }
-  const late = hosts.filter((host) => isLate(host, now));
-  const since = formatClock(Math.min(now, ...late.map(({ waitingSince = now }) => waitingSince)), now);
-  const batches = count(sum(late, "waiting"), "batch waits", "batches wait");
-  tell("delivery", late, () => `${batches} since ${since}`);
-  const failed = hosts.filter((host) => host.failed > 0);
-  tell("delivery", failed, () => `${count(sum(failed, "failed"), "batch", "batches")} failed`);
+  if (late.length > 0) {
+    const batches = count(sum(late, "waiting"), "batch waits", "batches wait");
+    const text = `${batches} since ${formatClock(lateSince, now)}`;
+    problems.push({ kind: "late", leg: "delivery", text, hosts: late });
+  }
+  if (failed.length > 0) {
+    const text = `${count(sum(failed, "failed"), "batch", "batches")} failed`;
+    problems.push({ kind: "failed", leg: "delivery", text, hosts: failed });
+  }
   if (disk && disk.free / disk.total < MIN_FREE_PERCENT / 100) {
-    const percent = Math.floor((100 * disk.free) / disk.total);
-    problems.push({ leg: "disk", text: `the disk has ${percent} % left`, hosts: [] });
+    const text = `the disk has ${Math.floor((100 * disk.free) / disk.total)} % left`;
+    problems.push({ kind: "disk", leg: "disk", text, hosts: [] });
   }
-  return problems;
+  return problems.map((problem) => ({ ...problem, hosts: problem.hosts.map(({ host }) => host) }));
 }
 
 /** Whether a sender's oldest sealed batch waits for longer than a forwarder takes. */

@@ -1,0 +1,304 @@
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { readFileSync } from "node:fs";
+import { mkdir, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { type Browser, type BrowserContextOptions, chromium, type Page } from "playwright-core";
+import { formatChunkHeaders } from "../lib/chunk.ts";
+import { emptyLedger, formatRecord, readLedger } from "../lib/ledger.ts";
+import { pageHeaders, renderPage } from "../lib/page.ts";
+import { type Server, serve } from "../lib/serve.ts";
+import type { Status } from "../lib/status.ts";
+import { host, NOW, samples, status } from "./page-samples.ts";
+import {
+  accessLine,
+  findProgram,
+  freePort,
+  missing,
+  ROOT,
+  type Running,
+  startScript,
+  tempFolder,
+  until,
+  writeConfig,
+} from "./support.ts";
+
+const AXE = readFileSync(join(ROOT, "node_modules/axe-core/axe.min.js"), "utf8");
+const QUIET = ["background-networking", "component-update", "sync", "quic", "gpu"].map(
+  (part) => `--disable-${part}`,
+);
+const WIDTHS = [360, 768, 1280];
+const SCHEMES = ["light", "dark"] as const;
+/** Screenshots go here when it is set, to be looked at. */
+const SHOTS = process.env.LOG_RT_SYNC_SHOTS;
+
+setDefaultTimeout(60_000);
+
+const skip = missing({ chromium: "chromium" });
+let browser: Browser;
+let server: Server;
+/** What the server shows; undefined: it answers 503. */
+let shown: Status | undefined = samples.good;
+
+beforeAll(async () => {
+  if (skip) return;
+  const executablePath = findProgram("chromium") ?? "";
+  browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--no-first-run", ...QUIET] });
+  server = serve({
+    hostname: "127.0.0.1",
+    port: 0,
+    maxBodyBytes: 1024,
+    idleTimeoutSeconds: 30,
+    fetch: () =>
+      shown ? new Response(renderPage(shown), { headers: pageHeaders }) : new Response("", { status: 503 }),
+  });
+});
+
+afterAll(async () => {
+  await browser?.close();
+  await server?.close();
+});
+
+interface Options extends BrowserContextOptions {
+  url?: string;
+}
+
+/** Opens the page, hands it to `look`, and expects that the browser had nothing to complain about. */
+async function visit<T>(
+  { url = `http://127.0.0.1:${server.port}/`, ...options }: Options,
+  look: (page: Page) => Promise<T>,
+): Promise<T> {
+  const context = await browser.newContext(options);
+  const complaints: string[] = [];
+  const page = await context.newPage();
+  page.on("pageerror", (error) => complaints.push(error.message));
+  page.on("console", (message) => {
+    if (!message.text().includes("503")) complaints.push(message.text());
+  });
+  page.on("request", (request) => {
+    if (new URL(request.url()).origin !== new URL(url).origin && !request.url().startsWith("data:")) {
+      complaints.push(`asked for ${request.url()}`);
+    }
+  });
+  try {
+    await page.goto(url);
+    const result = await look(page);
+    expect(complaints).toEqual([]);
+    return result;
+  } finally {
+    await context.close();
+  }
+}
+
+/** Makes the page refresh now, as it does when its tab is shown again. */
+async function refresh(page: Page): Promise<void> {
+  const answer = page.waitForResponse(() => true);
+  await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))");
+  await answer;
+}
+
+describe.skipIf(skip)("the status page in a browser", () => {
+  test.each(Object.keys(samples) as (keyof typeof samples)[])(
+    "%s: axe-core finds nothing in light and dark at three widths, and nothing sticks out",
+    async (name) => {
+      shown = samples[name];
+      for (const colorScheme of name === "many" ? SCHEMES.slice(1) : SCHEMES) {
+        await visit({ colorScheme, viewport: { width: 1280, height: 900 } }, async (page) => {
+          await page.evaluate(AXE);
+          for (const width of WIDTHS) {
+            await page.setViewportSize({ width, height: 900 });
+            const found = await page.evaluate(
+              "axe.run().then((r) => r.violations.map((v) => v.id + ': ' + v.nodes[0].html))",
+            );
+            expect(found, `${colorScheme} ${width}`).toEqual([]);
+            expect(await page.evaluate("document.documentElement.scrollWidth <= innerWidth")).toBe(true);
+            if (SHOTS) await page.screenshot({ path: join(SHOTS, `${name}-${colorScheme}-${width}.png`) });
+          }
+        });
+      }
+    },
+  );
+
+  test("a hostile name is shown as text and runs nothing", async () => {
+    const name = `"><img src=x onerror="document.title='owned'"><script>document.title='owned'</script>`;
+    shown = status([host(name, "silent")], { dir: name });
+    await visit({}, async (page) => {
+      expect(await page.locator("tbody th").textContent()).toBe(name);
+      expect(await page.title()).toBe("1 sender is silent · Log-RT-Sync");
+      await page.locator(".verdict a").click();
+      expect(await page.locator("tr:target").count()).toBe(1);
+    });
+  });
+
+  test("a refresh shows the new state and leaves focus, scroll and selection where they are", async () => {
+    shown = status([host("a", "silent"), ...samples.many.hosts]);
+    await visit({ viewport: { width: 1280, height: 700 } }, async (page) => {
+      await page.locator(".verdict a").first().focus();
+      await page.evaluate("scrollTo(0, 900)");
+      const top = `document.getElementById("host-10.10.21.30").getBoundingClientRect().top`;
+      const before = Number(await page.evaluate(top));
+      await page.evaluate("getSelection().selectAllChildren(document.querySelector('h2'))");
+      shown = status([host("a", "silent"), ...samples.many.hosts, host("z", "never")], { now: NOW + 5000 });
+      await refresh(page);
+      await until("the new verdict is shown", async () => (await page.title()).includes("never heard of"));
+      expect(await page.evaluate("document.activeElement.id")).toBe("silent-a");
+      // What is read stays in place, though a line came above it.
+      expect(Math.abs(Number(await page.evaluate(top)) - before)).toBeLessThan(3);
+      expect(await page.evaluate("getSelection().toString()")).not.toBe("");
+      const expected = renderPage(shown);
+      const same = await page.evaluate(
+        `new DOMParser().parseFromString(${JSON.stringify(expected)}, "text/html").querySelector("main").outerHTML ===
+          document.querySelector("main").outerHTML`,
+      );
+      expect(same).toBe(true);
+    });
+  });
+
+  test("a refresh touches only what has changed, so that nothing flickers", async () => {
+    shown = samples.trouble;
+    await visit({}, async (page) => {
+      await page.evaluate(`window.touched = [];
+        new MutationObserver((list) => {
+          for (const { target, addedNodes } of list) {
+            touched.push((target.closest ?? target.parentElement.closest).call(target.closest ? target : target.parentElement, "tr, section, header")?.id || addedNodes.length);
+          }
+        }).observe(document.body, { subtree: true, childList: true, attributes: true, characterData: true });`);
+      const hosts = samples.trouble.hosts.map((sender) => ({
+        ...sender,
+        lag: sender.host === "10.10.21.181" ? 77 : sender.lag,
+      }));
+      shown = { ...samples.trouble, hosts };
+      await refresh(page);
+      await until("the change is shown", async () => (await page.getByText("77 B").count()) === 1);
+      const touched = (await page.evaluate("touched")) as (string | number)[];
+      expect(touched.filter((id) => typeof id === "string")).toEqual(["host-10.10.21.181"]);
+      expect(touched.filter((id) => typeof id === "number").every((added) => added === 0)).toBe(true);
+    });
+  });
+
+  test("it refreshes by itself, says so when the receiver does not answer, and can be paused", async () => {
+    shown = samples.good;
+    const context = await browser.newContext();
+    const page = await context.newPage();
+    await page.clock.install();
+    await page.goto(`http://127.0.0.1:${server.port}/`);
+    shown = samples.trouble;
+    await page.clock.runFor(11_000);
+    await until("it has refreshed by itself", async () =>
+      (await page.title()).startsWith("2 senders are silent"),
+    );
+    shown = undefined;
+    await refresh(page);
+    const stale = page.getByRole("alert");
+    await until("the fault is shown", async () => (await stale.count()) === 1 && stale.isVisible());
+    expect(await stale.textContent()).toMatch(/does not answer: this is the state of \d\d:\d\d/);
+    shown = samples.good;
+    await refresh(page);
+    await until("the fault is over", async () => (await stale.count()) === 0);
+    const pause = page.getByRole("button", { name: "Pause" });
+    await page.keyboard.press("Tab");
+    await page.keyboard.press("Enter");
+    expect(await pause.getAttribute("aria-pressed")).toBe("true");
+    shown = samples.trouble;
+    await page.clock.runFor(60_000);
+    expect(await page.title()).toStartWith("Everything arrives");
+    await pause.click();
+    await until("it goes on", async () => (await page.title()).startsWith("2 senders are silent"));
+    await context.close();
+  });
+
+  test("without JavaScript it is whole and refreshes all the same", async () => {
+    shown = samples.trouble;
+    await visit({ javaScriptEnabled: false, viewport: { width: 360, height: 800 } }, async (page) => {
+      expect(await page.locator('meta[http-equiv="refresh"]').getAttribute("content")).toBe("30");
+      expect(await page.getByRole("heading", { level: 1 }).textContent()).toStartWith("2 senders are silent");
+      expect(await page.getByRole("row").count()).toBe(9);
+      expect(await page.getByRole("button").count()).toBe(0);
+    });
+  });
+
+  test("a screen reader gets a table on a phone as well, with every curve in words", async () => {
+    shown = samples.good;
+    await visit({ viewport: { width: 360, height: 800 } }, async (page) => {
+      const table = page.getByRole("table", { name: "Senders" });
+      expect(await table.getByRole("columnheader").count()).toBe(10);
+      expect(await table.getByRole("rowheader").allInnerTexts()).toContain("10.10.21.181");
+      expect(await table.getByRole("img", { name: /^Lines per minute: now .*, peak / }).count()).toBe(4);
+    });
+  });
+});
+
+/** Starts a receiver and waits until it answers. */
+async function startReceiver(configFile: string, url: string): Promise<Running> {
+  const receiver = startScript("receiver", configFile);
+  await until(`the receiver answers, but:\n${receiver.output}`, () =>
+    fetch(`${url}healthz`).then(
+      ({ ok }) => ok,
+      () => false,
+    ),
+  );
+  return receiver;
+}
+
+describe.skipIf(skip)("the status page of a receiver", () => {
+  test("shows senders and batches as they are, and its history survives kill -9 and a stop", async () => {
+    const folder = await tempFolder();
+    const dir = join(folder, "batches");
+    const port = await freePort();
+    const url = `http://127.0.0.1:${port}/`;
+    const groups = [{ port, senders: ["127.0.0.1", "127.0.0.2", "web-1"] }];
+    const configFile = await writeConfig(folder, {
+      receiver: { dir, groups, tokens: { "*": { env: "TOKEN" } } },
+    });
+    process.env.TOKEN = "a-token-for-this-test";
+    await mkdir(join(dir, "web-1"), { recursive: true });
+    const minute = Math.floor(Date.now() / 60_000);
+    await writeFile(
+      join(dir, "web-1", ".ledger"),
+      formatRecord({ v: 1, minutes: { [minute - 60]: 98_765 } }),
+    );
+    let receiver = await startReceiver(configFile, url);
+    const body = [1, 2, 3].map((n) => accessLine(n)).join("");
+    const chunk = {
+      host: "web-1",
+      stream: "status-page-test",
+      offset: 0,
+      end: body.length,
+      lag: 2048,
+      lost: 7,
+    };
+    const headers = { "Content-Type": "text/plain", Authorization: `Bearer ${process.env.TOKEN}` };
+    const upload = { method: "POST", headers: { ...headers, ...formatChunkHeaders(chunk) }, body };
+    expect((await fetch(`${url}upload`, upload)).status).toBe(200);
+    await mkdir(join(dir, "127.0.0.2"), { recursive: true });
+    await writeFile(join(dir, "127.0.0.2", "accessLog_26112210_00-19_127-0-0-2.log"), "a line\n");
+
+    const row = (page: Page, name: string) => page.getByRole("row").filter({ hasText: name });
+    const look = (seen: (page: Page) => Promise<boolean>) =>
+      visit({ url, viewport: { width: 1280, height: 800 } }, (page) =>
+        until("the page shows it", async () => {
+          if (await seen(page)) return true;
+          await page.reload();
+          return false;
+        }),
+      );
+    await look(async (page) => {
+      const web = (await row(page, "web-1").textContent()) ?? "";
+      return /ok/.test(web) && /2\.0 KiB/.test(web) && /7 B/.test(web);
+    });
+    await look(async (page) => /1 since \d\d:\d\d/.test((await row(page, "127.0.0.2").textContent()) ?? ""));
+    await visit({ url }, async (page) => {
+      expect(await page.title()).toBe("2 senders were never heard of · Log-RT-Sync");
+    });
+
+    for (const signal of ["SIGKILL", "SIGTERM"] as const) {
+      await receiver.stop(signal);
+      receiver = await startReceiver(configFile, url);
+      await look(
+        async (page) => (await row(page, "web-1").getByRole("img", { name: "peak 98,765" }).count()) === 1,
+      );
+      const { minutes } = (await readLedger(join(dir, "web-1"))) ?? emptyLedger();
+      expect([...minutes.values()]).toEqual([98_765, 3]);
+    }
+    await receiver.stop();
+  });
+});
