@@ -43,6 +43,8 @@ export interface Shipper {
   context: families.ScanContext;
   /** The set of streams has changed since the last save. */
   streamsChanged: boolean;
+  /** The save in hand. */
+  saving: Promise<void>;
 }
 
 async function main({ config, log, signal, now, flags }: Service<"shipper">): Promise<number> {
@@ -73,9 +75,30 @@ export async function openShipper(
   { log, signal, now }: Pick<Shipper, "log" | "signal" | "now">,
 ): Promise<Shipper> {
   const faults = service.createFaultLog(log, now);
-  const transfer = createTransfer({ config, log, signal, now, faults, lag: () => lagOf(shipper) });
+  const transfer = createTransfer({
+    config,
+    log,
+    signal,
+    now,
+    faults,
+    lag: () => lagOf(shipper),
+    named() {
+      shipper.streamsChanged = true;
+      return saveCursor(shipper);
+    },
+  });
   const shipper: Shipper = {
-    ...{ config, log, signal, now, faults, transfer, families: new Map(), streamsChanged: false },
+    ...{
+      config,
+      log,
+      signal,
+      now,
+      faults,
+      transfer,
+      families: new Map(),
+      streamsChanged: false,
+      saving: Promise.resolve(),
+    },
     context: {
       ...{ config, now, log, faults, ask: transfer.ask },
       lose(bytes, stream) {
@@ -257,8 +280,8 @@ async function shipStream(shipper: Shipper, family: Family, stream: Stream): Pro
     return true;
   } catch (error) {
     if (error instanceof Refused || shipper.signal.aborted) throw error;
-    if (error instanceof Truncated) {
-      await families.beginAfterTruncation(family, stream, shipper.context);
+    if (error instanceof Truncated && stream.file) {
+      await families.beginAfterTruncation(family, stream, stream.file, shipper.context);
       return false;
     }
     await stream.file?.close().catch(() => {});
@@ -374,8 +397,13 @@ async function keepSaving(shipper: Shipper): Promise<void> {
   }
 }
 
-/** Saves the cursor. Everything that it says is shipped is on the receiver's stable storage. */
-export async function saveCursor(shipper: Shipper): Promise<void> {
+/** Saves the cursor, one save after the other. All that it says is shipped is on the receiver's stable storage. */
+export function saveCursor(shipper: Shipper): Promise<void> {
+  shipper.saving = shipper.saving.then(() => saveNow(shipper));
+  return shipper.saving;
+}
+
+async function saveNow(shipper: Shipper): Promise<void> {
   const { config, transfer, faults } = shipper;
   const keep = shipper.streamsChanged;
   shipper.streamsChanged = transfer.moved = false;

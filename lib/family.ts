@@ -29,6 +29,11 @@ import {
 const FORGET_AFTER_MS = 24 * 3_600_000;
 /** At the very first look, a rotated file written within this time (ms) may still get lines. */
 const STILL_WRITTEN_MS = 60_000;
+/** A compressed file without an end that was not written to for so long (ms) is damaged, not unfinished. */
+const UNFINISHED_MS = 60_000;
+const COMPARE_BYTES = 64 * 1024;
+/** A file's time of writing may lie so far (ms) behind the clock: the kernel takes the time of its last tick. */
+const CLOCK_TICK_MS = 10;
 /** Open handles of rotated files that one family keeps; the others are opened when their turn comes. */
 const OPEN_FILES = 32;
 
@@ -37,6 +42,8 @@ export interface Stream extends StreamState {
   file?: LogFile | undefined;
   /** When it last grew, ms. */
   grewAt: number;
+  /** Its size when its bytes were last checked: until then they were the ones of this stream. */
+  checkedSize?: number;
   /** Size at which its end was reached last. */
   endSeenAt?: number;
   /** Since when its file is nowhere to be found, ms. */
@@ -84,7 +91,7 @@ export function createFamily(path: string, start: Family["start"], now: number, 
   const streams = (state?.streams ?? []).map((stream) => ({ ...stream, grewAt: 0 }));
   return {
     path,
-    since: state?.since ?? now,
+    since: state?.since ?? now - CLOCK_TICK_MS,
     streams,
     liveKey: undefined,
     scanAt: 0,
@@ -112,7 +119,9 @@ export async function scanFamily(family: Family, context: ScanContext): Promise<
 
   const located = locate(family, files, time);
   let waiting = false;
-  for (const file of files.filter(({ key }) => !family.streams.some(({ keys }) => keys.includes(key)))) {
+  const unknown = files.filter(({ key }) => !family.streams.some(({ keys }) => keys.includes(key)));
+  if (unknown.length > 0) await findTruncated(family, located, context);
+  for (const file of unknown) {
     const settled = file === live || (await settles(family, file, time, context));
     if (!settled) waiting = true;
     else if (!(await claim(family, file, file === live, located, context))) waiting = true;
@@ -120,7 +129,7 @@ export async function scanFamily(family: Family, context: ScanContext): Promise<
   family.start = "known";
   family.streams = inOrder(family.streams, located, files);
   if (waiting) family.scanAt = Math.min(family.scanAt, time + 1000);
-  family.unsettled = waiting || !settleOrphans(family, located, time, context);
+  family.unsettled = waiting || !(await settleOrphans(family, located, time, context));
   forget(family, located, time, context);
   await closeSome(family, located);
 }
@@ -143,6 +152,25 @@ function locate(family: Family, files: Sibling[], time: number): Map<Stream, Sib
     if (stream.done && file.size > stream.offset) stream.done = false; // written to after it was finished
   }
   return located;
+}
+
+/**
+ * Unknown files may be copies of known ones: those that are still being read must then be what they were, or
+ * the copy of a truncated file would be taken for a new one.
+ */
+async function findTruncated(
+  family: Family,
+  located: Map<Stream, Sibling>,
+  context: ScanContext,
+): Promise<void> {
+  for (const [stream, found] of [...located]) {
+    const { head, marks } = stream.signature;
+    if (stream.done || isCompressed(found.path) || (!head && marks.length === 0)) continue;
+    stream.file ??= await openStream(family, stream).catch(() => undefined); // told of when it is to be read
+    if (!stream.file || (await matchesSignature(stream.file, stream.signature, true))) continue;
+    located.delete(stream);
+    located.set(await beginAfterTruncation(family, stream, stream.file, context), found);
+  }
 }
 
 /** Whether an unknown rotated file is complete; one that can't be read or is older than our start never counts. */
@@ -176,6 +204,7 @@ async function claim(
   const homeless = family.streams.filter((stream) => !located.has(stream)).length;
   const asSeen = `${found.key} ${found.size} ${found.mtimeMs} ${homeless}`;
   if (family.ignored.has(asSeen)) return true;
+  if (!isLive && homeless === 0 && found.mtimeMs <= family.since) return true; // from before our first start
   let file: LogFile;
   try {
     file = await openLog(found.path);
@@ -187,6 +216,7 @@ async function claim(
   let keep = false;
   try {
     if (file.key !== found.key) return false; // renamed between the look and the opening
+    if (file.compression) await checkComplete(file);
     const owner = await findOwner(family, file, isLive, located);
     if (owner) {
       context.log.info("file is a copy of a known one", { path: file.path, stream: owner.id });
@@ -211,11 +241,13 @@ async function claim(
     return true;
   } catch (error) {
     if (!(error instanceof UnfinishedFile)) throw error;
-    context.faults.failed(file.path, "rotated file is not complete yet", {
+    if (context.now() - found.mtimeMs < UNFINISHED_MS) return false;
+    context.log.warn("rotated file is damaged: not shipped unless it changes", {
       path: file.path,
       error: describe(error),
     });
-    return false;
+    family.ignored.add(asSeen);
+    return true;
   } finally {
     if (!keep) await file.close();
   }
@@ -239,21 +271,31 @@ async function findOwner(
     if (isCompressed(path) || !stream.file) continue;
     if (await isCopyOf(file, stream.file)) return stream;
   }
-  return undefined;
+  // One of which nothing was read yet has no signature: then this is it, compressed or copied meanwhile.
+  return homeless.find((stream) => !stream.done && !stream.signature.head && stream.offset === 0);
 }
 
-/** Whether `copy` has the same bytes as `original` at its head, middle and end, as far as it goes. */
+/** Whether `copy` has the bytes of `original` as far as it goes; of a plain copy its head, middle and end. */
 async function isCopyOf(copy: LogFile, original: LogFile): Promise<boolean> {
-  if (copy.compression) return false; // the original goes when its compressed form is complete
   const { size } = await copy.stat();
-  const a = new Uint8Array(MARK_BYTES * 4);
-  const b = new Uint8Array(a.length);
-  for (const position of [0, Math.floor(size / 2), Math.max(0, size - a.length)]) {
+  const step = copy.compression ? COMPARE_BYTES : Math.max(1, Math.floor((size - COMPARE_BYTES) / 2));
+  const a = new Uint8Array(COMPARE_BYTES);
+  const b = new Uint8Array(COMPARE_BYTES);
+  for (let position = 0; ; position += step) {
     const n = await copy.read(a, position);
-    if (n === 0 || (await original.read(b.subarray(0, n), position)) < n) return false;
+    if (n === 0) return position > 0;
+    if ((await original.read(b.subarray(0, n), position)) < n) return false;
     if (Buffer.compare(a.subarray(0, n), b.subarray(0, n)) !== 0) return false;
+    if (n < COMPARE_BYTES || (!copy.compression && position + n >= size)) return true;
   }
-  return true;
+}
+
+/** Reads a compressed file to its end. Throws UnfinishedFile when there is none. */
+async function checkComplete(file: LogFile): Promise<void> {
+  const block = new Uint8Array(COMPARE_BYTES);
+  for (let position = 0; ; position += block.length) {
+    if ((await file.read(block, position)) < block.length) return;
+  }
 }
 
 /** Adds a stream for a file. */
@@ -292,16 +334,17 @@ export async function beginStream(
 export async function beginAfterTruncation(
   family: Family,
   stream: Stream,
+  file: LogFile,
   context: ScanContext,
-): Promise<void> {
-  const { file } = stream;
-  if (!file) return;
+): Promise<Stream> {
   context.log.info("file was truncated", { path: stream.path, stream: stream.id, offset: stream.offset });
   stream.file = undefined;
+  stream.size = Math.max(stream.offset, stream.checkedSize ?? 0); // the size seen since is the new content's
   stream.keys = stream.keys.filter((key) => key !== file.key);
-  await beginStream(family, file, 0, context, true);
+  const next = await beginStream(family, file, 0, context, true);
   await file.close();
   family.scanAt = 0; // at once: the copy is there before the truncation
+  return next;
 }
 
 /** The first start ever follows the live file alone; of a rotated one only what is still being written. */
@@ -389,7 +432,10 @@ async function endOf(file: LogFile): Promise<number> {
 
 /** What the cursor keeps of a family. */
 export function toState({ since, streams }: Family): FamilyState {
-  return { since, streams: streams.map(({ file, grewAt, endSeenAt, missingSince, ...state }) => state) };
+  return {
+    since,
+    streams: streams.map(({ file, grewAt, checkedSize, endSeenAt, missingSince, ...state }) => state),
+  };
 }
 
 /** False for a rotated file whose end was reached, and that nobody has written to since. */
@@ -437,15 +483,15 @@ export async function finishStream(family: Family, stream: Stream, context: Scan
 }
 
 /**
- * Streams whose file is nowhere: what was not read of them is lost, unless a handle is still open. False when
- * some file may only be missing for a moment.
+ * Streams whose file is nowhere: what was not read of them is lost, unless a handle is still open. The receiver
+ * is asked first, because the cursor may lag behind it. False when some file may only be missing for a moment.
  */
-function settleOrphans(
+async function settleOrphans(
   family: Family,
   located: Map<Stream, Sibling>,
   time: number,
   context: ScanContext,
-): boolean {
+): Promise<boolean> {
   let settled = true;
   for (const stream of family.streams) {
     if (stream.done || located.has(stream) || stream.file) continue;
@@ -456,6 +502,8 @@ function settleOrphans(
       settled = false;
       continue;
     }
+    const committed = stream.id === undefined ? 0 : ((await context.ask(stream.id)) ?? 0);
+    stream.offset = Math.max(stream.offset, committed);
     stream.done = true;
     context.changed();
     if (stream.size > stream.offset) context.lose(stream.size - stream.offset, stream);

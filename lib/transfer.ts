@@ -15,8 +15,8 @@ import { type Chunk, createUploader, encodeBody } from "./upload.ts";
 const TRANSFERS = 3;
 /** The smallest chunk that a 413 can lead to. */
 const MIN_CHUNK_BYTES = 4096;
-/** NULs at the head of a file are a hole when there are so many, also where no truncation was seen. */
-const HOLE_BYTES = 4096;
+/** So many NULs at the head of a file are a hole, also where no truncation was seen: no line begins like that. */
+const HOLE_BYTES = 32;
 
 /** The receiver does not take chunks now: hold the offset and try again after `waitMs`. */
 export class Refused extends Error {
@@ -39,6 +39,11 @@ export interface TransferOptions {
   faults: FaultLog;
   /** Bytes that are still to be shipped, over all files. */
   lag: () => number;
+  /**
+   * Saves the cursor. Called before the first chunk of a stream leaves: its name and head are then on stable
+   * storage, and a copy of the file is known even after a crash and a truncation.
+   */
+  named: () => Promise<void>;
 }
 
 /** A chunk that is read and encoded, and the stream's signature when it is committed. */
@@ -52,7 +57,7 @@ interface Prepared {
 export type Transfer = ReturnType<typeof createTransfer>;
 
 /** The transfers of one shipper: they share the connection, the buffers and the counters. */
-export function createTransfer({ config, log, signal, now, faults, lag }: TransferOptions) {
+export function createTransfer({ config, log, signal, now, faults, lag, named }: TransferOptions) {
   const uploader = createUploader(config, signal);
   const buffers = createBuffers(MARK_BYTES + config.chunkBytes);
   const skip = config.skip.map((rule) => rule.map((text) => Buffer.from(text)));
@@ -140,13 +145,17 @@ export function createTransfer({ config, log, signal, now, faults, lag }: Transf
     const end = offset - guard + n;
     if (file.compression) stream.size = Math.max(stream.size, end);
     else stream.size = n === limit ? Math.max((await file.stat()).size, end) : end;
+    stream.checkedSize = stream.size;
     if (guard === offset) growHead(stream, view);
 
     const hole = holeAt(stream, view, offset, guard);
     const length = lengthToShip(view.subarray(guard), hole, n === limit);
     if (length === 0) return undefined;
-    stream.id ??= await nameStream(file, family);
-    if (stream.id === undefined) return undefined;
+    if (stream.id === undefined) {
+      stream.id = await nameStream(file, family);
+      if (stream.id === undefined) return undefined;
+      await named();
+    }
     const shipped = view.subarray(0, guard + length);
     const marked = addMark({ head: stream.signature.head, marks: signature.marks }, shipped, offset + length);
     const inLine = guard > 0 && view[guard - 1] !== 0x0a && hole === 0;

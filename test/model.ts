@@ -1,0 +1,497 @@
+/**
+ * A seeded random interpreter of what can happen to a log file, run against the real shipper (its passes, with a
+ * clock of our own) and a receiver in memory, beside a model of which lines must arrive.
+ *
+ *   bun run test/model.ts --seeds 2000 [--from 1]     a failing seed prints its shortened list of actions
+ */
+import {
+  closeSync,
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  truncateSync,
+  unlinkSync,
+  utimesSync,
+  writeFileSync,
+  writeSync,
+} from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { gunzipSync, gzipSync, zstdDecompressSync } from "node:zlib";
+import { HEADER, parseChunkHeaders } from "../lib/chunk.ts";
+import { parseConfig } from "../lib/config.ts";
+import { createLog } from "../lib/service.ts";
+import { openShipper, type Shipper, saveCursor, shipOnce } from "../shipper.ts";
+
+/** One thing that happens; `n` is a number that the action reads as it likes. */
+export interface Action {
+  name: keyof typeof ACTIONS;
+  n: number;
+}
+
+/** mulberry32: small, seeded, good enough to choose actions. */
+export function createRandom(seed: number): () => number {
+  let state = seed >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let t = Math.imul(state ^ (state >>> 15), 1 | state);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 4294967296;
+  };
+}
+
+// ---- the receiver in memory
+
+interface Receiver {
+  url: string;
+  /** Bodies in the order in which they were committed. */
+  text: string;
+  lost: number;
+  mode: "here" | "away" | "answer lost" | "too large";
+  requests: number;
+  close(): void;
+}
+
+/** Keeps the contract of DESIGN section 4 and nothing else. */
+export function startReceiver(): Receiver {
+  const committed = new Map<string, number>();
+  const receiver: Receiver = {
+    url: "",
+    text: "",
+    lost: 0,
+    mode: "here",
+    requests: 0,
+    close: () => server.stop(true),
+  };
+  const server = Bun.serve({
+    hostname: "127.0.0.1",
+    port: 0,
+    async fetch(request) {
+      receiver.requests++;
+      if (receiver.mode === "away") return new Response("away", { status: 503 });
+      if (request.method === "HEAD") {
+        const offset = committed.get(request.headers.get(HEADER.stream) ?? "");
+        if (offset === undefined) return new Response(null, { status: 404 });
+        return new Response(null, { headers: { [HEADER.offset]: String(offset) } });
+      }
+      const { stream, offset, end, lost } = parseChunkHeaders(request.headers);
+      const raw = new Uint8Array(await request.arrayBuffer());
+      if (receiver.mode === "too large" && end - offset > 4096) return new Response("", { status: 413 });
+      const encoding = request.headers.get("Content-Encoding");
+      const body =
+        encoding === "zstd" ? zstdDecompressSync(raw) : encoding === "gzip" ? gunzipSync(raw) : raw;
+      const at = committed.get(stream);
+      if (at !== undefined && at !== offset) {
+        return new Response("elsewhere", { status: 409, headers: { [HEADER.offset]: String(at) } });
+      }
+      committed.set(stream, end);
+      receiver.text += Buffer.from(body).toString("latin1");
+      receiver.lost += lost ?? 0;
+      if (receiver.mode === "answer lost") {
+        receiver.mode = "here";
+        return new Response("lost", { status: 502 });
+      }
+      return new Response('{"lines":0}', { headers: { [HEADER.offset]: String(end) } });
+    },
+  });
+  receiver.url = `http://127.0.0.1:${server.port}`;
+  return receiver;
+}
+
+// ---- the world: files, writer, shipper
+
+interface World {
+  folder: string;
+  receiver: Receiver;
+  shipper: Shipper | undefined;
+  /** The writer's descriptor, and whether it appends (a writer without O_APPEND leaves holes). */
+  fd: number;
+  /** Where a writer without O_APPEND stands, by descriptor. */
+  positions: Map<number, number>;
+  /** Descriptor of the file before the last rotation, while its writer has not let go of it. */
+  old: number | undefined;
+  /** Start of a line that is not ended yet, by descriptor. */
+  half: Map<number, string>;
+  nextLine: number;
+  /** Every whole line that was written. */
+  written: Set<string>;
+  /** Lines that were destroyed before they were delivered. */
+  destroyed: Set<string>;
+  /** Bytes of holes in files that were destroyed: they may be counted as lost, as nobody had looked into them. */
+  holes: number;
+  clock: number;
+  log: string[];
+}
+
+const live = (world: World) => join(world.folder, "logs", "access.log");
+const stateDir = (world: World) => join(world.folder, "state");
+const now = (world: World) => Date.now() + world.clock;
+
+function write(world: World, fd: number, text: string): void {
+  const position = world.positions.get(fd);
+  const bytes = position === undefined ? writeSync(fd, text) : writeSync(fd, text, position);
+  if (position !== undefined) world.positions.set(fd, position + bytes);
+}
+
+function newLine(world: World, length: number): string {
+  const number = world.nextLine++;
+  // Every third line begins alike, as health checks do: first lines of files may be the same.
+  return number % 3 === 0
+    ? `same ${number}${"x".repeat(length)}\n`
+    : `line ${number} ${"y".repeat(length)}\n`;
+}
+
+function writeLine(world: World, fd: number, length: number): void {
+  const half = world.half.get(fd);
+  if (half !== undefined) {
+    write(world, fd, half.slice(half.length >> 1));
+    world.half.delete(fd);
+    world.written.add(half);
+    return;
+  }
+  const line = newLine(world, length);
+  write(world, fd, line);
+  world.written.add(line);
+}
+
+function rotatedNames(world: World): string[] {
+  return readdirSync(join(world.folder, "logs"))
+    .filter((name) => /^access\.log\.\d+(\.gz)?$/.test(name))
+    .sort((a, b) => Number(b.split(".")[2]) - Number(a.split(".")[2]));
+}
+
+function shiftNames(world: World): void {
+  for (const name of rotatedNames(world)) {
+    const [, , number, gz] = name.split(".");
+    const next = `access.log.${Number(number) + 1}${gz ? ".gz" : ""}`;
+    renameSync(join(world.folder, "logs", name), join(world.folder, "logs", next));
+  }
+}
+
+function openLive(world: World): void {
+  world.fd = openSync(live(world), "a");
+  world.positions.delete(world.fd);
+}
+
+function contentOf(path: string): string {
+  const bytes = readFileSync(path);
+  return (path.endsWith(".gz") ? gunzipSync(bytes) : bytes).toString("latin1");
+}
+
+/** Lines of a file that the receiver does not have. */
+function undelivered(world: World, path: string): string[] {
+  return contentOf(path)
+    .replace(/^\0+/, "")
+    .split(/(?<=\n)/)
+    .filter((line) => world.written.has(line) && !hasLine(world, line));
+}
+
+function hasLine(world: World, line: string): boolean {
+  return world.receiver.text.startsWith(line) || world.receiver.text.includes(`\n${line}`);
+}
+
+async function startShipper(world: World): Promise<void> {
+  const config = parseConfig(
+    JSON.stringify({
+      shipper: {
+        files: [live(world)],
+        receiver: world.receiver.url,
+        host: "10.0.0.1",
+        stateDir: stateDir(world),
+        chunkBytes: 8192,
+        rotateWaitSeconds: 5,
+        pollSeconds: 5,
+      },
+    }),
+    "shipper",
+  );
+  world.shipper = await openShipper(config, {
+    log: createLog((line) => world.log.push(line)),
+    signal: new AbortController().signal,
+    now: () => now(world),
+  });
+}
+
+async function pass(world: World): Promise<boolean> {
+  world.shipper ?? (await startShipper(world));
+  const shipper = world.shipper as Shipper;
+  let atEnd = true;
+  for (const family of shipper.families.values()) atEnd = (await shipOnce(shipper, family)).atEnd && atEnd;
+  return atEnd;
+}
+
+/** The end of the process: what is open is closed, and nothing is saved. */
+async function kill(world: World): Promise<void> {
+  for (const { streams } of world.shipper?.families.values() ?? []) {
+    for (const stream of streams) await stream.file?.close();
+  }
+  world.shipper = undefined;
+}
+
+// ---- the actions
+
+const ACTIONS = {
+  write: (world: World, n: number) => {
+    for (let i = 0; i <= n % 5; i++) writeLine(world, world.fd, n % 70);
+  },
+  burst: (world: World, n: number) => {
+    for (let i = 0; i < 100 + (n % 200); i++) writeLine(world, world.fd, 60 + (n % 40));
+  },
+  longLine: (world: World, n: number) => writeLine(world, world.fd, 9000 + (n % 20_000)),
+  half: (world: World, n: number) => {
+    if (world.half.has(world.fd)) return;
+    const line = newLine(world, n % 50);
+    write(world, world.fd, line.slice(0, line.length >> 1));
+    world.half.set(world.fd, line);
+  },
+  writeOld: (world: World, n: number) => {
+    if (world.old !== undefined) for (let i = 0; i <= n % 3; i++) writeLine(world, world.old, n % 40);
+  },
+  releaseOld: (world: World) => releaseOld(world),
+  rotate: (world: World) => {
+    releaseOld(world);
+    shiftNames(world);
+    renameSync(live(world), join(world.folder, "logs", "access.log.1"));
+    world.old = world.fd;
+    openLive(world);
+  },
+  copytruncate: (world: World) => copytruncate(world, true),
+  copytruncateWithHole: (world: World) => copytruncate(world, false),
+  compress: (world: World) => compressOldest(world),
+  unfinishedGzip: async (world: World) => {
+    const name = rotatedNames(world).find((candidate) => !candidate.endsWith(".gz"));
+    if (!name || world.old !== undefined) return;
+    const path = join(world.folder, "logs", name);
+    const packed = gzipSync(readFileSync(path));
+    writeFileSync(`${path}.gz`, packed.subarray(0, packed.length >> 1));
+    await pass(world);
+    unlinkSync(`${path}.gz`);
+    compressOldest(world);
+  },
+  remove: (world: World) => {
+    const [name] = rotatedNames(world);
+    if (!name || (world.old !== undefined && rotatedNames(world).length === 1)) return;
+    const path = join(world.folder, "logs", name);
+    for (const line of undelivered(world, path)) world.destroyed.add(line);
+    world.holes += /^\0*/.exec(contentOf(path))?.[0].length ?? 0;
+    unlinkSync(path);
+  },
+  ship: async (world: World) => {
+    await pass(world);
+  },
+  wait: async (world: World, n: number) => {
+    await pass(world);
+    world.clock += 1000 * (n % 8);
+    await pass(world);
+  },
+  save: async (world: World) => {
+    if (world.shipper) await saveCursor(world.shipper);
+  },
+  kill: (world: World) => kill(world),
+  restart: async (world: World) => {
+    if (world.shipper) await saveCursor(world.shipper);
+    await kill(world);
+  },
+  damageCursor: async (world: World, n: number) => {
+    await kill(world);
+    const path = join(stateDir(world), "cursor.json");
+    if (!existsSync(path)) return;
+    if (n % 3 === 0) truncateSync(path, 0);
+    else if (n % 3 === 1) truncateSync(path, statSync(path).size >> 1);
+    else writeFileSync(path, Buffer.alloc(statSync(path).size));
+  },
+  away: (world: World) => {
+    world.receiver.mode = "away";
+  },
+  here: (world: World) => {
+    world.receiver.mode = "here";
+  },
+  loseAnswer: (world: World) => {
+    if (world.receiver.mode === "here") world.receiver.mode = "answer lost";
+  },
+  tooLarge: (world: World) => {
+    if (world.receiver.mode === "here") world.receiver.mode = "too large";
+  },
+};
+
+function releaseOld(world: World): void {
+  if (world.old === undefined) return;
+  if (world.half.has(world.old)) writeLine(world, world.old, 0); // nginx ends its lines before it lets go
+  closeSync(world.old);
+  world.old = undefined;
+}
+
+/** As logrotate does it; the writer stands still meanwhile, so that nothing is destroyed by the truncation. */
+function copytruncate(world: World, append: boolean): void {
+  if (world.half.has(world.fd)) writeLine(world, world.fd, 0);
+  releaseOld(world);
+  shiftNames(world);
+  copyFileSync(live(world), join(world.folder, "logs", "access.log.1"));
+  const { size } = statSync(live(world));
+  truncateSync(live(world), 0);
+  if (append) return;
+  closeSync(world.fd);
+  world.fd = openSync(live(world), "r+");
+  world.positions.set(world.fd, size); // a writer without O_APPEND goes on where it was
+}
+
+function compressOldest(world: World): void {
+  const name = rotatedNames(world).find((candidate) => !candidate.endsWith(".gz"));
+  if (!name || (world.old !== undefined && name === "access.log.1")) return;
+  const path = join(world.folder, "logs", name);
+  const { mtime } = statSync(path);
+  writeFileSync(`${path}.gz`, gzipSync(readFileSync(path)));
+  utimesSync(`${path}.gz`, mtime, mtime);
+  unlinkSync(path);
+}
+
+const WEIGHTS: Partial<Record<keyof typeof ACTIONS, number>> = {
+  write: 10,
+  ship: 8,
+  wait: 4,
+  writeOld: 4,
+  rotate: 3,
+};
+
+/** The actions of a seed. */
+export function chooseActions(seed: number): Action[] {
+  const random = createRandom(seed);
+  const names = (Object.keys(ACTIONS) as Action["name"][]).flatMap((name) =>
+    Array(WEIGHTS[name] ?? 1).fill(name),
+  );
+  return Array.from({ length: 10 + Math.floor(random() * 50) }, () => ({
+    name: names[Math.floor(random() * names.length)] as Action["name"],
+    n: Math.floor(random() * 1_000_000),
+  }));
+}
+
+/** Runs actions in a new world. Gives what is wrong in the end, or undefined. */
+export async function runActions(actions: Action[], trace = false): Promise<string | undefined> {
+  const folder = mkdtempSync(join(tmpdir(), "log-rt-sync-model-"));
+  mkdirSync(join(folder, "logs"));
+  const world: World = {
+    ...{
+      folder,
+      receiver: startReceiver(),
+      shipper: undefined,
+      fd: -1,
+      positions: new Map(),
+      old: undefined,
+    },
+    ...{
+      half: new Map(),
+      nextLine: 1,
+      written: new Set(),
+      destroyed: new Set(),
+      holes: 0,
+      clock: 0,
+      log: [],
+    },
+  };
+  try {
+    openLive(world);
+    await pass(world); // the first start ever, with an empty file: all that follows is to be shipped
+    await saveCursor(world.shipper as Shipper);
+    for (const { name, n } of actions) {
+      world.log.push(`> ${name} ${n}\n`);
+      await ACTIONS[name](world, n);
+    }
+    await settle(world);
+    return judge(world);
+  } catch (error) {
+    return `threw: ${(error as Error).stack}`;
+  } finally {
+    if (trace) process.stdout.write(world.log.join(""));
+    await kill(world);
+    world.receiver.close();
+    for (const fd of [world.fd, world.old]) if (fd !== undefined && fd >= 0) closeSync(fd);
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
+
+/** Everything comes back and gets its time. */
+async function settle(world: World): Promise<void> {
+  releaseOld(world);
+  if (world.half.has(world.fd)) writeLine(world, world.fd, 0);
+  world.receiver.mode = "here";
+  for (let quiet = 0, rounds = 0; quiet < 3; rounds++) {
+    const before = world.receiver.text.length;
+    const atEnd = await pass(world);
+    world.clock += 6000;
+    quiet = atEnd && world.receiver.text.length === before ? quiet + 1 : 0;
+    if (rounds > 60) throw new Error("it does not come to rest");
+  }
+}
+
+function judge(world: World): string | undefined {
+  const counts = new Map<string, number>();
+  for (const line of world.receiver.text.match(/[^\n]*\n|[^\n]+$/g) ?? [])
+    counts.set(line, (counts.get(line) ?? 0) + 1);
+  for (const [line, count] of counts) {
+    const shown = JSON.stringify(line.slice(0, 60));
+    if (!world.written.has(line)) return `arrived, but was never written: ${shown} (${line.length} bytes)`;
+    if (count > 1) return `arrived ${count} times: ${shown}`;
+  }
+  const gone = [...world.written].filter((line) => !counts.has(line));
+  const unexpected = gone.find((line) => !world.destroyed.has(line));
+  if (unexpected)
+    return `did not arrive: ${JSON.stringify(unexpected.slice(0, 60))} (${gone.length} lines in all)`;
+  const numbers = [...counts.keys()].map((line) => Number(/\d+/.exec(line)?.[0]));
+  const bytes = gone.reduce((sum, line) => sum + line.length, 0);
+  const told = world.receiver.lost + (world.shipper?.transfer.lost ?? 0);
+  if (told > bytes + world.holes) return `${told} bytes told as lost, but only ${bytes} were`;
+  return numbers.length === 0 && world.written.size > gone.length ? "nothing arrived" : undefined;
+}
+
+/** Takes away actions as long as the rest still fails. */
+export async function shorten(actions: Action[]): Promise<Action[]> {
+  let shortest = actions;
+  for (let size = Math.max(1, shortest.length >> 1); size >= 1; size >>= 1) {
+    for (let at = 0; at < shortest.length; ) {
+      const candidate = [...shortest.slice(0, at), ...shortest.slice(at + size)];
+      if ((await runActions(candidate)) !== undefined) shortest = candidate;
+      else at += size;
+    }
+  }
+  return shortest;
+}
+
+/** Runs seeds until one fails; gives its story. */
+export async function runSeeds(
+  from: number,
+  count: number,
+  until = Number.POSITIVE_INFINITY,
+): Promise<{ ran: number; failure?: string }> {
+  for (let seed = from; seed < from + count; seed++) {
+    if (Date.now() > until) return { ran: seed - from };
+    const actions = chooseActions(seed);
+    const failure = await runActions(actions);
+    if (failure === undefined) continue;
+    const short = await shorten(actions);
+    const list = short.map(({ name, n }) => `  ${name} ${n}`).join("\n");
+    return { ran: seed - from, failure: `seed ${seed}: ${(await runActions(short)) ?? failure}\n${list}` };
+  }
+  return { ran: count };
+}
+
+if (import.meta.main) {
+  const { values } = parseArgs({
+    options: { seeds: { type: "string" }, from: { type: "string" }, trace: { type: "string" } },
+  });
+  if (values.trace) {
+    const actions = await shorten(chooseActions(Number(values.trace)));
+    process.stdout.write(`${await runActions(actions, true)}\n`);
+    process.exit(1);
+  }
+  const { ran, failure } = await runSeeds(Number(values.from ?? 1), Number(values.seeds ?? 300));
+  process.stdout.write(failure ? `${failure}\n` : `${ran} seeds: every line once\n`);
+  process.exit(failure ? 1 : 0);
+}
