@@ -3,7 +3,17 @@
  * mail server. All on 127.0.0.1, with their files in temporary folders, ended and removed after the tests.
  */
 import { execFileSync } from "node:child_process";
-import { chmodSync, chownSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  chownSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { request } from "node:http";
 import { connect } from "node:net";
 import { join } from "node:path";
@@ -153,14 +163,15 @@ export interface Sshd {
  */
 export async function startSshd(): Promise<Sshd> {
   const port = await freePort();
-  const user = `lrs${process.pid.toString(36)}${Date.now().toString(36).slice(-5)}`;
+  removeStale();
+  const user = `lrs-${process.pid}-${port}`;
   execFileSync(program("useradd"), ["--system", "--no-create-home", "--shell", "/usr/sbin/nologin", user]);
   onCleanup(() => execFileSync(program("userdel"), [user]));
   // "*" is no password; useradd's "!" would lock the account for keys, too
   execFileSync(program("usermod"), ["--password", "*", user]);
   // sshd wants every folder above the chroot to be root's alone: /tmp is not.
   mkdirSync("/run/sshd", { recursive: true, mode: 0o755 });
-  const root = mkdtempSync("/run/log-rt-sync-sshd-");
+  const root = mkdtempSync(`/run/log-rt-sync-sshd-${process.pid}-`);
   onCleanup(() => rmSync(root, { recursive: true, force: true }));
   chmodSync(root, 0o755);
   const folder = join(root, "chroot", "upload");
@@ -212,6 +223,19 @@ AllowTcpForwarding no
   };
   await sshd.start();
   return sshd;
+}
+
+/** A run that was killed could not clean up behind itself: its account and folder name its process. */
+function removeStale(): void {
+  const isOver = (pid: string | undefined) => pid !== undefined && !existsSync(`/proc/${pid}`);
+  for (const line of readFileSync("/etc/passwd", "utf8").split("\n")) {
+    const [user = "", pid] = /^lrs-(\d+)-\d+(?=:)/.exec(line) ?? [];
+    if (isOver(pid)) execFileSync(program("userdel"), [user]);
+  }
+  for (const name of readdirSync("/run")) {
+    const pid = /^log-rt-sync-sshd-(\d+)-/.exec(name)?.[1];
+    if (isOver(pid)) rmSync(join("/run", name), { recursive: true, force: true });
+  }
 }
 
 // ---- mail
