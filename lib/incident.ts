@@ -144,9 +144,10 @@ export function emptyState(instance: string): MonitorState {
 
 /** Takes in what was seen at `now`: gives the new state, with at most one new notice at the end of its queue. */
 export function judge(before: MonitorState, sight: Sight, rules: Rules, now: number): MonitorState {
-  const state = afterClockStep(structuredClone(before), sight.uptime, now);
+  const state = structuredClone(before);
+  const heardAfter = followClock(state, sight.uptime, now);
   const id = `alert-${state.instance}-${now}`;
-  const judged: Judged = { state, sight, rules, now, id, changes: [], references: new Set() };
+  const judged: Judged = { state, sight, rules, now, id, heardAfter, changes: [], references: new Set() };
   judgeFaults(judged);
   judgeHosts(judged);
   const { changes, references } = judged;
@@ -163,24 +164,31 @@ interface Judged {
   id: string;
   changes: Change[];
   references: Set<string>;
+  /** No sender that was newly heard of was heard before this time, whatever the receiver's clock says. */
+  heardAfter: number;
 }
 
-/** Moves all times kept by as much as the clock was set since the last run; a restart is none. */
-function afterClockStep(state: MonitorState, uptime: number, now: number): MonitorState {
+/**
+ * Moves all times kept by as much as the clock was set since the last run; a restart is none. Gives the time of
+ * the last run when the clock was set: what was heard since was heard after it. Else 0.
+ */
+function followClock(state: MonitorState, uptime: number, now: number): number {
   const step = now - state.at - (uptime - state.uptime);
-  if (state.at > 0 && uptime >= state.uptime && Math.abs(step) > CLOCK_STEP_MS) {
-    for (const heard of Object.values(state.heard)) {
-      heard.at += step;
-      heard.lostToldAt += step;
-    }
-    for (const incident of Object.values(state.incidents)) {
-      incident.since += incident.since > 0 ? step : 0;
-      incident.toldAt += step;
-      incident.changes = incident.changes.map((at) => at + step);
-      if (incident.outage !== undefined) incident.outage += step;
-    }
+  const lastRun = state.at + step;
+  const wasSet = state.at > 0 && uptime >= state.uptime && Math.abs(step) > CLOCK_STEP_MS;
+  Object.assign(state, { at: now, uptime });
+  if (!wasSet) return 0;
+  for (const heard of Object.values(state.heard)) {
+    heard.at += step;
+    heard.lostToldAt += step;
   }
-  return Object.assign(state, { at: now, uptime });
+  for (const incident of Object.values(state.incidents)) {
+    incident.since += incident.since > 0 ? step : 0;
+    incident.toldAt += step;
+    incident.changes = incident.changes.map((at) => at + step);
+    if (incident.outage !== undefined) incident.outage += step;
+  }
+  return lastRun;
 }
 
 function judgeFaults(judged: Judged): void {
@@ -224,10 +232,13 @@ function judgeHosts(judged: Judged): void {
 }
 
 /** Notes when a sender was heard of, and tells of bytes that it lost. */
-function hear({ state, now, changes }: Judged, { host, heardAt, lost, lag: _, lineAt: __ }: HostSight): void {
+function hear(
+  { state, now, changes, heardAfter }: Judged,
+  { host, heardAt, lost, lag: _, lineAt: __ }: HostSight,
+): void {
   const heard = state.heard[host] ?? { value: 0, at: 0, lost: 0, lostToldAt: 0 };
   state.heard[host] = heard;
-  if (heard.value !== heardAt) Object.assign(heard, { value: heardAt, at: heardAt });
+  if (heard.value !== heardAt) Object.assign(heard, { value: heardAt, at: Math.max(heardAt, heardAfter) });
   heard.at = Math.min(heard.at, now); // a time in the future is a clock that was set back
   if (lost < heard.lost) heard.lost = lost; // a new ledger counts anew
   if (lost > heard.lost && now - heard.lostToldAt >= LOST_AGAIN_MS) {
@@ -246,14 +257,12 @@ function hostStatus(
   const heard = state.heard[host];
   if (!heard) return { status: "never", since: now };
   const threshold = (rules.silentMinutesByHost[host] ?? rules.silentMinutes) * MINUTE_MS;
-  const back = lastReturn(state);
   if (now - heard.at >= GONE_MS && !rules.expected.includes(host)) return { status: "gone", since: heard.at };
-  if (now - Math.max(heard.at, now - sight.uptime, back) >= threshold) {
+  if (incident.status === "silent" && heard.at <= incident.since) return incident;
+  if (now - Math.max(heard.at, now - sight.uptime, lastReturn(state)) >= threshold) {
     const down = sight.receivers.map(({ key }) => state.incidents[key]?.since ?? now);
-    const itself = incident.status === "silent" || heard.at >= Math.min(...down); // heard while that was down
-    return itself || down.length === 0
-      ? { status: "silent", since: heard.at }
-      : { status: incident.status, since: incident.since };
+    const itself = down.length === 0 || heard.at >= Math.min(...down); // others were down when it was heard
+    return itself ? { status: "silent", since: heard.at } : incident;
   }
   if (rules.alertWhenQuiet && seen && heard.value - seen.lineAt >= threshold) {
     return { status: "quiet", since: seen.lineAt || heard.at };
