@@ -1,0 +1,574 @@
+/** The receiver's answers and files, without a port: requests go to the app, the clock is the test's. */
+import { describe, expect, test } from "bun:test";
+import { existsSync } from "node:fs";
+import { mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { gzipSync, zstdCompressSync } from "node:zlib";
+import { SENT } from "../lib/batch.ts";
+import { HEADER } from "../lib/chunk.ts";
+import { parseConfig } from "../lib/config.ts";
+import { readLedger, readSealed } from "../lib/ledger.ts";
+import { createLog } from "../lib/service.ts";
+import { createApp, createReceiver } from "../receiver.ts";
+import { type Post, post, storedWindows } from "./sending.ts";
+import { accessLine, onCleanup, tempFolder } from "./support.ts";
+
+const URL = "http://receiver";
+const HOST = "10.0.0.1";
+/** In the window that `accessLine` writes by default, in the zone that it names. */
+const START = Date.parse("2026-11-22T06:25:00+06:00");
+const NAME = "accessLog_26112206_20-39_10-0-0-1";
+
+/** A receiver on a folder, as `main` makes it. `restart` is what a new process would be. */
+async function open(options: object = {}, folder?: string) {
+  const dir = join(folder ?? (await tempFolder()), "data");
+  await mkdir(dir, { recursive: true });
+  const section = { dir, groups: [{ port: 5001, senders: ["*"] }], ...options };
+  const config = parseConfig(JSON.stringify({ receiver: section }), "receiver");
+  const clock = { now: START };
+  let log = "";
+  const signal = new AbortController().signal;
+  const start = async () => {
+    const receiver = createReceiver(config, {
+      log: createLog((line) => {
+        log += line;
+      }),
+      now: () => clock.now,
+      signal,
+    });
+    await receiver.store.start(() => true);
+    return { receiver, app: createApp(config, receiver) };
+  };
+  let running = await start();
+  onCleanup(() => running.receiver.store.close());
+  const self = {
+    dir,
+    clock,
+    log: () => log,
+    fetch: async (request: Request, { peer = "127.0.0.1", group = 0 } = {}) =>
+      running.app.fetch(request, { peer, group }),
+    send: (body: string | Uint8Array<ArrayBuffer>, request: Post = {}, arrival = {}) =>
+      self.fetch(post(URL, body, request), arrival),
+    seal: () => running.receiver.store.seal(),
+    restart: async () => {
+      await running.receiver.store.close();
+      running = await start();
+    },
+    files: async (host = HOST) =>
+      (await readdir(join(dir, host))).filter((name) => !name.startsWith(".")).sort(),
+    read: (name: string, host = HOST) => readFile(join(dir, host, name), "latin1"),
+    head: (stream = "stream-0001", host = HOST) =>
+      self.fetch(
+        new Request(`${URL}/upload`, {
+          method: "HEAD",
+          headers: { [HEADER.host]: host, [HEADER.stream]: stream },
+        }),
+      ),
+  };
+  return self;
+}
+
+const LINE = accessLine(1);
+
+describe("POST /upload", () => {
+  test("stores a chunk and answers with its lines and end", async () => {
+    const { send, read } = await open();
+    const answer = await send(LINE + LINE, { offset: 100 });
+    expect(answer.status).toBe(200);
+    expect(answer.headers.get(HEADER.offset)).toBe(String(100 + 2 * LINE.length));
+    expect(await answer.json()).toEqual({ lines: 2, offset: 100 + 2 * LINE.length });
+    expect(await read(`${NAME}.log.part`)).toBe(LINE + LINE);
+  });
+
+  test("answers 409 with the committed offset to a repeat and to a gap", async () => {
+    const { send, read, restart } = await open();
+    await send(LINE);
+    for (const offset of [0, LINE.length + 1]) {
+      const answer = await send(LINE, { offset });
+      expect(answer.status).toBe(409);
+      expect(answer.headers.get(HEADER.offset)).toBe(String(LINE.length));
+    }
+    await restart();
+    expect((await send(LINE)).status).toBe(409);
+    expect(await read(`${NAME}.log.part`)).toBe(LINE);
+  });
+
+  test("takes one of two identical chunks that come at the same time", async () => {
+    const { send, read } = await open();
+    for (let i = 0; i < 20; i++) {
+      const offset = i * LINE.length;
+      const answers = await Promise.all([1, 2, 3].map(() => send(LINE, { offset })));
+      expect(answers.map(({ status }) => status).sort()).toEqual([200, 409, 409]);
+      for (const answer of answers)
+        expect(answer.headers.get(HEADER.offset)).toBe(String(offset + LINE.length));
+    }
+    expect(await read(`${NAME}.log.part`)).toBe(LINE.repeat(20));
+  });
+
+  test("covers filtered lines: a body that is shorter than its range, or empty", async () => {
+    const { send, head, read } = await open();
+    expect((await send(LINE, { offset: 0, end: 1000 })).status).toBe(200);
+    expect((await send("", { offset: 1000, end: 5000 })).status).toBe(200);
+    expect((await head()).headers.get(HEADER.offset)).toBe("5000");
+    expect(await read(`${NAME}.log.part`)).toBe(LINE);
+  });
+
+  test("keeps every byte but looks for no more than \\n", async () => {
+    const { send, read } = await open();
+    const odd = Buffer.from("ff00fe0dc328efbbbfe280a80b0c1b", "hex").toString("latin1");
+    const body = Buffer.from(`${LINE.slice(0, -1)}${odd}\n\n\r\n${odd}\n${LINE}`, "latin1");
+    expect(await (await send(body)).json()).toEqual({ lines: 5, offset: body.length });
+    expect(await read(`${NAME}.log.part`)).toBe(body.toString("latin1"));
+  });
+
+  test("reads gzip and zstd", async () => {
+    const { send, read } = await open();
+    const compressed = { gzip: gzipSync(LINE), zstd: zstdCompressSync(LINE) };
+    let offset = 0;
+    for (const [encoding, body] of Object.entries(compressed)) {
+      const answer = await send(new Uint8Array(body), {
+        offset,
+        end: offset + LINE.length,
+        headers: { "Content-Encoding": encoding },
+      });
+      expect(await answer.json()).toEqual({ lines: 1, offset: offset + LINE.length });
+      offset += LINE.length;
+    }
+    expect(await read(`${NAME}.log.part`)).toBe(LINE + LINE);
+  });
+
+  test("refuses a compressed body that is cut short anywhere, and one with bytes behind it", async () => {
+    const { send, dir } = await open();
+    const text = LINE.repeat(50);
+    for (const [encoding, compress] of Object.entries({ gzip: gzipSync, zstd: zstdCompressSync })) {
+      const whole = compress(text);
+      const bodies = [Buffer.concat([whole, Buffer.from("x")])];
+      for (let length = 1; length < whole.length; length++) bodies.push(whole.subarray(0, length));
+      for (const body of bodies) {
+        const headers = { "Content-Encoding": encoding };
+        const answer = await send(new Uint8Array(body), { end: text.length, headers });
+        expect({ encoding, length: body.length, status: answer.status }).toMatchObject({ status: 400 });
+      }
+    }
+    expect(existsSync(join(dir, HOST))).toBe(false);
+  });
+
+  test("keeps a line that comes in pieces together, whole, and through a restart", async () => {
+    const { send, read, restart, head } = await open();
+    const start = LINE.slice(0, 60);
+    const long = `${start}${"x".repeat(300_000)}\n`;
+    const text = LINE + long + LINE;
+    let offset = 0;
+    for (const end of [LINE.length + 40, 90_000, 200_000, LINE.length + long.length - 3, text.length]) {
+      const answer = await send(text.slice(offset, end), { offset });
+      expect(answer.status).toBe(200);
+      await send(LINE, { stream: "other-stream", offset: offset + 1 });
+      offset = end;
+      if (end === 200_000) await restart();
+    }
+    expect((await head()).headers.get(HEADER.offset)).toBe(String(text.length));
+    const stored = await read(`${NAME}.log.part`);
+    expect(stored.split(long).length).toBe(2);
+    expect(stored.replace(long, "").replaceAll(LINE, "")).toBe("");
+  });
+
+  test("files a line by its own window, and one without a timestamp with the line before it", async () => {
+    const { send, files, read } = await open();
+    const next = accessLine(2, "22/Nov/2026:06:40:00 +0600");
+    const bare = "no timestamp here\n";
+    const first = LINE + bare + next + bare;
+    await send(first);
+    await send(bare + LINE, { offset: first.length });
+    expect(await files()).toEqual([`${NAME}.log.part`, "accessLog_26112206_40-59_10-0-0-1.log.part"]);
+    expect(await read(`${NAME}.log.part`)).toBe(LINE + bare + LINE);
+    expect(await read("accessLog_26112206_40-59_10-0-0-1.log.part")).toBe(next + bare + bare);
+  });
+
+  test("refuses what breaks the contract, says why, and touches nothing", async () => {
+    const { send, dir } = await open({ maxBodyBytes: 1000 });
+    const large = LINE.repeat(20);
+    const cases: [number, string | Uint8Array<ArrayBuffer>, Post][] = [
+      [400, LINE, { host: "../../etc" }],
+      [400, LINE, { host: "/etc" }],
+      [400, LINE, { host: "sent" }],
+      [400, LINE, { host: "10.0.0.999" }],
+      [400, LINE, { host: "a".repeat(300) }],
+      [400, LINE, { stream: "short" }],
+      [400, LINE, { stream: "a/../../../../b" }],
+      [400, LINE, { offset: -1 }],
+      [400, LINE, { offset: 100, end: 99 }],
+      [400, LINE, { offset: 2 ** 60 }],
+      [400, LINE, { end: 10 }],
+      [400, LINE, { headers: { [HEADER.offset]: "1e3" } }],
+      [400, LINE, { headers: { "Content-Encoding": "gzip" } }],
+      [400, LINE, { headers: { "Content-Encoding": "zstd" } }],
+      [413, large, {}],
+      [413, new Uint8Array(gzipSync(large)), { end: large.length, headers: { "Content-Encoding": "gzip" } }],
+      [
+        413,
+        new Uint8Array(zstdCompressSync(large)),
+        { end: large.length, headers: { "Content-Encoding": "zstd" } },
+      ],
+      [415, LINE, { headers: { "Content-Encoding": "br" } }],
+      [415, LINE, { headers: { "Content-Type": "text/html" } }],
+      [415, LINE, { headers: { "Content-Type": "application/json" } }],
+    ];
+    for (const [status, body, request] of cases) {
+      const answer = await send(body, request);
+      expect({ request, status: answer.status }).toEqual({ request, status });
+      expect((await answer.text()).length).toBeGreaterThan(10);
+    }
+    expect(await readdir(dir)).toEqual([]);
+  });
+
+  test("refuses a host whose dashed form is another's, and takes host names in lower case", async () => {
+    const { send, dir } = await open();
+    expect((await send(LINE, { host: "Web-1.Example" })).status).toBe(200);
+    const answer = await send(LINE, { host: "web.1-example" });
+    expect(answer.status).toBe(403);
+    expect(await answer.text()).toContain("web-1.example");
+    expect(await readdir(dir)).toEqual(["web-1.example"]);
+  });
+
+  test("keeps two hosts behind one address apart", async () => {
+    const { send, files } = await open();
+    await Promise.all([send(LINE, { host: "10.0.0.1" }), send(LINE, { host: "10.0.0.2" })]);
+    expect(await files("10.0.0.1")).toEqual([`${NAME}.log.part`]);
+    expect(await files("10.0.0.2")).toEqual(["accessLog_26112206_20-39_10-0-0-2.log.part"]);
+  });
+
+  test("answers 503 with Retry-After to a host beyond maxHosts and to bytes beyond maxBytesInFlight", async () => {
+    const { send } = await open({ maxHosts: 2, maxBytesInFlight: 5000 });
+    expect((await send(LINE, { host: "10.0.0.1" })).status).toBe(200);
+    expect((await send(LINE, { host: "10.0.0.2" })).status).toBe(200);
+    const third = await send(LINE, { host: "10.0.0.3" });
+    expect(third.status).toBe(503);
+    expect(third.headers.get("Retry-After")).toBe("1");
+    expect((await send(LINE.repeat(100), { offset: LINE.length })).status).toBe(503);
+    expect((await send(LINE, { offset: LINE.length })).status).toBe(200);
+  });
+});
+
+describe("a heartbeat", () => {
+  test("is taken without a stream, and refused when it shows another offset than is committed", async () => {
+    const { send, head, dir } = await open();
+    expect((await send("", { stream: "heartbeat", lag: 7 })).status).toBe(200);
+    expect((await head("heartbeat")).status).toBe(404);
+    expect((await readLedger(join(dir, HOST)))?.heardAt).toBe(START);
+    await send(LINE);
+    expect((await send("", { offset: LINE.length })).status).toBe(200);
+    expect((await send("", { offset: 0 })).status).toBe(409);
+  });
+
+  test("tells lag and what was lost, which add up over a restart", async () => {
+    const { send, restart, dir } = await open();
+    await send(LINE, { lag: 5000, lost: 10 });
+    await restart();
+    await send("", { offset: LINE.length, lag: 40, lost: 32 });
+    const ledger = await readLedger(join(dir, HOST));
+    expect(ledger?.lost).toBe(42);
+    expect(ledger?.streams.get("stream-0001")?.lag).toBe(40);
+  });
+});
+
+describe("HEAD /upload", () => {
+  test("tells where a stream stands, 404 for one that is not known, and makes nothing", async () => {
+    const { send, head, dir } = await open();
+    expect((await head()).status).toBe(404);
+    expect(existsSync(join(dir, HOST))).toBe(false);
+    await send(LINE, { offset: 50 });
+    const answer = await head();
+    expect(answer.status).toBe(200);
+    expect(answer.headers.get(HEADER.offset)).toBe(String(50 + LINE.length));
+    expect((await head("stream-0002")).status).toBe(404);
+  });
+});
+
+describe("sealing", () => {
+  test("waits for the window's end and for quiet, then never writes the file again", async () => {
+    const { send, seal, clock, files, read } = await open({ sealAfterSeconds: 120 });
+    await send(LINE);
+    clock.now = Date.parse("2026-11-22T06:39:59+06:00");
+    expect(await seal()).toEqual([]);
+    await send(LINE, { offset: LINE.length });
+    clock.now = Date.parse("2026-11-22T06:41:58+06:00");
+    expect(await seal()).toEqual([]);
+    clock.now += 1000;
+    expect(await seal()).toEqual([`${NAME}.log`]);
+    await send(LINE, { offset: 2 * LINE.length });
+    expect(await files()).toEqual([`${NAME}.2.log.part`, `${NAME}.log`]);
+    expect(await read(`${NAME}.log`)).toBe(LINE + LINE);
+    expect(await read(`${NAME}.2.log.part`)).toBe(LINE);
+  });
+
+  test("never uses a name twice, also when sent/ was emptied and the ledger is gone", async () => {
+    const { send, seal, clock, files, dir, restart } = await open();
+    await mkdir(join(dir, SENT));
+    const names: string[] = [];
+    clock.now += 3_600_000;
+    for (let i = 0; i < 4; i++) {
+      await send(LINE, { stream: `stream-${i}-xx` });
+      clock.now += 200_000;
+      names.push(...(await seal()));
+      for (const name of await files()) await rm(join(dir, HOST, name));
+      if (i === 1) await rm(join(dir, HOST, ".ledger"));
+      if (i === 2) {
+        await rm(join(dir, HOST, ".ledger-sealed"));
+        for (const name of names) await writeFile(join(dir, SENT, `${name}.gz`), "");
+      }
+      await restart();
+    }
+    expect(names).toEqual([`${NAME}.log`, `${NAME}.2.log`, `${NAME}.3.log`, `${NAME}.4.log`]);
+  });
+
+  test("numbers a window that was forgotten by the time, so that its names differ from all before", async () => {
+    const { send, seal, clock } = await open({ forgetAfterDays: 30 });
+    clock.now += 3_600_000;
+    await send(LINE);
+    clock.now += 200_000;
+    expect(await seal()).toEqual([`${NAME}.log`]);
+    clock.now += 31 * 86_400_000;
+    await seal(); // the daily tidying
+    await send(LINE, { stream: "stream-0002" });
+    const part = Math.floor(clock.now / 1000);
+    clock.now += 200_000;
+    expect(await seal()).toEqual([`${NAME}.${part}.log`]);
+    await send(LINE, { stream: "stream-0003" });
+    clock.now += 200_000;
+    expect(await seal()).toEqual([`${NAME}.${part + 1}.log`]);
+  });
+
+  test("is not held up by lines of the future, nor holds those of a wrong clock for ever", async () => {
+    const { send, seal, clock, files } = await open();
+    const tomorrow = accessLine(2, "23/Nov/2026:06:25:00 +0600");
+    const nextYear = accessLine(3, "22/Nov/2027:06:25:00 +0600");
+    await send(LINE + tomorrow + nextYear);
+    clock.now += 3_600_000;
+    expect((await seal()).sort()).toEqual([`${NAME}.log`, "accessLog_27112206_20-39_10-0-0-1.log"]);
+    expect(await files()).toContain("accessLog_26112306_20-39_10-0-0-1.log.part");
+    clock.now += 86_400_000;
+    expect(await seal()).toEqual(["accessLog_26112306_20-39_10-0-0-1.log"]);
+  });
+
+  test("goes by the zone in the lines, by the later one when it changes", async () => {
+    const { send, seal, clock } = await open({ sealAfterSeconds: 0 });
+    const summer = accessLine(1, "25/Oct/2026:02:30:00 +0200");
+    const winter = accessLine(2, "25/Oct/2026:02:30:00 +0100");
+    await send(summer);
+    await send(winter, { offset: summer.length });
+    clock.now = Date.parse("2026-10-25T02:45:00+02:00");
+    expect(await seal()).toEqual([]);
+    clock.now = Date.parse("2026-10-25T02:40:00+01:00");
+    expect(await seal()).toEqual(["accessLog_26102502_20-39_10-0-0-1.log"]);
+  });
+
+  test("does not wait for a clock that was set back", async () => {
+    const { send, seal, clock } = await open();
+    const old = accessLine(1, "20/Nov/2026:06:25:00 +0600");
+    await send(old);
+    clock.now -= 86_400_000;
+    expect(await seal()).toEqual([]);
+    clock.now += 121_000;
+    expect(await seal()).toEqual(["accessLog_26112006_20-39_10-0-0-1.log"]);
+  });
+
+  test("happens after a restart, without the sender", async () => {
+    const { send, seal, clock, restart, files, dir } = await open();
+    await send(LINE);
+    clock.now += 3_600_000;
+    await restart();
+    await seal();
+    expect(await files()).toEqual([`${NAME}.log`]);
+    expect(await readSealed(join(dir, HOST))).toMatchObject([
+      { name: `${NAME}.log`, bytes: LINE.length, lines: 1 },
+    ]);
+  });
+});
+
+describe("recovery", () => {
+  test("cuts off what was never acknowledged", async () => {
+    const { send, restart, read, dir, files } = await open();
+    await send(LINE);
+    await writeFile(join(dir, HOST, `${NAME}.log.part`), `${LINE}half a li`);
+    await writeFile(
+      join(dir, HOST, "accessLog_26112206_40-59_10-0-0-1.log.part"),
+      "begun, never committed\n",
+    );
+    await writeFile(join(dir, HOST, ".ledger-piece-stream-0001"), "a piece that no record speaks of");
+    await restart();
+    expect(await read(`${NAME}.log.part`)).toBe(LINE);
+    expect(await files()).toEqual([`${NAME}.log.part`]);
+    expect(await readdir(join(dir, HOST))).not.toContain(".ledger-piece-stream-0001");
+  });
+
+  test("keeps a .part whole when its ledger is gone, and says so", async () => {
+    const { send, restart, seal, clock, read, dir, log } = await open();
+    await send(LINE + LINE);
+    await rm(join(dir, HOST, ".ledger"));
+    await writeFile(join(dir, HOST, `${NAME}.log.part`), `${LINE}${LINE}torn`);
+    await restart();
+    expect(log()).toContain("batch is in no ledger: kept as it is");
+    clock.now += 2 * 86_400_000;
+    await seal();
+    expect(await read(`${NAME}.log`)).toBe(LINE + LINE);
+  });
+
+  test("skips a damaged record in the middle of the ledger, and says so", async () => {
+    const { send, restart, head, dir, log } = await open();
+    await send(LINE);
+    await send(LINE, { offset: LINE.length });
+    const path = join(dir, HOST, ".ledger");
+    const records = (await readFile(path, "utf8")).split("\n");
+    records[1] = records[1]?.replace(/\d/, "x") ?? "";
+    await writeFile(path, records.join("\n"));
+    await restart();
+    expect(log()).toContain("ledger is damaged");
+    expect((await head()).headers.get(HEADER.offset)).toBe(String(2 * LINE.length));
+  });
+
+  test("counts and tells bytes that were committed and are gone", async () => {
+    const { send, restart, dir, log } = await open();
+    await send(LINE + LINE);
+    await writeFile(join(dir, HOST, `${NAME}.log.part`), LINE);
+    await restart();
+    expect(log()).toContain("committed bytes are gone from the disk");
+    expect((await readLedger(join(dir, HOST)))?.lost).toBe(LINE.length);
+  });
+
+  test("keeps the ledger small over many commits and streams", async () => {
+    const { send, dir } = await open();
+    for (let i = 0; i < 1200; i++) await send("", { offset: i, end: i + 1, stream: "stream-0001" });
+    const { length } = await readFile(join(dir, HOST, ".ledger"));
+    expect(length).toBeLessThan(300_000);
+    expect((await readLedger(join(dir, HOST)))?.streams.get("stream-0001")?.offset).toBe(1200);
+  });
+});
+
+describe("who may come in", () => {
+  const groups = [
+    { port: 5001, senders: ["10.0.0.0/24", "web-1.example", "2001:db8::/32"] },
+    { port: 5002, senders: ["10.0.1.1"] },
+  ];
+
+  test("a port serves its senders and names the port of the others", async () => {
+    const { send, dir } = await open({ groups });
+    const from = { peer: "10.0.0.77" };
+    expect((await send(LINE, { host: "10.0.0.5" }, from)).status).toBe(200);
+    expect((await send(LINE, { host: "web-1.example" }, from)).status).toBe(200);
+    expect((await send(LINE, { host: "2001:db8::7" }, from)).status).toBe(200);
+    const other = await send(LINE, { host: "10.0.1.1" }, from);
+    expect(other.status).toBe(421);
+    expect(await other.text()).toContain("5002");
+    expect((await send(LINE, { host: "10.9.9.9" }, from)).status).toBe(403);
+    expect((await send(LINE, { host: "10.0.0.6" }, { peer: "192.0.2.1" })).status).toBe(403);
+    expect((await send(LINE, { host: "10.0.0.6" }, { peer: "::ffff:10.0.0.6" })).status).toBe(200);
+    expect((await readdir(dir)).length).toBe(4);
+  });
+
+  test("a token is asked for, must be known, must be the host's, and is read again when its file changes", async () => {
+    const folder = await tempFolder();
+    const file = join(folder, "token");
+    await writeFile(file, "everyone's\n");
+    process.env.RECEIVER_TEST_TOKEN = "own";
+    const tokens = { "10.0.0.1": { env: "RECEIVER_TEST_TOKEN" }, "*": { file } };
+    const { send, dir } = await open({ tokens });
+    const shown = (token: string) => ({ Authorization: `Bearer ${token}` });
+    const none = await send(LINE);
+    expect(none.status).toBe(401);
+    expect(none.headers.get("WWW-Authenticate")).toBe("Bearer");
+    expect((await send(LINE, { headers: shown("guess") })).status).toBe(401);
+    expect((await send(LINE, { headers: shown("everyone's") })).status).toBe(403);
+    expect((await send(LINE, { headers: shown("own"), host: "10.0.0.2" })).status).toBe(403);
+    expect(await readdir(dir)).toEqual([]);
+    expect((await send(LINE, { headers: shown("own") })).status).toBe(200);
+    expect((await send(LINE, { headers: shown("everyone's"), host: "10.0.0.2" })).status).toBe(200);
+    await writeFile(file, "another-and-longer\n");
+    expect((await send(LINE, { headers: shown("everyone's"), host: "10.0.0.3" })).status).toBe(401);
+    expect((await send(LINE, { headers: shown("another-and-longer"), host: "10.0.0.3" })).status).toBe(200);
+  });
+
+  test("the address behind a trusted proxy counts, and no one else's word for it", async () => {
+    const { send } = await open({ groups, trustedProxies: ["192.0.2.0/24"] });
+    const via = (hops: string) => ({ host: "10.0.0.5", headers: { "X-Forwarded-For": hops } });
+    const proxy = { peer: "192.0.2.1" };
+    expect((await send(LINE, via("10.0.0.5"), proxy)).status).toBe(200);
+    expect(
+      (await send("", { ...via("8.8.8.8, 10.0.0.5, 192.0.2.9"), offset: LINE.length }, proxy)).status,
+    ).toBe(200);
+    expect((await send(LINE, via("10.0.0.5, 8.8.8.8"), proxy)).status).toBe(403);
+    expect((await send(LINE, via("10.0.0.5"), { peer: "8.8.8.8" })).status).toBe(403);
+  });
+
+  test("status page and metrics are for loopback and tokens, /healthz for everyone", async () => {
+    process.env.RECEIVER_TEST_TOKEN = "own";
+    const { fetch } = await open({ tokens: { "*": { env: "RECEIVER_TEST_TOKEN" } } });
+    const get = (path: string, peer: string, headers: Record<string, string> = {}) =>
+      fetch(new Request(URL + path, { headers }), { peer }).then((answer) => answer.status);
+    for (const path of ["/", "/metrics"]) {
+      expect(await get(path, "127.0.0.1")).toBe(200);
+      expect(await get(path, "10.0.0.9")).toBe(401);
+      expect(await get(path, "127.0.0.1", { "X-Forwarded-For": "10.0.0.9" })).toBe(401);
+      expect(await get(path, "10.0.0.9", { Authorization: "Bearer own" })).toBe(200);
+      expect(await get(path, "10.0.0.9", { Authorization: `Basic ${btoa("me:own")}` })).toBe(200);
+      expect(await get(path, "10.0.0.9", { Authorization: `Basic ${btoa("me:wrong")}` })).toBe(401);
+    }
+    expect(await get("/healthz", "10.0.0.9")).toBe(200);
+    expect(await get("/nothing", "10.0.0.9")).toBe(404);
+  });
+});
+
+describe("the original's JSON form", () => {
+  const groups = [{ port: 5001, senders: ["10.0.0.0/24", "web-1.example"] }];
+  const json = (log: unknown, host: unknown) =>
+    new Request(`${URL}/upload`, {
+      method: "POST",
+      body: JSON.stringify({ log, host }),
+      headers: { "Content-Type": "application/json" },
+    });
+
+  test("is off unless legacy is true", async () => {
+    const { fetch } = await open({ groups });
+    expect((await fetch(json(LINE, HOST), { peer: HOST })).status).toBe(415);
+  });
+
+  test("is taken from a listed address, without its empty lines, and answered as the original does", async () => {
+    const { fetch, read } = await open({ groups, legacy: true });
+    const answer = await fetch(json(`${LINE}\n${LINE}\nünïcode`, HOST), { peer: HOST });
+    expect(answer.status).toBe(200);
+    expect(await answer.text()).toBe("OK - 3 lines");
+    expect(await read(`${NAME}.log.part`)).toBe(Buffer.from(`${LINE}${LINE}ünïcode\n`).toString("latin1"));
+    expect(await (await fetch(json(LINE, HOST), { peer: HOST })).text()).toBe("OK - 1 lines");
+  });
+
+  test("is refused from other addresses, for other hosts, and when it is malformed", async () => {
+    process.env.RECEIVER_TEST_TOKEN = "own";
+    const { fetch, dir } = await open({
+      groups,
+      legacy: true,
+      tokens: { "*": { env: "RECEIVER_TEST_TOKEN" } },
+    });
+    expect((await fetch(json(LINE, HOST), { peer: "10.9.9.9" })).status).toBe(403);
+    expect((await fetch(json(LINE, "10.0.0.2"), { peer: HOST })).status).toBe(403);
+    expect((await fetch(json(LINE, "web-1.example"), { peer: HOST })).status).toBe(403);
+    expect((await fetch(json(LINE, "../etc"), { peer: HOST })).status).toBe(400);
+    expect((await fetch(json(7, HOST), { peer: HOST })).status).toBe(400);
+    expect((await fetch(json(undefined, HOST), { peer: HOST })).status).toBe(400);
+    expect(await readdir(dir)).toEqual([]);
+  });
+});
+
+test("a timestampPattern finds what no rule finds", async () => {
+  const { send, files } = await open({ timestampPattern: "at=<([^>]+)>" });
+  await send("GET / at=<2026-11-22T06:25:00+06:00> [23/Nov/2026:06:25:00 +0600]\n");
+  expect(await files()).toEqual([`${NAME}.log.part`]);
+});
+
+test("10,000 delivered files cost a chunk nothing", async () => {
+  const { send, dir, files } = await open();
+  await mkdir(join(dir, SENT));
+  for (let i = 0; i < 10_000; i++) await writeFile(join(dir, SENT, `${NAME}.${i + 2}.log.gz`), "");
+  await writeFile(join(dir, SENT, `${NAME}.log.gz`), "");
+  await send(LINE);
+  expect(await files()).toEqual([`${NAME}.10002.log.part`]);
+  expect((await storedWindows(dir, HOST)).size).toBe(1);
+});
