@@ -1,0 +1,313 @@
+import { expect, test } from "bun:test";
+import { mkdir, readdir, readFile, stat, symlink, utimes, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { gunzipSync, gzipSync } from "node:zlib";
+import { type Delivered, housekeepOnce, planPass } from "../housekeep.ts";
+import { parseConfig } from "../lib/config.ts";
+import { formatRecord } from "../lib/ledger.ts";
+import { holdLock } from "../lib/lock.ts";
+import { appendReport, readReportTail } from "../lib/report.ts";
+import { createLog } from "../lib/service.ts";
+import { missing, runScriptOnce, start, startScript, tempFolder, until, writeConfig } from "./support.ts";
+
+const HOUR = 3_600_000;
+const DAY = 24 * HOUR;
+const NOW = Date.UTC(2026, 10, 22, 12);
+
+async function setUp(more: object = {}) {
+  const folder = await tempFolder();
+  const dir = join(folder, "batches");
+  const sent = join(dir, "sent");
+  await mkdir(sent, { recursive: true });
+  const section = { dir, report: join(folder, "report.log"), ...more };
+  const config = parseConfig(JSON.stringify({ housekeep: section }), "housekeep");
+  const file = await writeConfig(folder, { housekeep: section });
+  return { folder, dir, sent, config, file };
+}
+
+/** The name of the n-th batch. */
+const batch = (n: number) => `accessLog_26112206_00-19_10-0-0-${n}.log`;
+const content = (n: number) => `line ${n} `.repeat(1000 + n);
+
+/** A file delivered so many hours before NOW. */
+async function deliver(folder: string, name: string, hours: number, text: string | Buffer, now = NOW) {
+  await writeFile(join(folder, name), text);
+  const at = (now - hours * HOUR) / 1000;
+  await utimes(join(folder, name), at, at);
+}
+
+async function run(config: Parameters<typeof housekeepOnce>[0]["config"], more: object = {}) {
+  const logged: string[] = [];
+  const log = createLog((line) => logged.push(line));
+  const signal = new AbortController().signal;
+  const result = await housekeepOnce({ config, log, signal, now: () => NOW, ...more });
+  return { ...result, log: logged.join("") };
+}
+
+test("housekeepOnce() compresses and deletes by the time of delivery", async () => {
+  const { sent, config } = await setUp();
+  await deliver(sent, batch(1), 1, content(1));
+  await deliver(sent, batch(2), 3.1, content(2));
+  await deliver(sent, batch(3), 4.1, content(3));
+  await deliver(sent, `${batch(4)}.gz`, 4.1, gzipSync(content(4)));
+  const result = await run(config);
+  expect((await readdir(sent)).sort()).toEqual([batch(1), `${batch(2)}.gz`]);
+  expect(gunzipSync(await readFile(join(sent, `${batch(2)}.gz`))).toString()).toBe(content(2));
+  expect((await stat(join(sent, `${batch(2)}.gz`))).mtimeMs).toBe(NOW - 3.1 * HOUR);
+  expect(result).toMatchObject({ compressed: 1, deleted: 2, faults: 0 });
+});
+
+test("housekeepOnce() never touches what is not delivered, however old, and says how much there is", async () => {
+  const { dir, config } = await setUp({ compressAfterHours: 0, deleteAfterHours: 0, minFreePercent: 100 });
+  for (const folder of ["failed", "10.0.0.1"]) {
+    await mkdir(join(dir, folder));
+    for (let n = 1; n <= 3; n++) await deliver(join(dir, folder), batch(n), 1000, content(n));
+  }
+  await deliver(join(dir, "10.0.0.1"), `${batch(4)}.part`, 1000, content(4));
+  const { log } = await run(config);
+  expect((await readdir(join(dir, "failed"))).length).toBe(3);
+  expect((await readdir(join(dir, "10.0.0.1"))).length).toBe(4);
+  expect(log).toContain('waiting=3 waitingBytes="20.5 KiB" failed=3');
+});
+
+test("housekeepOnce() leaves links, folders and foreign names alone and never leaves the folder", async () => {
+  const { folder, sent, config } = await setUp({ compressAfterHours: 0, deleteAfterHours: 0 });
+  const outside = join(folder, batch(9));
+  await deliver(folder, batch(9), 100, "precious");
+  await symlink(outside, join(sent, batch(1)));
+  await symlink(folder, join(sent, "accessLog_26112206_00-19_x.log.gz.tmp"));
+  await mkdir(join(sent, batch(2)));
+  await deliver(sent, "notes.txt", 100, "foreign");
+  await deliver(sent, "x.tmp", 100, "foreign");
+  await deliver(sent, "accessLog_26119906_00-19_10-0-0-1.log", 100, "no batch name");
+  const before = (await readdir(sent)).sort();
+  await run(config);
+  expect((await readdir(sent)).sort()).toEqual(before);
+  expect(await readFile(outside, "utf8")).toBe("precious");
+});
+
+test("housekeepOnce() does not follow a sent/ that is a link", async () => {
+  const { folder, dir, config } = await setUp({ compressAfterHours: 0, deleteAfterHours: 0 });
+  const elsewhere = join(folder, "elsewhere");
+  await mkdir(elsewhere);
+  await deliver(elsewhere, batch(1), 100, "precious");
+  const linked = join(folder, "linked");
+  await mkdir(linked);
+  await symlink(elsewhere, join(linked, "sent"));
+  const { log } = await run({ ...config, dir: linked });
+  expect(log).toContain("sent is not a folder");
+  expect(await readdir(elsewhere)).toEqual([batch(1)]);
+  expect(dir).not.toBe(linked);
+});
+
+test("housekeepOnce() checks a .gz that is there instead of trusting it", async () => {
+  const { sent, config } = await setUp();
+  const whole = gzipSync(content(1));
+  const there: Record<number, Buffer> = {
+    1: whole, // the run before was stopped after its rename
+    2: gzipSync(content(2)).subarray(0, 40), // cut short
+    3: Buffer.alloc(0),
+    4: Buffer.from("no gzip at all"),
+    5: gzipSync("something else"), // intact, and not of this batch
+  };
+  for (const [n, gz] of Object.entries(there)) {
+    await deliver(sent, batch(Number(n)), 3.5, content(Number(n)));
+    await deliver(sent, `${batch(Number(n))}.gz`, 3.5, gz);
+  }
+  const result = await run(config);
+  for (let n = 1; n <= 4; n++) {
+    expect(gunzipSync(await readFile(join(sent, `${batch(n)}.gz`))).toString()).toBe(content(n));
+  }
+  expect((await readdir(sent)).filter((name) => name.endsWith(".log"))).toEqual([batch(5)]);
+  expect(gunzipSync(await readFile(join(sent, `${batch(5)}.gz`))).toString()).toBe("something else");
+  expect(result.faults).toBe(1);
+  expect(result.log).toContain("is there with other content");
+});
+
+const STEPS = [
+  "housekeep:written",
+  "housekeep:verified",
+  "housekeep:renamed",
+  "housekeep:removed",
+  "housekeep:deleted",
+];
+test.each(STEPS)("housekeep killed at %s loses nothing, and the next run ends the work", async (step) => {
+  const { sent, file } = await setUp({ parallel: 2 });
+  const now = Date.now();
+  for (let n = 1; n <= 4; n++) await deliver(sent, batch(n), 3.5, content(n), now);
+  await deliver(sent, batch(9), 5, content(9), now);
+  const env = { LOG_RT_SYNC_STOP_AT: step, LOG_RT_SYNC_STOP_COUNT: step.endsWith("deleted") ? "1" : "2" };
+  expect((await runScriptOnce("housekeep", file, [], env)).code).toBe("SIGKILL");
+  for (let n = 1; n <= 4; n++) {
+    const original = await readFile(join(sent, batch(n)), "utf8").catch(() => undefined);
+    const gz = await readFile(join(sent, `${batch(n)}.gz`)).catch(() => undefined);
+    expect(original ?? (gz && gunzipSync(gz).toString())).toBe(content(n));
+    if (gz) expect(gunzipSync(gz).toString()).toBe(content(n)); // never a part of one
+  }
+  expect((await runScriptOnce("housekeep", file)).code).toBe(0);
+  expect((await readdir(sent)).sort()).toEqual([1, 2, 3, 4].map((n) => `${batch(n)}.gz`));
+  for (let n = 1; n <= 4; n++) {
+    expect(gunzipSync(await readFile(join(sent, `${batch(n)}.gz`))).toString()).toBe(content(n));
+  }
+});
+
+test("housekeepOnce() survives a file that vanishes meanwhile", async () => {
+  const { sent, config } = await setUp({ parallel: 1 });
+  for (let n = 1; n <= 3; n++) await deliver(sent, batch(n), 3.5, content(n));
+  const { unlinkSync } = await import("node:fs");
+  const log = createLog((line) => {
+    if (line.includes("compressed file")) unlinkSync(join(sent, batch(3)));
+  });
+  let told = 0;
+  const result = await housekeepOnce({
+    config,
+    signal: new AbortController().signal,
+    now: () => NOW,
+    log: {
+      ...log,
+      info: (message, fields) =>
+        message === "compressed" && told++ === 0 ? log.info(message, fields) : undefined,
+    },
+  });
+  expect(result).toMatchObject({ compressed: 2, faults: 0 });
+});
+
+test("housekeepOnce() refuses to run twice at once, and names the other", async () => {
+  const { dir, sent, config } = await setUp();
+  await deliver(sent, batch(1), 5, content(1));
+  const lock = await holdLock(join(dir, ".housekeep.lock"), "it");
+  expect(run(config)).rejects.toThrow(`in use by process ${process.pid}`);
+  lock.release();
+  expect((await run(config)).deleted).toBe(1);
+});
+
+test("housekeep --dry-run says exactly what a run then does, and changes nothing", async () => {
+  const { folder, dir, sent, config, file } = await setUp({ minFreePercent: 0 });
+  const now = Date.now();
+  for (let n = 1; n <= 9; n++) await deliver(sent, batch(n), n * 0.7, content(n), now);
+  await writeFile(join(sent, `${batch(1)}.gz.tmp`), "stale");
+  await appendReport(config.report, [{ at: now - 91 * DAY, batch: batch(1), lines: 1, status: "Sent" }]);
+  const before = await snapshot(folder);
+  const dry = await runScriptOnce("housekeep", file, ["--dry-run"]);
+  expect(dry.code).toBe(0);
+  expect(await snapshot(folder)).toEqual(before);
+  const wet = await runScriptOnce("housekeep", file);
+  const steps = (output: string) =>
+    [...output.matchAll(/(compress|delete|trim).* file=(\S+)/g)].map((m) => `${m[1]} ${m[2]}`);
+  expect(steps(dry.output).sort()).toEqual(steps(wet.output).sort());
+  expect(steps(dry.output).length).toBe(5);
+  expect(dry.output).toContain("would trim a report");
+  expect(wet.output).toContain("report trimmed");
+  expect((await readdir(dir)).sort()).toEqual([".housekeep.lock", "sent"]);
+});
+
+async function snapshot(folder: string): Promise<string[]> {
+  const names = (await readdir(folder, { recursive: true })).filter((name) => !name.endsWith(".lock"));
+  return Promise.all(names.sort().map(async (name) => `${name} ${(await stat(join(folder, name))).mtimeMs}`));
+}
+
+test("planPass() deletes the oldest delivered early when the disk is nearly full, and no more than needed", () => {
+  const files: Delivered[] = [3.5, 2, 1, 0.5].map((hours, i) => ({
+    name: batch(i),
+    bytes: 10,
+    at: NOW - hours * HOUR,
+  }));
+  const options = { compressAfterHours: 3, deleteAfterHours: 4, minFreePercent: 20 };
+  const actions = (free: number, more: object = {}) =>
+    planPass(files, { ...options, ...more } as Parameters<typeof planPass>[1], NOW, { free, total: 200 }).map(
+      ({ name, action }) => `${action} ${files.findIndex((file) => file.name === name)}`,
+    );
+  expect(actions(40)).toEqual(["compress 0"]);
+  expect(actions(25)).toEqual(["early 0", "early 1"]);
+  expect(actions(25, { minFreePercent: 0 })).toEqual(["compress 0"]);
+  expect(actions(0, { deleteAfterHours: 3 })).toEqual(["delete 0", "early 1", "early 2", "early 3"]);
+});
+
+test("housekeepOnce() keeps a file delivered late for the whole retention, with the forwarder away for six hours", async () => {
+  const { dir, sent, config } = await setUp();
+  const host = join(dir, "10.0.0.1");
+  await mkdir(host);
+  for (let n = 1; n <= 3; n++) await deliver(host, batch(n), 0, content(n));
+  const signal = new AbortController().signal;
+  const pass = (minutes: number) =>
+    housekeepOnce({ config, log: createLog(() => {}), signal, now: () => NOW + minutes * 60_000 });
+  for (let minutes = 0; minutes <= 360; minutes += 10) await pass(minutes);
+  expect((await readdir(host)).length).toBe(3);
+  const { rename } = await import("node:fs/promises");
+  for (let n = 1; n <= 3; n++) {
+    await rename(join(host, batch(n)), join(sent, batch(n)));
+    await utimes(join(sent, batch(n)), (NOW + 6 * HOUR) / 1000, (NOW + 6 * HOUR) / 1000); // as the forwarder does
+  }
+  await pass(360 + 170);
+  expect((await readdir(sent)).sort()).toEqual([1, 2, 3].map(batch));
+  await pass(360 + 230);
+  expect((await readdir(sent)).sort()).toEqual([1, 2, 3].map((n) => `${batch(n)}.gz`));
+  await pass(360 + 240);
+  expect(await readdir(sent)).toEqual([]);
+});
+
+test("housekeepOnce() trims reports by age while others append", async () => {
+  const { config } = await setUp();
+  const line = (n: number, at: number) => ({ at, batch: batch(n), lines: n, status: "Sent" as const });
+  await appendReport(config.report, [line(1, NOW - 100 * DAY), line(2, NOW - 91 * DAY), line(3, NOW - DAY)]);
+  const appending = Array.from({ length: 20 }, (_, i) => appendReport(config.report, [line(100 + i, NOW)]));
+  await Promise.all([run(config), ...appending]);
+  const lines = (await readReportTail(config.report)).map(({ lines: n }) => n);
+  expect(lines.sort((a, b) => a - b)).toEqual([3, ...Array.from({ length: 20 }, (_, i) => 100 + i)]);
+});
+
+test("housekeepOnce() removes the records of senders long gone, but for the newest name that they used", async () => {
+  const { dir, config } = await setUp();
+  const write = async (host: string, heardAt: number, more: string[] = []) => {
+    const folder = join(dir, host);
+    await mkdir(folder);
+    await writeFile(join(folder, ".ledger"), formatRecord({ v: 1, heardAt }));
+    const sealed = { name: batch(1), lines: 1, bytes: 1, at: heardAt };
+    await writeFile(join(folder, ".ledger-sealed"), formatRecord(sealed));
+    for (const name of more) await writeFile(join(folder, name), "x");
+  };
+  await write("gone", NOW - 31 * DAY);
+  await write("here", NOW - 29 * DAY);
+  await write("waiting", NOW - 31 * DAY, [batch(2)]);
+  await write("served", NOW - 31 * DAY);
+  const lock = await holdLock(join(dir, "served", ".ledger-lock"), "it");
+  await run(config);
+  lock.release();
+  expect((await readdir(join(dir, "gone"))).sort()).toEqual([".ledger-lock", ".ledger-sealed"]);
+  expect(await readFile(join(dir, "gone", ".ledger-sealed"), "utf8")).toContain(
+    '"forgotten":"26112206_00-19"',
+  );
+  for (const host of ["here", "waiting", "served"])
+    expect(await readdir(join(dir, host))).toContain(".ledger");
+});
+
+test("housekeep --watch follows its schedule and ends on SIGTERM, also in the middle of a file", async () => {
+  const { sent, file } = await setUp({ schedule: "* * * * * *" });
+  const now = Date.now();
+  await deliver(sent, batch(1), 3.5, content(1), now);
+  const watching = startScript("housekeep", file, ["--watch"]);
+  await until("the .gz", async () => (await readdir(sent)).includes(`${batch(1)}.gz`));
+  await deliver(sent, batch(2), 3.5, Buffer.alloc(300 * 1024 * 1024, "some line of a log\n"), now);
+  await until("a part of the second", async () => (await readdir(sent)).includes(`${batch(2)}.gz.tmp`));
+  expect(await watching.stop()).toBe(0);
+  expect((await readdir(sent)).filter((name) => name.includes("-2."))).toContain(batch(2));
+  expect((await runScriptOnce("housekeep", file)).code).toBe(0);
+  expect((await readdir(sent)).sort()).toEqual([1, 2].map((n) => `${batch(n)}.gz`));
+}, 60_000);
+
+test.skipIf(missing({ gzip: "gzip" }))("the gzip command reads what was compressed", async () => {
+  const { sent, config } = await setUp();
+  await deliver(sent, batch(1), 3.5, Buffer.alloc(5 * 1024 * 1024, "some line of a log\n"));
+  await run(config);
+  expect(await start("gzip", ["--test", join(sent, `${batch(1)}.gz`)]).ended).toBe(0);
+});
+
+test("housekeep --check and a missing folder say what to do", async () => {
+  const { file } = await setUp({ dir: "/nonexistent" });
+  const checked = await runScriptOnce("housekeep", file, ["--check"]);
+  expect(checked.code).toBe(78);
+  expect(checked.output).toContain("housekeep.dir: /nonexistent: expected a folder");
+  const ran = await runScriptOnce("housekeep", file);
+  expect(ran.code).toBe(1);
+  expect(ran.output).toContain("Cannot read /nonexistent");
+});
