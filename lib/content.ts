@@ -18,7 +18,7 @@ export class Unreadable extends Error {
  * The content of a local file in pieces; each piece is only valid until the next one is asked for. Throws
  * Unreadable.
  */
-export async function* readChunks(path: string, chunkBytes = 262_144): AsyncGenerator<Uint8Array> {
+export async function* readChunks(path: string, chunkBytes = 261_120): AsyncGenerator<Uint8Array> {
   const fail = (cause: unknown): never => {
     throw new Unreadable(`Cannot read "${path}"`, { cause });
   };

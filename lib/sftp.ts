@@ -13,10 +13,12 @@ import { type Config, readSecret } from "./config.ts";
 import { fingerprint, type HostKeyCheck, keyType, trustFingerprints, trustKnownHosts } from "./hostkey.ts";
 import { Refusal, type Target, TargetFault, tempName } from "./target.ts";
 
-/** Largest write that every server takes (section 3 of the draft: 34000 bytes a packet). */
-const WRITE_BYTES = 32_768;
-/** Bytes on their way, over all files of the connection. */
-const MAX_IN_FLIGHT = 4 * 1024 * 1024;
+/** Largest write that every server takes, as ssh2 reckons it (section 3 of the draft: 34000 bytes a packet). */
+const WRITE_BYTES = 31_952;
+/** Write to servers that tell their limits (limits@openssh.com); ssh2 cuts it up if theirs is smaller. */
+const LARGE_WRITE_BYTES = 130_560;
+/** Bytes on their way, over all files of the connection: as much as OpenSSH's sftp, and its server's window. */
+const MAX_IN_FLIGHT = 2 * 1024 * 1024;
 
 /** Modern first. AES-GCM runs in the runtime's native crypto; Bun's has no ChaCha20, and ssh2 insists on it. */
 const ALGORITHMS = {
@@ -309,6 +311,8 @@ function watchConnection(client: Client, { at, timeoutMs }: Server, signal: Abor
 function sftpTarget(sftp: SFTPWrapper, { ask, end }: Wire, folder: string): Target {
   const path = (name: string) => posix.join(folder, name);
   const budget = createBudget(MAX_IN_FLIGHT);
+  const told = (sftp as { maxOpenHandles?: number }).maxOpenHandles !== undefined;
+  const writeBytes = told ? LARGE_WRITE_BYTES : WRITE_BYTES;
   // Until the server, or ssh2 in its name, refuses.
   const offered = { sync: true, posixRename: true };
 
@@ -344,8 +348,8 @@ function sftpTarget(sftp: SFTPWrapper, { ask, end }: Wire, folder: string): Targ
     let onTheWay = 0;
     let landed: (() => void) | undefined;
     for await (const chunk of chunks) {
-      for (let from = 0; from < chunk.length; from += WRITE_BYTES) {
-        const length = Math.min(WRITE_BYTES, chunk.length - from);
+      for (let from = 0; from < chunk.length; from += writeBytes) {
+        const length = Math.min(writeBytes, chunk.length - from);
         await budget.take(length);
         if (failure) {
           budget.give(length);
