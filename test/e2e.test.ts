@@ -9,7 +9,7 @@ import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { simpleParser } from "mailparser";
-import { compare, dashed, tallyDelivered, tallyLogs } from "../demo/account.ts";
+import { type Cell, compare, dashed, tallyDelivered, tallyLogs } from "../demo/account.ts";
 import type { Section } from "../lib/config.ts";
 import {
   type MailServer,
@@ -89,10 +89,7 @@ describe.skipIf(skip).each([
     expect(await forwarder.ended).toBe("SIGKILL"); // between the rename and its report
     forwarder = run("forwarder");
 
-    const cells = await until("all lines are at the client", async () => {
-      const all = await takeAccount(nginx, sshd);
-      return all.reduce((sum, cell) => sum + cell.delivered, 0) >= REQUESTS && all;
-    });
+    const cells = await allDelivered(world);
     expect(cells.filter(({ missing, extra }) => missing + extra > 0)).toEqual([]);
     expect(cells.reduce((sum, cell) => sum + cell.written, 0)).toBe(REQUESTS);
     expect(new Set(cells.map(({ window }) => window)).size).toBeGreaterThanOrEqual(4);
@@ -131,6 +128,7 @@ interface World {
   sshd: Sshd;
   mails: MailServer;
   run: (name: Section, flags?: string[], env?: Record<string, string>) => Running;
+  started: { name: Section; running: Running }[];
 }
 
 async function createWorld(runtime: Runtime): Promise<World> {
@@ -185,11 +183,14 @@ async function createWorld(runtime: Runtime): Promise<World> {
   };
   const file = join(folder, "config.json");
   await writeFile(file, JSON.stringify(config, null, 2));
+  const started: World["started"] = [];
   const run: World["run"] = (name, flags = [], env = {}) => {
     const { command, args } = runtime(name);
-    return start(command, [...args, "--config", file, ...flags], { env });
+    const running = start(command, [...args, "--config", file, ...flags], { env });
+    started.push({ name, running });
+    return running;
   };
-  return { folder, nginx, sshd, mails, run };
+  return { folder, nginx, sshd, mails, run, started };
 }
 
 /** Requests from four clients at once, in times that cover several windows of the recent past. */
@@ -226,6 +227,22 @@ function formatTime(at: number): string {
   const [date = "", time = ""] = new Date(at).toISOString().split("T");
   const [year, month, day] = date.split("-");
   return `${day}/${MONTHS[Number(month) - 1]}/${year}:${time.slice(0, 8)} +0000`;
+}
+
+/** Waits for the last line, and tells what the scripts said when it does not come. */
+async function allDelivered({ nginx, sshd, started }: World) {
+  let cells: Cell[] = [];
+  const arrived = async () => {
+    cells = await takeAccount(nginx, sshd);
+    return cells.reduce((sum, cell) => sum + cell.delivered, 0) >= REQUESTS;
+  };
+  await until("all lines are at the client", arrived).catch((error) => {
+    const short = cells.filter(({ missing, extra }) => missing + extra > 0);
+    const said = started.map(({ name, running }) => `--- ${name}\n${running.output}`);
+    process.stderr.write(`${JSON.stringify(short, null, 1)}\n${said.join("\n")}`);
+    throw error;
+  });
+  return cells;
 }
 
 async function takeAccount(nginx: Nginx, sshd: Sshd) {
