@@ -6,7 +6,7 @@
  * it belongs, and ends with the CRC-32 of everything before. So what was written need not be kept: the
  * number of lines of each writer is enough to know what is missing.
  */
-import { readdirSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { crc32, gunzipSync } from "node:zlib";
 
@@ -167,7 +167,8 @@ function findMissing(w: number, numbers: Uint8Array, fault: Fault): void {
 /** Every delivered batch has one line `time | name | lines=n | status=Sent`, and no other has one. */
 function checkReport(report: string, lengths: Map<string, number>, fault: Fault): void {
   const sent = new Map<string, number[]>();
-  for (const line of readFileSync(report, "utf8").split("\n")) {
+  const text = existsSync(report) ? readFileSync(report, "utf8") : "";
+  for (const line of text.split("\n")) {
     if (line === "") continue;
     const [, name, lines] = / \| (\S+) \| lines=(\d+) \| status=Sent$/.exec(line) ?? [];
     if (name === undefined) fault("misreported", `not a report line: ${line}`);

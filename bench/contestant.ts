@@ -73,7 +73,7 @@ export function ours(compression: "none" | "zstd"): Contestant {
 /** Starts one of the five scripts as the units in deploy/ do. */
 export function runScript(folder: string, name: string, config: string, flags: string[] = []): ChildProcess {
   const runtime = name === "receiver" ? [] : ["--smol"];
-  const profile = process.env.BENCH_PROFILE === name ? ["--cpu-prof", `--cpu-prof-dir=${folder}`] : [];
+  const profile = process.env.BENCH_PROFILE === name ? ["--cpu-prof-md", `--cpu-prof-dir=${folder}`] : [];
   const args = [...runtime, ...profile, "run", join(ROOT, `${name}.ts`), "--config", config, ...flags];
   return run(folder, name, process.execPath, args);
 }

@@ -4,9 +4,16 @@
  * a mailbox, and proxies wherever a network would be. Everything listens on 127.0.0.1.
  */
 import { execFileSync } from "node:child_process";
-import { accessSync, constants, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import {
+  accessSync,
+  constants,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  writeFileSync,
+} from "node:fs";
 import { createServer } from "node:net";
-import { userInfo } from "node:os";
 import { join } from "node:path";
 import { createMailbox, type Mailbox } from "./mailbox.ts";
 import { createProxy, type TcpProxy } from "./proxy.ts";
@@ -73,7 +80,7 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
 
   const report = at("server", "linecount-report.log");
   const target = downlink
-    ? `sftp://${userInfo().username}@127.0.0.1:${downlink.port}${at("client")}`
+    ? `sftp://${userName()}@127.0.0.1:${downlink.port}${at("client")}`
     : `file://${at("client")}`;
   const serverConfig = {
     receiver: {
@@ -173,6 +180,9 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
     }),
   );
 
+  // A file that was rotated before the very first start is history by design: the adversary waits for that.
+  await firstLines(HOSTS.map((host) => join(dir, host)));
+
   return {
     writers,
     shippers,
@@ -198,6 +208,17 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
   };
 }
 
+/** Waits until each of the receiver's folders has a batch. */
+async function firstLines(folders: string[]): Promise<void> {
+  const hasBatch = (folder: string) =>
+    existsSync(folder) && readdirSync(folder).some((name) => name.includes(".log"));
+  for (const deadline = Date.now() + 30_000; !folders.every(hasBatch); ) {
+    if (Date.now() > deadline)
+      throw new Error(`The pipeline did not start: no lines in ${folders.join(", ")}`);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}
+
 /** Puts a small file system of its own on `path`; false when we may not. */
 function mountDisk(path: string, mebibytes: number): boolean {
   if (process.getuid?.() !== 0) return false;
@@ -214,6 +235,11 @@ function mountDisk(path: string, mebibytes: number): boolean {
 /** Takes the file system of {@link mountDisk} away. */
 export function unmountDisk(path: string): void {
   execFileSync("umount", ["-l", path]);
+}
+
+/** The name of the user who runs this, as the system has it; the environment may be empty. */
+function userName(): string {
+  return execFileSync("id", ["-un"], { encoding: "utf8" }).trim();
 }
 
 interface Sshd {
@@ -272,14 +298,21 @@ export function findProgram(name: string): string | undefined {
   return undefined;
 }
 
-/** A TCP port that was free a moment ago. */
-export function freePort(): Promise<number> {
-  return new Promise((resolve, reject) => {
-    const server = createServer();
-    server.on("error", reject);
-    server.listen(0, "127.0.0.1", () => {
-      const { port } = server.address() as { port: number };
-      server.close(() => resolve(port));
+let lastPort = 15_000 + (process.pid % 10_000);
+
+/**
+ * A TCP port that is free, and not of those that the system gives to whoever asks for any: between this moment
+ * and its use nobody gets it by chance.
+ */
+export async function freePort(): Promise<number> {
+  for (;;) {
+    lastPort = lastPort >= 32_000 ? 15_000 : lastPort + 1;
+    const port = lastPort;
+    const free = await new Promise<boolean>((resolve) => {
+      const server = createServer();
+      server.on("error", () => resolve(false));
+      server.listen(port, "127.0.0.1", () => server.close(() => resolve(true)));
     });
-  });
+    if (free) return port;
+  }
 }
