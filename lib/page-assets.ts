@@ -59,28 +59,28 @@ dt { color: var(--soft); font-size: .87rem; } dd { font-size: 1.2rem; font-weigh
 .hosts { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; overflow: clip; }
 .hosts > h2 { padding: .9rem 1.1rem .5rem; } .hosts > p { padding: 0 1.1rem .9rem; }
 table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .42rem .7rem; vertical-align: middle; }
+th, td { text-align: left; padding: .42rem .6rem; vertical-align: middle; }
 thead th { color: var(--soft); font-weight: 550; font-size: .87rem; white-space: nowrap; border-bottom: 1px solid var(--line);
   position: sticky; top: 0; background: var(--card); }
-tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 13rem; }
+tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 14rem; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tr:target > * { background: var(--off-ground); }
 th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th:last-child { padding-right: 1.1rem; }
 .s { white-space: nowrap; } .s.bad, .n.bad { color: var(--bad); font-weight: 600; } .s.ask { color: var(--ask); font-weight: 600; }
 .c { width: 7.5rem; height: 1.6rem; vertical-align: middle; margin-right: .6rem; }
-.z { color: var(--soft); }
+.z { color: var(--soft); } td small { display: block; white-space: nowrap; }
 .about { color: var(--soft); margin-top: 1rem; font-size: .87rem; }
 .about ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; margin-bottom: .5rem; }
 .about p { overflow-wrap: anywhere; }
 
 @media (min-width: 48rem) { .legs { grid-template-columns: 1fr 1fr; } .leg:first-child { grid-column: 1 / -1; } }
 @media (min-width: 62rem) { .legs { grid-template-columns: 5fr 4fr 3fr; } .leg:first-child { grid-column: auto; } }
-@media (min-width: 75rem) {
+@media (min-width: 78rem) {
   td:nth-child(n+6), thead th:nth-child(n+6) { text-align: right; }
   td { white-space: nowrap; }
 }
 /* Narrow: a card per sender, which leaves out the zeros. */
-@media (max-width: 74.99rem) {
+@media (max-width: 77.99rem) {
   table { display: block; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1px;
@@ -93,7 +93,7 @@ th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th
   td:nth-child(3), td:nth-child(4) { grid-column: span 2; }
   td:nth-child(5) { grid-column: 1 / -1; display: flex; align-items: end; padding-block: .3rem !important; }
   td:nth-child(5) .c { width: auto; flex: 1; min-width: 0; height: 2rem; }
-  td.z { display: none; } td small { white-space: nowrap; }
+  td.z { display: none; }
   td::before { display: block; color: var(--soft); font-size: .8rem; font-weight: 400; }
   td:nth-child(3)::before { content: "Last line"; } td:nth-child(4)::before { content: "Last heard"; }
   td:nth-child(6)::before { content: "Lag"; } td:nth-child(7)::before { content: "Open"; }

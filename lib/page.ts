@@ -6,27 +6,18 @@
  * and the script are constants, and the Content-Security-Policy permits just these two by their hashes.
  */
 import { createHash } from "node:crypto";
+import { Html, html } from "./html.ts";
 import { REFRESH_SECONDS, SCRIPT, STYLE } from "./page-assets.ts";
 import { formatBytes, formatDuration } from "./service.ts";
-import {
-  count,
-  findProblems,
-  formatClock,
-  type HostState,
-  type HostStatus,
-  inState,
-  isLate,
-  type Problem,
-  type Status,
-  sentence,
-  sum,
-  verdict,
-} from "./status.ts";
+import { type HostState, type HostStatus, inState, type Status, sum } from "./status.ts";
+import { count, findProblems, formatClock, isLate, type Problem, sentence, verdict } from "./verdict.ts";
 
 /** Rows of one page; senders beyond it are counted, not listed. */
 const MAX_ROWS = 500;
 /** Links to the senders of one problem. */
 const MAX_LINKS = 6;
+/** Characters of a name that fit the first column. */
+const MAX_UNBROKEN = 20;
 /** Points of a sender's curve; the curve of all has one per minute. */
 const ROW_POINTS = 48;
 /** "Now" in lines per minute is the mean of so many minutes. */
@@ -202,7 +193,7 @@ function renderHost(host: HostStatus, now: number): Html {
     cell(shown, n === 0 ? "z" : bad ? "n bad" : "");
   const since =
     host.waitingSince === undefined ? "" : html` <small>since ${formatClock(host.waitingSince, now)}</small>`;
-  return html`<tr role="row" id="${anchor(host.host)}"><th role="rowheader" scope="row">${host.host}</th>${[
+  return html`<tr role="row" id="${anchor(host.host)}"><th role="rowheader" scope="row">${breakable(host.host)}</th>${[
     cell(html`${symbol(mark)}${text}`, `s ${mark}`),
     cell(clock(host.lineAt, now)),
     cell(clock(host.heardAt, now)),
@@ -216,6 +207,14 @@ function renderHost(host: HostStatus, now: number): Html {
     amount(host.lost, formatBytes(host.lost), true),
   ]}</tr>`;
 }
+
+/** A long name breaks behind its dots. */
+function breakable(name: string): Html | string {
+  if (name.length <= MAX_UNBROKEN) return name;
+  return html`${name.split(/(?<=\.)/).map((label, i) => html`${i > 0 && WORD_BREAK}${label}`)}`;
+}
+
+const WORD_BREAK = html`<wbr>`;
 
 function renderAbout({ version, startedAt, now, dir, hosts }: Status): Html {
   const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
@@ -298,27 +297,6 @@ function icon(mark: Verdict): string {
   const colour = { ok: "#1f9d57", bad: "#d4351c", off: "#7d8794" }[mark];
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><path fill="${colour}" fill-rule="evenodd" d="${SHAPES[mark]}"/></svg>`;
   return `data:image/svg+xml,${encodeURIComponent(svg)}`;
-}
-
-/** Markup that is safe to put into the page as it is. */
-class Html {
-  readonly text: string;
-  constructor(text: string) {
-    this.text = text;
-  }
-}
-type Value = Html | string | number | false | undefined | Value[];
-
-/** A template whose values are escaped, for text and for attributes in double quotes; lists are joined. */
-function html(parts: TemplateStringsArray, ...values: Value[]): Html {
-  return new Html(String.raw({ raw: parts }, ...values.map(escapeHtml)));
-}
-
-function escapeHtml(value: Value): string {
-  if (value instanceof Html) return value.text;
-  if (Array.isArray(value)) return value.map(escapeHtml).join("");
-  if (value === false || value === undefined) return "";
-  return String(value).replace(/[&<>"']/g, (char) => `&#${char.charCodeAt(0)};`);
 }
 
 const SYMBOLS = html`<svg class="defs" aria-hidden="true">${Object.entries(SHAPES).map(([mark, shape]) => html`<symbol id="i-${mark}" viewBox="0 0 16 16"><path fill-rule="evenodd" d="${shape}"/></symbol>`)}</svg>`;

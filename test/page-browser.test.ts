@@ -26,7 +26,10 @@ const AXE = readFileSync(join(ROOT, "node_modules/axe-core/axe.min.js"), "utf8")
 const QUIET = ["background-networking", "component-update", "sync", "quic", "gpu"].map(
   (part) => `--disable-${part}`,
 );
-const WIDTHS = [360, 768, 1280];
+/** Phone, tablet, the narrowest window with a table, desktop. */
+const WIDTHS = [360, 768, 1250, 1280];
+/** Of these axe-core looks at the two forms of the page, cards and table. */
+const AXE_WIDTHS = [360, 1280];
 const SCHEMES = ["light", "dark"] as const;
 /** Screenshots go here when it is set, to be looked at. */
 const SHOTS = process.env.LOG_RT_SYNC_SHOTS;
@@ -98,7 +101,7 @@ async function refresh(page: Page): Promise<void> {
 
 describe.skipIf(skip)("the status page in a browser", () => {
   test.each(Object.keys(samples) as (keyof typeof samples)[])(
-    "%s: axe-core finds nothing in light and dark at three widths, and nothing sticks out",
+    "%s: axe-core finds nothing in light and dark, and nothing sticks out at any width",
     async (name) => {
       shown = samples[name];
       for (const colorScheme of name === "many" ? SCHEMES.slice(1) : SCHEMES) {
@@ -106,11 +109,16 @@ describe.skipIf(skip)("the status page in a browser", () => {
           await page.evaluate(AXE);
           for (const width of WIDTHS) {
             await page.setViewportSize({ width, height: 900 });
-            const found = await page.evaluate(
-              "axe.run().then((r) => r.violations.map((v) => v.id + ': ' + v.nodes[0].html))",
+            if (AXE_WIDTHS.includes(width)) {
+              const found = await page.evaluate(
+                "axe.run().then(({ violations }) => violations.map(({ id, nodes }) => id + ': ' + nodes[0].html))",
+              );
+              expect(found, `${colorScheme} ${width}`).toEqual([]);
+            }
+            const rightmost = await page.evaluate(
+              "Math.max(...[...document.querySelectorAll('main :not(thead, thead *)')].map((e) => e.getBoundingClientRect().right))",
             );
-            expect(found, `${colorScheme} ${width}`).toEqual([]);
-            expect(await page.evaluate("document.documentElement.scrollWidth <= innerWidth")).toBe(true);
+            expect(rightmost, `${colorScheme} ${width}`).toBeLessThanOrEqual(width);
             if (SHOTS) await page.screenshot({ path: join(SHOTS, `${name}-${colorScheme}-${width}.png`) });
           }
         });

@@ -4,7 +4,8 @@ import { join } from "node:path";
 import { parseConfig } from "../lib/config.ts";
 import { emptyLedger, formatRecord, type Ledger } from "../lib/ledger.ts";
 import { pageHeaders, renderPage } from "../lib/page.ts";
-import { collectStatus, createStatusReader, findProblems, type Status, verdict } from "../lib/status.ts";
+import { collectStatus, createStatusReader, type Status } from "../lib/status.ts";
+import { findProblems, verdict } from "../lib/verdict.ts";
 import { host, NOW, refused, samples, status } from "./page-samples.ts";
 import { tempFolder } from "./support.ts";
 
@@ -167,8 +168,8 @@ describe("collectStatus()", () => {
       ["accessLog_26112210_40-59_10-0-0-1.log", { bytes: 1, lines: 1, endsAt: 0, at: NOW }],
     ]);
     const streams = new Map([
-      ["one-stream", { offset: 1, at: NOW, lag: 30 }],
-      ["other-one", { offset: 1, at: NOW, lag: 12 }],
+      ["one-stream", { offset: 1, at: NOW }],
+      ["other-one", { offset: 1, at: NOW, lag: 42 }],
     ]);
     const minute = NOW / MINUTE_MS;
     const minutes = new Map([
