@@ -316,9 +316,16 @@ function sftpTarget(sftp: SFTPWrapper, { ask, end }: Wire, folder: string): Targ
   // Until the server, or ssh2 in its name, refuses.
   const offered = { sync: true, posixRename: true };
 
+  const create = (temp: string) => ask<Buffer>(`create "${temp}"`, (answer) => sftp.open(temp, "w", answer));
+
   async function upload(name: string, chunks: AsyncIterable<Uint8Array>): Promise<void> {
     const temp = path(tempName(name));
-    const handle = await ask<Buffer>(`create "${temp}"`, (answer) => sftp.open(temp, "w", answer));
+    const handle = await create(temp).catch(async (error) => {
+      if (error instanceof TargetFault) throw error;
+      // Some servers let no file be written over (ProFTPD's AllowOverwrite): what a cut left must go first.
+      await remove(tempName(name)).catch(() => {});
+      return create(temp);
+    });
     let closed = false; // a handle's number is given to the next file: never close it twice
     const close = () => {
       closed = true;

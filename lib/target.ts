@@ -19,7 +19,7 @@ export interface Target {
    * what was written, compared, and is on stable storage as far as the target offers that.
    */
   upload(name: string, chunks: AsyncIterable<Uint8Array>): Promise<void>;
-  /** Renames the temp file to `name`; never replaces a file. */
+  /** Renames the temp file to `name`. The caller has looked that there is no such file: some targets replace it. */
   publish(name: string): Promise<void>;
   /** Size of the file in bytes, or undefined when there is none. */
   size(name: string): Promise<number | undefined>;

@@ -25,6 +25,7 @@ export const PACKAGES = {
   nginx: { nginx: "nginx-light" },
   logrotate: { logrotate: "logrotate" },
   sshd: { sshd: "openssh-server", "ssh-keygen": "openssh-client", useradd: "passwd" },
+  proftpd: { proftpd: "proftpd-core proftpd-mod-crypto", "ssh-keygen": "openssh-client", openssl: "openssl" },
 };
 
 function program(name: string): string {
@@ -159,9 +160,10 @@ export interface Sshd {
 
 /**
  * Starts OpenSSH's server with one account that may do SFTP and nothing else, in a chroot whose only folder it
- * can write to is `/upload`. Needs root: the account is made for the test and removed behind it.
+ * can write to is `/upload`. Needs root: the account is made for the test and removed behind it. `settings` are
+ * lines of sshd_config(5) that go before the usual ones, and so win.
  */
-export async function startSshd(): Promise<Sshd> {
+export async function startSshd({ settings = [] as string[] } = {}): Promise<Sshd> {
   const port = await freePort();
   removeStale();
   const user = `lrs-${process.pid}-${port}`;
@@ -191,7 +193,8 @@ export async function startSshd(): Promise<Sshd> {
   const config = join(keys, "sshd_config");
   writeFileSync(
     config,
-    `Port ${port}
+    `${settings.join("\n")}
+Port ${port}
 ListenAddress 127.0.0.1
 HostKey ${join(keys, "host")}
 PidFile ${join(keys, "pid")}
@@ -236,6 +239,82 @@ function removeStale(): void {
     const pid = /^log-rt-sync-sshd-(\d+)-/.exec(name)?.[1];
     if (isOver(pid)) rmSync(join("/run", name), { recursive: true, force: true });
   }
+}
+
+// ---- ProFTPD
+
+/** ProFTPD's SFTP server with one account; it has neither posix-rename nor fsync in all versions. */
+export interface Proftpd {
+  port: number;
+  user: string;
+  password: string;
+  hostKey: string;
+  folder: string;
+  target: string;
+}
+
+/** Starts ProFTPD with mod_sftp and one account with a password, confined to its folder. Needs root. */
+export async function startProftpd(): Promise<Proftpd> {
+  const port = await freePort();
+  const root = mkdtempSync(`/run/log-rt-sync-proftpd-${process.pid}-`);
+  onCleanup(() => rmSync(root, { recursive: true, force: true }));
+  chmodSync(root, 0o755);
+  const [user, password, nobody] = ["client", `pass-${port}`, 65_534];
+  const folder = join(root, "home", "upload");
+  mkdirSync(folder, { recursive: true });
+  chownSync(folder, nobody, nobody);
+  const hash = execFileSync(program("openssl"), ["passwd", "-6", password]).toString().trim();
+  writeFileSync(
+    join(root, "passwd"),
+    `${user}:${hash}:${nobody}:${nobody}::${join(root, "home")}:/usr/sbin/nologin\n`,
+    { mode: 0o600 },
+  );
+  execFileSync(program("ssh-keygen"), [
+    "-q",
+    "-t",
+    "rsa",
+    "-b",
+    "2048",
+    "-m",
+    "PEM",
+    "-N",
+    "",
+    "-f",
+    join(root, "host"),
+  ]);
+  const hostKey =
+    execFileSync(program("ssh-keygen"), ["-lf", join(root, "host.pub")])
+      .toString()
+      .split(" ")[1] ?? "";
+  const config = join(root, "proftpd.conf");
+  writeFileSync(
+    config,
+    `LoadModule mod_sftp.c
+ServerType standalone
+ServerName test
+DefaultAddress 127.0.0.1
+SocketBindTight on
+Port ${port}
+UseReverseDNS off
+PidFile ${join(root, "pid")}
+ScoreboardFile ${join(root, "scoreboard")}
+DelayTable none
+WtmpLog off
+User nobody
+Group nogroup
+AuthOrder mod_auth_file.c
+AuthUserFile ${join(root, "passwd")}
+RequireValidShell off
+DefaultRoot ~
+SFTPEngine on
+SFTPHostKey ${join(root, "host")}
+SFTPAuthMethods password
+SFTPLog ${join(root, "sftp.log")}
+`,
+  );
+  const server = start(program("proftpd"), ["--nodaemon", "--config", config]);
+  await until(`proftpd listens, but:\n${server.output}`, () => accepts(port));
+  return { port, user, password, hostKey, folder, target: `sftp://${user}@127.0.0.1:${port}/upload` };
 }
 
 // ---- mail
