@@ -43,6 +43,8 @@ type ReceiverConfig = Config["receiver"];
 
 const SEAL_EVERY_MS = 1000;
 const RETRY_AFTER_SECONDS = "1";
+/** Makes a browser ask for a token, which goes into the field of the password. RFC 7617 wants the realm. */
+const BROWSER_LOGIN = 'Basic realm="log-rt-sync"';
 /** How long open connections may take to end after SIGTERM; what is in hand is answered long before. */
 const CLOSE_MS = 2000;
 
@@ -234,7 +236,8 @@ export function createApp(config: ReceiverConfig, { access, store, metrics, stat
       return c.text("the receiver has a fault; see its log\n", 500);
     }
     metrics.refused(error.status);
-    if (error.status === 401) c.header("WWW-Authenticate", c.req.path === UPLOAD_PATH ? "Bearer" : "Basic");
+    if (error.status === 401)
+      c.header("WWW-Authenticate", c.req.path === UPLOAD_PATH ? "Bearer" : BROWSER_LOGIN);
     if (error.status === 503) c.header("Retry-After", RETRY_AFTER_SECONDS);
     return c.text(`${error.message}\n`, error.status as 400);
   });
