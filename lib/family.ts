@@ -45,7 +45,7 @@ export interface Stream extends StreamState {
   /** Its size when its bytes were last checked: until then they were the ones of this stream. */
   checkedSize?: number;
   /** Size at which its end was reached last. */
-  endSeenAt?: number;
+  endSeenAt?: number | undefined;
   /** Since when its file is nowhere to be found, ms. */
   missingSince?: number | undefined;
 }
@@ -226,7 +226,9 @@ async function claim(
         located.set(owner, found);
         owner.path = file.path;
         owner.missingSince = undefined;
-        keep = !owner.done && owner.file === undefined;
+        owner.done = false; // a line may have come between its end and the compressing
+        owner.endSeenAt = undefined;
+        keep = owner.file === undefined;
         if (keep) owner.file = file;
       }
     } else if (isLive || found.mtimeMs > family.since) {
@@ -272,7 +274,9 @@ async function findOwner(
     if (await isCopyOf(file, stream.file)) return stream;
   }
   // One of which nothing was read yet has no signature: then this is it, compressed or copied meanwhile.
-  return homeless.find((stream) => !stream.done && !stream.signature.head && stream.offset === 0);
+  return homeless.find(
+    ({ done, signature, offset, file: own }) => !done && !signature.head && offset === 0 && !own,
+  );
 }
 
 /** Whether `copy` has the bytes of `original` as far as it goes; of a plain copy its head, middle and end. */

@@ -166,25 +166,29 @@ export function markOf(bytes: Uint8Array, end: number): Mark {
   return { end, length: covered.length, hash };
 }
 
-/** What a file's shipped bytes look like: their head, which grows until its mark is full, and places on the way. */
+/** What a file's bytes look like: its head, from the first line on, and places on the way. */
 export interface Signature {
+  /** Grows until it covers {@link MARK_BYTES}; a hole of NULs in front is not part of it. */
   head?: Mark | undefined;
   /** Ends ascending; the last one ends at the offset up to which the file was shipped. */
   marks: Mark[];
 }
 
+/** The signature with the head that `view` shows; `start` is the position of its first byte, behind any hole. */
+export function addHead(signature: Signature, view: Uint8Array, start: number): Signature {
+  const bytes = view.subarray(0, MARK_BYTES);
+  if (bytes.length <= (signature.head?.length ?? 0)) return signature;
+  return { ...signature, head: markOf(bytes, start + bytes.length) };
+}
+
 /**
- * The signature after the bytes up to `end` were shipped. `view` are bytes of the file that end at `end` and
- * begin at its start or at least {@link MARK_BYTES} before.
+ * The marks after the bytes up to `end` were shipped. `view` are bytes of the file that end at `end` and begin
+ * at its start or at least {@link MARK_BYTES} before.
  */
-export function addMark({ head, marks }: Signature, view: Uint8Array, end: number): Signature {
-  const fromStart = view.length === end;
-  const grows = fromStart && (head === undefined || head.length < MARK_BYTES);
-  const first = grows ? markOf(view.subarray(0, MARK_BYTES), Math.min(end, MARK_BYTES)) : head;
+export function addMark(marks: Mark[], view: Uint8Array, end: number): Mark[] {
   const all = [...marks.filter((mark) => mark.end < end), markOf(view, end)];
   // Too many: drop every second of the older ones, so that what remains thins out towards the head.
-  const kept = all.length <= MARKS ? all : all.filter((_, i) => i % 2 === 0 || i >= all.length - 4);
-  return { ...(first && { head: first }), marks: kept };
+  return all.length <= MARKS ? all : all.filter((_, i) => i % 2 === 0 || i >= all.length - 4);
 }
 
 /**

@@ -8,7 +8,17 @@ import type { Config } from "./config.ts";
 import { reached } from "./durable.ts";
 import { type Family, nameStream, type Stream } from "./family.ts";
 import type { FaultLog, Log } from "./service.ts";
-import { addMark, leadingNuls, MARK_BYTES, markOf, type Signature, skipLines, wholeLines } from "./tail.ts";
+import {
+  addHead,
+  addMark,
+  leadingNuls,
+  MARK_BYTES,
+  type Mark,
+  markOf,
+  type Signature,
+  skipLines,
+  wholeLines,
+} from "./tail.ts";
 import { type Chunk, createUploader, encodeBody } from "./upload.ts";
 
 /** Chunks in hand at once over all files: two buffers each, so that memory does not grow with the files. */
@@ -46,10 +56,10 @@ export interface TransferOptions {
   named: () => Promise<void>;
 }
 
-/** A chunk that is read and encoded, and the stream's signature when it is committed. */
+/** A chunk that is read and encoded, and the stream's marks when it is committed. */
 interface Prepared {
   chunk: Chunk;
-  signature: Signature;
+  marks: Mark[];
   /** There may be more behind it. */
   full: boolean;
 }
@@ -83,13 +93,11 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     async drain(family: Family, stream: Stream): Promise<void> {
       const [a, b] = await buffers.take();
       try {
-        let next = await prepare(family, stream, stream.offset, stream.signature, a);
+        let next = await prepare(family, stream, stream.offset, stream.signature.marks, a);
         for (let turn = 1; next !== undefined && !signal.aborted; turn++) {
-          const { chunk, signature, full }: Prepared = next;
+          const { chunk, marks, full }: Prepared = next;
           const other = turn % 2 === 1 ? b : a;
-          const ahead = full
-            ? prepare(family, stream, chunk.end, signature, other)
-            : Promise.resolve(undefined);
+          const ahead = full ? prepare(family, stream, chunk.end, marks, other) : Promise.resolve(undefined);
           ahead.catch(() => {}); // looked at when its turn comes
           let offset: number | undefined;
           try {
@@ -101,12 +109,12 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
           reached("shipper:answered");
           if (offset === chunk.end) {
             stream.offset = offset;
-            stream.signature = signature;
+            stream.signature = { ...stream.signature, marks };
             transfer.moved = true;
             next = await ahead;
           } else {
             if (offset !== undefined) await moveTo(family, stream, offset);
-            next = await prepare(family, stream, stream.offset, stream.signature, other);
+            next = await prepare(family, stream, stream.offset, stream.signature.marks, other);
           }
         }
       } finally {
@@ -132,7 +140,7 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     family: Family,
     stream: Stream,
     offset: number,
-    signature: Signature,
+    before: Mark[],
     buffer: Buffer<ArrayBuffer>,
   ): Promise<Prepared | undefined> {
     const { file } = stream;
@@ -141,28 +149,27 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     const limit = guard + chunkBytes;
     const n = await file.read(buffer.subarray(0, limit), offset - guard);
     const view = buffer.subarray(0, n);
-    checkGuard(signature, view, offset);
+    checkGuard([stream.signature.head, before.at(-1)], view, offset, n < limit);
     const end = offset - guard + n;
     if (file.compression) stream.size = Math.max(stream.size, end);
     else stream.size = n === limit ? Math.max((await file.stat()).size, end) : end;
     stream.checkedSize = stream.size;
-    if (guard === offset) growHead(stream, view);
 
     const hole = holeAt(stream, view, offset, guard);
+    const isNew = stream.id === undefined || stream.signature.head === undefined;
+    stream.signature = headSeen(stream.signature, view, offset - guard, offset + hole);
     const length = lengthToShip(view.subarray(guard), hole, n === limit);
     if (length === 0) return undefined;
-    if (stream.id === undefined) {
-      stream.id = await nameStream(file, family);
-      if (stream.id === undefined) return undefined;
-      await named();
-    }
+    stream.id ??= await nameStream(file, family);
+    if (stream.id === undefined) return undefined;
+    if (isNew) await named();
     const shipped = view.subarray(0, guard + length);
-    const marked = addMark({ head: stream.signature.head, marks: signature.marks }, shipped, offset + length);
+    const marks = addMark(before, shipped, offset + length);
     const inLine = guard > 0 && view[guard - 1] !== 0x0a && hole === 0;
     const body = chooseLines(shipped.subarray(guard + hole), inLine, skip);
     const encoded = await encodeBody(body, config.compression);
     const headers: ChunkHeaders = { host: config.host, stream: stream.id, offset, end: offset + length };
-    return { chunk: { ...headers, ...encoded }, signature: marked, full: n === limit };
+    return { chunk: { ...headers, ...encoded }, marks, full: n === limit };
   }
 
   /** Sends a chunk once. Gives the offset where the stream stands now, undefined when a smaller chunk is due. */
@@ -232,22 +239,30 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
   }
 }
 
-/** Throws Truncated when the bytes before `offset`, or the head, are not the ones that were seen before. */
-function checkGuard({ head, marks }: Signature, view: Buffer, offset: number): void {
+/**
+ * Throws Truncated when the bytes before `offset`, or the head, are not the ones that were seen before. `view`
+ * begins at most {@link MARK_BYTES} before the offset; `atEnd` says that it goes to the end of the file.
+ */
+function checkGuard(seen: (Mark | undefined)[], view: Buffer, offset: number, atEnd: boolean): void {
   const guard = Math.min(MARK_BYTES, offset);
   if (view.length < guard) throw new Truncated();
-  const last = marks.at(-1);
-  const before = last?.end === offset ? view.subarray(guard - last.length, guard) : undefined;
-  if (before && markOf(before, offset).hash !== last?.hash) throw new Truncated();
-  const seen = head && guard === offset ? view.subarray(0, head.length) : undefined;
-  if (seen && markOf(seen, seen.length).hash !== head?.hash) throw new Truncated();
+  const start = offset - guard;
+  for (const mark of seen) {
+    if (!mark || mark.end - mark.length < start) continue;
+    const bytes = view.subarray(mark.end - mark.length - start, mark.end - start);
+    const cut = bytes.length < mark.length;
+    if (cut ? atEnd : markOf(bytes, mark.end).hash !== mark.hash) throw new Truncated();
+  }
 }
 
-/** The head is marked as soon as it is seen, so that a copy of a file is known before anything was shipped. */
-function growHead(stream: Stream, view: Buffer): void {
-  const length = Math.min(view.length, MARK_BYTES);
-  if (length <= (stream.signature.head?.length ?? 0)) return;
-  stream.signature = { ...stream.signature, head: markOf(view.subarray(0, length), length) };
+/**
+ * The signature with the head as far as `view`, that begins at `start`, shows it: it is marked as soon as it is
+ * seen, so that a copy is known before anything was shipped. `first` is where a head that is not known begins.
+ */
+function headSeen(signature: Signature, view: Buffer, start: number, first: number): Signature {
+  const { head } = signature;
+  const at = head ? head.end - head.length : first;
+  return at < start ? signature : addHead(signature, view.subarray(at - start), at);
 }
 
 /** Length of the hole of NULs at `offset` that a truncation left in front of the first line. */
