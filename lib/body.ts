@@ -17,8 +17,11 @@ export interface IntakeLimits {
 }
 
 const MIN_RATE = 1024;
-/** A body up to this length gets its memory at once, by what its header announces; a longer one as it comes. */
-const AT_ONCE_BYTES = 2_097_152;
+/** Chunks of the usual size are read into blocks that are used again: fresh memory for each costs more than reading. */
+const BLOCK_BYTES = 2_097_152;
+const KEPT_BLOCKS = 8;
+/** A body that announces less gets just that. */
+const SMALL_BYTES = 65_536;
 /** zstd windows up to 16 MiB, more than its highest common level uses: a frame may ask for far more memory. */
 const ZSTD_WINDOW_LOG = 24;
 
@@ -26,6 +29,7 @@ export type Intake = ReturnType<typeof createIntake>;
 
 /** Takes bodies in; `requests` and `bytes` tell how much is in hand. */
 export function createIntake(limits: IntakeLimits) {
+  const blocks: Buffer[] = [];
   const intake = {
     requests: 0,
     bytes: 0,
@@ -39,30 +43,36 @@ export function createIntake(limits: IntakeLimits) {
         intake.bytes += bytes;
         if (intake.bytes > limits.maxBytesInFlight) throw new WireError(503, "too many bytes at once");
       };
+      const announced = Number(request.headers.get("Content-Length") ?? limits.maxBodyBytes);
+      if (announced > limits.maxBodyBytes) throw tooLong(limits.maxBodyBytes);
+      const isSmall = announced <= SMALL_BYTES;
+      const block = isSmall
+        ? Buffer.allocUnsafe(announced)
+        : (blocks.pop() ?? Buffer.allocUnsafeSlow(BLOCK_BYTES));
       intake.requests++;
       try {
-        const raw = await readRaw(request, limits, hold);
+        const raw = await readRaw(request, block, limits, hold);
         const body = decode(raw, request.headers.get("Content-Encoding"), limits.maxBodyBytes);
         if (body !== raw) hold(body.length);
         return await work(body);
       } finally {
         intake.requests--;
         intake.bytes -= held.bytes;
+        if (!isSmall && blocks.length < KEPT_BLOCKS) blocks.push(block);
       }
     },
   };
   return intake;
 }
 
-/** The body as it came, in one piece of memory. */
+/** The body as it came, in one piece of memory: `block`, or a larger one when it is too small. */
 async function readRaw(
   request: Request,
+  block: Buffer,
   { maxBodyBytes, idleTimeoutSeconds }: IntakeLimits,
   hold: (bytes: number) => void,
 ): Promise<Uint8Array> {
-  const announced = Number(request.headers.get("Content-Length") ?? 0);
-  if (announced > maxBodyBytes) throw tooLong(maxBodyBytes);
-  let body = Buffer.allocUnsafeSlow(Math.min(announced, AT_ONCE_BYTES));
+  let body = block;
   let length = 0;
   const started = performance.now();
   const reader = request.body?.getReader();

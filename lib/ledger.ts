@@ -125,7 +125,11 @@ export function applyRecord(ledger: Ledger, record: LedgerRecord): void {
   if (record.heardAt !== undefined) ledger.heardAt = record.heardAt;
   if (record.lineAt !== undefined) ledger.lineAt = record.lineAt;
   if (record.lost !== undefined) ledger.lost = record.lost;
-  for (const [name, stream] of Object.entries(record.streams ?? {})) ledger.streams.set(name, stream);
+  for (const [name, stream] of Object.entries(record.streams ?? {})) {
+    // A sender tells the lag of all its files with each chunk: what it told last, counts.
+    if (stream.lag !== undefined) for (const other of ledger.streams.values()) delete other.lag;
+    ledger.streams.set(name, stream);
+  }
   for (const [name, batch] of Object.entries(record.open ?? {})) ledger.open.set(name, batch);
   for (const [minute, lines] of Object.entries(record.minutes ?? {})) {
     ledger.minutes.set(Number(minute), lines);
