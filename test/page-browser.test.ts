@@ -36,6 +36,8 @@ const SHOTS = process.env.LOG_RT_SYNC_SHOTS;
 
 setDefaultTimeout(60_000);
 
+const LOOPBACK = { hostname: "127.0.0.1", port: 0, maxBodyBytes: 1024, idleTimeoutSeconds: 30 };
+
 const skip = missing({ chromium: "chromium" });
 let browser: Browser;
 let server: Server;
@@ -47,10 +49,7 @@ beforeAll(async () => {
   const executablePath = findProgram("chromium") ?? "";
   browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--no-first-run", ...QUIET] });
   server = serve({
-    hostname: "127.0.0.1",
-    port: 0,
-    maxBodyBytes: 1024,
-    idleTimeoutSeconds: 30,
+    ...LOOPBACK,
     fetch: () =>
       shown ? new Response(renderPage(shown), { headers: pageHeaders }) : new Response("", { status: 503 }),
   });
@@ -75,7 +74,7 @@ async function visit<T>(
   const page = await context.newPage();
   page.on("pageerror", (error) => complaints.push(error.message));
   page.on("console", (message) => {
-    if (!message.text().includes("503")) complaints.push(message.text());
+    if (!/status of (401|503)/.test(message.text())) complaints.push(message.text());
   });
   page.on("request", (request) => {
     if (new URL(request.url()).origin !== new URL(url).origin && !request.url().startsWith("data:")) {
@@ -235,9 +234,11 @@ describe.skipIf(skip)("the status page in a browser", () => {
   });
 });
 
+const TOKEN = "a-token-for-this-test";
+
 /** Starts a receiver and waits until it answers. */
 async function startReceiver(configFile: string, url: string): Promise<Running> {
-  const receiver = startScript("receiver", configFile);
+  const receiver = startScript("receiver", configFile, [], { TOKEN });
   await until(`the receiver answers, but:\n${receiver.output}`, () =>
     fetch(`${url}healthz`).then(
       ({ ok }) => ok,
@@ -247,8 +248,15 @@ async function startReceiver(configFile: string, url: string): Promise<Running> 
   return receiver;
 }
 
+/** Hands a request on as a proxy does whose client is not on this machine. */
+async function forward(request: Request, port: number): Promise<Response> {
+  const headers = new Headers(request.headers);
+  headers.set("X-Forwarded-For", "10.9.8.7");
+  return fetch(`http://127.0.0.1:${port}${new URL(request.url).pathname}`, { headers });
+}
+
 describe.skipIf(skip)("the status page of a receiver", () => {
-  test("shows senders and batches as they are, and its history survives kill -9 and a stop", async () => {
+  test("shows senders and batches as they are, asks for a token, and its history survives kill -9 and a stop", async () => {
     const folder = await tempFolder();
     const dir = join(folder, "batches");
     const port = await freePort();
@@ -257,7 +265,6 @@ describe.skipIf(skip)("the status page of a receiver", () => {
     const configFile = await writeConfig(folder, {
       receiver: { dir, groups, tokens: { "*": { env: "TOKEN" } } },
     });
-    process.env.TOKEN = "a-token-for-this-test";
     await mkdir(join(dir, "web-1"), { recursive: true });
     const minute = Math.floor(Date.now() / 60_000);
     await writeFile(
@@ -274,7 +281,7 @@ describe.skipIf(skip)("the status page of a receiver", () => {
       lag: 2048,
       lost: 7,
     };
-    const headers = { "Content-Type": "text/plain", Authorization: `Bearer ${process.env.TOKEN}` };
+    const headers = { "Content-Type": "text/plain", Authorization: `Bearer ${TOKEN}` };
     const upload = { method: "POST", headers: { ...headers, ...formatChunkHeaders(chunk) }, body };
     expect((await fetch(`${url}upload`, upload)).status).toBe(200);
     await mkdir(join(dir, "127.0.0.2"), { recursive: true });
@@ -297,6 +304,20 @@ describe.skipIf(skip)("the status page of a receiver", () => {
     await visit({ url }, async (page) => {
       expect(await page.title()).toBe("2 senders were never heard of · Log-RT-Sync");
     });
+
+    const proxy = serve({ ...LOOPBACK, fetch: (request) => forward(request, port) });
+    const elsewhere = `http://127.0.0.1:${proxy.port}/`;
+    expect((await fetch(elsewhere)).headers.get("WWW-Authenticate")).toStartWith("Basic realm=");
+    const httpCredentials = { username: "anyone", password: TOKEN };
+    await visit({ url: elsewhere, httpCredentials }, async (page) => {
+      await page.getByRole("heading", { level: 1 }).evaluate((heading) => heading.replaceChildren("old"));
+      await refresh(page);
+      await until(
+        "it refreshes with the login",
+        async () => (await page.getByText("never heard of").count()) > 0,
+      );
+    });
+    await proxy.close();
 
     for (const signal of ["SIGKILL", "SIGTERM"] as const) {
       await receiver.stop(signal);
