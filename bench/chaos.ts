@@ -22,8 +22,6 @@ export interface ChaosOptions {
   minutes: number;
   seed: number;
   linesPerSecond: number;
-  /** Keeps the folder also when all is well. */
-  keep: boolean;
 }
 
 /** What came of it. */
@@ -271,7 +269,7 @@ async function main(): Promise<number> {
     process.stdout.write(USAGE);
     return values.help ? 0 : 2;
   }
-  const result = await runChaos({ minutes, seed, linesPerSecond, keep: values.keep }, createScreen());
+  const result = await runChaos({ minutes, seed, linesPerSecond }, createScreen());
   process.stdout.write(formatResult(result));
   if (values.json) writeFileSync(values.json, `${JSON.stringify(result, null, 2)}\n`);
   if (result.passed && !values.keep) rmSync(result.folder, { recursive: true, force: true });

@@ -1,0 +1,200 @@
+/** The chaos run: its judge sees every kind of fault, and a minute of chaos leaves none. */
+import { describe, expect, test } from "bun:test";
+import { readFileSync, rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { crc32 } from "node:zlib";
+import { checkMails, runChaos } from "../bench/chaos.ts";
+import { checkDelivery, type Written } from "../bench/checker.ts";
+import { createProxy } from "../bench/proxy.ts";
+import { createRandom } from "../bench/random.ts";
+import { createWriter } from "../bench/writer.ts";
+import { onCleanup, tempFolder, until } from "./support.ts";
+
+const WINDOW = "26112206_20-39";
+const NAME = `accessLog_${WINDOW}_10-1-0-1.log`;
+const writers: Written[] = [{ host: "10-1-0-1", lines: 4 }];
+
+function line(n: number, { w = 0, g = 0, window = WINDOW, text = "a" } = {}): string {
+  const body = Buffer.from(`10.0.0.1 "GET /w${w}/g${g}/n${n}/${window} HTTP/1.1" ${text} `, "latin1");
+  return `${body.toString("latin1")}${crc32(body).toString(16).padStart(8, "0")}\n`;
+}
+
+/** Checks files, by name, and a report of them. */
+async function judge(files: Record<string, string>, told?: string) {
+  const folder = await tempFolder();
+  const report = join(await tempFolder(), "report.log");
+  const count = (text: string) => text.split("\n").length - 1;
+  for (const [name, text] of Object.entries(files)) writeFileSync(join(folder, name), text, "latin1");
+  const lines = Object.entries(files).map(
+    ([name, text]) => `2026-11-22 06:45:01 | ${name} | lines=${count(text)} | status=Sent\n`,
+  );
+  writeFileSync(report, told ?? lines.join(""));
+  const {
+    lines: _lines,
+    files: _files,
+    examples: _examples,
+    ...counts
+  } = checkDelivery(folder, writers, report);
+  return Object.fromEntries(Object.entries(counts).filter(([, n]) => n > 0));
+}
+
+const [a, b, c, d] = [0, 1, 2, 3].map((n) => line(n)) as [string, string, string, string];
+
+describe("checkDelivery()", () => {
+  test("finds nothing in a perfect delivery, over several parts", async () => {
+    expect(await judge({ [NAME]: a + b, [NAME.replace(".log", ".2.log")]: c + d })).toEqual({});
+  });
+  test("finds a missing line", async () => {
+    expect(await judge({ [NAME]: a + b + d })).toEqual({ missing: 1 });
+  });
+  test("finds a line that is there twice, also in another file", async () => {
+    expect(await judge({ [NAME]: a + b + b + c + d })).toEqual({ twice: 1 });
+    expect(await judge({ [NAME]: a + b + c + d, [NAME.replace(".log", ".2.log")]: b })).toEqual({ twice: 1 });
+  });
+  test("finds a line in the file of another window, or of another host", async () => {
+    expect(await judge({ [NAME]: a + b + c + line(3, { window: "26112206_40-59" }) })).toEqual({
+      misfiled: 1,
+    });
+    expect(await judge({ [NAME]: a + b + c, [NAME.replace("0-1.log", "0-2.log")]: d })).toEqual({
+      misfiled: 1,
+    });
+  });
+  test("finds lines out of order within a source file, and allows files side by side", async () => {
+    expect(await judge({ [NAME]: a + c + b + d })).toEqual({ outOfOrder: 1 });
+    expect(await judge({ [NAME]: a + line(2, { g: 1 }) + b + line(3, { g: 1 }) })).toEqual({});
+  });
+  test("finds a changed byte, a line that nobody wrote, and a line that is cut short", async () => {
+    expect(await judge({ [NAME]: a + b + c + d.replace(" a ", " b ") })).toEqual({ corrupt: 1, missing: 1 });
+    expect(await judge({ [NAME]: a + b + c + d + line(4) })).toEqual({ corrupt: 1 });
+    expect(await judge({ [NAME]: a + b + c + d.slice(0, -1) }, "")).toEqual({
+      corrupt: 1,
+      missing: 1,
+      misreported: 1,
+    });
+  });
+  test("finds files that are no batches", async () => {
+    expect(await judge({ [NAME]: a + b + c + d, [`${NAME}.tmp`]: "" })).toMatchObject({ stray: 1 });
+  });
+  test("finds a batch that is not reported, reported twice, or with a wrong count", async () => {
+    const told = (lines: number) => `2026-11-22 06:45:01 | ${NAME} | lines=${lines} | status=Sent\n`;
+    const files = { [NAME]: a + b + c + d };
+    expect(await judge(files, "")).toEqual({ misreported: 1 });
+    expect(await judge(files, told(4) + told(4))).toEqual({ misreported: 1 });
+    expect(await judge(files, told(3))).toEqual({ misreported: 1 });
+    expect(await judge(files, told(4))).toEqual({});
+  });
+});
+
+describe("checkMails()", () => {
+  const outage = { host: "10.1.0.1", from: 1000, to: 2000 };
+  const mail = (at: number, text: string) => ({ at, subject: `10.1.0.1 ${text}`, text: "" });
+
+  test("wants a mail when a host is silent and one when it is back", () => {
+    expect(checkMails([mail(1500, "is silent"), mail(2500, "is back")], [outage], 0)).toMatchObject({
+      missing: 0,
+      twice: 0,
+    });
+    expect(checkMails([mail(1500, "is silent")], [outage], 0)).toMatchObject({ missing: 1 });
+    expect(checkMails([], [outage], 0)).toMatchObject({ missing: 2 });
+  });
+  test("allows no more repeats than the monitor was killed", () => {
+    const mails = [mail(1500, "is silent"), mail(1600, "is silent"), mail(2500, "is back")];
+    expect(checkMails(mails, [outage], 0)).toMatchObject({ twice: 1 });
+    expect(checkMails(mails, [outage], 1)).toMatchObject({ twice: 0 });
+  });
+});
+
+test("createWriter() writes what the checker reads, over every kind of rotation", async () => {
+  const folder = await tempFolder();
+  const path = join(folder, "access.log");
+  const writer = createWriter({
+    id: 0,
+    host: "10-1-0-1",
+    path,
+    linesPerSecond: 2000,
+    startMs: Date.UTC(2026, 10, 22, 0, 20),
+    clockSpeed: 1,
+    zone: 360,
+    dated: false,
+    random: createRandom(5),
+  });
+  for (const kind of ["rename", "rename late create", "copytruncate"] as const) {
+    const before = writer.lines;
+    await until("lines before the rotation", () => writer.lines > before + 100);
+    await writer.rotate(kind, "never", 50);
+  }
+  await writer.stop();
+  const texts = [`${path}.3`, `${path}.2`, `${path}.1`, path].map((file) => readFileSync(file, "latin1"));
+  const lines = texts.join("").replaceAll(/.*health check"\n/g, "");
+  expect(lines.length).toBe(writer.bytes);
+  const client = await tempFolder();
+  writeFileSync(join(client, NAME), lines, "latin1");
+  expect(checkDelivery(client, [{ host: "10-1-0-1", lines: writer.lines }])).toMatchObject({
+    lines: writer.lines,
+    missing: 0,
+    twice: 0,
+    misfiled: 0,
+    outOfOrder: 0,
+    corrupt: 0,
+  });
+});
+
+test("createProxy() passes bytes, stalls them, cuts in mid-message and refuses", async () => {
+  const { createServer } = await import("node:http");
+  const server = createServer((_request, response) => response.end("x".repeat(1000)));
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  onCleanup(() => server.close());
+  const proxy = await createProxy((server.address() as { port: number }).port);
+  onCleanup(() => proxy.close());
+  const get = async () => {
+    try {
+      const signal = AbortSignal.timeout(10_000);
+      const response = await fetch(`http://127.0.0.1:${proxy.port}`, { keepalive: false, signal });
+      return (await response.text()).length;
+    } catch {
+      return 0;
+    }
+  };
+  expect(await get()).toBe(1000);
+  proxy.cutAfter(500);
+  expect(await get()).toBe(0);
+  expect(await get()).toBe(1000);
+  proxy.refuse(60_000);
+  expect(await get()).toBe(0);
+  proxy.heal();
+  expect(await get()).toBe(1000);
+  proxy.stall(300);
+  const from = performance.now();
+  expect(await get()).toBe(1000);
+  expect(performance.now() - from).toBeGreaterThan(250);
+});
+
+test("createRandom() repeats itself for the same seed alone", () => {
+  const take = (seed: number) => {
+    const random = createRandom(seed);
+    return Array.from({ length: 8 }, () => random.between(1, 1000));
+  };
+  expect(take(3)).toEqual(take(3));
+  expect(take(3)).not.toEqual(take(4));
+});
+
+test("a minute of chaos: nothing missing, twice, misfiled, out of order or corrupt, every mail sent", async () => {
+  const quiet = { watch: () => {}, note: () => {}, end: () => {} };
+  const minutes = Number(process.env.CHAOS_MINUTES ?? 1);
+  const seed = Number(process.env.CHAOS_SEED ?? 1);
+  const result = await runChaos({ minutes, seed, linesPerSecond: 2500 }, quiet);
+  if (result.passed) rmSync(result.folder, { recursive: true, force: true });
+  expect(result).toMatchObject({
+    missing: 0,
+    twice: 0,
+    misfiled: 0,
+    outOfOrder: 0,
+    corrupt: 0,
+    stray: 0,
+    misreported: 0,
+    mailsMissing: 0,
+    mailsTwice: 0,
+    crashes: 0,
+    badExits: 0,
+  });
+}, 240_000);
