@@ -22,7 +22,7 @@ import { exists, reached, removeDurably, TEMP_SUFFIX } from "./lib/durable.ts";
 import { readLedger, SEALED } from "./lib/ledger.ts";
 import { holdLock } from "./lib/lock.ts";
 import { failReportPath, trimReport } from "./lib/report.ts";
-import { followSchedule } from "./lib/schedule.ts";
+import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import { forgetSealed } from "./lib/sealed.ts";
 import { tryLock } from "./lib/serve.ts";
 import {
@@ -73,8 +73,9 @@ async function main({ config, flags, log, signal, now }: Service<"housekeep">): 
 /** One pass over `dir`. Throws an OperatorError when another one runs, or when `dir` is not there. */
 export async function housekeepOnce(context: HousekeepContext): Promise<HousekeepResult> {
   const { config, log } = context;
-  await access(config.dir).catch((cause) => {
-    throw new OperatorError(`Cannot read ${config.dir}: ${describe(cause)}`);
+  const needed = context.dryRun ? constants.R_OK : constants.R_OK | constants.W_OK;
+  await access(config.dir, needed | constants.X_OK).catch((cause) => {
+    throw new OperatorError(`Cannot work in ${config.dir}: ${describe(cause)}`);
   });
   const lock = context.dryRun ? undefined : await holdLock(join(config.dir, ".housekeep.lock"), config.dir);
   try {
@@ -321,11 +322,12 @@ function absent(error: NodeJS.ErrnoException): undefined {
 }
 
 async function check({ config }: Service<"housekeep">): Promise<string[]> {
+  const faults = checkSchedule(config.schedule).map((fault) => `housekeep.schedule: ${fault}`);
   const mode = constants.R_OK | constants.W_OK | constants.X_OK;
-  return access(config.dir, mode).then(
-    () => [],
-    (error) => [`housekeep.dir: ${config.dir}: expected a folder that can be written (${error.code})`],
-  );
+  await access(config.dir, mode).catch((error) => {
+    faults.push(`housekeep.dir: ${config.dir}: expected a folder that can be written (${error.code})`);
+  });
+  return faults;
 }
 
 if (import.meta.main) {

@@ -14,13 +14,21 @@ import { randomBytes } from "node:crypto";
 import { access, constants, stat } from "node:fs/promises";
 import { dirname } from "node:path";
 import { type Config, readSecret } from "./lib/config.ts";
-import { reached, readIfExists, writeDurably } from "./lib/durable.ts";
+import { makeFolder, reached, readIfExists, writeDurably } from "./lib/durable.ts";
 import { emptyState, enqueue, judge, type MonitorState, type Notice } from "./lib/incident.ts";
 import { holdLock } from "./lib/lock.ts";
 import { MailError, sendMail, verifyMail } from "./lib/mail.ts";
 import { type MailText, renderAlert, renderSummary } from "./lib/mailtext.ts";
-import { followSchedule } from "./lib/schedule.ts";
-import { describe, EXIT, formatDuration, type Log, runScript, type Service } from "./lib/service.ts";
+import { checkSchedule, followSchedule } from "./lib/schedule.ts";
+import {
+  describe,
+  EXIT,
+  formatDuration,
+  type Log,
+  OperatorError,
+  runScript,
+  type Service,
+} from "./lib/service.ts";
 import { type LookContext, look } from "./lib/sight.ts";
 import { HOUR_MS, lastHourEnd, summariseHour } from "./lib/summary.ts";
 
@@ -41,8 +49,9 @@ async function main(service: Service<"monitor">): Promise<number> {
   const { config, flags, log, signal, now } = service;
   if (flags["test-mail"]) return sendTestMail(service);
   if (flags.status) return printStatus(service);
-  if (!flags.watch) return (await checkOnce({ config, log, signal, now })) ? EXIT.done : EXIT.failed;
-  await followSchedule(config.schedule, () => checkOnce({ config, log, signal, now }), { log, signal });
+  const pass = () => checkOnce({ config, log, signal, now });
+  if (flags.watch) await followSchedule(config.schedule, pass, { log, signal });
+  else if (!(await pass()) && !signal.aborted) return EXIT.failed;
   return EXIT.done;
 }
 
@@ -52,6 +61,9 @@ async function main(service: Service<"monitor">): Promise<number> {
  */
 export async function checkOnce(context: MonitorContext): Promise<boolean> {
   const { config, now } = context;
+  await makeFolder(dirname(config.stateFile)).catch((cause) => {
+    throw new OperatorError(`Cannot create the folder of ${config.stateFile}: ${describe(cause)}`);
+  });
   const lock = await holdLock(`${config.stateFile}.lock`, "The monitor's state");
   try {
     const before = await readState(context);
@@ -120,8 +132,8 @@ function queueSummaries(
     log.warn("hours long past are not summarised", { hours: (oldest - state.summarisedUntil) / HOUR_MS });
     state.summarisedUntil = oldest;
   }
-  while (state.summarisedUntil + HOUR_MS <= due) {
-    const hourEnd = state.summarisedUntil + HOUR_MS;
+  while (state.summarisedUntil < due) {
+    const hourEnd = lastHourEnd(state.summarisedUntil + HOUR_MS, offset); // aligned anew when the zone changed
     const id = `summary-${state.instance}-${hourEnd}`;
     state.queue.push({ kind: "summary", id, at: now(), references: [], hourEnd });
     state.summarisedUntil = hourEnd;
@@ -134,13 +146,18 @@ async function tell(state: MonitorState, context: MonitorContext): Promise<void>
   let mailDown = false;
   let hookDown = config.webhook === undefined;
   for (const notice of [...state.queue]) {
-    if (signal.aborted || (mailDown && hookDown)) return;
-    const text = await render(notice, config);
-    if (!notice.mailed && !mailDown) mailDown = !(await mailNotice(notice, text, context));
-    if (!notice.posted && !hookDown) hookDown = !(await postNotice(notice, text, context));
-    const posted = notice.posted || !config.webhook || now() - notice.at > WEBHOOK_PATIENCE_MS;
-    if (config.webhook && posted && !notice.posted) log.warn("webhook given up", { id: notice.id });
-    if (notice.mailed && posted) state.queue.splice(state.queue.indexOf(notice), 1);
+    const mailDue = !notice.mailed && !mailDown;
+    const postDue = !notice.posted && !hookDown;
+    if (signal.aborted) return;
+    if (!mailDue && !postDue) continue;
+    const text = await render(notice, config).catch((error) =>
+      log.error("cannot make the account of an hour", { id: notice.id, error: describe(error) }),
+    );
+    if (!text) continue; // it stays in the queue, and holds up no other
+    if (mailDue) mailDown = !(await mailNotice(notice, text, context));
+    if (postDue) hookDown = !(await postNotice(notice, text, context));
+    if (!config.webhook || (hookDown && now() - notice.at > WEBHOOK_PATIENCE_MS)) notice.posted = true; // given up
+    if (notice.mailed && notice.posted) state.queue.splice(state.queue.indexOf(notice), 1);
     await saveState(config, state);
   }
 }
@@ -279,6 +296,7 @@ async function check({ config, signal }: Service<"monitor">, connect: boolean): 
       faults.push(`monitor.${key}: ${what} (${describe(error)})`);
     }
   };
+  faults.push(...checkSchedule(config.schedule).map((fault) => `monitor.schedule: ${fault}`));
   const stateFolder = dirname(config.stateFile);
   await find("dir", `${config.dir}: expected a folder that can be read`, () =>
     access(config.dir, constants.R_OK | constants.X_OK),

@@ -262,7 +262,11 @@ const housekeep = z
     report: path
       .default("/var/lib/log-rt-sync/linecount-report.log")
       .describe("The forwarder's report, trimmed"),
-    reportDays: minutes.default(90).describe("Report lines are kept for so long"),
+    reportDays: z
+      .number()
+      .min(8, "expected at least 8: the monitor looks back a week")
+      .default(90)
+      .describe("Report lines are kept for so long"),
     forgetAfterDays: minutes
       .default(30)
       .describe(

@@ -1,19 +1,34 @@
 /** `--watch`: calls a pass by a cron expression, one at a time, until the signal is aborted. */
-import { Cron } from "croner";
+import { Cron, CronPattern } from "croner";
+import { ConfigError } from "./config.ts";
 import { describe, type Log, pause } from "./service.ts";
+
+const MODE = "5-or-6-parts";
+
+/** What is wrong with a schedule, in words; empty when nothing is. */
+export function checkSchedule(schedule: string): string[] {
+  try {
+    new CronPattern(schedule, undefined, { mode: MODE });
+    return [];
+  } catch (error) {
+    return [`${schedule}: expected a cron expression such as */10 * * * * (${describe(error)})`];
+  }
+}
 
 /**
  * Follows `schedule` (5 fields, or 6 with seconds first; local time). A pass that is still running when the next
  * is due makes that one fall out; one that throws is logged and the schedule goes on. Returns when the signal is
- * aborted and the pass in hand has ended.
+ * aborted and the pass in hand has ended. Throws a ConfigError when the schedule is none.
  */
 export async function followSchedule(
   schedule: string,
   pass: () => Promise<unknown>,
   { log, signal }: { log: Log; signal: AbortSignal },
 ): Promise<void> {
-  const job = new Cron(schedule, { protect: true, mode: "5-or-6-parts" }, async () => {
-    await pass().catch((error) => log.error("pass failed", { error: describe(error) }));
+  const faults = checkSchedule(schedule);
+  if (faults.length > 0) throw new ConfigError(faults.map((fault) => `schedule: ${fault}`));
+  const job = new Cron(schedule, { protect: true, mode: MODE }, async () => {
+    await pass().catch((error) => signal.aborted || log.error("pass failed", { error: describe(error) }));
   });
   log.info("following the schedule", { schedule, next: job.nextRun()?.toISOString() });
   await pause(2 ** 31 - 1, signal);

@@ -11,7 +11,7 @@ import { join } from "node:path";
 import { FAILED, folders, listHosts, parseBatchName, parseWindow } from "./batch.ts";
 import type { Config } from "./config.ts";
 import { exists } from "./durable.ts";
-import { type Ledger, readLedger, readSealed } from "./ledger.ts";
+import { type Ledger, readLedger, readSealed, type SealedBatch } from "./ledger.ts";
 import { readReportTail } from "./report.ts";
 
 export const HOUR_MS = 3_600_000;
@@ -110,7 +110,15 @@ export async function summariseHour(
   for (const host of [...new Set([...expected, ...present])].sort()) {
     const ledger = ledgers.get(host);
     const wallEnd = lastHourEnd(end + ((ledger && zoneOffset(ledger)) ?? common), 0);
-    await addHost(summary, { dir, host, ledger, wallEnd, whereabouts, dueAt });
+    await addHost(summary, {
+      dir,
+      host,
+      ledger,
+      wallEnd,
+      whereabouts,
+      dueAt,
+      expected: expected.includes(host),
+    });
   }
   return summary;
 }
@@ -139,45 +147,25 @@ interface HostHour {
   whereabouts: Whereabouts;
   /** When the summary of this hour is due. */
   dueAt: number;
+  /** Whether the sender stands in the account also when it is long gone. */
+  expected: boolean;
 }
 
-async function addHost(
-  summary: HourSummary,
-  { dir, host, ledger, wallEnd, whereabouts, dueAt }: HostHour,
-): Promise<void> {
-  const folder = folders(dir).host(host);
-  const row: HourRow = {
-    host,
-    hour: formatHour(wallEnd - HOUR_MS),
-    ...emptyAmounts(),
-    differs: 0,
-    late: 0,
-    state: hourState(ledger, summary.end),
-  };
-  const sealed = await readSealed(folder);
-  const names = new Set(sealed.map(({ name }) => name));
-  const open = [...(ledger?.open ?? [])].filter(([name]) => !names.has(name));
-  for (const batch of [
-    ...sealed,
-    ...open.map(([name, { lines, bytes }]) => ({ name, lines, bytes, at: 0 })),
-  ]) {
-    const name = parseBatchName(batch.name);
-    if (!name) continue;
-    const age = Math.floor((wallEnd - 1 - parseWindow(name.window).start) / HOUR_MS); // in hours; 0 is this one
+async function addHost(summary: HourSummary, hostHour: HostHour): Promise<void> {
+  const { host, ledger, wallEnd, dueAt, expected } = hostHour;
+  const amounts = { ...emptyAmounts(), differs: 0, late: 0 };
+  const hour = formatHour(wallEnd - HOUR_MS);
+  const row: HourRow = { host, hour, ...amounts, state: hourState(ledger, summary.end) };
+  for (const batch of await listKnown(hostHour)) {
+    const { window = "" } = parseBatchName(batch.name) ?? {};
+    const age = Math.floor((wallEnd - 1 - parseWindow(window).start) / HOUR_MS); // in hours; 0 is this one
     const curveAt = CURVE_HOURS - 1 - age;
     if (age >= 0 && age < CURVE_HOURS) summary.curve[curveAt] = (summary.curve[curveAt] ?? 0) + batch.lines;
     if (age > 0 && batch.at > dueAt - HOUR_MS && batch.at <= dueAt) add(summary.stragglers, batch);
-    if (age !== 0) continue;
-    add(row.received, batch);
-    if (name.part > 1) row.late++;
-    const place = batch.at === 0 ? "waiting" : await whereIs(dir, folder, batch.name, whereabouts);
-    add(row[place], batch);
-    const sentLines = whereabouts.sent.get(batch.name);
-    if (place === "delivered" && sentLines !== undefined && sentLines !== batch.lines) row.differs++;
+    if (age === 0) await addBatch(row, batch, hostHour);
   }
-  if (row.received.files > 0 && row.waiting.files > 0 && open.some(([name]) => isOfHour(name, wallEnd))) {
-    if (row.state === "complete") row.state = "incomplete"; // still open: more lines may come
-  }
+  const isGone = !expected && (ledger?.heardAt ?? 0) < summary.end - CURVE_HOURS * HOUR_MS;
+  if (isGone && row.received.files === 0) return;
   summary.rows.push(row);
   for (const place of ["received", "delivered", "waiting", "failed", "missing"] as const) {
     add(summary.total[place], row[place], row[place].files);
@@ -186,9 +174,27 @@ async function addHost(
   summary.total.late += row.late;
 }
 
-function isOfHour(name: string, wallEnd: number): boolean {
-  const start = parseWindow(parseBatchName(name)?.window ?? "").start;
-  return start >= wallEnd - HOUR_MS && start < wallEnd;
+/** Every batch of the sender that the receiver remembers; of open ones `at` is 0. */
+async function listKnown({ dir, host, ledger }: HostHour): Promise<SealedBatch[]> {
+  const sealed = await readSealed(folders(dir).host(host));
+  const names = new Set(sealed.map(({ name }) => name));
+  const open = [...(ledger?.open ?? [])].filter(([name]) => !names.has(name));
+  return [...sealed, ...open.map(([name, { lines, bytes }]) => ({ name, lines, bytes, at: 0 }))];
+}
+
+async function addBatch(
+  row: HourRow,
+  batch: SealedBatch,
+  { dir, host, whereabouts }: HostHour,
+): Promise<void> {
+  const open = batch.at === 0;
+  const place = open ? "waiting" : await whereIs(dir, host, batch.name, whereabouts);
+  add(row.received, batch);
+  add(row[place], batch);
+  if ((parseBatchName(batch.name)?.part ?? 1) > 1) row.late++;
+  if (open && row.state === "complete") row.state = "incomplete"; // more lines may come
+  const sentLines = whereabouts.sent.get(batch.name);
+  if (place === "delivered" && sentLines !== undefined && sentLines !== batch.lines) row.differs++;
 }
 
 /**
@@ -204,13 +210,13 @@ function hourState(ledger: Ledger | undefined, end: number): HourRow["state"] {
 
 async function whereIs(
   dir: string,
-  folder: string,
+  host: string,
   name: string,
   { sent, failed }: Whereabouts,
 ): Promise<"delivered" | "failed" | "waiting" | "missing"> {
   if (sent.has(name)) return "delivered";
   if (failed.has(name)) return "failed";
-  if (await exists(join(folder, name))) return "waiting";
+  if (await exists(join(folders(dir).host(host), name))) return "waiting";
   const delivered = join(folders(dir).sent, name);
   return (await exists(delivered)) || (await exists(`${delivered}.gz`)) ? "delivered" : "missing";
 }

@@ -303,11 +303,13 @@ test.skipIf(missing({ gzip: "gzip" }))("the gzip command reads what was compress
 });
 
 test("housekeep --check and a missing folder say what to do", async () => {
-  const { file } = await setUp({ dir: "/nonexistent" });
+  const { file } = await setUp({ dir: "/nonexistent", schedule: "61 * * * *" });
   const checked = await runScriptOnce("housekeep", file, ["--check"]);
   expect(checked.code).toBe(78);
   expect(checked.output).toContain("housekeep.dir: /nonexistent: expected a folder");
+  expect(checked.output).toContain("housekeep.schedule: 61 * * * *: expected a cron expression");
+  expect((await runScriptOnce("housekeep", file, ["--watch"])).code).toBe(78);
   const ran = await runScriptOnce("housekeep", file);
   expect(ran.code).toBe(1);
-  expect(ran.output).toContain("Cannot read /nonexistent");
+  expect(ran.output).toContain("Cannot work in /nonexistent");
 });

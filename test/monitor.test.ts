@@ -161,7 +161,7 @@ async function setUp(more: object = {}) {
   const config = parseConfig(JSON.stringify({ monitor: section }), "monitor");
   const file = await writeConfig(folder, { monitor: section });
   const received = async (): Promise<ParsedMail[]> => {
-    const names = await readdir(mails).catch(() => []);
+    const names = (await readdir(mails).catch(() => [])).filter((name) => name.endsWith(".eml"));
     return Promise.all(names.sort().map(async (name) => simpleParser(await readFile(join(mails, name)))));
   };
   return { folder, dir, config, file, received };
@@ -290,6 +290,27 @@ test("monitor --watch follows its schedule, keeps other runs out of a pass, and 
     "10.0.0.1 silent",
     "10.0.0.1 back",
   ]);
+}, 60_000);
+
+test("monitor ends with 0 on SIGTERM while the mail server stalls, and the mail stays in the queue", async () => {
+  const stalling = new SMTPServer({ authOptional: true, disabledCommands: ["STARTTLS"], onRcptTo: () => {} });
+  let connected = false;
+  stalling.onConnect = (_session, done) => {
+    connected = true;
+    done();
+  };
+  stalling.on("error", () => {});
+  await new Promise<void>((resolve) => stalling.listen(0, "127.0.0.1", resolve));
+  onCleanup(() => new Promise<void>((resolve) => stalling.close(() => resolve())));
+  const smtp = `smtp://127.0.0.1:${(stalling.server.address() as { port: number }).port}`;
+  const mail = { smtp, from: "a@example.com", to: ["b@example.com"] };
+  const { config, file } = await setUp({ expected: ["10.0.0.1"], mail });
+  const running = startScript("monitor", file);
+  await until("a connection", () => connected);
+  const asked = Date.now();
+  expect(await running.stop()).toBe(0);
+  expect(Date.now() - asked).toBeLessThan(5_000);
+  expect(JSON.parse(await readFile(config.stateFile, "utf8")).queue).toHaveLength(1);
 }, 60_000);
 
 test("monitor --status and --test-mail", async () => {
