@@ -14,7 +14,7 @@
 import { createHash } from "node:crypto";
 import { utimes } from "node:fs/promises";
 import { join } from "node:path";
-import { compareBatchNames, SENT } from "./batch.ts";
+import { SENT } from "./batch.ts";
 import { moveAllDurably, reached, readIfExists, writeDurably } from "./durable.ts";
 import { appendReport, readReportTail } from "./report.ts";
 import { OperatorError } from "./service.ts";
@@ -182,7 +182,8 @@ export async function commitGroup(group: Ready[], context: CommitContext): Promi
   if (outcome.refused.length > 0) await intents.cancel(...outcome.refused.map(({ ready }) => ready.batch));
   reached("forward:renamed");
 
-  const delivered = [...settled, ...published].sort((a, b) => compareBatchNames(a.batch, b.batch));
+  const done = new Set([...settled, ...published]);
+  const delivered = group.filter((ready) => done.has(ready));
   const at = now();
   await appendReport(
     report,

@@ -1,0 +1,302 @@
+import { beforeAll, describe, expect, test } from "bun:test";
+import { mkdir, readdir, rename, rm, stat, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { gunzipSync } from "node:zlib";
+import { readForwarderState } from "../lib/report.ts";
+import { BACKENDS, type Backend, makeSite, remoteFiles, type Site, takeAway } from "./backends.ts";
+import { accessLine, runScriptOnce, startScript, tempFolder, until } from "./support.ts";
+
+const HOST = "10.10.21.181";
+const once = (site: Site, env = {}) => runScriptOnce("forwarder", site.configFile, ["--once"], env);
+const lines = (count: number, from = 0) =>
+  Array.from({ length: count }, (_, i) => accessLine(from + i)).join("");
+
+describe.each(BACKENDS.filter(({ skip }) => !skip))("to $name", ({ start }) => {
+  let backend: Backend;
+  beforeAll(async () => {
+    backend = await start();
+  });
+
+  test("every sealed batch of every host arrives whole, with one report line, and is in sent/", async () => {
+    const site = await makeSite(backend);
+    const content: Record<string, string> = {};
+    for (const [i, host] of [HOST, "10.10.22.1", "web-1.example"].entries()) {
+      for (let hour = 0; hour < 4; hour++) {
+        const text = hour === 3 ? "" : lines(100 * (i + 1), hour);
+        content[site.seal(host, hour, text)] = text;
+      }
+    }
+    await writeFile(join(site.dir, HOST, "accessLog_26110109_00-19_10-10-21-181.log.part"), "open");
+    const names = Object.keys(content).sort();
+    const before = Date.now();
+    const { code, output } = await once(site);
+    expect(code, output).toBe(0);
+    expect(await remoteFiles(backend)).toEqual(content);
+    expect(await site.list("sent")).toEqual(names);
+    expect(await site.list(HOST)).toEqual(["accessLog_26110109_00-19_10-10-21-181.log.part"]);
+    const expected = names.map(
+      (name) => `${name} | lines=${content[name]?.split("\n").length} | status=Sent`,
+    );
+    const counted = expected.map((line) => line.replace(/lines=(\d+)/, (_, n) => `lines=${n - 1}`));
+    expect((await site.report()).sort()).toEqual(counted);
+    // retention counts from the delivery
+    const { mtimeMs } = await stat(join(site.dir, "sent", names[0] ?? ""));
+    expect(mtimeMs).toBeGreaterThanOrEqual(before - 1000);
+    const again = await once(site);
+    expect(again).toEqual({ code: 0, output: "" }); // silence when there is nothing to do
+    await takeAway(backend);
+  });
+
+  const STEPS = [
+    "forward:uploaded",
+    "forward:intent",
+    "forward:renamed",
+    "forward:reported",
+    "forward:moved",
+  ];
+  test.each(STEPS)("killed at %s: one file, one report line, nothing left over", async (step) => {
+    const site = await makeSite(backend);
+    const text = lines(50);
+    const name = site.seal(HOST, 1, text);
+    const other = site.seal("10.0.0.1", 1, text);
+    expect((await once(site, { LOG_RT_SYNC_STOP_AT: step })).code).toBe("SIGKILL");
+    const { code, output } = await once(site);
+    expect(code, output).toBe(0);
+    expect(await remoteFiles(backend)).toEqual({ [name]: text, [other]: text });
+    expect((await site.report()).sort()).toEqual(
+      [name, other].map((batch) => `${batch} | lines=50 | status=Sent`).sort(),
+    );
+    expect(await site.list("sent")).toEqual([name, other].sort());
+    await takeAway(backend);
+  });
+
+  test.each(["forward:renamed", "forward:reported"])(
+    "killed at %s and the client has taken the file: it is not sent again",
+    async (step) => {
+      const site = await makeSite(backend);
+      const name = site.seal(HOST, 1, lines(50));
+      await once(site, { LOG_RT_SYNC_STOP_AT: step });
+      await takeAway(backend);
+      expect((await once(site)).code).toBe(0);
+      expect(await remoteFiles(backend)).toEqual({});
+      expect(await site.report()).toEqual([`${name} | lines=50 | status=Sent`]);
+      expect(await site.list("sent")).toEqual([name]);
+    },
+  );
+
+  test("killed before the rename and the temp file is damaged: it is sent again, whole", async () => {
+    const site = await makeSite(backend);
+    const text = lines(50);
+    const name = site.seal(HOST, 1, text);
+    await once(site, { LOG_RT_SYNC_STOP_AT: "forward:intent" });
+    await rm(join(backend.folder, `${name}.tmp`));
+    await writeFile(join(backend.folder, `${name}.tmp`), "half");
+    if (backend.settings.target.startsWith("sftp:")) {
+      Bun.spawnSync(["chown", "--reference", backend.folder, join(backend.folder, `${name}.tmp`)]);
+    }
+    expect((await once(site)).code).toBe(0);
+    expect(await remoteFiles(backend)).toEqual({ [name]: text });
+    await takeAway(backend);
+  });
+
+  test("a name that is there with other content is never overwritten; the batch goes to failed/", async () => {
+    const site = await makeSite(backend, { retries: 2 });
+    const text = lines(10);
+    const name = site.seal(HOST, 1, text);
+    const good = site.seal(HOST, 2, text);
+    await writeFile(join(backend.folder, name), text.replace("GET", "PUT"));
+    const { code } = await once(site);
+    expect(code).toBe(1);
+    expect(await remoteFiles(backend)).toEqual({ [name]: text.replace("GET", "PUT"), [good]: text });
+    expect(await site.list("failed")).toEqual([name]);
+    const failures = await site.failures();
+    expect(failures).toHaveLength(2);
+    expect(failures[0]).toBe(
+      `${name} | lines=10 | status=Failed | reason="${name}" is on the target already, with other content`,
+    );
+    expect(await site.report()).toEqual([`${good} | lines=10 | status=Sent`]);
+
+    // Mended, and its time has come: delivered from failed/.
+    await rm(join(backend.folder, name));
+    const state = await readForwarderState(site.dir);
+    expect(state?.failed[name]).toMatchObject({ attempts: 1 });
+    expect((await once(site)).code).toBe(1); // not yet its time
+    await rename(join(site.dir, "failed", name), join(site.dir, HOST, name)); // by hand it has no time
+    expect((await once(site)).code).toBe(0);
+    expect((await remoteFiles(backend))[name]).toBe(text);
+    await takeAway(backend);
+  });
+
+  test("a batch that was moved back by hand and is there already is a delivery, not a second file", async () => {
+    const site = await makeSite(backend);
+    const text = lines(10);
+    const name = site.seal(HOST, 1, text);
+    expect((await once(site)).code).toBe(0);
+    await rename(join(site.dir, "sent", name), join(site.dir, HOST, name));
+    expect((await once(site)).code).toBe(0);
+    expect(await remoteFiles(backend)).toEqual({ [name]: text });
+    expect(await site.list("sent")).toEqual([name]);
+    await takeAway(backend);
+  });
+
+  test("what the target refuses for its name alone goes to failed/, the others are delivered", async () => {
+    const site = await makeSite(backend, { retries: 3 });
+    const names = [1, 2, 3].map((hour) => site.seal(HOST, hour, lines(5)));
+    await mkdir(join(backend.folder, `${names[0]}.tmp`));
+    expect((await once(site)).code).toBe(1);
+    expect(await site.list("failed")).toEqual([names[0] as string]);
+    expect(await site.list("sent")).toEqual(names.slice(1));
+    expect(await site.failures()).toHaveLength(3);
+    expect((await readdir(backend.folder)).sort()).toEqual([`${names[0]}.tmp`, ...names.slice(1)].sort());
+    await takeAway(backend);
+  });
+
+  test('compress: "gzip" sends <name>.log.gz, the same bytes after a crash', async () => {
+    const site = await makeSite(backend, { compress: "gzip" });
+    const text = lines(5000);
+    const name = site.seal(HOST, 1, text);
+    await once(site, { LOG_RT_SYNC_STOP_AT: "forward:intent" });
+    expect((await once(site)).code).toBe(0);
+    const files = await remoteFiles(backend);
+    expect(Object.keys(files)).toEqual([`${name}.gz`]);
+    expect(gunzipSync(Buffer.from(files[`${name}.gz`] ?? "", "latin1")).toString("latin1")).toBe(text);
+    expect(await site.report()).toEqual([`${name} | lines=5000 | status=Sent`]);
+    expect(await site.list("sent")).toEqual([name]);
+    await takeAway(backend);
+  });
+});
+
+describe("forwarder", () => {
+  const toFolder = async () => {
+    const folder = join(await tempFolder(), "client");
+    return { folder, settings: { target: `file://${folder}` } };
+  };
+
+  test("oldest window first, and within a window one batch of each host in turn", async () => {
+    const site = await makeSite(await toFolder(), { parallel: 1 });
+    const seal = (host: string, hour: number, part = 1) => {
+      const name = site.seal(host, hour, "line\n");
+      if (part === 1) return name;
+      const later = name.replace(/\.log$/, `.${part}.log`);
+      Bun.spawnSync(["mv", join(site.dir, host, name), join(site.dir, host, later)]);
+      return later;
+    };
+    const busy3 = seal("busy", 1, 3);
+    const busy2 = seal("busy", 1, 2);
+    const busy1 = seal("busy", 1);
+    const quiet1 = seal("quiet", 1);
+    const quiet0 = seal("quiet", 0);
+    const busy5 = seal("busy", 5);
+    const { output } = await once(site);
+    const order = [...output.matchAll(/batch delivered batch=(\S+)/g)].map((match) => match[1]);
+    expect(order[0]).toBe(quiet0);
+    expect(order.slice(1, 3).sort()).toEqual([busy1, quiet1].sort());
+    expect(order.slice(3)).toEqual([busy2, busy3, busy5]);
+  });
+
+  test("a second one on the same folder says which process holds it and exits 1; --status still works", async () => {
+    const site = await makeSite(await toFolder());
+    const first = startScript("forwarder", site.configFile);
+    await first.says("forwarder started");
+    const second = await once(site);
+    expect(second.code).toBe(1);
+    expect(second.output).toContain(`is in use by process ${first.process.pid}`);
+    expect((await runScriptOnce("forwarder", site.configFile, ["--status"])).code).toBe(0);
+    await first.stop("SIGKILL");
+    expect((await once(site)).code).toBe(0); // nothing to clean up by hand
+  });
+
+  test("SIGTERM while it waits: exit 0", async () => {
+    const site = await makeSite(await toFolder());
+    const running = startScript("forwarder", site.configFile);
+    await running.says("forwarder started");
+    expect(await running.stop()).toBe(0);
+  });
+
+  test("--status shows the queue by host, what failed and why, the last success and the rate", async () => {
+    const backend = await toFolder();
+    const site = await makeSite(backend, { retries: 1 });
+    const sent = site.seal(HOST, 1, lines(7));
+    const bad = site.seal(HOST, 2, lines(7));
+    await mkdir(join(backend.folder, `${bad}.tmp`), { recursive: true });
+    await once(site);
+    const waiting = site.seal("10.0.0.1", 3, "x\n");
+    const { output } = await runScriptOnce("forwarder", site.configFile, ["--status"]);
+    expect(output).toMatch(new RegExp(`^10\\.0\\.0\\.1 +1  ${waiting}$`, "m"));
+    expect(output).toMatch(/^10\.10\.21\.181 +0 {2}-$/m);
+    expect(output).toContain(`failed: ${bad}: Cannot write`);
+    expect(output).toContain(`last success: ${sent}`);
+    expect(output).toContain("last hour: 1 batches, 7 lines");
+  });
+
+  test("a batch that cannot be read goes to failed/ and says so; one that vanishes is no failure", async () => {
+    const site = await makeSite(await toFolder(), { retries: 1 });
+    const name = site.seal(HOST, 1, "x\n");
+    await rm(join(site.dir, HOST, name));
+    await mkdir(join(site.dir, HOST, name)); // a folder is no batch: left alone
+    const good = site.seal(HOST, 2, "x\n");
+    expect((await once(site)).code).toBe(0);
+    expect(await site.list("sent")).toEqual([good]);
+    expect(await site.list(HOST)).toEqual([name]);
+  });
+
+  test("a full disk under the report holds up delivery and sends nothing twice", async () => {
+    const backend = await toFolder();
+    const site = await makeSite(backend, { report: "/dev/full" });
+    const name = site.seal(HOST, 1, "x\n");
+    const { code, output } = await once(site);
+    expect(code).toBe(1);
+    expect(output).toContain("kind=local");
+    expect(await site.list(HOST)).toEqual([name]);
+    expect(await remoteFiles(backend)).toEqual({ [name]: "x\n" });
+    await takeAway(backend);
+    const mended = await makeSite(backend);
+    await rm(mended.dir, { recursive: true, force: true });
+    await rename(site.dir, mended.dir);
+    expect((await once(mended)).code).toBe(0);
+    expect(await remoteFiles(backend)).toEqual({}); // taken, not sent again
+    expect(await mended.report()).toEqual([`${name} | lines=1 | status=Sent`]);
+  });
+
+  test("damaged intentions stop it with a hint instead of sending twice", async () => {
+    const site = await makeSite(await toFolder());
+    site.seal(HOST, 1, "x\n");
+    await writeFile(join(site.dir, ".forwarder-intents.json"), "");
+    const { code, output } = await once(site);
+    expect(code).toBe(1);
+    expect(output).toContain(".forwarder-intents.json is damaged");
+  });
+
+  test("sent/ with the same name, also compressed, is never replaced", async () => {
+    const site = await makeSite(await toFolder(), { retries: 1 });
+    const name = site.seal(HOST, 1, "x\n");
+    await mkdir(join(site.dir, "sent"));
+    await writeFile(join(site.dir, "sent", `${name}.gz`), "delivered long ago");
+    expect((await once(site)).code).toBe(1);
+    expect(await site.list("failed")).toEqual([name]);
+    expect((await site.failures())[0]).toContain("says that it was delivered already");
+  });
+
+  test("--check tells a folder that is not there, and with --connect a target that cannot be reached", async () => {
+    const site = await makeSite({ folder: "", settings: { target: "file:///dev/null/x" } });
+    const check = (...flags: string[]) => runScriptOnce("forwarder", site.configFile, ["--check", ...flags]);
+    const absent = await check();
+    expect(absent.code).toBe(78);
+    expect(absent.output).toContain("forwarder.dir: ");
+    await mkdir(site.dir);
+    expect((await check()).code).toBe(0);
+    const unreachable = await check("--connect");
+    expect(unreachable.code).toBe(78);
+    expect(unreachable.output).toContain('forwarder.target: Cannot create the folder "/dev/null/x"');
+  });
+
+  test("the daemon delivers what is sealed later", async () => {
+    const backend = await toFolder();
+    const site = await makeSite(backend, { intervalSeconds: 0.05 });
+    const running = startScript("forwarder", site.configFile);
+    await running.says("forwarder started");
+    const name = site.seal(HOST, 1, "x\n");
+    await until("it is delivered", async () => (await site.list("sent")).includes(name));
+    expect(await running.stop()).toBe(0);
+  });
+});
