@@ -61,24 +61,28 @@ describe.skipIf(skip).each([
     await receiver.says("receiver listens");
     let shipper = run("shipper");
     let forwarder = run("forwarder");
+    const heard = join(folder, "batches", HOST, ".ledger");
+    await untilOr(world, "the receiver has heard of the shipper", async () => existsSync(heard));
+    const monitor = run("monitor", ["--watch"]);
+    await monitor.says("first run");
+
     const traffic = startTraffic(nginx);
     await traffic.reached(0.15);
-    const monitor = run("monitor", ["--watch"]);
     nginx.rotate();
     await traffic.reached(0.25);
     await receiver.stop("SIGKILL");
     await traffic.reached(0.3);
     receiver = run("receiver");
+    await receiver.says("receiver listens");
     await traffic.reached(0.4);
     await shipper.stop("SIGKILL");
     await traffic.reached(0.5);
     nginx.rotate();
     await traffic.reached(0.55);
     nginx.rotate(); // the file that the shipper was reading is compressed now
-    await until("a mail about silence", async () =>
-      (await subjectsOf(mails)).some((text) => text.includes("silent")),
-    );
+    await mailAbout("silent", world);
     shipper = run("shipper");
+    await shipper.says("following");
     await traffic.reached(0.65);
     await forwarder.stop("SIGKILL");
     await traffic.reached(0.8);
@@ -99,9 +103,7 @@ describe.skipIf(skip).each([
     expect(sent().sort()).toEqual(readdirSync(sshd.folder).sort());
     expect(reportedLines(join(folder, "linecount-report.log"))).toBe(REQUESTS);
 
-    await until("a mail about recovery", async () =>
-      (await subjectsOf(mails)).some((text) => text.includes("back")),
-    );
+    await mailAbout("back", world);
     await expectMails(mails);
 
     const running = [shipper, receiver, forwarder, monitor];
@@ -229,20 +231,28 @@ function formatTime(at: number): string {
   return `${day}/${MONTHS[Number(month) - 1]}/${year}:${time.slice(0, 8)} +0000`;
 }
 
-/** Waits for the last line, and tells what the scripts said when it does not come. */
-async function allDelivered({ nginx, sshd, started }: World) {
+/** Waits for the last line. */
+async function allDelivered(world: World): Promise<Cell[]> {
   let cells: Cell[] = [];
-  const arrived = async () => {
-    cells = await takeAccount(nginx, sshd);
+  await untilOr(world, "all lines are at the client", async () => {
+    cells = await takeAccount(world.nginx, world.sshd);
     return cells.reduce((sum, cell) => sum + cell.delivered, 0) >= REQUESTS;
-  };
-  await until("all lines are at the client", arrived).catch((error) => {
-    const short = cells.filter(({ missing, extra }) => missing + extra > 0);
-    const said = started.map(({ name, running }) => `--- ${name}\n${running.output}`);
-    process.stderr.write(`${JSON.stringify(short, null, 1)}\n${said.join("\n")}`);
-    throw error;
   });
   return cells;
+}
+
+function mailAbout(text: string, world: World): Promise<void> {
+  return untilOr(world, `a mail about ${text}`, async () =>
+    (await subjectsOf(world.mails)).some((subject) => subject.includes(text)),
+  );
+}
+
+/** Waits, and shows what the scripts said when it is in vain. */
+async function untilOr({ started }: World, what: string, condition: () => Promise<boolean>): Promise<void> {
+  await until(what, condition).catch((error) => {
+    for (const { name, running } of started) process.stderr.write(`--- ${name}\n${running.output}`);
+    throw error;
+  });
 }
 
 async function takeAccount(nginx: Nginx, sshd: Sshd) {
