@@ -104,7 +104,12 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
 
     /** Where the receiver stands with a stream; undefined when it does not know it. Throws when it can't tell. */
     async committed(host: string, stream: string): Promise<number | undefined> {
-      const response = await request("HEAD", { [HEADER.host]: host, [HEADER.stream]: stream });
+      const ask = request("HEAD", { [HEADER.host]: host, [HEADER.stream]: stream });
+      const response = await ask.catch((error) => {
+        if (signal.aborted) throw error;
+        // fetch tells network faults as TypeErrors, which elsewhere are bugs
+        throw new Error(`Cannot ask ${url} where stream ${stream} stands`, { cause: error });
+      });
       if (response.status === 404) return undefined;
       const offset = parseOffset(response);
       if (response.status !== 200 || offset === undefined) {
