@@ -13,7 +13,7 @@
  */
 import { constants } from "node:fs";
 import { access, lstat, readdir, statfs } from "node:fs/promises";
-import { availableParallelism, setPriority } from "node:os";
+import { availableParallelism, constants as priorities, setPriority } from "node:os";
 import { join } from "node:path";
 import { compareBatchNames, folders, LEDGER, listBatches, listHosts, parseBatchName } from "./lib/batch.ts";
 import { compressFile } from "./lib/compress.ts";
@@ -62,12 +62,24 @@ export interface HousekeepResult {
 }
 
 async function main({ config, flags, log, signal, now }: Service<"housekeep">): Promise<number> {
-  setPriority(10); // the receiver goes first
+  await stepBack();
   const context = { config, log, signal, now, dryRun: flags["dry-run"] === true };
   if (!flags.watch) return (await housekeepOnce(context)).faults === 0 ? EXIT.done : EXIT.failed;
   const pass = () => housekeepOnce(context);
   await followSchedule(config.schedule, pass, { log, signal });
   return EXIT.done;
+}
+
+/** Lets the receiver go first. Linux has a priority per thread, and those that compress are there already. */
+async function stepBack(): Promise<void> {
+  const threads = await readdir("/proc/self/task").catch(() => []);
+  for (const id of [0, ...threads.map(Number)]) {
+    try {
+      setPriority(id, priorities.priority.PRIORITY_BELOW_NORMAL);
+    } catch {
+      // the thread has ended, or the system has no such thing: it is only a courtesy
+    }
+  }
 }
 
 /** One pass over `dir`. Throws an OperatorError when another one runs, or when `dir` is not there. */
