@@ -28,6 +28,8 @@ import { openLog } from "./lib/tail.ts";
 import { createTransfer, Refused, type Transfer, Truncated } from "./lib/transfer.ts";
 import { createUploader } from "./lib/upload.ts";
 
+/** Pause after a folder could not be read, or the receiver not be asked where a file stands. */
+const FAULT_MS = 1000;
 const SAVE_EVERY_MS = 1000;
 const TELL_EVERY_MS = 60_000;
 
@@ -259,7 +261,10 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
     }
   } catch (error) {
     if (error instanceof Refused) pass.waitMs = error.waitMs;
-    else tellFault(shipper, `folder ${family.path}`, "cannot look for log file", family.path, error);
+    else {
+      tellFault(shipper, `folder ${family.path}`, "cannot look for log file", family.path, error);
+      pass.waitMs = FAULT_MS;
+    }
     pass.atEnd = false;
   }
   pass.shipped = transfer.sent.chunks > before;
