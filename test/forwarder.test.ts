@@ -1,10 +1,12 @@
-import { beforeAll, describe, expect, test } from "bun:test";
+import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdir, readdir, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { readForwarderState } from "../lib/report.ts";
 import { BACKENDS, type Backend, makeSite, remoteFiles, type Site, takeAway } from "./backends.ts";
 import { accessLine, runScriptOnce, startScript, tempFolder, until } from "./support.ts";
+
+setDefaultTimeout(120_000);
 
 const HOST = "10.10.21.181";
 const once = (site: Site, env = {}) => runScriptOnce("forwarder", site.configFile, ["--once"], env);

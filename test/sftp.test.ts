@@ -1,4 +1,4 @@
-import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdir, readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openTarget } from "../forwarder.ts";
@@ -7,6 +7,8 @@ import { openContent, readChunks, Unreadable } from "../lib/content.ts";
 import { Refusal, type Target, TargetFault } from "../lib/target.ts";
 import { BACKENDS, type Backend, takeAway } from "./backends.ts";
 import { tempFolder } from "./support.ts";
+
+setDefaultTimeout(120_000);
 
 const open = (backend: Backend, more: object = {}, signal = new AbortController().signal) =>
   openTarget(sections.forwarder.parse({ dir: "/nowhere", ...backend.settings, ...more }), signal);
