@@ -18,9 +18,9 @@ import { describe, type FaultLog, type Log } from "./service.ts";
 import {
   type LogFile,
   MARK_BYTES,
-  markOf,
   matchesSignature,
   openLog,
+  readMark,
   UnfinishedFile,
   wholeLines,
 } from "./tail.ts";
@@ -269,9 +269,9 @@ async function findOwner(
     }
   }
   if (isLive) return undefined; // the live file may begin like a rotated one, and is another all the same
-  for (const [stream, { path }] of located) {
-    if (isCompressed(path) || !stream.file) continue;
-    if (await isCopyOf(file, stream.file)) return stream;
+  for (const stream of family.streams) {
+    // Of a file that is gone the handle may be left.
+    if (stream.file && !stream.file.compression && (await isCopyOf(file, stream.file))) return stream;
   }
   // One of which nothing was read yet has no signature: then this is it, compressed or copied meanwhile.
   return homeless.find(
@@ -311,13 +311,13 @@ export async function beginStream(
   truncated = false,
 ): Promise<Stream> {
   const { size, mtimeMs } = await file.stat();
-  const head = new Uint8Array(MARK_BYTES);
-  const n = offset > 0 ? await file.read(head, 0) : 0;
+  const head = offset > 0 ? await readMark(file, Math.min(offset, MARK_BYTES)) : undefined;
+  const mark = offset > 0 ? await readMark(file, offset) : undefined;
   const stream: Stream = {
     keys: [file.key],
     path: file.path,
     offset,
-    signature: { ...(n > 0 && { head: markOf(head.subarray(0, n), n) }), marks: [] },
+    signature: { head, marks: mark ? [mark] : [] },
     size: file.compression ? 0 : size,
     done: false,
     truncated,

@@ -166,6 +166,13 @@ export function markOf(bytes: Uint8Array, end: number): Mark {
   return { end, length: covered.length, hash };
 }
 
+/** The mark of what lies before `end` in a file; undefined when the file does not reach so far. */
+export async function readMark(file: LogFile, end: number): Promise<Mark | undefined> {
+  const bytes = new Uint8Array(Math.min(MARK_BYTES, end));
+  const n = await file.read(bytes, end - bytes.length);
+  return n === bytes.length && n > 0 ? markOf(bytes, end) : undefined;
+}
+
 /** What a file's bytes look like: its head, from the first line on, and places on the way. */
 export interface Signature {
   /** Grows until it covers {@link MARK_BYTES}; a hole of NULs in front is not part of it. */

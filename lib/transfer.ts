@@ -15,6 +15,7 @@ import {
   MARK_BYTES,
   type Mark,
   markOf,
+  readMark,
   type Signature,
   skipLines,
   wholeLines,
@@ -225,10 +226,12 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
   /** The receiver named another offset: go on there, when the file has it. */
   async function moveTo(family: Family, stream: Stream, offset: number): Promise<void> {
     transfer.moved = true;
-    const known = stream.file?.compression ? offset : stream.size;
-    if (offset <= known) {
-      const marks = stream.signature.marks.filter((mark) => mark.end <= offset);
-      stream.signature = { ...stream.signature, marks };
+    const { file } = stream;
+    const known = file?.compression ? offset : stream.size;
+    if (offset <= known && file) {
+      const mark = await readMark(file, offset);
+      const marks = stream.signature.marks.filter(({ end }) => end < offset);
+      stream.signature = { ...stream.signature, marks: mark ? [...marks, mark] : marks };
       stream.offset = offset;
       return;
     }
