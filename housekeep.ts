@@ -22,6 +22,7 @@ import { exists, reached, removeDurably, TEMP_SUFFIX } from "./lib/durable.ts";
 import { readLedger, SEALED } from "./lib/ledger.ts";
 import { holdLock } from "./lib/lock.ts";
 import { failReportPath, trimReport } from "./lib/report.ts";
+import { type Delivered, planPass, type Step } from "./lib/retention.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import { forgetSealed } from "./lib/sealed.ts";
 import { tryLock } from "./lib/serve.ts";
@@ -37,8 +38,7 @@ import {
 } from "./lib/service.ts";
 
 type Options = Config["housekeep"];
-const HOUR_MS = 3_600_000;
-const DAY_MS = 24 * HOUR_MS;
+const DAY_MS = 24 * 3_600_000;
 /** The receiver holds it while it serves a sender. */
 const LOCK = `${LEDGER}-lock`;
 
@@ -119,14 +119,6 @@ export async function housekeepOnce(context: HousekeepContext): Promise<Housekee
   }
 }
 
-/** A delivered batch in `sent/`. */
-export interface Delivered {
-  name: string;
-  bytes: number;
-  /** When it was delivered, milliseconds since the epoch. */
-  at: number;
-}
-
 /** The delivered batches, oldest delivery first. Stale temp files of ours are removed on the way. */
 async function listDelivered({ config, log, dryRun }: HousekeepContext): Promise<Delivered[]> {
   const { sent } = folders(config.dir);
@@ -151,38 +143,7 @@ async function listDelivered({ config, log, dryRun }: HousekeepContext): Promise
   return files.sort((a, b) => a.at - b.at || compareBatchNames(a.name, b.name));
 }
 
-/** What is to be done with one file. `early` is before its time, for want of space. */
-export interface Step extends Delivered {
-  action: "delete" | "early" | "compress";
-}
 const isDelete = (step: Step) => step.action !== "compress";
-
-/** Decides what to do with each delivered batch. `files` come oldest first; `space` is in bytes. */
-export function planPass(
-  files: Delivered[],
-  { compressAfterHours, deleteAfterHours, minFreePercent }: Options,
-  now: number,
-  space: { free: number; total: number },
-): Step[] {
-  const steps: Step[] = [];
-  let { free } = space;
-  for (const file of files) {
-    const hours = (now - file.at) / HOUR_MS;
-    if (hours < deleteAfterHours) continue;
-    steps.push({ ...file, action: "delete" });
-    free += file.bytes;
-  }
-  for (const file of files.slice(steps.length)) {
-    const hours = (now - file.at) / HOUR_MS;
-    if (free < (space.total * minFreePercent) / 100) {
-      steps.push({ ...file, action: "early" });
-      free += file.bytes;
-    } else if (hours >= compressAfterHours && parseBatchName(file.name)?.state === "sealed") {
-      steps.push({ ...file, action: "compress" });
-    }
-  }
-  return steps;
-}
 
 async function deleteAll(steps: Step[], context: HousekeepContext, result: HousekeepResult): Promise<void> {
   const { config, log, signal, dryRun } = context;

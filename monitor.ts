@@ -13,12 +13,14 @@
 import { randomBytes } from "node:crypto";
 import { access, constants, stat } from "node:fs/promises";
 import { dirname } from "node:path";
+import { renderAlert } from "./lib/alertmail.ts";
 import { type Config, readSecret } from "./lib/config.ts";
 import { makeFolder, reached, readIfExists, writeDurably } from "./lib/durable.ts";
-import { emptyState, enqueue, judge, type MonitorState, type Notice } from "./lib/incident.ts";
+import { judge } from "./lib/incident.ts";
 import { holdLock } from "./lib/lock.ts";
 import { MailError, sendMail, verifyMail } from "./lib/mail.ts";
-import { type MailText, renderAlert, renderSummary } from "./lib/mailtext.ts";
+import type { MailText } from "./lib/mailpage.ts";
+import { emptyState, enqueue, type MonitorState, type Notice } from "./lib/notice.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
   describe,
@@ -31,6 +33,7 @@ import {
 } from "./lib/service.ts";
 import { type LookContext, look } from "./lib/sight.ts";
 import { HOUR_MS, lastHourEnd, summariseHour } from "./lib/summary.ts";
+import { renderSummary } from "./lib/summarymail.ts";
 
 type Options = Config["monitor"];
 const MINUTE_MS = 60_000;

@@ -2,13 +2,13 @@
  * What the monitor has to tell: a pure function of what was told before, what is seen and the time.
  *
  * An incident is kept per subject: each sender, and each fault of the whole (receiver, delivery, disk, …). It
- * knows its state, since when, and what the reader was told last; a notice is made when the two differ. Notices
- * stand in the queue until they are accepted, so that an outage of the mail server loses none of them.
+ * knows its state, since when, and what the reader was told last; a change is told when the two differ.
  *
- * Times are the monitor's clock. Silence counts from when a sender was heard of as this clock saw it, not from
- * the start of this machine, and not from the end of an outage of the receiver. When the clock is set,
- * every time kept moves with it.
+ * Silence counts from the latest of: when the sender was heard of, the start of this machine, the return of a
+ * receiver that was down. When the clock is set, every time kept moves with it.
  */
+import { type Change, enqueue, type Incident, type MonitorState, type Status } from "./notice.ts";
+import type { HostSight, Sight } from "./sight.ts";
 
 const MINUTE_MS = 60_000;
 /** A sender that is not expected and was silent for so long is gone. */
@@ -23,110 +23,6 @@ const LOST_AGAIN_MS = 60 * MINUTE_MS;
 const CLOCK_STEP_MS = MINUTE_MS;
 /** Free space must rise by so much over the threshold before the fault is over, in percent of the disk. */
 const DISK_MARGIN = 2;
-/** Beyond so many notices in the queue, changes join the last one: the queue stays small in a long outage. */
-const QUEUE_LIMIT = 100;
-
-/** `quiet`: its shipper is alive, no lines come. `never`: expected, not yet seen. `gone`: no longer expected. */
-export type Status = "ok" | "quiet" | "silent" | "never" | "gone" | "fault";
-
-/** What was seen of a sender. Times are by the receiver's clock, 0 for never; lost and lag are bytes. */
-export interface HostSight {
-  host: string;
-  heardAt: number;
-  lineAt: number;
-  lost: number;
-  lag: number;
-}
-
-/** A fault of the whole. The key names it across runs, the title is for people. */
-export interface Fault {
-  key: string;
-  title: string;
-  text: string;
-}
-
-/** What one look has shown. `hosts` is absent when the folder could not be read: then nothing is said of them. */
-export interface Sight {
-  hosts?: HostSight[];
-  /** Receivers that do not answer; their senders are not blamed. */
-  receivers: Fault[];
-  /** All other faults. */
-  faults: Fault[];
-  /** Free space of the folder's disk in percent. */
-  freePercent?: number;
-  /** Since the start of this machine, in milliseconds; it also counts while the clock is set. */
-  uptime: number;
-}
-
-/** What is known of a subject and was told of it. */
-export interface Incident {
-  title: string;
-  text: string;
-  status: Status;
-  /** Since when it is so; 0 when it was never otherwise. */
-  since: number;
-  /** Since when it is not ok. */
-  outage?: number;
-  told: Status;
-  toldAt: number;
-  /** The id of the notice that opened the incident. */
-  thread?: string;
-  /** Times of the latest changes. */
-  changes: number[];
-  flapping?: boolean;
-}
-
-/** What is known of a sender beside its incident. */
-interface Heard {
-  /** The ledger's value, by the receiver's clock. */
-  value: number;
-  /** When that was, by the monitor's clock. */
-  at: number;
-  /** Bytes lost that were told of, and when. */
-  lost: number;
-  lostToldAt: number;
-}
-
-/** One fact of an alert. `lasted` is the length of the outage in milliseconds. */
-export interface Change {
-  kind: "opened" | "over" | "reminder" | "flapping" | "steady" | "lost" | "note";
-  title: string;
-  text: string;
-  status: Status;
-  /** Whether the subject is a sender. */
-  sender: boolean;
-  since: number;
-  lasted?: number;
-  bytes?: number;
-}
-
-/** Something to be told, until it is accepted. An alert says what changed, a summary is made from its hour. */
-export type Notice = {
-  id: string;
-  at: number;
-  references: string[];
-  mailed?: boolean;
-  posted?: boolean;
-} & (
-  | { kind: "alert"; changes: Change[]; counts: Partial<Record<Status, number>> }
-  | { kind: "summary"; hourEnd: number }
-);
-
-/** All that the monitor remembers. */
-export interface MonitorState {
-  version: 1;
-  /** Tells this monitor's message ids from another's. */
-  instance: string;
-  /** Clock and uptime of the last run. */
-  at: number;
-  uptime: number;
-  incidents: Record<string, Incident>;
-  heard: Record<string, Heard>;
-  /** End of the last hour that was summarised or queued, milliseconds since the epoch. */
-  summarisedUntil: number;
-  queue: Notice[];
-}
-
 /** The thresholds, as the config has them. */
 export interface Rules {
   expected: string[];
@@ -135,11 +31,6 @@ export interface Rules {
   alertWhenQuiet: boolean;
   remindMinutes: number;
   minFreePercent: number;
-}
-
-/** The state of a first run. */
-export function emptyState(instance: string): MonitorState {
-  return { version: 1, instance, at: 0, uptime: 0, incidents: {}, heard: {}, summarisedUntil: 0, queue: [] };
 }
 
 /** Takes in what was seen at `now`: gives the new state, with at most one new notice at the end of its queue. */
@@ -328,19 +219,4 @@ function whatToTell(incident: Incident, now: number, remindMinutes: number): Cha
     return status === "ok" ? "over" : "opened";
   }
   return status !== "ok" && status !== "gone" && reminderDue ? "reminder" : undefined;
-}
-
-/** Puts an alert at the end of the queue. */
-export function enqueue(
-  state: MonitorState,
-  alert: { id: string; at: number; changes: Change[]; references: string[] },
-): void {
-  const counts: Partial<Record<Status, number>> = {};
-  for (const [key, { status }] of Object.entries(state.incidents)) {
-    if (key.startsWith("host ")) counts[status] = (counts[status] ?? 0) + 1;
-  }
-  const last = state.queue.at(-1);
-  const joins = last?.kind === "alert" && !last.mailed && state.queue.length >= QUEUE_LIMIT;
-  if (joins) last.changes.push(...alert.changes);
-  else state.queue.push({ kind: "alert", ...alert, counts });
 }

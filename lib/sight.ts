@@ -7,7 +7,6 @@ import { uptime } from "node:os";
 import { join } from "node:path";
 import { folders, listBatches, listHosts } from "./batch.ts";
 import type { Config } from "./config.ts";
-import type { Fault, HostSight, Sight } from "./incident.ts";
 import { readLedger } from "./ledger.ts";
 import { readForwarderState } from "./report.ts";
 import { describe, formatDuration, pause } from "./service.ts";
@@ -19,6 +18,35 @@ const HTTP_TIMEOUT_MS = 5_000;
 /** A receiver that is just restarted answers the next of so many questions. */
 const HEALTH_TRIES = 3;
 const HEALTH_PAUSE_MS = 500;
+
+/** What was seen of a sender. Times are by the receiver's clock, 0 for never; lost and lag are bytes. */
+export interface HostSight {
+  host: string;
+  heardAt: number;
+  lineAt: number;
+  lost: number;
+  lag: number;
+}
+
+/** A fault of the whole. The key names it across runs, the title is for people. */
+export interface Fault {
+  key: string;
+  title: string;
+  text: string;
+}
+
+/** What one look has shown. `hosts` is absent when the folder could not be read: then nothing is said of them. */
+export interface Sight {
+  hosts?: HostSight[];
+  /** Receivers that do not answer; their senders are not blamed. */
+  receivers: Fault[];
+  /** All other faults. */
+  faults: Fault[];
+  /** Free space of the folder's disk in percent. */
+  freePercent?: number;
+  /** Since the start of this machine, in milliseconds; it also counts while the clock is set. */
+  uptime: number;
+}
 
 /** What a look is given; `uptime` is that of this machine in milliseconds. */
 export interface LookContext {

@@ -2,11 +2,12 @@ import { expect, test } from "bun:test";
 import { mkdir, readdir, readFile, stat, symlink, utimes, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { gunzipSync, gzipSync } from "node:zlib";
-import { type Delivered, housekeepOnce, planPass } from "../housekeep.ts";
+import { housekeepOnce } from "../housekeep.ts";
 import { parseConfig } from "../lib/config.ts";
 import { formatRecord } from "../lib/ledger.ts";
 import { holdLock } from "../lib/lock.ts";
 import { appendReport, readReportTail } from "../lib/report.ts";
+import { type Delivered, planPass } from "../lib/retention.ts";
 import { createLog } from "../lib/service.ts";
 import { missing, runScriptOnce, start, startScript, tempFolder, until, writeConfig } from "./support.ts";
 
