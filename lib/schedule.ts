@@ -3,6 +3,8 @@ import { Cron, CronPattern } from "croner";
 import { ConfigError } from "./config.ts";
 import { describe, type Log, pause } from "./service.ts";
 
+/** The longest that a timer can wait: some 24 days. */
+const LONGEST_MS = 2 ** 31 - 1;
 const MODE = "5-or-6-parts";
 
 /** What is wrong with a schedule, in words; empty when nothing is. */
@@ -31,7 +33,7 @@ export async function followSchedule(
     await pass().catch((error) => signal.aborted || log.error("pass failed", { error: describe(error) }));
   });
   log.info("following the schedule", { schedule, next: job.nextRun()?.toISOString() });
-  await pause(2 ** 31 - 1, signal);
+  while (!signal.aborted) await pause(LONGEST_MS, signal);
   job.stop();
   while (job.isBusy()) await pause(20);
 }
