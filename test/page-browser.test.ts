@@ -1,20 +1,17 @@
-import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { readFileSync } from "node:fs";
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { type Browser, type BrowserContextOptions, chromium, type Page } from "playwright-core";
+import type { BrowserContextOptions, Page } from "playwright-core";
 import { formatChunkHeaders } from "../lib/chunk.ts";
 import { emptyLedger, formatRecord, readLedger } from "../lib/ledger.ts";
 import { pageHeaders, renderPage } from "../lib/page.ts";
 import { type Server, serve } from "../lib/serve.ts";
 import type { Status } from "../lib/status.ts";
+import { findViolations, noBrowser, useBrowser, visit } from "./browser.ts";
 import { host, NOW, samples, status } from "./page-samples.ts";
 import {
   accessLine,
-  findProgram,
   freePort,
-  missing,
-  ROOT,
   type Running,
   startScript,
   tempFolder,
@@ -22,10 +19,6 @@ import {
   writeConfig,
 } from "./support.ts";
 
-const AXE = readFileSync(join(ROOT, "node_modules/axe-core/axe.min.js"), "utf8");
-const QUIET = ["background-networking", "component-update", "sync", "quic", "gpu"].map(
-  (part) => `--disable-${part}`,
-);
 /** Phone, tablet, the narrowest window with a table, desktop. */
 const WIDTHS = [360, 768, 1250, 1280];
 /** Of these axe-core looks at the two forms of the page, cards and table. */
@@ -33,62 +26,23 @@ const AXE_WIDTHS = [360, 1280];
 const SCHEMES = ["light", "dark"] as const;
 /** Screenshots go here when it is set, to be looked at. */
 const SHOTS = process.env.LOG_RT_SYNC_SHOTS;
-
-setDefaultTimeout(60_000);
-
 const LOOPBACK = { hostname: "127.0.0.1", port: 0, maxBodyBytes: 1024, idleTimeoutSeconds: 30 };
 
-const skip = missing({ chromium: "chromium" });
-let browser: Browser;
+const browser = useBrowser();
 let server: Server;
 /** What the server shows; undefined: it answers 503. */
 let shown: Status | undefined = samples.good;
 
-beforeAll(async () => {
-  if (skip) return;
-  const executablePath = findProgram("chromium") ?? "";
-  browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--no-first-run", ...QUIET] });
-  server = serve({
-    ...LOOPBACK,
-    fetch: () =>
-      shown ? new Response(renderPage(shown), { headers: pageHeaders }) : new Response("", { status: 503 }),
-  });
+beforeAll(() => {
+  const page = () =>
+    shown ? new Response(renderPage(shown), { headers: pageHeaders }) : new Response("", { status: 503 });
+  server = serve({ ...LOOPBACK, fetch: page });
 });
+afterAll(() => server.close());
 
-afterAll(async () => {
-  await browser?.close();
-  await server?.close();
-});
-
-interface Options extends BrowserContextOptions {
-  url?: string;
-}
-
-/** Opens the page, hands it to `look`, and expects that the browser had nothing to complain about. */
-async function visit<T>(
-  { url = `http://127.0.0.1:${server.port}/`, ...options }: Options,
-  look: (page: Page) => Promise<T>,
-): Promise<T> {
-  const context = await browser.newContext(options);
-  const complaints: string[] = [];
-  const page = await context.newPage();
-  page.on("pageerror", (error) => complaints.push(error.message));
-  page.on("console", (message) => {
-    if (!/status of (401|503)/.test(message.text())) complaints.push(message.text());
-  });
-  page.on("request", (request) => {
-    if (new URL(request.url()).origin !== new URL(url).origin && !request.url().startsWith("data:")) {
-      complaints.push(`asked for ${request.url()}`);
-    }
-  });
-  try {
-    await page.goto(url);
-    const result = await look(page);
-    expect(complaints).toEqual([]);
-    return result;
-  } finally {
-    await context.close();
-  }
+/** Opens the page that the server shows. */
+function visitPage<T>(options: BrowserContextOptions, look: (page: Page) => Promise<T>): Promise<T> {
+  return visit(`http://127.0.0.1:${server.port}/`, options, look);
 }
 
 /** Makes the page refresh now, as it does when its tab is shown again. */
@@ -98,21 +52,17 @@ async function refresh(page: Page): Promise<void> {
   await answer;
 }
 
-describe.skipIf(skip)("the status page in a browser", () => {
+describe.skipIf(noBrowser)("the status page in a browser", () => {
   test.each(Object.keys(samples) as (keyof typeof samples)[])(
     "%s: axe-core finds nothing in light and dark, and nothing sticks out at any width",
     async (name) => {
       shown = samples[name];
       for (const colorScheme of name === "many" ? SCHEMES.slice(1) : SCHEMES) {
-        await visit({ colorScheme, viewport: { width: 1280, height: 900 } }, async (page) => {
-          await page.evaluate(AXE);
+        await visitPage({ colorScheme, viewport: { width: 1280, height: 900 } }, async (page) => {
           for (const width of WIDTHS) {
             await page.setViewportSize({ width, height: 900 });
             if (AXE_WIDTHS.includes(width)) {
-              const found = await page.evaluate(
-                "axe.run().then(({ violations }) => violations.map(({ id, nodes }) => id + ': ' + nodes[0].html))",
-              );
-              expect(found, `${colorScheme} ${width}`).toEqual([]);
+              expect(await findViolations(page), `${colorScheme} ${width}`).toEqual([]);
             }
             const rightmost = await page.evaluate(
               "Math.max(...[...document.querySelectorAll('main :not(thead, thead *)')].map((e) => e.getBoundingClientRect().right))",
@@ -128,7 +78,7 @@ describe.skipIf(skip)("the status page in a browser", () => {
   test("a hostile name is shown as text and runs nothing", async () => {
     const name = `"><img src=x onerror="document.title='owned'"><script>document.title='owned'</script>`;
     shown = status([host(name, "silent")], { dir: name });
-    await visit({}, async (page) => {
+    await visitPage({}, async (page) => {
       expect(await page.locator("tbody th").textContent()).toBe(name);
       expect(await page.title()).toBe("1 sender is silent · Log-RT-Sync");
       await page.locator(".verdict a").click();
@@ -138,7 +88,7 @@ describe.skipIf(skip)("the status page in a browser", () => {
 
   test("a refresh shows the new state and leaves focus, scroll and selection where they are", async () => {
     shown = status([host("a", "silent"), ...samples.many.hosts]);
-    await visit({ viewport: { width: 1280, height: 700 } }, async (page) => {
+    await visitPage({ viewport: { width: 1280, height: 700 } }, async (page) => {
       await page.locator(".verdict a").first().focus();
       await page.evaluate("scrollTo(0, 900)");
       const top = `document.getElementById("host-10.10.21.30").getBoundingClientRect().top`;
@@ -162,7 +112,7 @@ describe.skipIf(skip)("the status page in a browser", () => {
 
   test("a refresh touches only what has changed, so that nothing flickers", async () => {
     shown = samples.trouble;
-    await visit({}, async (page) => {
+    await visitPage({}, async (page) => {
       await page.evaluate(`window.touched = [];
         new MutationObserver((list) => {
           for (const { target, addedNodes } of list) {
@@ -184,7 +134,7 @@ describe.skipIf(skip)("the status page in a browser", () => {
 
   test("it refreshes by itself, says so when the receiver does not answer, and can be paused", async () => {
     shown = samples.good;
-    const context = await browser.newContext();
+    const context = await browser().newContext();
     const page = await context.newPage();
     await page.clock.install();
     await page.goto(`http://127.0.0.1:${server.port}/`);
@@ -215,7 +165,7 @@ describe.skipIf(skip)("the status page in a browser", () => {
 
   test("without JavaScript it is whole and refreshes all the same", async () => {
     shown = samples.trouble;
-    await visit({ javaScriptEnabled: false, viewport: { width: 360, height: 800 } }, async (page) => {
+    await visitPage({ javaScriptEnabled: false, viewport: { width: 360, height: 800 } }, async (page) => {
       expect(await page.locator('meta[http-equiv="refresh"]').getAttribute("content")).toBe("30");
       expect(await page.getByRole("heading", { level: 1 }).textContent()).toStartWith("2 senders are silent");
       expect(await page.getByRole("row").count()).toBe(9);
@@ -225,7 +175,7 @@ describe.skipIf(skip)("the status page in a browser", () => {
 
   test("a screen reader gets a table on a phone as well, with every curve in words", async () => {
     shown = samples.good;
-    await visit({ viewport: { width: 360, height: 800 } }, async (page) => {
+    await visitPage({ viewport: { width: 360, height: 800 } }, async (page) => {
       const table = page.getByRole("table", { name: "Senders" });
       expect(await table.getByRole("columnheader").count()).toBe(10);
       expect(await table.getByRole("rowheader").allInnerTexts()).toContain("10.10.21.181");
@@ -255,7 +205,7 @@ async function forward(request: Request, port: number): Promise<Response> {
   return fetch(`http://127.0.0.1:${port}${new URL(request.url).pathname}`, { headers });
 }
 
-describe.skipIf(skip)("the status page of a receiver", () => {
+describe.skipIf(noBrowser)("the status page of a receiver", () => {
   test("shows senders and batches as they are, asks for a token, and its history survives kill -9 and a stop", async () => {
     const folder = await tempFolder();
     const dir = join(folder, "batches");
@@ -289,7 +239,7 @@ describe.skipIf(skip)("the status page of a receiver", () => {
 
     const row = (page: Page, name: string) => page.getByRole("row").filter({ hasText: name });
     const look = (seen: (page: Page) => Promise<boolean>) =>
-      visit({ url, viewport: { width: 1280, height: 800 } }, (page) =>
+      visit(url, { viewport: { width: 1280, height: 800 } }, (page) =>
         until("the page shows it", async () => {
           if (await seen(page)) return true;
           await page.reload();
@@ -301,7 +251,7 @@ describe.skipIf(skip)("the status page of a receiver", () => {
       return /ok/.test(web) && /2\.0 KiB/.test(web) && /7 B/.test(web);
     });
     await look(async (page) => /1 since \d\d:\d\d/.test((await row(page, "127.0.0.2").textContent()) ?? ""));
-    await visit({ url }, async (page) => {
+    await visit(url, {}, async (page) => {
       expect(await page.title()).toBe("2 senders were never heard of · Log-RT-Sync");
     });
 
@@ -309,7 +259,7 @@ describe.skipIf(skip)("the status page of a receiver", () => {
     const elsewhere = `http://127.0.0.1:${proxy.port}/`;
     expect((await fetch(elsewhere)).headers.get("WWW-Authenticate")).toStartWith("Basic realm=");
     const httpCredentials = { username: "anyone", password: TOKEN };
-    await visit({ url: elsewhere, httpCredentials }, async (page) => {
+    await visit(elsewhere, { httpCredentials }, async (page) => {
       await page.getByRole("heading", { level: 1 }).evaluate((heading) => heading.replaceChildren("old"));
       await refresh(page);
       await until(
