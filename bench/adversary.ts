@@ -2,8 +2,8 @@
  * Everything that goes wrong in the field, by chance that a seed decides: the same seed plans the same faults
  * with the same pauses between them. Each fault is written down with its time before it happens.
  */
-import { statfsSync } from "node:fs";
-import { open, readdir, rm, truncate, writeFile } from "node:fs/promises";
+import { existsSync, statfsSync, statSync } from "node:fs";
+import { rm, truncate, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type Pipeline, SILENT_SECONDS } from "./pipeline.ts";
 import type { Random } from "./random.ts";
@@ -57,19 +57,15 @@ function breakCursor(pipeline: Pipeline, random: Random): Act {
   const how = random.pick(["emptied", "cut short", "full of NULs", "garbage"]);
   const downMs = random.between(100, 2000);
   const run = () =>
-    pipeline.shippers[i]?.kill(downMs, async () => {
-      const folder = pipeline.stateDirs[i] as string;
-      for (const entry of await readdir(folder, { withFileTypes: true })) {
-        if (entry.isFile() && !/lock/.test(entry.name)) await damage(join(folder, entry.name), how);
-      }
-    });
+    pipeline.shippers[i]?.kill(downMs, () =>
+      damage(join(pipeline.stateDirs[i] as string, "cursor.json"), how),
+    );
   return { text: `SIGKILL shipper ${i}, its cursor ${how}`, run };
 }
 
 async function damage(path: string, how: string): Promise<void> {
-  const file = await open(path);
-  const { size } = await file.stat();
-  await file.close();
+  if (!existsSync(path)) return; // not saved yet
+  const { size } = statSync(path);
   if (how === "emptied") await truncate(path, 0);
   else if (how === "cut short") await truncate(path, Math.floor(size / 2));
   else if (how === "full of NULs") await writeFile(path, Buffer.alloc(size));

@@ -61,8 +61,8 @@ export function checkDelivery(folder: string, writers: Written[], report?: strin
     misreported: 0,
     examples: [],
   };
-  const fault = (kind: FaultKind, text: string) => {
-    verdict[kind]++;
+  const fault = (kind: FaultKind, text: string, count = 1) => {
+    verdict[kind] += count;
     if (verdict.examples.length < MOST_EXAMPLES) verdict.examples.push(`${kind}: ${text}`);
   };
   const seen = writers.map(({ lines }) => new Uint8Array(lines));
@@ -80,7 +80,7 @@ export function checkDelivery(folder: string, writers: Written[], report?: strin
 }
 
 type FaultKind = Exclude<keyof Verdict, "lines" | "files" | "examples">;
-type Fault = (kind: FaultKind, text: string) => void;
+type Fault = (kind: FaultKind, text: string, count?: number) => void;
 
 /** The batches in the order in which their lines were written: window, host, part. */
 function listDelivery(folder: string, fault: Fault): Batch[] {
@@ -158,7 +158,7 @@ function findMissing(w: number, numbers: Uint8Array, fault: Fault): void {
     if (numbers[n] === 0) {
       if (from < 0) from = n;
     } else if (from >= 0) {
-      for (let i = from; i < n; i++) fault("missing", `w${w} n${from} to n${n - 1}`);
+      fault("missing", `w${w} n${from} to n${n - 1}`, n - from);
       from = -1;
     }
   }
