@@ -4,7 +4,7 @@
  *
  * Within a minute it covers four windows, rotates logs, kills a shipper and the receiver with SIGKILL, and then
  * proves from the files alone that every line has arrived once. Exit code 1 when the account does not balance.
- * `--keep` leaves everything running, with traffic, until Ctrl-C.
+ * `--keep` leaves everything running, with traffic of now, until Ctrl-C; then the folder goes.
  */
 import { readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
@@ -39,6 +39,7 @@ async function main(): Promise<number> {
   const keep = process.argv.includes("--keep");
   const abort = new AbortController();
   for (const name of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(name, () => abort.abort());
+  process.stdout.on("error", () => abort.abort()); // the terminal was closed
   const screen = createScreen();
   const stage = await setStage();
   try {
@@ -48,6 +49,7 @@ async function main(): Promise<number> {
     if (abort.signal.aborted) return 130;
     const balanced = await showAccount(stage, rows);
     if (keep) await stay(stage, abort.signal);
+    else process.stdout.write(dim(`  When you have seen enough: rm -r ${stage.places.root}\n\n`));
     return balanced ? 0 : 1;
   } finally {
     screen.end();
@@ -112,11 +114,12 @@ async function play(
     if (acts[0]?.when(elapsedMs)) await acts.shift()?.run(elapsedMs);
     await readMails(stage, elapsedMs);
     const rows = await readPipeline(stage.places, stage.writers);
+    if (signal.aborted) return rows;
     const states = new Map(rows.map((row, i) => [row.host, stateOf(stage, row, i, elapsedMs)]));
     const arrived = elapsedMs > TRAFFIC_MS && rows.every((row) => row.delivered === row.written);
     const done = arrived && acts.length === 0 && findMails(stage).recovery !== undefined;
-    const over = done || elapsedMs > DEADLINE_MS || signal.aborted;
-    const phase = phaseOf(elapsedMs);
+    const over = done || elapsedMs > DEADLINE_MS;
+    const phase = done ? "every line has arrived" : phaseOf(elapsedMs);
     screen.show({ elapsedMs, phase, rows, states, windows, events: stage.events }, over);
     if (over) return rows;
     expectAlive(stage);

@@ -83,7 +83,7 @@ export function createScreen() {
 function drawPicture(picture: Picture): string[] {
   const lines = [
     `  ${bold("Log-RT-Sync")}  ${dim(clock(picture.elapsedMs))}  ${picture.phase}`,
-    dim("  nginx ── line ─▶ shipper ── chunk ─▶ receiver ── batch ─▶ forwarder ──▶ client"),
+    dim("  nginx ── line ─▶ shipper ── chunk ─▶ receiver ── batch ─▶ forwarder ─▶ client"),
     "",
     ...drawNumbers(picture),
     "",
@@ -116,15 +116,15 @@ function drawNumbers({ rows, states }: Picture): string[] {
 }
 
 function drawWindows({ rows, windows }: Picture): string[] {
-  const legend = `· nothing yet   ${yellow("▸")} open   ${cyan("■")} sealed   ${green("✓")} at the client`;
-  const titles = windows.map((window) => windowTitle(window).padStart(13)).join("");
+  const legend = `· none yet  ${yellow("▸")} open  ${cyan("■")} sealed  ${green("✓")} at the client  ${dim("+1")} part with late lines`;
+  const titles = windows.map((window) => formatTitle(window)).join("");
   return [
     `  ${dim("window".padEnd(HOST_WIDTH) + titles)}`,
     ...rows.map(
       (row) =>
         `  ${row.host.padEnd(HOST_WIDTH)}${windows.map((window) => drawCell(row.windows.get(window))).join("")}`,
     ),
-    `  ${" ".repeat(HOST_WIDTH)}    ${legend}`,
+    `  ${legend}`,
   ];
 }
 
@@ -152,8 +152,13 @@ function total(rows: HostRow[]): Omit<HostRow, "windows" | "host"> {
   };
 }
 
+/** A window's title above its cells: its end stands above their marks. */
+export function formatTitle(window: string): string {
+  return `${windowTitle(window).padStart(11)}  `;
+}
+
 /** `06:20-39` of `26112206_20-39`. */
-export function windowTitle(window: string): string {
+function windowTitle(window: string): string {
   return `${window.slice(6, 8)}:${window.slice(9)}`;
 }
 

@@ -5,7 +5,7 @@ import { formatBytes } from "../lib/service.ts";
 import { type Cell, compare, dashed, type Tally, tallyDelivered, tallyLogs } from "./account.ts";
 import { PACE, type Places, runOnce } from "./fleet.ts";
 import type { HostRow } from "./pipeline.ts";
-import { bold, dim, green, number, red, windowTitle } from "./screen.ts";
+import { bold, dim, formatTitle, green, number, red } from "./screen.ts";
 import { findMails, HOSTS, type Stage, windowsOf } from "./stage.ts";
 
 /** Prints the account; true when it balances. */
@@ -37,12 +37,11 @@ export async function showAccount(stage: Stage, rows: HostRow[]): Promise<boolea
   print();
   print(`Look around in ${bold(places.root)}`);
   for (const [path, text] of PLACES_TO_LOOK) print(`  ${path.padEnd(29)}${dim(text)}`);
-  print();
   return exact && silence !== undefined && recovery !== undefined;
 }
 
 const PLACES_TO_LOOK: [string, string][] = [
-  ["client/", "what the client has, one file per host and window"],
+  ["client/", "the client's: one file per host and window"],
   ["middle/linecount-report.log", "one line per delivery"],
   ["middle/batches/", "the queue: open, sealed, sent"],
   ["mails/", "to open with any mail program"],
@@ -71,7 +70,7 @@ function formatCells(cells: Cell[], windows: string[]): string[] {
     dim(
       row(
         "window",
-        windows.map((window) => windowTitle(window).padStart(13)),
+        windows.map((window) => formatTitle(window)),
       ),
     ),
     ...body,
