@@ -1,0 +1,234 @@
+/**
+ * Outgrowing one middle server: the real HAProxy with deploy/haproxy.cfg, and the real nginx with deploy/nginx.conf,
+ * in front of two receivers, each with its own folder and forwarder. One receiver is killed and comes back while
+ * six senders write.
+ */
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { appendFile, mkdir, readdir, readFile, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { compareBatchNames, listBatches, listHosts, parseBatchName } from "../lib/batch.ts";
+import {
+  accessLine,
+  expectSameLines,
+  findProgram,
+  freePort,
+  missing,
+  ROOT,
+  type Running,
+  runScriptOnce,
+  selfSigned,
+  start,
+  startScript,
+  tempFolder,
+  until,
+  writeConfig,
+} from "./support.ts";
+
+setDefaultTimeout(120_000);
+
+const HOSTS = [1, 2, 3, 4, 5, 6].map((n) => `10.10.21.18${n}`);
+const ROUNDS = 30;
+const LINES_PER_ROUND = 20;
+
+/** One middle server: a receiver, its folder, and a forwarder to the target that both share. */
+interface Middle {
+  port: number;
+  dir: string;
+  config: string;
+  receiver: Running;
+  /** The senders that reached it so far. */
+  hosts: string[];
+}
+
+/** Where a proxy listens, and the certificate to trust. */
+interface Proxy {
+  port: number;
+  ca: string;
+}
+type StartProxy = (folder: string, middles: Middle[]) => Promise<Proxy>;
+
+test.skipIf(missing({ haproxy: "haproxy", openssl: "openssl" }))(
+  "HAProxy by hash of the sender: one of two receivers is killed and comes back, every line arrives once",
+  async () => {
+    const senders = await sendThrough(startHaproxy);
+    // HAProxy hashes onto the servers' numbers, so that which sender goes where does not depend on our ports.
+    for (const hosts of senders) expect(hosts.length).toBeGreaterThan(0);
+  },
+);
+
+test.skipIf(missing({ nginx: "nginx-light", openssl: "openssl" }))(
+  "nginx by hash of the sender: one of two receivers is killed and comes back, every line arrives once",
+  async () => {
+    await sendThrough(startNginx);
+  },
+);
+
+/** Writes, kills, delivers and compares; the senders that each middle server had. */
+async function sendThrough(startProxy: StartProxy): Promise<string[][]> {
+  const folder = await tempFolder();
+  const target = join(folder, "target");
+  await mkdir(target);
+  const middles = [await startMiddle(folder, 1, target), await startMiddle(folder, 2, target)];
+  const proxy = await startProxy(folder, middles);
+  const logs = new Map<string, string>();
+  for (const host of HOSTS) logs.set(host, await startSender(folder, host, proxy));
+
+  const written = new Map(HOSTS.map((host) => [host, ""]));
+  let victim: Middle | undefined;
+  for (let round = 0; round < ROUNDS; round++) {
+    if (round === 10) {
+      await until(
+        "every sender is heard",
+        async () => (await sendersOf(middles)).flat().length === HOSTS.length,
+      );
+      victim = middles.sort((a, b) => b.hosts.length - a.hosts.length)[0];
+      await victim?.receiver.stop("SIGKILL");
+    }
+    if (round === 20 && victim) {
+      // The other receiver's senders were not held up by it.
+      for (const middle of middles) {
+        for (const host of middle === victim ? [] : middle.hosts) {
+          await until(
+            `${host} goes on`,
+            async () => (await countLines(middle, host)) >= 15 * LINES_PER_ROUND,
+          );
+        }
+      }
+      victim.receiver = startScript("receiver", victim.config);
+    }
+    for (const [index, host] of HOSTS.entries()) {
+      const lines = roundOfLines(index, round);
+      await appendFile(logs.get(host) ?? "", lines);
+      written.set(host, written.get(host) + lines);
+    }
+  }
+  for (const host of HOSTS) {
+    await until(`all lines of ${host} are received`, async () => {
+      const counts = await Promise.all(middles.map((middle) => countLines(middle, host)));
+      return counts.reduce((sum, count) => sum + count) >= ROUNDS * LINES_PER_ROUND;
+    });
+  }
+  const senders = await sendersOf(middles);
+  expect(senders.flat().sort()).toEqual(HOSTS); // each stuck to one receiver
+
+  for (const middle of middles) {
+    await until("every batch is sealed", async () => (await openBatches(middle)) === 0);
+    expect(await runScriptOnce("forwarder", middle.config, ["--once"])).toMatchObject({ code: 0 });
+  }
+  for (const host of HOSTS) expectSameLines(await delivered(target, host), written.get(host) ?? "");
+  return senders;
+}
+
+async function startMiddle(folder: string, number: number, target: string): Promise<Middle> {
+  const [port, home] = [await freePort(), join(folder, `middle${number}`)];
+  const dir = join(home, "received");
+  await mkdir(dir, { recursive: true });
+  const config = await writeConfig(home, {
+    receiver: { groups: [{ port, senders: ["*"] }], dir, sealAfterSeconds: 2, trustedProxies: ["127.0.0.1"] },
+    forwarder: { dir, target: `file://${target}`, report: join(home, "report.log") },
+  });
+  return { port, dir, config, receiver: startScript("receiver", config), hosts: [] };
+}
+
+/** Starts HAProxy with the example from deploy/, on other ports and with a certificate for 127.0.0.1. */
+async function startHaproxy(folder: string, middles: Middle[]): Promise<Proxy> {
+  const { cert, both } = await selfSigned();
+  const port = await freePort();
+  const text = (await readFile(join(ROOT, "deploy/haproxy.cfg"), "utf8"))
+    .replace("bind :5443", `bind 127.0.0.1:${port}`)
+    .replace("/etc/log-rt-sync/haproxy.pem", both)
+    .replace("10.10.23.212:5001", `127.0.0.1:${middles[0]?.port}`)
+    .replace("10.10.23.213:5001", `127.0.0.1:${middles[1]?.port}`);
+  const file = join(folder, "haproxy.cfg");
+  await writeFile(file, text);
+  start(findProgram("haproxy") ?? "haproxy", ["-db", "-f", file]);
+  return answering({ port, ca: cert });
+}
+
+/** Starts nginx with the example from deploy/, in the same way. */
+async function startNginx(folder: string, middles: Middle[]): Promise<Proxy> {
+  const { cert, key } = await selfSigned();
+  const port = await freePort();
+  const text = (await readFile(join(ROOT, "deploy/nginx.conf"), "utf8"))
+    .replace("listen 5443", `listen 127.0.0.1:${port}`)
+    .replace("/etc/log-rt-sync/cert.pem", cert)
+    .replace("/etc/log-rt-sync/key.pem", key)
+    .replace("127.0.0.1:5001", `127.0.0.1:${middles[0]?.port}`)
+    .replace("127.0.0.1:5002", `127.0.0.1:${middles[1]?.port}`);
+  const file = join(folder, "nginx.conf");
+  const temp = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(
+    (name) => `${name}_temp_path ${folder}/${name};`,
+  );
+  const head = `daemon off; master_process off; pid ${folder}/pid; error_log stderr;\nevents {}\n`;
+  await writeFile(file, `${head}http {\n${temp.join("\n")}\n${text}\n}\n`);
+  start(findProgram("nginx") ?? "nginx", ["-p", folder, "-c", file]);
+  return answering({ port, ca: cert });
+}
+
+async function answering(proxy: Proxy): Promise<Proxy> {
+  const trust = { tls: { ca: await readFile(proxy.ca, "utf8") } } as RequestInit;
+  await until("the proxy answers", () =>
+    fetch(`https://127.0.0.1:${proxy.port}/`, trust).catch(() => undefined),
+  );
+  return proxy;
+}
+
+/** Starts the shipper of one host; the path of its access.log. */
+async function startSender(folder: string, host: string, proxy: Proxy): Promise<string> {
+  const home = join(folder, host);
+  const stateDir = join(home, "state");
+  await mkdir(stateDir, { recursive: true });
+  const log = join(home, "access.log");
+  await writeFile(log, "");
+  const receiver = `https://127.0.0.1:${proxy.port}`;
+  const config = await writeConfig(home, {
+    shipper: { files: [log], receiver, host, stateDir, ca: proxy.ca },
+  });
+  startScript("shipper", config);
+  return log;
+}
+
+/** Lines over three windows of one hour, numbered so that no two are equal. */
+function roundOfLines(sender: number, round: number): string {
+  const minute = String(Math.floor((round / ROUNDS) * 60)).padStart(2, "0");
+  const numbers = Array.from({ length: LINES_PER_ROUND }, (_, i) => i + round * LINES_PER_ROUND);
+  return numbers.map((n) => accessLine(n + sender * 100_000, `22/Nov/2026:06:${minute}:01 +0600`)).join("");
+}
+
+async function countLines(middle: Middle, host: string): Promise<number> {
+  const folder = join(middle.dir, host);
+  let lines = 0;
+  for (const name of await listBatches(folder, "open", "sealed")) {
+    const text = await readFile(join(folder, name), "utf8").catch(() => ""); // sealed in between: counted next time
+    lines += text.split("\n").length - 1;
+  }
+  return lines;
+}
+
+/** The senders that each middle server has lines of. */
+async function sendersOf(middles: Middle[]): Promise<string[][]> {
+  for (const middle of middles) {
+    middle.hosts = [];
+    for (const host of await listHosts(middle.dir)) {
+      if ((await countLines(middle, host)) > 0) middle.hosts.push(host);
+    }
+  }
+  return middles.map(({ hosts }) => hosts);
+}
+
+async function openBatches(middle: Middle): Promise<number> {
+  let open = 0;
+  for (const host of await listHosts(middle.dir)) {
+    open += (await listBatches(join(middle.dir, host), "open")).length;
+  }
+  return open;
+}
+
+/** What the client has of one host, in the order of windows and parts. */
+async function delivered(target: string, host: string): Promise<string> {
+  const names = (await readdir(target)).filter(
+    (name) => parseBatchName(name)?.host === host.replaceAll(".", "-"),
+  );
+  const texts = names.sort(compareBatchNames).map((name) => readFile(join(target, name), "utf8"));
+  return (await Promise.all(texts)).join("");
+}
