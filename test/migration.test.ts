@@ -112,16 +112,17 @@ describe("latest.offset", () => {
     expectSameLines(await received(host, join(middle.dir, host)), lines(400, 1100));
   });
 
-  test("shipper refuses an offset file that holds no number, and ships nothing", async () => {
+  test("shipper refuses one that holds no number or lies beyond the file, and ships nothing", async () => {
     const middle = await startMiddle(["*"]);
     const log = join(middle.home, "access.log");
     await writeFile(log, lines(0, 10));
     const config = await shipperConfig(middle.url, "10.10.21.181", log, join(middle.home, "sender"));
-    await writeFile(join(middle.home, "sender/state/latest.offset"), "what?\n");
-
-    const { code, output } = await runScriptOnce("shipper", config, ["--once"]);
-    expect(code).toBe(1);
-    expect(output).toContain("latest.offset");
+    for (const text of ["what?\n", "", "-1", String(lines(0, 10).length + 1)]) {
+      await writeFile(join(middle.home, "sender/state/latest.offset"), text);
+      const { code, output } = await runScriptOnce("shipper", config, ["--once"]);
+      expect(code).toBe(1);
+      expect(output).toContain("latest.offset");
+    }
     expect(await readdir(middle.dir)).not.toContain("10.10.21.181");
   });
 });
@@ -169,10 +170,10 @@ describe("the original's form is refused", () => {
     expect(await readdir(middle.dir)).not.toContain("127.0.0.2");
   });
 
-  test("from an address that is not listed, and for a host that is not the sender's", async () => {
+  test("from an address that is not listed", async () => {
     const middle = await startMiddle(["127.0.0.2"]);
     const unlisted = await postLegacy(middle.port, "127.0.0.9", lines(0, 1));
-    expect([403, 421]).toContain(unlisted.status);
+    expect(unlisted).toMatchObject({ status: 403 });
     expect(await readdir(middle.dir)).not.toContain("127.0.0.9");
   });
 });
