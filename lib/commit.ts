@@ -197,6 +197,7 @@ export function createStore(options: CommitOptions) {
       await openAll();
       for (const sender of [...senders.values()]) {
         for (const name of sender.due()) {
+          if (sender.broken) break; // opened anew the next time
           try {
             const batch = sender.ledger.open.get(name);
             await turn(() => sender.seal(name));
@@ -207,6 +208,7 @@ export function createStore(options: CommitOptions) {
             faults.failed(name, "batch not sealed", { batch: name, error: describe(error) });
           }
         }
+        if (!sender.isUntidy()) continue;
         await turn(() => sender.tidy()).catch((error) => {
           faults.failed(sender.folder, "ledger not tidied", { host: sender.host, error: describe(error) });
         });

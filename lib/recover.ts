@@ -41,12 +41,19 @@ interface Recovery {
   log: Log;
 }
 
+/** A committed length; corrected when the file turns out to be shorter. */
+interface Committed {
+  bytes: number;
+}
+
+export type Recovered = Pick<Recovery, "ledger" | "finishing">;
+
 /** Brings a sender's folder into order. Throws an OperatorError when a newer version wrote its ledger. */
 export async function recoverSender(
   host: string,
   folder: string,
   { now, log }: Pick<Recovery, "now" | "log">,
-): Promise<Pick<Recovery, "ledger" | "finishing">> {
+): Promise<Recovered> {
   const recovery = {
     host,
     folder,
@@ -88,7 +95,7 @@ async function recoverBatches(recovery: Recovery): Promise<void> {
   const sealed = new Map((await readSealed(folder)).map((batch) => [batch.name, batch]));
   const names = (await listBatches(folder, "open")).map((part) => withState(part, "sealed"));
   for (const name of names) {
-    const batch = sealed.get(name) ?? ledger.open.get(name);
+    const batch = newer(sealed.get(name), ledger.open.get(name));
     if (batch) await cutBack(recovery, withState(name, "open"), batch);
     else if (isComplete)
       await rm(join(folder, withState(name, "open"))); // begun by a commit that never ended
@@ -101,6 +108,11 @@ async function recoverBatches(recovery: Recovery): Promise<void> {
     ledger.open.delete(name);
     recovery.isStale = true;
   }
+}
+
+/** A record of sealing that failed half way may be on disk, with lines committed behind it: the longer one counts. */
+function newer(sealed: Committed | undefined, open: Committed | undefined): Committed | undefined {
+  return sealed && open ? (open.bytes > sealed.bytes ? open : sealed) : (sealed ?? open);
 }
 
 /** Takes up a `.part` that no ledger knows: all of it may have been acknowledged, up to its last `\n`. */
@@ -150,7 +162,7 @@ async function recoverPieces(recovery: Recovery): Promise<void> {
 }
 
 /** Cuts a file to its committed length; a file that is shorter has lost lines that were acknowledged. */
-async function cutBack(recovery: Recovery, file: string, committed: { bytes: number }): Promise<void> {
+async function cutBack(recovery: Recovery, file: string, committed: Committed): Promise<void> {
   const path = join(recovery.folder, file);
   const { size } = await stat(path);
   if (size > committed.bytes) await truncate(path, committed.bytes);
