@@ -13,21 +13,14 @@
 import { constants } from "node:fs";
 import { access, lstat } from "node:fs/promises";
 import { dirname, join } from "node:path";
-import { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
-import { folders, listBatches, listHosts, parseBatchName, withState } from "./lib/batch.ts";
-import { type Config, readSecret } from "./lib/config.ts";
-import { openContent, Unreadable } from "./lib/content.ts";
-import {
-  type Committed,
-  commitGroup,
-  findReported,
-  Intents,
-  type Ready,
-  settleRename,
-} from "./lib/delivery.ts";
-import { exists, makeFolder, moveDurably, reached, writeDurably } from "./lib/durable.ts";
+import { folders, listBatches, listHosts, parseBatchName } from "./lib/batch.ts";
+import { type Config, ConfigError, readSecret } from "./lib/config.ts";
+import { countLines } from "./lib/content.ts";
+import { findReported, Intents, type Ready } from "./lib/delivery.ts";
+import { exists, makeFolder, moveDurably, writeDurably } from "./lib/durable.ts";
 import { holdLock } from "./lib/lock.ts";
+import { Manifests } from "./lib/manifest.ts";
 import {
   appendReport,
   FAULT_KINDS,
@@ -38,10 +31,10 @@ import {
   readForwarderState,
   readReportTail,
 } from "./lib/report.ts";
+import { createProbe, deliverRound, type Item, type Refused, type RoundContext } from "./lib/round.ts";
 import {
   backoff,
   createFaultLog,
-  createProgress,
   describe,
   EXIT,
   type FaultLog,
@@ -51,12 +44,10 @@ import {
   type Service,
 } from "./lib/service.ts";
 import { openSftpTarget } from "./lib/sftp.ts";
-import { openFileTarget, Refusal, type Target, TargetFault, tempName } from "./lib/target.ts";
+import { openFileTarget, Refusal, type Target, TargetFault } from "./lib/target.ts";
 
 type Settings = Config["forwarder"];
 
-/** Batches that are committed together at most. */
-const GROUP = 64;
 /** A file in failed/ is tried again after one interval, then two, four, …, at most so many ms. */
 const MAX_DISTANCE_MS = 3_600_000;
 
@@ -67,7 +58,10 @@ async function main(service: Service<"forwarder">): Promise<number> {
   await makeFolder(config.dir);
   await holdLock(join(config.dir, ".forwarder.lock"), `The folder ${config.dir}`);
   const forwarder = await createForwarder(service);
-  if (flags.once) return (await forwardOnce(forwarder)).left > 0 ? EXIT.failed : EXIT.done;
+  if (flags.once) {
+    const { left } = await forwardOnce(forwarder);
+    return left > 0 && !signal.aborted ? EXIT.failed : EXIT.done;
+  }
 
   service.log.info("forwarder started", { dir: config.dir, target: config.target });
   for (let faulty = 0; !signal.aborted; ) {
@@ -87,6 +81,8 @@ export interface Forwarder {
   faults: FaultLog;
   /** Batches that the server had no room for: they come last, so that one large file does not hold up all. */
   deferred: Set<string>;
+  /** Only when manifests are wanted. */
+  manifests?: Manifests;
 }
 
 /** Reads what earlier processes left behind. The caller holds the lock of the folder. */
@@ -100,6 +96,7 @@ export async function createForwarder(service: Service<"forwarder">): Promise<Fo
     state: (await readForwarderState(config.dir)) ?? { version: 1, at: 0, ok: true, failed: {} },
     faults: createFaultLog(log, now),
     deferred: new Set(),
+    ...(config.manifest && { manifests: await Manifests.load(config.dir) }),
   };
 }
 
@@ -115,33 +112,27 @@ export interface Cycle {
   fault?: TargetFault;
 }
 
-/** A batch in the queue. */
-interface Item {
-  batch: string;
-  folder: string;
-  bytes: number;
-}
-
 /** One pass: delivers everything that is sealed, over one connection. */
 export async function forwardOnce(forwarder: Forwarder): Promise<Cycle> {
   const { config, signal, log, now } = forwarder.service;
   const started = now();
-  const { due, waiting } = await listQueue(forwarder);
-  const cycle: Cycle = { sent: 0, lines: 0, failures: 0, left: waiting };
-  if (due.length > 0) {
-    try {
+  const cycle: Cycle = { sent: 0, lines: 0, failures: 0, left: 0 };
+  try {
+    const { due, waiting } = await listQueue(forwarder);
+    cycle.left = waiting.size;
+    if (due.length > 0 || (await forwarder.manifests?.due(config.dir, now()))?.length) {
       const target = await openTarget(config, signal);
       try {
-        await deliverQueue(forwarder, target, due, cycle);
+        await deliverQueue(forwarder, target, due, waiting, cycle);
+        if (!cycle.fault) await deliverManifests(forwarder, target);
       } finally {
         target.close();
       }
-    } catch (error) {
-      if (!(error instanceof TargetFault)) throw error;
-      cycle.fault = error;
     }
+  } catch (error) {
+    cycle.fault = asFault(error, config);
   }
-  cycle.left = waiting - cycle.sent;
+  cycle.left -= cycle.sent;
   if (!signal.aborted) await keepState(forwarder, cycle);
   if (cycle.sent + cycle.failures > 0) {
     const { sent, lines, failures, left } = cycle;
@@ -156,8 +147,18 @@ export async function openTarget(config: Settings, signal: AbortSignal): Promise
   return openSftpTarget(config, signal);
 }
 
-/** What is to be sent now, in order, and the number of all that wait. */
-async function listQueue({ service, state, deferred }: Forwarder): Promise<{ due: Item[]; waiting: number }> {
+/** An error as the fault that holds up all batches; one that is no fault of the world is thrown on. */
+function asFault(error: unknown, config: Settings): TargetFault {
+  if (error instanceof TargetFault) return error;
+  if (error instanceof ConfigError) return new TargetFault("login", error.message); // a secret that went away
+  if ((error as NodeJS.ErrnoException).code === undefined) throw error;
+  return new TargetFault("local", `Cannot work in ${config.dir} or beside ${config.report}`, {
+    cause: error,
+  });
+}
+
+/** What is to be sent now, in order, and the names of all that wait. */
+async function listQueue({ service, state, deferred }: Forwarder) {
   const { config, now } = service;
   const all = folders(config.dir);
   const queue: (Item & { key: string })[] = [];
@@ -168,234 +169,91 @@ async function listQueue({ service, state, deferred }: Forwarder): Promise<{ due
       const window = parseBatchName(batch)?.window ?? "";
       rank = window === last ? rank + 1 : 0;
       last = window;
-      const { size } = await lstat(join(folder, batch));
+      const info = await lstat(join(folder, batch)).catch(() => undefined);
+      if (!info) continue; // moved away meanwhile
       const key = `${deferred.has(batch) ? 1 : 0} ${window} ${String(rank).padStart(9, "0")} ${batch}`;
-      queue.push({ batch, folder, bytes: size, key });
+      queue.push({ batch, folder, bytes: info.size, key });
     }
   };
-  for (const host of await listHosts(config.dir))
+  for (const host of await listHosts(config.dir)) {
     await add(all.host(host), await listBatches(all.host(host), "sealed"));
+  }
   const failed = await listBatches(all.failed, "sealed");
-  for (const name of Object.keys(state.failed)) if (!failed.includes(name)) delete state.failed[name];
-  const again = failed.filter((name) => (state.failed[name]?.nextAt ?? 0) <= now());
-  const waiting = queue.length + failed.length;
-  await add(all.failed, again);
+  const waiting = new Set([...queue.map(({ batch }) => batch), ...failed]);
+  for (const batch of Object.keys(state.failed)) if (!waiting.has(batch)) delete state.failed[batch];
+  await add(
+    all.failed,
+    failed.filter((batch) => (state.failed[batch]?.nextAt ?? 0) <= now()),
+  );
   // Oldest window first; within a window one batch of each host, then the second of each.
   queue.sort((a, b) => (a.key < b.key ? -1 : 1));
-  return { due: queue, waiting };
-}
-
-/** A batch that was refused, by the target or by the local disk, while others go through. */
-interface Refused {
-  item: Item;
-  error: unknown;
+  return { due: queue as Item[], waiting };
 }
 
 /** Delivers the items; what is refused is tried `retries` times and then put aside. */
-async function deliverQueue(forwarder: Forwarder, target: Target, due: Item[], cycle: Cycle): Promise<void> {
-  const { service, intents } = forwarder;
-  const { config, signal } = service;
-  const failedFolder = folders(config.dir).failed;
-  let reported = new Set<string>();
-  if (intents.size > 0) {
-    await intents.keepOnly(new Set(due.map(({ batch }) => batch)));
-    reported = await findReported(config.report);
-  }
-  let items = due;
-  for (let attempt = 1; items.length > 0 && !cycle.fault && !signal.aborted; attempt++) {
-    if (attempt > 1) await pause(config.retryDelaySeconds * 1000, signal);
-    const refused = await deliverRound(forwarder, target, items, reported, cycle);
+async function deliverQueue(
+  forwarder: Forwarder,
+  target: Target,
+  due: Item[],
+  waiting: Set<string>,
+  cycle: Cycle,
+): Promise<void> {
+  const { service, intents, manifests, deferred } = forwarder;
+  const { config, signal, now } = service;
+  if (due.length === 0) return;
+  const leftOver = intents.size > 0;
+  if (leftOver) await intents.keepOnly(waiting);
+  const context: RoundContext = {
+    config,
+    target,
+    intents,
+    reported: leftOver ? await findReported(config.report) : new Set(),
+    now,
+    signal,
+    ...(manifests && { record: (sent: Ready[]) => manifests.record(sent, now()) }),
+    onSent: (sent) => tellSent(forwarder, sent, cycle),
+  };
+  const { failed } = folders(config.dir);
+  for (let attempt = 1, items = due; items.length > 0; attempt++) {
+    const { refused, fault, noRoom } = await deliverRound(items, context);
+    for (const batch of noRoom) deferred.add(batch);
     if (signal.aborted) return;
     cycle.failures += refused.length;
     await tellFailures(forwarder, refused);
-    for (const one of refused) {
-      if (one.item.folder === failedFolder || attempt >= config.retries) await putAside(forwarder, one);
+    const last = attempt >= config.retries;
+    for (const one of refused) if (last || one.item.folder === failed) await putAside(forwarder, one);
+    if (fault) throw fault;
+    const again = new Set(last ? [] : refused.map(({ item }) => item.batch));
+    items = items.filter(({ batch, folder }) => again.has(batch) && folder !== failed);
+    if (items.length > 0) await pause(config.retryDelaySeconds * 1000, signal);
+    if (signal.aborted) return;
+  }
+}
+
+/** Puts the manifests of hours that are over and delivered; one that is refused is tried again next time. */
+async function deliverManifests({ service, manifests, faults }: Forwarder, target: Target): Promise<void> {
+  const { config, log, now, signal } = service;
+  for (const hour of (await manifests?.due(config.dir, now())) ?? []) {
+    if (signal.aborted) return;
+    try {
+      log.info("manifest delivered", { name: await manifests?.deliver(hour, target, now()) });
+      faults.recovered("manifest", "manifests are taken again");
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      faults.failed("manifest", "manifest refused", { hour, error: describe(error) });
     }
-    items =
-      attempt >= config.retries
-        ? []
-        : refused.map(({ item }) => item).filter(({ folder }) => folder !== failedFolder);
   }
 }
 
-/** One try of each item, `parallel` at a time; whatever is uploaded meanwhile is committed as a group. */
-async function deliverRound(
-  forwarder: Forwarder,
-  target: Target,
-  items: Item[],
-  reported: Set<string>,
-  cycle: Cycle,
-): Promise<Refused[]> {
-  const { config, signal } = forwarder.service;
-  const refused: Refused[] = [];
-  const ready: Ready[] = [];
-  const queue = items.values();
-  const progress = createProgress(
-    "forwarder",
-    items.reduce((sum, { bytes }) => sum + bytes, 0),
-  );
-  const probe = createProbe(target);
-  let read = 0;
-  let committing: Promise<void> | undefined;
-  let bug: unknown;
-
-  const failed = async (item: Item, error: unknown) => {
-    const own = await isOwnFault(error, item, probe).catch((fault) => {
-      if (!(fault instanceof TargetFault)) throw fault;
-      cycle.fault ??= fault;
-      if (fault.kind === "server") forwarder.deferred.add(item.batch);
-      return false;
-    });
-    if (own) refused.push({ item, error });
-  };
-  const commitReady = async () => {
-    while (ready.length > 0) {
-      const group = ready.splice(0, GROUP);
-      const outcome = await commit(forwarder, target, group, cycle);
-      for (const { ready: one, error } of outcome.refused) await failed(one, error);
-      if (outcome.fault) cycle.fault ??= outcome.fault;
-    }
-  };
-  const commitMore = () => {
-    committing ??= commitReady()
-      .catch((error) => {
-        bug ??= error;
-      })
-      .finally(() => {
-        committing = undefined;
-      });
-    return committing;
-  };
-  const work = async () => {
-    for (const item of queue) {
-      if (cycle.fault || bug || signal.aborted) return;
-      try {
-        const onBytes = (bytes: number) => {
-          read += bytes;
-          progress.show(read);
-        };
-        ready.push(await upload(forwarder, target, item, reported, onBytes));
-      } catch (error) {
-        await failed(item, error);
-        continue;
-      }
-      const done = commitMore();
-      if (ready.length >= GROUP) await done;
-    }
-  };
-  try {
-    await Promise.all(Array.from({ length: config.parallel }, work));
-    await committing;
-    await commitMore();
-  } finally {
-    progress.end();
-  }
-  if (bug) throw bug;
-  return refused;
-}
-
-/** Brings a batch so far that its temp file is complete on the target, or finds that it is there already. */
-async function upload(
-  { service, intents }: Forwarder,
-  target: Target,
-  item: Item,
-  reported: Set<string>,
-  onBytes: (bytes: number) => void,
-): Promise<Ready> {
-  const { config, now } = service;
-  const { batch, folder } = item;
-  const gzip = config.compress === "gzip";
-  const open = () => openContent(join(folder, batch), { gzip, hash: config.manifest, onBytes });
-  const content = () => openContent(join(folder, batch), { gzip }).chunks;
-  const intent = intents.get(batch);
-  if (intent) {
-    const found = await settleRename(target, intent);
-    const renamed = found === "renamed";
-    if (found !== "unfit")
-      return { ...intent, batch, folder, content, renamed, reported: reported.has(batch), at: now() };
-    await intents.cancel(batch);
-  }
-  await checkFree(config.dir, batch);
-  const remote = gzip ? `${batch}.gz` : batch;
-  const { chunks, measured } = open();
-  const at = now();
-  await target.upload(remote, chunks);
-  reached("forward:uploaded");
-  return { ...measured, remote, batch, folder, content, at };
-}
-
-/** A name can be delivered once: sent/ must not hold it, also not compressed. */
-async function checkFree(dir: string, batch: string): Promise<void> {
-  for (const name of [batch, withState(batch, "compressed")]) {
-    const path = join(folders(dir).sent, name);
-    if (await exists(path))
-      throw new Refusal(`"${path}" says that it was delivered already; remove one of the two`);
-  }
-}
-
-/** Commits a group and tells of it. A fault of the local disk is a fault that holds up all. */
-async function commit(
-  forwarder: Forwarder,
-  target: Target,
-  group: Ready[],
-  cycle: Cycle,
-): Promise<Committed> {
-  const { service, intents, state } = forwarder;
-  const { config, log, now } = service;
-  try {
-    const outcome = await commitGroup(group, {
-      target,
-      intents,
-      dir: config.dir,
-      report: config.report,
-      now,
-    });
-    for (const { batch, lines, bytes, at } of outcome.sent) {
-      cycle.sent++;
-      cycle.lines += lines;
-      state.lastSentAt = now();
-      delete state.failed[batch];
-      forwarder.deferred.delete(batch);
-      log.info("batch delivered", { batch, lines, bytes, ms: now() - at });
-    }
-    return outcome;
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === undefined) throw error;
-    const fault = new TargetFault("local", `Cannot record deliveries in ${config.dir} or ${config.report}`, {
-      cause: error,
-    });
-    return { sent: [], refused: [], fault };
-  }
-}
-
-/**
- * Whether an error is the file's own. Throws the TargetFault when the target is at fault; after a refusal that
- * is found out by trying a small file of another name.
- */
-async function isOwnFault(error: unknown, item: Item, probe: () => Promise<void>): Promise<boolean> {
-  if (error instanceof Unreadable) return exists(join(item.folder, item.batch)); // gone: someone moved it away
-  if (!(error instanceof Refusal)) throw error;
-  await probe().catch((cause) => {
-    if (cause instanceof TargetFault) throw cause;
-    throw new TargetFault("server", describe(error), { cause });
-  });
-  return true;
-}
-
-/** Asks whether the target takes files at all; callers at the same time share one question. */
-function createProbe(target: Target): () => Promise<void> {
-  const name = ".log-rt-sync-probe";
-  let asking: Promise<void> | undefined;
-  const ask = async () => {
-    await target.upload(name, Readable.from([Buffer.from("log-rt-sync\n")]));
-    await target.remove(tempName(name));
-  };
-  return () => {
-    asking ??= ask().finally(() => {
-      asking = undefined;
-    });
-    return asking;
-  };
+/** Counts and tells a delivery. */
+function tellSent({ service, state, deferred }: Forwarder, sent: Ready, cycle: Cycle): void {
+  const { batch, lines, bytes, at } = sent;
+  cycle.sent++;
+  cycle.lines += lines;
+  state.lastSentAt = service.now();
+  delete state.failed[batch];
+  deferred.delete(batch);
+  service.log.info("batch delivered", { batch, lines, bytes, ms: service.now() - at });
 }
 
 /** One line in `.fail` and in the log per refused try. */
@@ -404,19 +262,11 @@ async function tellFailures({ service }: Forwarder, refused: Refused[]): Promise
   const lines: ReportLine[] = [];
   for (const { item, error } of refused) {
     const { batch } = item;
-    const content = openContent(join(item.folder, batch));
-    const count = await drain(content.chunks).then(
-      () => content.measured.lines,
-      () => 0, // the reason says that it cannot be read
-    );
+    const count = await countLines(join(item.folder, batch)).catch(() => 0); // the reason says why
     lines.push({ at: now(), batch, lines: count, status: "Failed", reason: describe(error) });
     log.warn("batch refused", { batch, error: describe(error) });
   }
   await appendReport(failReportPath(config.report), lines);
-}
-
-async function drain(chunks: AsyncIterable<Uint8Array>): Promise<void> {
-  for await (const _ of chunks);
 }
 
 /** Moves a batch to failed/, where it is tried again after a growing distance. */
@@ -426,7 +276,7 @@ async function putAside({ service, state }: Forwarder, { item, error }: Refused)
   const attempts = (state.failed[item.batch]?.attempts ?? 0) + 1;
   const distance = Math.min(MAX_DISTANCE_MS, config.intervalSeconds * 1000 * 2 ** Math.min(attempts - 1, 30));
   state.failed[item.batch] = { attempts, nextAt: now() + distance, reason: describe(error) };
-  if (item.folder === failed) return;
+  if (item.folder === failed || (await exists(join(failed, item.batch)))) return; // there already
   await moveDurably(join(item.folder, item.batch), join(failed, item.batch));
   log.warn("batch moved to failed", { batch: item.batch });
 }

@@ -57,11 +57,18 @@ export function openContent(
   { gzip = false, hash = false, onBytes = (_: number) => {} } = {},
 ): Content {
   const measured: Measured = { bytes: 0, lines: 0 };
-  const raw = countLines(readChunks(path), measured, onBytes);
+  const raw = measureLines(readChunks(path), measured, onBytes);
   return { measured, chunks: measureBytes(gzip ? compress(raw) : raw, measured, hash) };
 }
 
-async function* countLines(
+/** Lines of a file that was not sent, for its report. Throws Unreadable. */
+export async function countLines(path: string): Promise<number> {
+  const { chunks, measured } = openContent(path);
+  for await (const _ of chunks);
+  return measured.lines;
+}
+
+async function* measureLines(
   chunks: AsyncIterable<Uint8Array>,
   measured: Measured,
   onBytes: (n: number) => void,

@@ -218,7 +218,8 @@ async function meetExisting(target: Target, ready: Ready): Promise<void> {
   ready.renamed = true;
 }
 
-async function digest(chunks: AsyncIterable<Uint8Array>): Promise<string> {
+/** SHA-256 of a content, in hex. */
+export async function digest(chunks: AsyncIterable<Uint8Array>): Promise<string> {
   const hash = createHash("sha256");
   for await (const chunk of chunks) hash.update(chunk);
   return hash.digest("hex");

@@ -153,6 +153,42 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("to $name", ({ start }) => {
     await takeAway(backend);
   });
 
+  test("manifest: each hour is listed once all of it is delivered, late parts in a further one", async () => {
+    const site = await makeSite(backend, { manifest: true });
+    const first = site.seal(HOST, 1, lines(3));
+    const second = site.seal("10.0.0.1", 1, lines(4));
+    const open = join(site.dir, HOST, "accessLog_26110101_40-59_10-10-21-181.log.part");
+    await writeFile(open, "more of this hour\n");
+    expect((await once(site)).code).toBe(0);
+    expect(Object.keys(await remoteFiles(backend))).toEqual([first, second].sort()); // not all of the hour yet
+    const third = "accessLog_26110101_40-59_10-10-21-181.log";
+    await rename(open, join(site.dir, HOST, third));
+    await once(site, { LOG_RT_SYNC_STOP_AT: "forward:reported" }); // killed: nothing is left out
+    expect((await once(site)).code).toBe(0);
+    const entry = (name: string, text: string) => ({
+      name,
+      lines: text.split("\n").length - 1,
+      bytes: text.length,
+      sha256: new Bun.CryptoHasher("sha256").update(text).digest("hex"),
+    });
+    const manifest = async (name: string) => JSON.parse((await remoteFiles(backend))[name] ?? "null");
+    expect(await manifest("accessLog_26110101_manifest.json")).toEqual({
+      version: 1,
+      hour: "26110101",
+      part: 1,
+      batches: [entry(second, lines(4)), entry(first, lines(3)), entry(third, "more of this hour\n")],
+    });
+    const late = first.replace(/\.log$/, ".2.log");
+    await writeFile(join(site.dir, HOST, late), "late\n");
+    expect((await once(site)).code).toBe(0);
+    expect(await manifest("accessLog_26110101_manifest.2.json")).toMatchObject({
+      part: 2,
+      batches: [entry(late, "late\n")],
+    });
+    expect((await once(site)).output).toBe("");
+    await takeAway(backend);
+  });
+
   test('compress: "gzip" sends <name>.log.gz, the same bytes after a crash', async () => {
     const site = await makeSite(backend, { compress: "gzip" });
     const text = lines(5000);
