@@ -9,6 +9,7 @@
  * later one replaces an earlier one and a damaged one in between costs nothing but itself. A last line that is
  * torn or wrong was never acknowledged. Monitor, housekeeping and status page read; only the receiver writes.
  */
+import { open } from "node:fs/promises";
 import { join } from "node:path";
 import { crc32 } from "node:zlib";
 import { LEDGER } from "./batch.ts";
@@ -174,6 +175,35 @@ export async function readLedger(hostFolder: string): Promise<Ledger | undefined
   const ledger = emptyLedger();
   for (const record of parseRecords(text).records) applyRecord(ledger, record as LedgerRecord);
   return ledger;
+}
+
+/**
+ * A `readLedger` for those who look again and again: of a ledger that has grown, only what is new is read. A record
+ * that the receiver took back after a failed write may be told until the next compaction: for display alone.
+ */
+export function createLedgerReader(): typeof readLedger {
+  const known = new Map<string, { ino: number; end: number; ledger: Ledger }>();
+  return async (hostFolder) => {
+    const file = await open(join(hostFolder, LEDGER), "r").catch((error: NodeJS.ErrnoException) => {
+      if (error.code === "ENOENT") return undefined;
+      throw error;
+    });
+    if (!file) return undefined;
+    try {
+      const { ino, size } = await file.stat();
+      const last = known.get(hostFolder);
+      const { end, ledger } =
+        last?.ino === ino && last.end <= size ? last : { end: 0, ledger: emptyLedger() };
+      const block = Buffer.alloc(size - end);
+      const { bytesRead } = await file.read(block, 0, block.length, end);
+      const news = parseRecords(block.toString("utf8", 0, bytesRead));
+      for (const record of news.records) applyRecord(ledger, record as LedgerRecord);
+      known.set(hostFolder, { ino, end: end + news.end, ledger });
+      return ledger;
+    } finally {
+      await file.close();
+    }
+  };
 }
 
 /** Every batch of a sender that was ever sealed (within the time that the receiver remembers), oldest first. */

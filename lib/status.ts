@@ -7,7 +7,7 @@ import { stat, statfs } from "node:fs/promises";
 import { join } from "node:path";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName } from "./batch.ts";
 import { type Config, createMatcher, sections } from "./config.ts";
-import { emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
+import { createLedgerReader, emptyLedger, HISTORY_MINUTES, type Ledger } from "./ledger.ts";
 import { type ForwarderState, readForwarderState } from "./report.ts";
 import { describe, VERSION } from "./service.ts";
 
@@ -75,12 +75,13 @@ export function createStatusReader(
   { ledgerOf, now = Date.now }: StatusSources,
 ): () => Promise<Status> {
   const startedAt = now();
+  const readOther = createLedgerReader();
   let lastAt = Number.NEGATIVE_INFINITY;
   let last: Promise<Status> | undefined;
   return () => {
     if (!last || Math.abs(now() - lastAt) > FRESH_MS) {
       lastAt = now();
-      last = collectStatus(config, { ledgerOf, now: lastAt, startedAt });
+      last = collectStatus(config, { ledgerOf, readOther, now: lastAt, startedAt });
       last.catch(() => {
         last = undefined; // a fault is not kept: the next call looks again
       });
@@ -89,10 +90,17 @@ export function createStatusReader(
   };
 }
 
+/** Where and when to look: `readOther` reads the ledger of a sender that `ledgerOf` does not know. */
+export interface Sight extends Pick<StatusSources, "ledgerOf"> {
+  readOther: (hostFolder: string) => Promise<Ledger | undefined>;
+  now: number;
+  startedAt: number;
+}
+
 /** One look at the ledgers and at the folder. Throws the system's error when the folder cannot be read. */
 export async function collectStatus(
   { dir, groups, forgetAfterDays }: Config["receiver"],
-  { ledgerOf, now, startedAt }: { ledgerOf: StatusSources["ledgerOf"]; now: number; startedAt: number },
+  { ledgerOf, readOther, now, startedAt }: Sight,
 ): Promise<Status> {
   const senders = groups.flatMap((group) => group.senders.map((sender) => sender.toLowerCase()));
   const isSender = createMatcher(senders);
@@ -101,7 +109,7 @@ export async function collectStatus(
   const hosts: HostStatus[] = [];
   for (const host of new Set([...expected, ...(await listHosts(dir))])) {
     const folder = folders(dir).host(host);
-    const ledger = ledgerOf(host) ?? (await readLedger(folder)) ?? emptyLedger();
+    const ledger = ledgerOf(host) ?? (await readOther(folder)) ?? emptyLedger();
     const batches = { ...(await countWaiting(folder)), failed: failed.get(dashedHost(host)) ?? 0 };
     failed.delete(dashedHost(host));
     const status = { host, ...tellLedger(ledger, now), ...batches, state: hostState(ledger, now, startedAt) };

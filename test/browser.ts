@@ -17,7 +17,7 @@ let browser: Browser;
 
 /** Starts one browser for the tests of the file that calls it. */
 export function useBrowser(): () => Browser {
-  setDefaultTimeout(60_000);
+  setDefaultTimeout(120_000);
   beforeAll(async () => {
     if (noBrowser) return;
     const executablePath = findProgram("chromium") ?? "";

@@ -1,9 +1,12 @@
 import { describe, expect, test } from "bun:test";
-import { writeFile } from "node:fs/promises";
+import { appendFile, truncate, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import fc from "fast-check";
+import { LEDGER } from "../lib/batch.ts";
+import { writeDurably } from "../lib/durable.ts";
 import {
   applyRecord,
+  createLedgerReader,
   emptyLedger,
   formatRecord,
   type LedgerRecord,
@@ -113,4 +116,26 @@ test("readLedger() and readSealed() tell an absent file from an empty one, and s
     formatRecord({ forgotten: "26112206_00-19" }) + formatRecord(batch) + formatRecord(batch).slice(0, 20);
   await writeFile(join(folder, ".ledger-sealed"), text);
   expect(await readSealed(folder)).toEqual([batch]);
+});
+
+describe("createLedgerReader()", () => {
+  test("tells what readLedger() tells, also of a ledger that grew, has a torn end, or was written anew", async () => {
+    const folder = await tempFolder();
+    const path = join(folder, LEDGER);
+    const read = createLedgerReader();
+    expect(await read(folder)).toBeUndefined();
+    const stream = (offset: number) => formatRecord({ streams: { "a-stream": { offset, at: offset } } });
+    for (const text of [stream(1), stream(2), "", stream(3).slice(0, 20), stream(3).slice(20), stream(4)]) {
+      await appendFile(path, text);
+      expect(await read(folder)).toEqual(await readLedger(folder));
+    }
+    expect((await read(folder))?.streams.get("a-stream")?.offset).toBe(4);
+    await writeDurably(
+      path,
+      formatRecord({ lost: 7, streams: { "b-stream": { offset: 9, at: 9 } } }).repeat(9),
+    );
+    expect(await read(folder)).toEqual(await readLedger(folder));
+    await truncate(path, 0);
+    expect(await read(folder)).toEqual(emptyLedger());
+  });
 });

@@ -2,7 +2,7 @@ import { describe, expect, test } from "bun:test";
 import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { parseConfig } from "../lib/config.ts";
-import { emptyLedger, formatRecord, type Ledger } from "../lib/ledger.ts";
+import { emptyLedger, formatRecord, type Ledger, readLedger } from "../lib/ledger.ts";
 import { pageHeaders, renderPage } from "../lib/page.ts";
 import { collectStatus, createStatusReader, type Status } from "../lib/status.ts";
 import { findProblems, verdict } from "../lib/verdict.ts";
@@ -131,7 +131,12 @@ function ledgerOf(over: Partial<Ledger>): Ledger {
 }
 
 function collect(config: Parameters<typeof collectStatus>[0], ledgers: Record<string, Ledger> = {}) {
-  return collectStatus(config, { ledgerOf: (name) => ledgers[name], now: NOW, startedAt: NOW - 3_600_000 });
+  return collectStatus(config, {
+    ledgerOf: (name) => ledgers[name],
+    readOther: readLedger,
+    now: NOW,
+    startedAt: NOW - 3_600_000,
+  });
 }
 
 describe("collectStatus()", () => {
@@ -148,7 +153,7 @@ describe("collectStatus()", () => {
   test("calls nobody silent while the receiver itself has only just started", async () => {
     const { config } = await folderWith(["a"], []);
     const ledger = ledgerOf({ heardAt: NOW - 9 * MINUTE_MS, lineAt: NOW - 9 * MINUTE_MS });
-    const sources = { ledgerOf: () => ledger, now: NOW, startedAt: NOW - MINUTE_MS };
+    const sources = { ledgerOf: () => ledger, readOther: readLedger, now: NOW, startedAt: NOW - MINUTE_MS };
     expect((await collectStatus(config, sources)).hosts[0]?.state).toBe("quiet");
   });
 
