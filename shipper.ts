@@ -22,8 +22,20 @@ import type { Family, Stream } from "./lib/family.ts";
 import * as families from "./lib/family.ts";
 import { holdLock } from "./lib/lock.ts";
 import { expandFiles, look, siblingFolders } from "./lib/rotation.ts";
-import * as service from "./lib/service.ts";
-import { describe, EXIT, type Log, OperatorError, pause, type Service } from "./lib/service.ts";
+import {
+  createFaultLog,
+  createProgress,
+  describe,
+  EXIT,
+  type FaultLog,
+  formatBytes,
+  formatDuration,
+  type Log,
+  OperatorError,
+  pause,
+  runScript,
+  type Service,
+} from "./lib/service.ts";
 import { openLog } from "./lib/tail.ts";
 import { createTransfer, Refused, type Transfer, Truncated } from "./lib/transfer.ts";
 import { createUploader } from "./lib/upload.ts";
@@ -41,7 +53,7 @@ export interface Shipper {
   now: () => number;
   families: Map<string, Family>;
   transfer: Transfer;
-  faults: service.FaultLog;
+  faults: FaultLog;
   context: families.ScanContext;
   /** The set of streams has changed since the last save. */
   streamsChanged: boolean;
@@ -76,7 +88,7 @@ export async function openShipper(
   config: Config["shipper"],
   { log, signal, now }: Pick<Shipper, "log" | "signal" | "now">,
 ): Promise<Shipper> {
-  const faults = service.createFaultLog(log, now);
+  const faults = createFaultLog(log, now);
   const transfer = createTransfer({
     config,
     log,
@@ -172,7 +184,7 @@ async function takeOverOffset(shipper: Shipper): Promise<void> {
 /** Ships to the end of every file, and ends when the receiver has everything. */
 async function drainAll(shipper: Shipper): Promise<void> {
   const { signal, now, transfer } = shipper;
-  const progress = service.createProgress("shipping", await bytesAhead(shipper));
+  const progress = createProgress("shipping", await bytesAhead(shipper));
   const ticker = setInterval(() => progress.show(transfer.sent.bytes), 250);
   const drainFamily = async (family: Family) => {
     while (!signal.aborted) {
@@ -431,12 +443,12 @@ async function tell(shipper: Shipper): Promise<void> {
   const { signal, log, now } = shipper;
   const { sent } = shipper.transfer;
   let before = { ...sent };
-  let progress: ReturnType<typeof service.createProgress> | undefined;
+  let progress: ReturnType<typeof createProgress> | undefined;
   for (let told = now(); !signal.aborted; ) {
     await pause(1000, signal);
     const lag = lagOf(shipper);
     if (lag > 16 * shipper.config.chunkBytes) {
-      progress ??= service.createProgress("backlog", sent.bytes + lag);
+      progress ??= createProgress("backlog", sent.bytes + lag);
       progress.show(sent.bytes);
     } else {
       progress?.end();
@@ -471,8 +483,8 @@ async function printStatus(config: Config["shipper"], now: number): Promise<numb
   for (const { streams } of Object.values(found.cursor.families)) {
     for (const { path, id, offset, since, size: seen } of streams.filter(({ done }) => !done)) {
       const size = (await look(path).catch(() => undefined))?.size ?? seen;
-      const lag = service.formatBytes(Math.max(0, size - offset));
-      const age = `${service.formatDuration(now - since)} ago`;
+      const lag = formatBytes(Math.max(0, size - offset));
+      const age = `${formatDuration(now - since)} ago`;
       rows.push([path, id ?? "-", String(size), String(offset), lag, age]);
     }
   }
@@ -485,8 +497,7 @@ async function printStatus(config: Config["shipper"], now: number): Promise<numb
         .trimEnd()}\n`,
     );
   const { lost } = found.cursor;
-  if (lost > 0)
-    process.stdout.write(`Lost, and not told to the receiver yet: ${service.formatBytes(lost)}\n`);
+  if (lost > 0) process.stdout.write(`Lost, and not told to the receiver yet: ${formatBytes(lost)}\n`);
   return EXIT.done;
 }
 
@@ -522,7 +533,7 @@ async function check({ config, signal }: Service<"shipper">, connect: boolean): 
 }
 
 if (import.meta.main) {
-  await service.runScript(
+  await runScript(
     {
       name: "shipper",
       about: "Follows log files and ships every line to the receiver: none lost, none twice.",
