@@ -39,6 +39,8 @@ import {
 
 type Options = Config["housekeep"];
 const DAY_MS = 24 * 3_600_000;
+/** Files compressed at once by default, however many cores there are: each takes some 10 MiB. */
+const MOST_AT_ONCE = 8;
 /** The receiver holds it while it serves a sender. */
 const LOCK = `${LEDGER}-lock`;
 
@@ -205,7 +207,7 @@ async function compressAll(steps: Step[], context: HousekeepContext, result: Hou
       }
     }
   };
-  const workers = config.parallel ?? Math.max(1, availableParallelism() - 1);
+  const workers = config.parallel ?? Math.min(MOST_AT_ONCE, Math.max(1, availableParallelism() - 1));
   await Promise.all(Array.from({ length: workers }, work));
   progress.end();
 }

@@ -43,7 +43,7 @@ export async function bench(root: string): Promise<string> {
     runs.gzip.push(runOn(source, join(root, "gzip"), gzip));
     runs.ours.push(runOn(source, join(root, "ours"), housekeep));
   }
-  const workers = Math.max(1, availableParallelism() - 1);
+  const workers = Math.min(8, Math.max(1, availableParallelism() - 1));
   const row = (name: string, of: Run[]) => {
     const seconds = median(of.map((run) => run.seconds));
     const size = (100 * (of[0]?.bytes ?? 0)) / total;

@@ -14,7 +14,7 @@ import { withState } from "./batch.ts";
 import { moveDurably, reached, removeDurably, syncFile, TEMP_SUFFIX } from "./durable.ts";
 
 /** Block size of the streams, in bytes. */
-const BLOCK = 1 << 20;
+const BLOCK = 1 << 18;
 /** The level of the gzip command. */
 const LEVEL = 6;
 

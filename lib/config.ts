@@ -272,7 +272,10 @@ const housekeep = z
       .describe(
         "Records of senders not heard of for so long go; no less than the receiver's forgetAfterDays",
       ),
-    parallel: count.max(64).optional().describe("Files compressed at once; default: one less than the cores"),
+    parallel: count
+      .max(64)
+      .optional()
+      .describe("Files compressed at once; default: one less than the cores, at most 8"),
     schedule: schedule.default("*/10 * * * *").describe("For --watch: when to run"),
   })
   .refine((config) => config.compressAfterHours <= config.deleteAfterHours, {
