@@ -10,17 +10,16 @@
  *
  * One run at a time, by a lock that ends with its process. The exit code is 1 while a mail is not accepted.
  */
-import { randomBytes } from "node:crypto";
 import { access, constants, stat } from "node:fs/promises";
 import { dirname } from "node:path";
 import { renderAlert } from "./lib/alertmail.ts";
 import { type Config, readSecret } from "./lib/config.ts";
-import { makeFolder, reached, readIfExists, writeDurably } from "./lib/durable.ts";
+import { makeFolder, reached } from "./lib/durable.ts";
 import { judge } from "./lib/incident.ts";
 import { holdLock } from "./lib/lock.ts";
 import { MailError, sendMail, verifyMail } from "./lib/mail.ts";
 import type { MailText } from "./lib/mailpage.ts";
-import { emptyState, enqueue, type MonitorState, type Notice } from "./lib/notice.ts";
+import { type MonitorState, type Notice, readState, saveState } from "./lib/notice.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
   describe,
@@ -69,11 +68,11 @@ export async function checkOnce(context: MonitorContext): Promise<boolean> {
   });
   const lock = await holdLock(`${config.stateFile}.lock`, "The monitor's state");
   try {
-    const before = await readState(context);
+    const before = await recall(context);
     const { sight, offset } = await look(context);
     const state = judge(before, sight, config, now());
     queueSummaries(state, { ...context, offset });
-    await saveState(config, state);
+    await saveState(config.stateFile, state);
     reached("monitor:queued");
     await tell(state, context);
     const healthy = state.queue.every(({ mailed }) => mailed);
@@ -84,41 +83,12 @@ export async function checkOnce(context: MonitorContext): Promise<boolean> {
   }
 }
 
-/** The state, or that of a first run; an unreadable one is told, and the run starts from what it sees. */
-async function readState({ config, log, now }: MonitorContext): Promise<MonitorState> {
-  const fresh = emptyState(randomBytes(4).toString("hex"));
-  const text = await readIfExists(config.stateFile);
-  if (text === undefined) {
-    log.info("first run: starting from what is seen", { stateFile: config.stateFile });
-    return fresh;
-  }
-  try {
-    const state = JSON.parse(text) as MonitorState;
-    if (state?.version === 1 && state.incidents && state.heard && Array.isArray(state.queue)) return state;
-    throw new Error(`expected version 1, found ${state?.version}`);
-  } catch (error) {
-    log.error("state file unreadable: starting from what is seen", { error: describe(error) });
-    const note = `What was told before ${config.stateFile} became unreadable is not known; it may be told again.`;
-    const change = {
-      kind: "note",
-      title: "Monitor starts anew",
-      text: note,
-      status: "ok",
-      sender: false,
-    } as const;
-    const at = now();
-    enqueue(fresh, {
-      id: `note-${fresh.instance}-${at}`,
-      at,
-      changes: [{ ...change, since: at }],
-      references: [],
-    });
-    return fresh;
-  }
-}
-
-function saveState({ stateFile }: Options, state: MonitorState): Promise<void> {
-  return writeDurably(stateFile, `${JSON.stringify(state)}\n`);
+/** The state of the run before; an unreadable one is told, and this run starts from what it sees. */
+async function recall({ config, log, now }: MonitorContext): Promise<MonitorState> {
+  const { state, fault } = await readState(config.stateFile, now());
+  if (fault) log.error("state file unreadable: starting from what is seen", { error: fault });
+  else if (state.at === 0) log.info("first run: starting from what is seen", { stateFile: config.stateFile });
+  return state;
 }
 
 // ---- tell
@@ -161,7 +131,7 @@ async function tell(state: MonitorState, context: MonitorContext): Promise<void>
     if (postDue) hookDown = !(await postNotice(notice, text, context));
     if (!config.webhook || (hookDown && now() - notice.at > WEBHOOK_PATIENCE_MS)) notice.posted = true; // given up
     if (notice.mailed && notice.posted) state.queue.splice(state.queue.indexOf(notice), 1);
-    await saveState(config, state);
+    await saveState(config.stateFile, state);
   }
 }
 
@@ -247,7 +217,7 @@ async function sendTestMail({ config, log, signal, now }: Service<"monitor">): P
 
 async function printStatus(service: Service<"monitor">): Promise<number> {
   const { config, now } = service;
-  const before = await readState(service);
+  const before = await recall(service);
   const { sight } = await look(service);
   const state = judge(before, sight, config, now());
   const ago = (at: number) => (at > 0 ? `${formatDuration(now() - at)} ago` : "never");

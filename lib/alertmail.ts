@@ -1,14 +1,5 @@
 /** The mail of what changed, as a pure function; the subject has its fact first, for a phone's lock screen. */
-import {
-  COLOR,
-  escapeHtml,
-  footer,
-  formatClock,
-  formatTime,
-  type MailText,
-  page,
-  sentence,
-} from "./mailpage.ts";
+import { COLOR, escapeHtml, footer, formatClock, formatTime, type MailText, page } from "./mailpage.ts";
 import type { Change, Notice, Status } from "./notice.ts";
 import { formatBytes, formatDuration } from "./service.ts";
 
@@ -115,7 +106,7 @@ function explain({ kind, status, sender, since, text }: Change, at: number): str
   if (kind === "flapping")
     return "It goes and comes. No mail for each change until it has been steady for half an hour.";
   if (kind === "note") return text;
-  if (!sender) return kind === "over" ? `It began ${ago}.` : `${sentence(text)}. Noticed ${ago}.`;
+  if (!sender) return kind === "over" ? `It began ${ago}.` : `${text}. Noticed ${ago}.`;
   if (kind === "over") return "Its shipper is heard of again; what it kept meanwhile is on its way.";
   if (kind === "steady") return `No change for half an hour. Since ${ago}.`;
   if (status === "silent")

@@ -131,7 +131,7 @@ function hear(
   state.heard[host] = heard;
   if (heard.value !== heardAt) Object.assign(heard, { value: heardAt, at: Math.max(heardAt, heardAfter) });
   heard.at = Math.min(heard.at, now); // a time in the future is a clock that was set back
-  if (lost < heard.lost) heard.lost = lost; // a new ledger counts anew
+  if (lost < heard.lost) heard.lost = 0; // a new ledger counts anew
   if (lost > heard.lost && now - heard.lostToldAt >= LOST_AGAIN_MS) {
     const change = { title: host, text: "", status: "fault", sender: true, since: now } as const;
     changes.push({ kind: "lost", ...change, bytes: lost - heard.lost });
@@ -186,11 +186,10 @@ function follow(
     if (status === "ok") delete incident.outage;
     else incident.outage = outage;
   }
-  const kind = whatToTell(
-    incident,
-    now,
-    state.queue.length > 0 ? Number.POSITIVE_INFINITY : rules.remindMinutes,
+  const unsent = state.queue.some(
+    (notice) => notice.kind === "alert" && notice.changes.some(({ title }) => title === incident.title),
   );
+  const kind = whatToTell(incident, now, unsent ? Number.POSITIVE_INFINITY : rules.remindMinutes);
   if (!kind) return;
   if (kind === "opened" && incident.told === "ok") incident.thread = id;
   else if (incident.thread) references.add(incident.thread);

@@ -2,6 +2,9 @@
  * What the monitor remembers, and what it has to tell. A notice stands in the queue until it is accepted, so that
  * an outage of the mail server loses none and keeps their order. All times are of the monitor's clock.
  */
+import { randomBytes } from "node:crypto";
+import { readIfExists, writeDurably } from "./durable.ts";
+import { describe } from "./service.ts";
 
 /** Beyond so many notices in the queue, changes join the last one: the queue stays small in a long outage. */
 const QUEUE_LIMIT = 100;
@@ -96,4 +99,36 @@ export function enqueue(
   const joins = last?.kind === "alert" && !last.mailed && state.queue.length >= QUEUE_LIMIT;
   if (joins) last.changes.push(...alert.changes);
   else state.queue.push({ kind: "alert", ...alert, counts });
+}
+
+/**
+ * The state in the file at `path`; that of a first run when there is none. When it is unreadable, `fault` says why,
+ * and the state is that of a first run with a notice about it.
+ */
+export async function readState(path: string, now: number): Promise<{ state: MonitorState; fault?: string }> {
+  const fresh = emptyState(randomBytes(4).toString("hex"));
+  const text = await readIfExists(path);
+  if (text === undefined) return { state: fresh };
+  try {
+    const state = JSON.parse(text) as MonitorState;
+    if (state?.version === 1 && state.incidents && state.heard && Array.isArray(state.queue))
+      return { state };
+    throw new Error(`expected version 1, found ${state?.version}`);
+  } catch (error) {
+    const change: Change = {
+      kind: "note",
+      title: "Monitor starts anew",
+      text: `What was told before ${path} became unreadable is not known; it may be told again.`,
+      status: "ok",
+      sender: false,
+      since: now,
+    };
+    enqueue(fresh, { id: `note-${fresh.instance}-${now}`, at: now, changes: [change], references: [] });
+    return { state: fresh, fault: describe(error) };
+  }
+}
+
+/** Saves the state, on stable storage when it returns. */
+export function saveState(path: string, state: MonitorState): Promise<void> {
+  return writeDurably(path, `${JSON.stringify(state)}\n`);
 }

@@ -95,7 +95,8 @@ async function lookAtDelivery(config: Options, now: number): Promise<Fault[]> {
   const limit = config.deliveryMinutes * MINUTE_MS;
   const waiting = await countWaiting(config.dir);
   if (waiting.oldest && now - waiting.since > limit) {
-    const text = `${waiting.files} sealed batches wait, the oldest ${waiting.oldest} for ${formatDuration(now - waiting.since)}`;
+    const batches = waiting.files === 1 ? "1 batch waits" : `${waiting.files} batches wait`;
+    const text = `${batches}, the oldest ${waiting.oldest} for ${formatDuration(now - waiting.since)}`;
     faults.push({ key: "delivery", title: "Delivery is late", text });
   }
   const forwarder = await readForwarderState(config.dir);

@@ -198,11 +198,9 @@ test("checkOnce() tells what the forwarder met, what failed and what waits too l
   await writeFile(forwarderStatePath(dir), JSON.stringify({ version: 1, at: 0, ok: false, fault, failed }));
   await runAt(config, Date.now() + 31 * MINUTE);
   const [mail] = await received();
-  expect(mail?.text).toContain(
-    "Delivery is late\n  1 sealed batches wait, the oldest accessLog_26112206_40-59",
-  );
-  expect(mail?.text).toContain("Host key refused\n  The server shows SHA256:x");
-  expect(mail?.text).toContain(`Delivery failed\n  AccessLog_26112206_20-39_10-0-0-1.log: quota exceeded`);
+  expect(mail?.text).toContain("Delivery is late\n  1 batch waits, the oldest accessLog_26112206_40-59");
+  expect(mail?.text).toContain("Host key refused\n  the server shows SHA256:x");
+  expect(mail?.text).toContain(`Delivery failed\n  accessLog_26112206_20-39_10-0-0-1.log: quota exceeded`);
 });
 
 test("checkOnce() starts from what it sees when the state file is unreadable, and says so", async () => {
@@ -263,6 +261,13 @@ test.each(["monitor:queued", "monitor:accepted"])(
     expect(JSON.parse(await readFile(join(folder, "monitor.json"), "utf8")).queue).toEqual([]);
   },
 );
+
+test("checkOnce() does not look into sent/, however much is in it", async () => {
+  const { dir, config, received } = await setUp({ expected: [] });
+  await writeFile(join(dir, "sent"), "not even a folder");
+  expect((await runAt(config, NOON)).healthy).toBe(true);
+  expect(await received()).toEqual([]);
+});
 
 test("monitor exits with 1 while a mail is not accepted", async () => {
   const { file } = await setUp({
