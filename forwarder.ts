@@ -10,8 +10,8 @@
  * queue stays as it is, the next try comes after a growing pause. A file that the server refuses while it
  * takes others goes to failed/ after `retries` tries and is tried from there, ever less often.
  */
-import { constants } from "node:fs";
-import { access, lstat } from "node:fs/promises";
+import { constants, lstatSync } from "node:fs";
+import { access } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { folders, listBatches, listHosts, parseBatchName } from "./lib/batch.ts";
@@ -162,26 +162,26 @@ async function listQueue({ service, state, deferred }: Forwarder) {
   const { config, now } = service;
   const all = folders(config.dir);
   const queue: (Item & { key: string })[] = [];
-  const add = async (folder: string, batches: string[]) => {
+  const add = (folder: string, batches: string[]) => {
     let rank = 0;
     let last = "";
     for (const batch of batches) {
       const window = parseBatchName(batch)?.window ?? "";
       rank = window === last ? rank + 1 : 0;
       last = window;
-      const info = await lstat(join(folder, batch)).catch(() => undefined);
+      const info = lstatSync(join(folder, batch), { throwIfNoEntry: false });
       if (!info) continue; // moved away meanwhile
       const key = `${deferred.has(batch) ? 1 : 0} ${window} ${String(rank).padStart(9, "0")} ${batch}`;
       queue.push({ batch, folder, bytes: info.size, key });
     }
   };
   for (const host of await listHosts(config.dir)) {
-    await add(all.host(host), await listBatches(all.host(host), "sealed"));
+    add(all.host(host), await listBatches(all.host(host), "sealed"));
   }
   const failed = await listBatches(all.failed, "sealed");
   const waiting = new Set([...queue.map(({ batch }) => batch), ...failed]);
   for (const batch of Object.keys(state.failed)) if (!waiting.has(batch)) delete state.failed[batch];
-  await add(
+  add(
     all.failed,
     failed.filter((batch) => (state.failed[batch]?.nextAt ?? 0) <= now()),
   );

@@ -6,6 +6,7 @@
  * over all files; the server keeps their order per file (draft-ietf-secsh-filexfer-02, section 4.1).
  */
 import { getCiphers } from "node:crypto";
+import { connect as connectTcp, type Socket } from "node:net";
 import { posix } from "node:path";
 import type { Client, ConnectConfig, SFTPWrapper } from "ssh2";
 import ssh2 from "ssh2";
@@ -19,6 +20,9 @@ const WRITE_BYTES = 31_952;
 const LARGE_WRITE_BYTES = 130_560;
 /** Bytes on their way, over all files of the connection: as much as OpenSSH's sftp, and its server's window. */
 const MAX_IN_FLIGHT = 2 * 1024 * 1024;
+
+/** Bytes that are written to the socket at once, from when on they don't wait for more. */
+const GATHER_BYTES = 131_072;
 
 /** Modern first. AES-GCM runs in the runtime's native crypto; Bun's has no ChaCha20, and ssh2 insists on it. */
 const ALGORITHMS = {
@@ -184,8 +188,7 @@ function connect(server: Server, types: string[], signal: AbortSignal, listen = 
       answer(prompts.map(() => login.password ?? "")),
     );
     const options = {
-      host,
-      port,
+      sock: gatherWrites(connectTcp({ host, port, noDelay: true })),
       ...login,
       readyTimeout: timeoutMs,
       keepaliveInterval: Math.max(1000, timeoutMs / 3),
@@ -205,6 +208,31 @@ function connect(server: Server, types: string[], signal: AbortSignal, listen = 
       failed(Object.assign(error as Error, { level: "client-authentication" }));
     }
   });
+}
+
+/**
+ * ssh2 writes each packet in three pieces. Here all pieces of one turn of the event loop go to the kernel at
+ * once, or as soon as they are many: three to thirty times fewer system calls on both sides.
+ */
+function gatherWrites(socket: Socket): Socket {
+  const write = socket.write.bind(socket) as (data: Uint8Array) => boolean;
+  let gathered = 0;
+  const flush = () => {
+    if (gathered === 0) return;
+    gathered = 0;
+    socket.uncork();
+  };
+  socket.write = ((data: Uint8Array) => {
+    if (gathered === 0) {
+      socket.cork();
+      setImmediate(flush);
+    }
+    gathered += data.length;
+    const more = write(data);
+    if (gathered >= GATHER_BYTES) flush();
+    return more;
+  }) as typeof socket.write;
+  return socket;
 }
 
 /** What could not be agreed on: `key exchange algorithm`, `C->S cipher`, … */
