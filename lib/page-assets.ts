@@ -59,16 +59,16 @@ dt { color: var(--soft); font-size: .87rem; } dd { font-size: 1.2rem; font-weigh
 .hosts { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; overflow: clip; }
 .hosts > h2 { padding: .9rem 1.1rem .5rem; } .hosts > p { padding: 0 1.1rem .9rem; }
 table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .42rem .6rem; vertical-align: middle; }
+th, td { text-align: left; padding: .42rem .5rem; vertical-align: middle; }
 thead th { color: var(--soft); font-weight: 550; font-size: .87rem; white-space: nowrap; border-bottom: 1px solid var(--line);
   position: sticky; top: 0; background: var(--card); }
 tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 14rem; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tr:target > * { background: var(--off-ground); }
 th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th:last-child { padding-right: 1.1rem; }
-.s { white-space: nowrap; } .s.bad, .n.bad { color: var(--bad); font-weight: 600; } .s.ask { color: var(--ask); font-weight: 600; }
-.c { width: 7.5rem; height: 1.6rem; vertical-align: middle; margin-right: .6rem; }
-.z { color: var(--soft); } td small { display: block; white-space: nowrap; }
+.s.bad, .n.bad { color: var(--bad); font-weight: 600; } .s.ask { color: var(--ask); font-weight: 600; }
+.c { width: 6.5rem; height: 1.6rem; vertical-align: middle; margin-right: .5rem; }
+.z { color: var(--soft); } td small { display: block; }
 .about { color: var(--soft); margin-top: 1rem; font-size: .87rem; }
 .about ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; margin-bottom: .5rem; }
 .about p { overflow-wrap: anywhere; }
@@ -77,7 +77,7 @@ th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th
 @media (min-width: 62rem) { .legs { grid-template-columns: 5fr 4fr 3fr; } .leg:first-child { grid-column: auto; } }
 @media (min-width: 78rem) {
   td:nth-child(n+6), thead th:nth-child(n+6) { text-align: right; }
-  td { white-space: nowrap; }
+  td { white-space: nowrap; } td.ask, td small { white-space: normal; }
 }
 /* Narrow: a card per sender, which leaves out the zeros. */
 @media (max-width: 77.99rem) {
@@ -89,8 +89,8 @@ th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th
     padding: .75rem 1.1rem .85rem; box-shadow: 0 0 0 1px var(--line); }
   tbody tr + tr > * { border: 0; }
   tbody tr > * { padding: 0 !important; min-width: 0; }
-  tbody th { grid-column: 1 / 4; } .s { grid-column: 4; justify-self: end; } .s.ask { white-space: normal; }
-  td:nth-child(3), td:nth-child(4) { grid-column: span 2; }
+  tbody th { grid-column: span 2; } .s { grid-column: span 2; justify-self: end; }
+  td:nth-child(3), td:nth-child(4), td:nth-child(8) { grid-column: span 2; }
   td:nth-child(5) { grid-column: 1 / -1; display: flex; align-items: end; padding-block: .3rem !important; }
   td:nth-child(5) .c { width: auto; flex: 1; min-width: 0; height: 2rem; }
   td.z { display: none; }
@@ -98,7 +98,7 @@ th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th
   td:nth-child(3)::before { content: "Last line"; } td:nth-child(4)::before { content: "Last heard"; }
   td:nth-child(6)::before { content: "Lag"; } td:nth-child(7)::before { content: "Open"; }
   td:nth-child(8)::before { content: "Waiting"; } td:nth-child(9)::before { content: "Failed"; }
-  td:nth-child(10)::before { content: "Bytes lost"; }
+  td:nth-child(10)::before { content: "Lost"; }
 }
 `;
 

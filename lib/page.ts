@@ -9,15 +9,15 @@ import { createHash } from "node:crypto";
 import { Html, html } from "./html.ts";
 import { REFRESH_SECONDS, SCRIPT, STYLE } from "./page-assets.ts";
 import { formatBytes, formatDuration } from "./service.ts";
-import { type HostState, type HostStatus, inState, type Status, sum } from "./status.ts";
+import { type HostState, type HostStatus, inState, SILENT_MS, type Status, sum } from "./status.ts";
 import { count, findProblems, formatClock, isLate, type Problem, sentence, verdict } from "./verdict.ts";
 
 /** Rows of one page; senders beyond it are counted, not listed. */
 const MAX_ROWS = 500;
 /** Links to the senders of one problem. */
 const MAX_LINKS = 6;
-/** Characters of a name that fit the first column. */
-const MAX_UNBROKEN = 20;
+/** Names up to this length, that of any IPv4 address, fit on one line. */
+const MAX_UNBROKEN = 15;
 /** Points of a sender's curve; the curve of all has one per minute. */
 const ROW_POINTS = 48;
 /** "Now" in lines per minute is the mean of so many minutes. */
@@ -43,9 +43,9 @@ export const pageHeaders: Record<string, string> = {
 
 /** How each state is called; the worst come first in the table. */
 const STATES: Record<HostState, { text: string; meaning: string; mark: string }> = {
-  silent: { text: "silent", meaning: "not heard of", mark: "bad" },
-  never: { text: "never heard", meaning: "expected, not heard of yet", mark: "ask" },
-  former: { text: "former", meaning: "no longer a sender, batches are left", mark: "off" },
+  silent: { text: "silent", meaning: `not heard of for ${SILENT_MS / 60_000} minutes`, mark: "bad" },
+  never: { text: "never heard of", meaning: "expected, has not sent yet", mark: "ask" },
+  gone: { text: "gone", meaning: "no longer a sender, batches are left", mark: "off" },
   quiet: { text: "quiet", meaning: "alive, sends no lines", mark: "off" },
   ok: { text: "ok", meaning: "lines come", mark: "ok" },
 };
@@ -123,7 +123,7 @@ function leg(mark: Verdict, [ok, bad, off]: [string, string, string], content: H
 
 function renderArrival(hosts: HostStatus[]): Html {
   const sending = inState(hosts, "ok").length + inState(hosts, "quiet").length;
-  const senders = hosts.length - inState(hosts, "former").length;
+  const senders = hosts.length - inState(hosts, "gone").length;
   const perMinute = addCurves(hosts);
   const hours = `${perMinute.length / 60} hours`;
   const lost = sum(hosts, "lost");
@@ -176,7 +176,7 @@ function renderHosts({ hosts, now }: Status): Html {
     "Open",
     "Waiting",
     "Failed",
-    "Bytes lost",
+    "Lost",
   ];
   return html`<section class="hosts"><h2 id="senders">Senders</h2>
 <table role="table" aria-labelledby="senders"><thead role="rowgroup"><tr role="row">${heads.map((head) => html`<th role="columnheader" scope="col">${head}</th>`)}</tr></thead>
@@ -208,17 +208,17 @@ function renderHost(host: HostStatus, now: number): Html {
   ]}</tr>`;
 }
 
-/** A long name breaks behind its dots. */
+/** A long name breaks behind its dots and colons. */
 function breakable(name: string): Html | string {
   if (name.length <= MAX_UNBROKEN) return name;
-  return html`${name.split(/(?<=\.)/).map((label, i) => html`${i > 0 && WORD_BREAK}${label}`)}`;
+  return html`${name.split(/(?<=[.:])/).map((label, i) => html`${i > 0 && WORD_BREAK}${label}`)}`;
 }
 
 const WORD_BREAK = html`<wbr>`;
 
 function renderAbout({ version, startedAt, now, dir, hosts }: Status): Html {
   const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
-  const states = ORDER.filter((state) => state !== "former" || inState(hosts, state).length > 0);
+  const states = ORDER.filter((state) => state !== "gone" || inState(hosts, state).length > 0);
   return html`<section class="about" aria-label="About this page">
 <ul>${states.map((state) => html`<li class="${STATES[state].mark}">${symbol(STATES[state].mark)}${STATES[state].text}: ${STATES[state].meaning}</li>`)}</ul>
 <p>Receiver ${version}, up ${formatDuration(now - startedAt)}, folder ${dir}. Times are in ${timeZone}. Refreshed every ${REFRESH_SECONDS} seconds.</p>

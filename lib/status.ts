@@ -13,10 +13,10 @@ import { describe, VERSION } from "./service.ts";
 
 /**
  * How a sender is doing. `ok`: lines come; `quiet`: it is heard of, but sends no lines; `silent`: it is not
- * heard of; `never`: it is expected and was not heard of yet; `former`: the config knows it no longer, but
+ * heard of; `never`: it is expected and was not heard of yet; `gone`: the config knows it no longer, but
  * batches of it are left.
  */
-export type HostState = "ok" | "quiet" | "silent" | "never" | "former";
+export type HostState = "ok" | "quiet" | "silent" | "never" | "gone";
 
 /** One sender. Times are milliseconds since the epoch by the receiver's clock, 0 for never. */
 export interface HostStatus {
@@ -56,8 +56,8 @@ export interface Status {
   forwarder?: Pick<ForwarderState, "at" | "fault" | "lastSentAt">;
 }
 
-/** The monitor's default: the receiver has no config of the monitor's. */
-const SILENT_MS = sections.monitor.shape.silentMinutes.parse(undefined) * 60_000;
+/** A sender not heard of for so long is silent: the monitor's default, for the receiver has no config of the monitor's. */
+export const SILENT_MS = sections.monitor.shape.silentMinutes.parse(undefined) * 60_000;
 
 /** However many look at the page, the folder is looked at once in so long. */
 const FRESH_MS = 2_000;
@@ -115,11 +115,11 @@ export async function collectStatus(
     const status = { host, ...tellLedger(ledger, now), ...batches, state: hostState(ledger, now, startedAt) };
     const forgotten = now - ledger.heardAt > forgetAfterDays * 86_400_000 && !expected.includes(host);
     if (isSender(host) && !forgotten) hosts.push(status);
-    else if (status.open + status.waiting + status.failed > 0) hosts.push({ ...status, state: "former" });
+    else if (status.open + status.waiting + status.failed > 0) hosts.push({ ...status, state: "gone" });
   }
   for (const [host, count] of failed) {
     // its folder is gone, the dashed form of its name is all that is left
-    hosts.push({ host, ...tellLedger(emptyLedger(), now), waiting: 0, failed: count, state: "former" });
+    hosts.push({ host, ...tellLedger(emptyLedger(), now), waiting: 0, failed: count, state: "gone" });
   }
   const disk = await statfs(dir).then(
     ({ bavail, blocks, bsize }) => ({ free: bavail * bsize, total: blocks * bsize }),

@@ -7,8 +7,8 @@ const MINUTE_MS = 60_000;
 /** A sender as it looks in a state, with four hours of lines. */
 export function host(name: string, state: HostState = "ok", over: Partial<HostStatus> = {}): HostStatus {
   const seed = [...name].reduce((sum, char) => (sum * 31 + char.charCodeAt(0)) % 9973, 7);
-  const end = { ok: 240, quiet: 150, silent: 200, never: 0, former: 0 }[state];
-  const age = { ok: 900, quiet: 21_000, silent: 40 * MINUTE_MS, never: NOW, former: 4000 * MINUTE_MS }[state];
+  const end = { ok: 240, quiet: 150, silent: 200, never: 0, gone: 0 }[state];
+  const age = { ok: 900, quiet: 21_000, silent: 40 * MINUTE_MS, never: NOW, gone: 4000 * MINUTE_MS }[state];
   return {
     host: name,
     state,
@@ -49,13 +49,13 @@ export const samples: Record<"empty" | "good" | "trouble" | "many", Status> = {
   good: status([181, 182, 183, 190].map((n) => host(`10.10.21.${n}`, n === 190 ? "quiet" : "ok"))),
   trouble: status(
     [
-      host("10.10.21.181"),
-      host("10.10.21.182", "silent", { waiting: 4, waitingSince: NOW - 62 * MINUTE_MS }),
+      host("10.10.21.181", "ok", { lag: 1_040_000, lost: 1_040_000 }),
+      host("10.10.21.182", "silent", { waiting: 4, waitingSince: NOW - 3000 * MINUTE_MS }),
       host("10.10.21.183", "ok", { waiting: 3, waitingSince: NOW - 42 * MINUTE_MS, lost: 3_200_000 }),
       host("10.10.21.184", "never"),
       host("web-7.frankfurt.example.com", "quiet"),
       host("fd00:10:10::21:185", "ok", { failed: 2 }),
-      host("10.10.9.4", "former", { waiting: 1, waitingSince: NOW - 1000 }),
+      host("10.10.9.4", "gone", { waiting: 1, waitingSince: NOW - 1000 }),
       host("10.10.22.10", "silent"),
     ],
     {

@@ -90,7 +90,8 @@ describe("renderPage()", () => {
 
   test("tells each state in a word, with full times behind the relative ones", () => {
     const page = renderPage(samples.trouble);
-    for (const word of ["silent", "never heard", "former", "quiet", "ok"]) expectText(page, `</svg>${word}<`);
+    for (const word of ["silent", "never heard of", "gone", "quiet", "ok"])
+      expectText(page, `</svg>${word}<`);
     expect(page).toMatch(
       /<time datetime="2026-11-22T10:12:31\.000Z" title="22 Nov 2026[^"]+">40m ago<\/time>/,
     );
@@ -203,7 +204,7 @@ describe("collectStatus()", () => {
     expect(first?.linesPerMinute).toHaveLength(240);
     expect(first?.linesPerMinute.at(-1)).toBe(7);
     expect(first?.linesPerMinute.at(0)).toBe(3);
-    expect(second).toMatchObject({ host: "10-0-0-7", state: "former", failed: 1 });
+    expect(second).toMatchObject({ host: "10-0-0-7", state: "gone", failed: 1 });
     expect(disk?.free).toBeGreaterThan(0);
     expect(forwarder).toBeUndefined();
   });
@@ -213,7 +214,7 @@ describe("collectStatus()", () => {
     const left = await folderWith(["here"], [batch, "empty/.ledger"]);
     expect((await collect(left.config)).hosts.map((sender) => [sender.host, sender.state])).toEqual([
       ["here", "never"],
-      ["gone", "former"],
+      ["gone", "gone"],
     ]);
   });
 
