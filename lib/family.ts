@@ -16,6 +16,7 @@ import type { FamilyState, StreamState } from "./cursor.ts";
 import { listSiblings, look, type Sibling } from "./rotation.ts";
 import { describe, type FaultLog, type Log } from "./service.ts";
 import {
+  contentStart,
   type LogFile,
   MARK_BYTES,
   matchesSignature,
@@ -262,7 +263,10 @@ async function findOwner(
   isLive: boolean,
   located: Map<Stream, Sibling>,
 ): Promise<Stream | undefined> {
-  const homeless = family.streams.filter((stream) => !located.has(stream));
+  // Of streams that begin alike the one of which most is known decides.
+  const homeless = family.streams
+    .filter((stream) => !located.has(stream))
+    .sort((a, b) => knownOf(b) - knownOf(a));
   for (const whole of [true, false]) {
     for (const stream of homeless) {
       if (await matchesSignature(file, stream.signature, whole)) return stream;
@@ -270,8 +274,8 @@ async function findOwner(
   }
   if (isLive) return undefined; // the live file may begin like a rotated one, and is another all the same
   for (const stream of family.streams) {
-    // Of a file that is gone the handle may be left.
-    if (stream.file && !stream.file.compression && (await isCopyOf(file, stream.file))) return stream;
+    if (!stream.file || stream.file.compression || !mayBeCopied(family, stream, file, located)) continue;
+    if (await isCopyOf(file, stream.file)) return stream;
   }
   // One of which nothing was read yet has no signature: then this is it, compressed or copied meanwhile.
   return homeless.find(
@@ -279,9 +283,27 @@ async function findOwner(
   );
 }
 
+/** Up to which byte a stream's signature goes. */
+function knownOf({ signature: { head, marks } }: Stream): number {
+  return Math.max(head?.end ?? 0, marks.at(-1)?.end ?? 0);
+}
+
+/**
+ * Whether a file may be made from a stream's: the live one is copied (copytruncate), a rotated one is compressed
+ * under its own name, and of one that is gone, whose handle is still open, anything may have been made.
+ */
+function mayBeCopied(family: Family, stream: Stream, file: LogFile, located: Map<Stream, Sibling>): boolean {
+  const original = located.get(stream)?.path;
+  if (original === undefined || stream === liveStream(family)) return true;
+  return file.compression !== undefined && file.path.startsWith(`${original}.`);
+}
+
 /** Whether `copy` has the bytes of `original` as far as it goes; of a plain copy its head, middle and end. */
 async function isCopyOf(copy: LogFile, original: LogFile): Promise<boolean> {
-  const { size } = await copy.stat();
+  const { size, mtimeMs } = await copy.stat();
+  const { size: originalSize, mtimeMs: originalTime } = await original.stat();
+  // Written to after the copy was made, and no longer than it: truncated, and by chance filled with the same.
+  if (!copy.compression && size === originalSize && originalTime > mtimeMs) return false;
   const step = copy.compression ? COMPARE_BYTES : Math.max(1, Math.floor((size - COMPARE_BYTES) / 2));
   const a = new Uint8Array(COMPARE_BYTES);
   const b = new Uint8Array(COMPARE_BYTES);
@@ -365,58 +387,87 @@ async function skipOldFiles(family: Family, siblings: Sibling[], context: ScanCo
 }
 
 /**
- * The cursor was damaged: the receiver is asked where it stands with each file. Files are shipped oldest first,
- * so one that is older than a known one was shipped before it.
+ * The cursor was damaged: the receiver is asked where it stands with each file, newest first. Files are shipped
+ * oldest first, so one that is older than a known one was shipped before it. When none is known, compressed
+ * files are left alone: nothing tells whether they were shipped.
  */
 async function recover(family: Family, files: Sibling[], context: ScanContext): Promise<void> {
+  const unknown: Stream[] = [];
   let known = false;
-  const streams: Stream[] = [];
-  for (const found of files.toReversed()) {
-    if (isCompressed(found.path) || !found.readable) continue;
-    const file = await openLog(found.path).catch(() => undefined);
+  for (const found of files.toReversed().filter(({ readable }) => readable)) {
+    const file = await openLog(found.path).catch(() => undefined); // told of when it is to be read
     if (!file) continue;
     try {
-      const id = await nameStream(file, { streams: [] });
-      const { size } = await file.stat();
-      const offset = id === undefined ? undefined : await context.ask(id);
-      const isKnown = offset !== undefined && offset <= size;
-      known ||= isKnown;
+      const place = await askPlace(family, file, context);
+      known ||= place !== undefined;
+      const past = known && place === undefined;
       const stream = await beginStream(
         family,
         file,
-        isKnown ? offset : known ? await endOf(file) : 0,
+        place?.offset ?? (past ? await endOf(file) : 0),
         context,
       );
-      if (isKnown) stream.id = id;
-      stream.done = known && !isKnown;
-      streams.push(stream);
+      if (place) stream.id = place.id;
+      stream.done = past;
+      if (!known && isCompressed(found.path)) unknown.push(stream);
+    } catch (error) {
+      if (!(error instanceof UnfinishedFile)) throw error; // one that is still being compressed: looked at later
     } finally {
       await file.close();
     }
   }
-  const left = files.filter(({ path }) => isCompressed(path)).length;
-  if (!known && left > 0)
-    context.log.warn("compressed files are not shipped: nothing tells whether they were", { left });
+  if (known || unknown.length === 0) return;
+  for (const stream of unknown) stream.done = true;
+  context.log.warn("compressed files are not shipped: nothing tells whether they were", {
+    files: unknown.length,
+  });
+}
+
+/** Where the receiver stands with a file; of several that begin with the same line it is the newest one's. */
+async function askPlace(
+  family: Family,
+  file: LogFile,
+  context: ScanContext,
+): Promise<{ id: string; offset: number } | undefined> {
+  const { size } = await file.stat();
+  let place: { id: string; offset: number } | undefined;
+  for await (const id of streamNames(file, family.path)) {
+    if (family.streams.some((stream) => stream.id === id)) break; // a newer file's
+    const offset = await context.ask(id);
+    if (offset === undefined) break;
+    if (file.compression || offset <= size) place = { id, offset };
+  }
+  return place;
 }
 
 /**
- * The name of a stream on the wire, from the file's key and first line, so that it can be told again when the
- * cursor is lost. Undefined until the first line is whole. No other stream of the family has the same: a file
- * that was truncated may begin like before.
+ * The name of a stream on the wire. Undefined until its first line is whole. No other stream of the family has
+ * the same.
  */
 export async function nameStream(
   file: LogFile,
-  family: Pick<Family, "streams">,
+  family: Family,
+  truncated = false,
 ): Promise<string | undefined> {
+  for await (const name of streamNames(file, family.path, truncated)) {
+    if (!family.streams.some(({ id }) => id === name)) return name;
+  }
+  return undefined;
+}
+
+/**
+ * The names that a file may have, made from the path of its family and its first line, so that they can be told
+ * again from a copy or a compressed form when the cursor is lost; a serial number for files that begin alike.
+ */
+async function* streamNames(file: LogFile, path: string, truncated = false): AsyncGenerator<string> {
   const head = new Uint8Array(MARK_BYTES);
-  const bytes = head.subarray(0, await file.read(head, 0));
+  const bytes = head.subarray(0, await file.read(head, await contentStart(file, truncated)));
   const newline = bytes.indexOf(0x0a) + 1;
-  if (newline === 0 && bytes.length < MARK_BYTES) return undefined;
+  if (newline === 0 && bytes.length < MARK_BYTES) return;
   const first = newline > 0 ? bytes.subarray(0, newline) : bytes;
   for (let serial = 0; ; serial++) {
-    const hash = createHash("sha256").update(`${file.key} ${serial} `).update(first);
-    const name = hash.digest("base64url").slice(0, 22);
-    if (!family.streams.some(({ id }) => id === name)) return name;
+    const hash = createHash("sha256").update(`${path}\0${serial}\0`).update(first);
+    yield hash.digest("base64url").slice(0, 22);
   }
 }
 

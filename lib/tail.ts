@@ -225,11 +225,23 @@ export function wholeLines(bytes: Uint8Array): number {
   return bytes.lastIndexOf(NEWLINE) + 1;
 }
 
-/** Number of NUL bytes at the start: the hole that a writer without O_APPEND leaves after copytruncate. */
-export function leadingNuls(bytes: Uint8Array): number {
-  let n = 0;
-  while (n < bytes.length && bytes[n] === 0) n++;
-  return n;
+/** So many NULs at the head of a file are a hole: no line begins like that. */
+const HOLE_BYTES = 32;
+
+/**
+ * Where the content of a file begins: behind the hole of NULs that a writer without O_APPEND leaves at its head
+ * after copytruncate. `after` says that a truncation was seen; then also a short hole is one.
+ */
+export async function contentStart(file: LogFile, after = false): Promise<number> {
+  const block = new Uint8Array(64 * 1024);
+  for (let position = 0; ; position += block.length) {
+    const n = await file.read(block, position);
+    let nuls = 0;
+    while (nuls < n && block[nuls] === 0) nuls++;
+    if (nuls === block.length) continue;
+    const start = position + nuls;
+    return start >= HOLE_BYTES || after ? start : 0;
+  }
 }
 
 /**

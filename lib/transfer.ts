@@ -11,7 +11,7 @@ import type { FaultLog, Log } from "./service.ts";
 import {
   addHead,
   addMark,
-  leadingNuls,
+  contentStart,
   MARK_BYTES,
   type Mark,
   markOf,
@@ -26,8 +26,6 @@ import { type Chunk, createUploader, encodeBody } from "./upload.ts";
 const TRANSFERS = 3;
 /** The smallest chunk that a 413 can lead to. */
 const MIN_CHUNK_BYTES = 4096;
-/** So many NULs at the head of a file are a hole, also where no truncation was seen: no line begins like that. */
-const HOLE_BYTES = 32;
 
 /** The receiver does not take chunks now: hold the offset and try again after `waitMs`. */
 export class Refused extends Error {
@@ -94,6 +92,7 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     async drain(family: Family, stream: Stream): Promise<void> {
       const [a, b] = await buffers.take();
       try {
+        if (stream.offset === 0) await skipHole(stream);
         let next = await prepare(family, stream, stream.offset, stream.signature.marks, a);
         for (let turn = 1; next !== undefined && !signal.aborted; turn++) {
           const { chunk, marks, full }: Prepared = next;
@@ -156,21 +155,28 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     else stream.size = n === limit ? Math.max((await file.stat()).size, end) : end;
     stream.checkedSize = stream.size;
 
-    const hole = holeAt(stream, view, offset, guard);
     const isNew = stream.id === undefined || stream.signature.head === undefined;
-    stream.signature = headSeen(stream.signature, view, offset - guard, offset + hole);
-    const length = lengthToShip(view.subarray(guard), hole, n === limit);
+    stream.signature = headSeen(stream.signature, view, offset - guard, offset);
+    const bytes = view.subarray(guard);
+    const length = wholeLines(bytes) || (n === limit ? bytes.length : 0); // a full buffer without `\n`: a piece
     if (length === 0) return undefined;
-    stream.id ??= await nameStream(file, family);
+    stream.id ??= await nameStream(file, family, stream.truncated);
     if (stream.id === undefined) return undefined;
     if (isNew) await named();
-    const shipped = view.subarray(0, guard + length);
-    const marks = addMark(before, shipped, offset + length);
-    const inLine = guard > 0 && view[guard - 1] !== 0x0a && hole === 0;
-    const body = chooseLines(shipped.subarray(guard + hole), inLine, skip);
+    const marks = addMark(before, view.subarray(0, guard + length), offset + length);
+    const inLine = guard > 0 && view[guard - 1] !== 0x0a && view[guard - 1] !== 0;
+    const body = chooseLines(bytes.subarray(0, length), inLine, skip);
     const encoded = await encodeBody(body, config.compression);
     const headers: ChunkHeaders = { host: config.host, stream: stream.id, offset, end: offset + length };
     return { chunk: { ...headers, ...encoded }, marks, full: n === limit };
+  }
+
+  /** What a truncation left in front of the first line is no part of the log. */
+  async function skipHole(stream: Stream): Promise<void> {
+    const bytes = stream.file ? await contentStart(stream.file, stream.truncated) : 0;
+    if (bytes === 0 || stream.signature.head) return;
+    log.info("hole of NULs skipped", { path: stream.path, bytes });
+    stream.offset = bytes;
   }
 
   /** Sends a chunk once. Gives the offset where the stream stands now, undefined when a smaller chunk is due. */
@@ -235,10 +241,10 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
       stream.offset = offset;
       return;
     }
-    // The name is another file's: one with the same key and first line, that was truncated since.
+    // The name is another file's: one that began with the same line, and is forgotten here.
     const fields = { path: stream.path, stream: stream.id, committed: offset, size: known };
     log.warn("stream is longer at the receiver than the file: taken as a new one", fields);
-    if (stream.file) stream.id = await nameStream(stream.file, family);
+    if (stream.file) stream.id = await nameStream(stream.file, family, stream.truncated);
   }
 }
 
@@ -266,21 +272,6 @@ function headSeen(signature: Signature, view: Buffer, start: number, first: numb
   const { head } = signature;
   const at = head ? head.end - head.length : first;
   return at < start ? signature : addHead(signature, view.subarray(at - start), at);
-}
-
-/** Length of the hole of NULs at `offset` that a truncation left in front of the first line. */
-function holeAt(stream: Stream, view: Buffer, offset: number, guard: number): number {
-  if (offset > 0 && !(stream.truncated && view[guard - 1] === 0)) return 0;
-  const nuls = leadingNuls(view.subarray(guard));
-  if (nuls >= HOLE_BYTES) stream.truncated = true;
-  return stream.truncated ? nuls : 0;
-}
-
-/** Whole lines; a full buffer without a `\n` is a piece of a long line; a hole alone is covered as it is. */
-function lengthToShip(bytes: Buffer, hole: number, full: boolean): number {
-  const length = wholeLines(bytes);
-  if (length > 0) return length;
-  return full || (hole === bytes.length && hole >= MARK_BYTES) ? bytes.length : 0;
 }
 
 /** The lines that are not to be skipped. A line that began in an earlier chunk is never skipped. */
