@@ -6,17 +6,19 @@
  * Prints Markdown for the README, then each target with what was reached.
  */
 import { execFileSync } from "node:child_process";
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { cpus, release, tmpdir, totalmem } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { type Contestant, ours, reachable, run, runScript, sleep, stopAll } from "./contestant.ts";
 import type { FleetResult } from "./fleet.ts";
+import { compareForward } from "./forward.ts";
 import { generateLog } from "./generate.ts";
 import { type History, measureHistory } from "./history.ts";
+import { bench as compareHousekeeping } from "./housekeep.ts";
 import { type Latencies, runLatency } from "./latency.ts";
 import { installedPeers } from "./peers.ts";
-import { freePort } from "./pipeline.ts";
+import { findProgram, freePort } from "./pipeline.ts";
 import { median, sample } from "./sample.ts";
 import { type Input, runLimit, runTransfer, type Transfer } from "./transfer.ts";
 
@@ -56,9 +58,12 @@ async function main(): Promise<number> {
     if (parts.includes("idle")) results.idle = await benchIdle(root);
     if (parts.includes("latency")) await benchLatencies(results, root);
     if (parts.includes("fleet")) results.fleet = await benchFleet(root);
-    if (parts.includes("history")) results.history = await measureHistory(root);
-    for (const name of ["forward", "housekeep"])
-      if (parts.includes(name)) await benchOther(results, root, name);
+    if (parts.includes("history")) {
+      say("cost of 10,000 delivered files");
+      results.history = await measureHistory(root);
+    }
+    if (parts.includes("forward")) results.sections.push(await benchForwarder(root));
+    if (parts.includes("housekeep")) results.sections.push(await benchHousekeeping(root));
   } finally {
     rmSync(root, { recursive: true, force: true });
   }
@@ -179,13 +184,33 @@ async function benchFleet(root: string): Promise<NonNullable<Results["fleet"]>> 
   }
 }
 
-/** The forwarder's and the housekeeping's own benchmarks: each gives a Markdown section. */
-async function benchOther(results: Results, root: string, name: string): Promise<void> {
-  say(name);
-  const file = join(import.meta.dirname, `${name}.ts`);
-  if (!existsSync(file)) return;
-  const module = (await import(file)) as { bench: (folder: string) => Promise<string> };
-  results.sections.push(await module.bench(freshFolder(root, name)));
+/** Smaller than their own benchmarks by themselves, so that the whole stays within its time. */
+const FORWARD_LOADS = [
+  { name: "1 file of 256 MiB", files: 1, bytes: 256 * 1_048_576 },
+  { name: "300 files of 48 KiB", files: 300, bytes: 48 * 1024 },
+];
+
+async function benchForwarder(root: string): Promise<string> {
+  if (!findProgram("sshd") || !findProgram("sftp") || process.getuid?.() !== 0) return "";
+  say("forwarder against sftp -b");
+  const results = await compareForward({ rounds: 2, loads: FORWARD_LOADS, folder: root }, say);
+  const rows = results.map(
+    ({ load, forwarderSeconds, sftpSeconds, sftpSyncedSeconds, peakBytes }) =>
+      `| ${load} | ${forwarderSeconds.toFixed(2)} s | ${sftpSeconds.toFixed(2)} s | ${sftpSyncedSeconds.toFixed(2)} s | ${(peakBytes / 1_048_576).toFixed(0)} MiB |`,
+  );
+  return [
+    "### Delivery to OpenSSH on this machine",
+    "",
+    "| | forwarder, start to end | `sftp -b` | `sftp -b`, synced | peak memory of the forwarder |",
+    "|---|---:|---:|---:|---:|",
+    ...rows,
+    "",
+  ].join("\n");
+}
+
+async function benchHousekeeping(root: string): Promise<string> {
+  say("housekeeping against gzip");
+  return `${await compareHousekeeping(freshFolder(root, "housekeep"), { files: 3, repeats: 1 })}\n`;
 }
 
 // ---- the tables

@@ -2,7 +2,7 @@
  * Whether work grows with history: what forwarder, monitor and receiver cost per second of their loops, with an
  * empty `sent/` and with one of 10,000 delivered files. CPU time counts, because a cycle mostly waits.
  */
-import { mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { reachable, run, runScript, sleep, stopAll } from "./contestant.ts";
 import { freePort } from "./pipeline.ts";
@@ -15,32 +15,35 @@ export interface History {
 }
 
 const FILES = 10_000;
-const ROUNDS = 3;
-const WARM_MS = 2000;
-const MEASURED_MS = 5000;
+const ROUNDS = 2;
+const WARM_MS = 1500;
+const MEASURED_MS = 4000;
 
 /** Measures each with and without history, in turn. */
 export async function measureHistory(root: string): Promise<History> {
   const rows: History["rows"] = [];
+  const [without, with_] = [prepare(root, "without", 0), prepare(root, "with", FILES)];
   for (const name of ["forwarder", "monitor", "receiver"] as const) {
     const costs = { empty: [] as number[], full: [] as number[] };
     for (let round = 0; round < ROUNDS; round++) {
-      costs.empty.push(await measureLoop(root, name, 0));
-      costs.full.push(await measureLoop(root, name, FILES));
+      costs.empty.push(await measureLoop(without, name));
+      costs.full.push(await measureLoop(with_, name));
     }
     rows.push({ name, empty: median(costs.empty), full: median(costs.full) });
   }
   return { files: FILES, rows };
 }
 
-async function measureLoop(root: string, name: "forwarder" | "monitor" | "receiver", files: number) {
-  const folder = join(root, "history");
-  rmSync(folder, { recursive: true, force: true });
+/** A folder with so many delivered files. */
+function prepare(root: string, name: string, files: number): string {
+  const folder = join(root, name);
+  for (const path of ["batches/sent", "client", "mail"]) mkdirSync(join(folder, path), { recursive: true });
+  for (let i = 0; i < files; i++) writeFileSync(join(folder, "batches/sent", batchName(i)), "line\n");
+  return folder;
+}
+
+async function measureLoop(folder: string, name: "forwarder" | "monitor" | "receiver"): Promise<number> {
   const dir = join(folder, "batches");
-  mkdirSync(join(dir, "sent"), { recursive: true });
-  mkdirSync(join(folder, "client"));
-  mkdirSync(join(folder, "mail"));
-  for (let i = 0; i < files; i++) writeFileSync(join(dir, "sent", batchName(i)), "line\n");
   const port = await freePort();
   const report = join(folder, "report.log");
   const config = join(folder, "config.json");
@@ -75,7 +78,6 @@ async function measureLoop(root: string, name: "forwarder" | "monitor" | "receiv
     return ((sample(child.pid as number).cpuSeconds - before) / (MEASURED_MS / 1000)) * 1000;
   } finally {
     await stopAll([...load, child]);
-    rmSync(folder, { recursive: true, force: true });
   }
 }
 

@@ -30,16 +30,16 @@ interface Run {
 }
 
 /** Runs the comparison in `root` and gives a Markdown section. */
-export async function bench(root: string): Promise<string> {
+export async function bench(root: string, { files = FILES, repeats = REPEATS } = {}): Promise<string> {
   const source = join(root, "source");
   mkdirSync(source, { recursive: true });
   let total = 0;
-  for (let n = 0; n < FILES; n++) {
+  for (let n = 0; n < files; n++) {
     const traffic = { lines: LINES, startMs: Date.UTC(2026, 10, 22, n), linesPerSecond: 300, seed: n + 1 };
     total += generateLog(join(source, batchName(n)), traffic);
   }
   const runs: Record<"ours" | "gzip", Run[]> = { ours: [], gzip: [] };
-  for (let i = 0; i < REPEATS; i++) {
+  for (let i = 0; i < repeats; i++) {
     runs.gzip.push(runOn(source, join(root, "gzip"), gzip));
     runs.ours.push(runOn(source, join(root, "ours"), housekeep));
   }
@@ -53,7 +53,7 @@ export async function bench(root: string): Promise<string> {
   return [
     "### Housekeeping",
     "",
-    `${FILES} delivered batches, ${(total / 1024 ** 3).toFixed(2)} GiB, compressed; median of ${REPEATS} runs in turn.`,
+    `${files} delivered batches, ${(total / 1024 ** 3).toFixed(2)} GiB, compressed; median of ${repeats} runs in turn.`,
     "",
     "| | time | rate | size |",
     "|---|---|---|---|",
