@@ -23,6 +23,7 @@ import {
 import { freePort, missing, notRoot, ROOT, type Running, start, tempFolder, until } from "./support.ts";
 
 const HOST = "10.10.21.181";
+const SCRIPTS: Section[] = ["shipper", "receiver", "forwarder", "monitor", "housekeep"];
 const WINDOW_MINUTES = 20;
 const REQUESTS = 4000;
 /** The timestamps cover so many minutes, up to the last window that is over. */
@@ -61,6 +62,7 @@ describe.skipIf(skip).each([
     await receiver.says("receiver listens");
     let shipper = run("shipper");
     let forwarder = run("forwarder");
+    for (const name of SCRIPTS) expect(await run(name, ["--check"]).ended).toBe(0);
     const heard = join(folder, "batches", HOST, ".ledger");
     await untilOr(world, "the receiver has heard of the shipper", async () => existsSync(heard));
     const monitor = run("monitor", ["--watch"]);
@@ -117,8 +119,9 @@ describe.skipIf(skip).each([
 
 describe("deno", () => {
   test("check finds nothing wrong with the five scripts", async () => {
-    const scripts = ["shipper", "receiver", "forwarder", "monitor", "housekeep"].map((name) => `${name}.ts`);
-    const check = start(denoPath(), ["check", ...scripts], { env: { NO_COLOR: "1" } });
+    const check = start(denoPath(), ["check", ...SCRIPTS.map((name) => `${name}.ts`)], {
+      env: { NO_COLOR: "1" },
+    });
     expect({ code: await check.ended, output: check.output }).toMatchObject({ code: 0 });
   }, 60_000);
 });

@@ -1,14 +1,12 @@
 /**
- * The README's table of options, made from the schema: `npm run schema` puts it between the two markers, and a
- * test keeps it in step.
+ * The parts of the README that are made: the table of options from the schema, Deno's permissions from deno.json.
+ * `npm run schema` puts them between their markers, and a test keeps them in step.
  */
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { jsonSchema } from "../lib/config.ts";
 
 export const README = join(import.meta.dirname, "..", "README.md");
-const BEGIN = "<!-- options: made by npm run schema -->\n";
-const END = "<!-- /options -->";
 
 interface Node {
   description?: string;
@@ -61,22 +59,34 @@ export function formatOptions(): string {
   return `| Option | Default | Meaning |\n|---|---|---|\n${rows.join("")}`;
 }
 
+/** How Deno runs each script, with what it may do: the tasks of deno.json. */
+export function formatDeno(): string {
+  const { tasks } = JSON.parse(readFileSync(join(import.meta.dirname, "..", "deno.json"), "utf8"));
+  return `\n\`\`\`sh\n${Object.values(tasks).join("\n")}\n\`\`\`\n\n`;
+}
+
+/** The made parts of the README: marker of the beginning, marker of the end, what stands between them. */
+export const PARTS: [string, string, () => string][] = [
+  ["<!-- options: made by npm run schema -->\n", "<!-- /options -->", formatOptions],
+  ["<!-- deno: made by npm run schema -->\n", "<!-- /deno -->", formatDeno],
+];
+
 /** What stands between the markers of a README; undefined when there are no markers. */
-export function tableOf(readme: string): string | undefined {
-  const from = readme.indexOf(BEGIN);
-  const to = readme.indexOf(END, from);
-  return from < 0 || to < 0 ? undefined : readme.slice(from + BEGIN.length, to);
+export function partOf(readme: string, begin: string, end: string): string | undefined {
+  const from = readme.indexOf(begin);
+  const to = readme.indexOf(end, from);
+  return from < 0 || to < 0 ? undefined : readme.slice(from + begin.length, to);
 }
 
 if (import.meta.main) {
-  const readme = readFileSync(README, "utf8");
-  const old = tableOf(readme);
-  if (old === undefined) {
-    process.stderr.write(`README.md has no place for the table; put there:\n${BEGIN}${END}\n`);
-    process.exit(1);
+  let readme = readFileSync(README, "utf8");
+  for (const [begin, end, make] of PARTS) {
+    const old = partOf(readme, begin, end);
+    if (old === undefined) {
+      process.stderr.write(`README.md has no place for a part that is made; put there:\n${begin}${end}\n`);
+      process.exit(1);
+    }
+    readme = readme.replace(begin + old, () => begin + make());
   }
-  writeFileSync(
-    README,
-    readme.replace(BEGIN + old, () => BEGIN + formatOptions()),
-  );
+  writeFileSync(README, readme);
 }
