@@ -156,7 +156,7 @@ async function mailNotice(
     if (refused.length > 0) log.warn("recipients refused", { id, recipients: refused.join(",") });
     return true;
   } catch (error) {
-    log.error("mail not accepted; the next run tries again", { id, error: describe(error) });
+    log.error("mail not accepted", { id, error: describe(error) });
     return error instanceof MailError && error.permanent;
   }
 }
