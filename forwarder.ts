@@ -48,6 +48,8 @@ import { openFileTarget, Refusal, type Target, TargetFault } from "./lib/target.
 
 type Settings = Config["forwarder"];
 
+/** A line that breaks again and again, but lets batches through, is worth a prompt return. */
+const AFTER_PROGRESS_MS = 200;
 /** A file in failed/ is tried again after one interval, then two, four, …, at most so many ms. */
 const MAX_DISTANCE_MS = 3_600_000;
 
@@ -66,9 +68,9 @@ async function main(service: Service<"forwarder">): Promise<number> {
   service.log.info("forwarder started", { dir: config.dir, target: config.target });
   for (let faulty = 0; !signal.aborted; ) {
     const { fault, sent } = await forwardOnce(forwarder);
-    faulty = fault ? (sent > 0 ? 1 : faulty + 1) : 0;
-    const ms = faulty > 0 ? backoff(faulty, { min: 1000, max: 180_000 }) : config.intervalSeconds * 1000;
-    await pause(ms, signal);
+    faulty = fault && sent === 0 ? faulty + 1 : 0;
+    if (faulty > 0) await pause(backoff(faulty, { min: 1000, max: 180_000 }), signal);
+    else await pause(fault ? AFTER_PROGRESS_MS : config.intervalSeconds * 1000, signal);
   }
   return EXIT.done;
 }

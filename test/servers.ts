@@ -228,7 +228,15 @@ AllowTcpForwarding no
   return sshd;
 }
 
-/** A run that was killed could not clean up behind itself: its account and folder name its process. */
+/** Small file systems that a test mounted to run out of room. */
+function unmountUnder(path: string): void {
+  for (const line of readFileSync("/proc/self/mounts", "utf8").split("\n")) {
+    const mounted = line.split(" ")[1] ?? "";
+    if (mounted.startsWith(`${path}/`)) execFileSync("umount", ["-l", mounted]);
+  }
+}
+
+/** A run that was killed could not clean up behind itself: its account, folder and mounts name its process. */
 function removeStale(): void {
   const isOver = (pid: string | undefined) => pid !== undefined && !existsSync(`/proc/${pid}`);
   for (const line of readFileSync("/etc/passwd", "utf8").split("\n")) {
@@ -236,8 +244,10 @@ function removeStale(): void {
     if (isOver(pid)) execFileSync(program("userdel"), [user]);
   }
   for (const name of readdirSync("/run")) {
-    const pid = /^log-rt-sync-sshd-(\d+)-/.exec(name)?.[1];
-    if (isOver(pid)) rmSync(join("/run", name), { recursive: true, force: true });
+    const pid = /^log-rt-sync-(?:sshd|proftpd)-(\d+)-/.exec(name)?.[1];
+    if (!isOver(pid)) continue;
+    unmountUnder(join("/run", name));
+    rmSync(join("/run", name), { recursive: true, force: true });
   }
 }
 
