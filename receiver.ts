@@ -15,7 +15,7 @@ import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type Context, Hono, type Next } from "hono";
 import { type Access, type Arrival, createAccess } from "./lib/access.ts";
-import { createIntake } from "./lib/body.ts";
+import { createIntake, type Intake } from "./lib/body.ts";
 import { HEADER, parseChunkHeaders, parseStreamHeaders, UPLOAD_PATH, WireError } from "./lib/chunk.ts";
 import { createStore, type Store, StoreError } from "./lib/commit.ts";
 import { type Config, readSecret } from "./lib/config.ts";
@@ -56,7 +56,7 @@ async function main(service: Service<"receiver">): Promise<number> {
   await lockGroups(config, groups);
   const receiver = createReceiver(config, { log, now, signal });
   await receiver.store.start((host) => groups.includes(Math.max(0, receiver.access.groupOf(host))));
-  const app = createApp(config, receiver);
+  const app = createApp(receiver);
   const servers = groups.map((group) => listen(service, group, app, tls));
   await loop(() => receiver.store.seal(), { everyMs: SEAL_EVERY_MS, signal });
   await Promise.race([Promise.all(servers.map((server) => server.close())), pause(CLOSE_MS)]);
@@ -104,7 +104,8 @@ async function prepareFolder({ dir }: ReceiverConfig): Promise<void> {
 /** One process per group: a second one on the same folder and port says so and ends. */
 async function lockGroups({ dir, groups }: ReceiverConfig, own: number[]): Promise<void> {
   for (const index of own) {
-    const port = groups[index]?.port;
+    const port = groups[index]?.port ?? 0;
+    if (port === 0) continue; // any free port: no other process can be on it
     await holdLock(join(dir, `.receiver-${port}.lock`), `The group of port ${port}`);
   }
 }
@@ -137,6 +138,7 @@ function listen(
 /** What the app works with: who may come in, what is stored, what is told. */
 export interface Receiver {
   access: Access;
+  intake: Intake;
   store: Store;
   metrics: Metrics;
   status: () => Promise<Status>;
@@ -151,18 +153,23 @@ export function createReceiver(
 ): Receiver {
   const metrics = createMetrics();
   const findWindow = createWindowFinder(config.windowMinutes, config.timestampPattern);
-  const store = createStore({ ...config, findWindow, log, now, onCommit: metrics.commit });
+  const intake = createIntake(config);
+  const store = createStore({
+    ...config,
+    ...{ findWindow, log, now },
+    inHand: () => intake.requests,
+    onCommit: metrics.commit,
+  });
   const status = createStatusReader(config, {
     now,
     ledgerOf: (host) => store.senders.get(host)?.ledger,
   });
-  return { access: createAccess(config), store, metrics, status, log, signal };
+  return { access: createAccess(config), intake, store, metrics, status, log, signal };
 }
 
 /** The HTTP side: one app for all ports; the server tells by which a request came. */
-export function createApp(config: ReceiverConfig, { access, store, metrics, status, log, signal }: Receiver) {
+export function createApp({ access, intake, store, metrics, status, log, signal }: Receiver) {
   const app = new Hono<{ Bindings: Arrival }>();
-  const intake = createIntake(config);
 
   app.use(async (_, next) => {
     if (signal.aborted) throw new WireError(503, "shutting down");

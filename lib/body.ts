@@ -59,6 +59,7 @@ export function createIntake(limits: IntakeLimits) {
         intake.requests--;
         intake.bytes -= held.bytes;
         if (!isSmall && blocks.length < KEPT_BLOCKS) blocks.push(block);
+        else if (!isSmall) release(block);
       }
     },
   };
@@ -98,9 +99,9 @@ async function readRaw(
   return body.subarray(0, length);
 }
 
-/** Gives a part's memory back at once: the collector would let tens of megabytes of them pile up. */
-function release(part: Uint8Array<ArrayBuffer>): void {
-  if (part.length === part.buffer.byteLength) part.buffer.transfer(0);
+/** Gives memory back at once: the collector would let tens of megabytes of it pile up. */
+function release({ length, buffer }: Uint8Array): void {
+  if (buffer instanceof ArrayBuffer && length === buffer.byteLength) buffer.transfer(0);
 }
 
 /** Throws a WireError: 415 for an unknown encoding, 413 when too much comes out, 400 for a body that is none. */

@@ -36,6 +36,8 @@ export type Store = ReturnType<typeof createStore>;
 export interface CommitOptions extends StoreOptions {
   /** How many senders may be known at once. */
   maxHosts: number;
+  /** How many requests are in hand, with those that a commit is being made for. */
+  inHand: () => number;
   /** Told how long each commit took, in milliseconds. */
   onCommit: (ms: number) => void;
 }
@@ -45,6 +47,7 @@ export function createStore(options: CommitOptions) {
   const { dir, log, now } = options;
   const faults = createFaultLog(log, now);
   const senders = new Map<string, Sender>();
+  const opening = new Map<string, Promise<Sender>>();
   const dashes = new Map<string, string>();
   /** Senders of ours that have a folder and could not be opened: tried again, for what is due in it. */
   const unopened = new Set<string>();
@@ -76,6 +79,7 @@ export function createStore(options: CommitOptions) {
 
   async function commitAll(waiting: Waiting[]): Promise<void> {
     const started = performance.now();
+    const inPlace = options.inHand() <= 1;
     const failed = new Map<Sender, unknown>();
     const touched = stageAll(waiting, failed);
     const going = () => touched.filter(({ sender }) => !failed.has(sender));
@@ -85,11 +89,12 @@ export function createStore(options: CommitOptions) {
         ...(sender.created ? [{ sender, folder: sender.folder }] : []),
       ]),
       failed,
+      inPlace,
     );
     reached("commit:synced");
     const ledgers = attemptAll(going(), failed, ({ sender }) => ({ sender, fd: sender.append() }));
     reached("commit:appended");
-    await syncAll(ledgers, failed);
+    await syncAll(ledgers, failed, inPlace);
     reached("commit:recorded");
     for (const { sender } of going()) sender.apply();
     for (const sender of failed.keys()) sender.rollBack();
@@ -127,29 +132,32 @@ export function createStore(options: CommitOptions) {
     options.onCommit(ms);
   }
 
-  /** Opens a sender, with its folder brought into order. One at a time, between commits. */
+  /** Opens a sender, with its folder brought into order: once, however many wait for it. */
   function open(host: string): Promise<Sender> {
-    return turn(async () => {
-      const known = senders.get(host);
-      if (known && !known.broken) return known;
-      if (known) {
-        senders.delete(host);
-        known.close();
-      }
-      try {
-        await admit(host);
-        const sender = await openSender(host, options);
-        senders.set(host, sender);
-        unopened.delete(host);
-        faults.recovered(host, "sender is open again", { host });
-        return sender;
-      } catch (error) {
-        if (!(error instanceof StoreError)) {
-          faults.failed(host, "sender cannot be opened", { host, error: describe(error) });
-        }
-        throw error instanceof StoreError ? error : storeError(error);
-      }
-    });
+    const under = opening.get(host);
+    if (under) return under;
+    const started = openNow(host).finally(() => opening.delete(host));
+    opening.set(host, started);
+    return started;
+  }
+
+  async function openNow(host: string): Promise<Sender> {
+    const known = senders.get(host);
+    if (known && !known.broken) return known;
+    try {
+      if (known) await turn(async () => known.close()); // not while a commit has it
+      senders.delete(host);
+      await admit(host);
+      const sender = await openSender(host, options);
+      senders.set(host, sender);
+      unopened.delete(host);
+      faults.recovered(host, "sender is open again", { host });
+      return sender;
+    } catch (error) {
+      if (error instanceof StoreError) throw error;
+      faults.failed(host, "sender cannot be opened", { host, error: describe(error) });
+      throw storeError(error);
+    }
   }
 
   async function openAll(): Promise<void> {
@@ -247,13 +255,13 @@ function attemptAll<T extends { sender: Sender }, R>(
 type Unsynced = { sender: Sender; fd: number } | { sender: Sender; folder: string };
 
 /**
- * Syncs what belongs to senders; whose sync fails, that sender has failed. A file alone is synced in place: the
- * way through the thread pool costs more than a fast disk takes. Several go together, so that the file system's
- * journal writes them at once.
+ * Syncs what belongs to senders; whose sync fails, that sender has failed. Files go together through the thread
+ * pool, so that the file system's journal writes them at once and the next chunks are read meanwhile. In place
+ * is for a single file when nobody else waits: the way through the pool costs more than a fast disk takes.
  */
-async function syncAll(all: Unsynced[], failed: Map<Sender, unknown>): Promise<void> {
+async function syncAll(all: Unsynced[], failed: Map<Sender, unknown>, inPlace: boolean): Promise<void> {
   const [only] = all;
-  if (all.length === 1 && only && "fd" in only) {
+  if (all.length === 1 && only && "fd" in only && inPlace) {
     attemptAll([only], failed, () => syncData(only.fd));
     return;
   }

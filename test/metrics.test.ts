@@ -32,7 +32,7 @@ async function scrape(): Promise<{ text: string; families: Map<string, Family> }
   const signal = new AbortController().signal;
   const receiver = createReceiver(config, { log: quiet, now: () => 1_800_000_000_000, signal });
   onCleanup(() => receiver.store.close());
-  const app = createApp(config, receiver);
+  const app = createApp(receiver);
   const arrival = { peer: "127.0.0.1", group: 0 };
   const send = (...request: Parameters<typeof post>) => app.fetch(post(...request), arrival);
   await send("http://x", LINE + LINE, { lag: 5000, lost: 42 });

@@ -37,7 +37,7 @@ async function open(options: object = {}, folder?: string) {
       signal,
     });
     await receiver.store.start(() => true);
-    return { receiver, app: createApp(config, receiver) };
+    return { receiver, app: createApp(receiver) };
   };
   let running = await start();
   onCleanup(() => running.receiver.store.close());
