@@ -167,13 +167,14 @@ function connect(server: Server, types: string[], signal: AbortSignal, listen = 
   const { host, port, timeoutMs, login, trusts } = server;
   return new Promise((resolve) => {
     const client = new ssh2.Client();
+    const socket = gatherWrites(connectTcp({ host, port, noDelay: true }));
     const offers: string[] = [];
     let refusedKey: Uint8Array | undefined;
     const settle = (outcome: Outcome) => {
       signal.removeEventListener("abort", onAbort);
       clearTimeout(timer);
       client.removeListener("close", onClose);
-      if (!("client" in outcome)) client.destroy();
+      if (!("client" in outcome)) socket.destroy();
       resolve(outcome);
     };
     const failed = (error: Error) => settle(refusedKey ? { refusedKey } : { error, offers });
@@ -188,7 +189,7 @@ function connect(server: Server, types: string[], signal: AbortSignal, listen = 
       answer(prompts.map(() => login.password ?? "")),
     );
     const options = {
-      sock: gatherWrites(connectTcp({ host, port, noDelay: true })),
+      sock: socket,
       ...login,
       readyTimeout: timeoutMs,
       keepaliveInterval: Math.max(1000, timeoutMs / 3),
@@ -215,6 +216,7 @@ function connect(server: Server, types: string[], signal: AbortSignal, listen = 
  * once, or as soon as they are many: three to thirty times fewer system calls on both sides.
  */
 function gatherWrites(socket: Socket): Socket {
+  socket.on("error", () => {}); // ssh2 tells it, unless the connection was given up before
   const write = socket.write.bind(socket) as (data: Uint8Array) => boolean;
   let gathered = 0;
   const flush = () => {
