@@ -74,7 +74,7 @@ describe("imports", () => {
 
 describe("the one place where something dangerous happens", () => {
   test("only lib/durable.ts renames", () => {
-    expect(filesWith(/\b(rename|renameSync)\b\s*[,}(]/, "lib/durable.ts", "lib/sftp.ts")).toEqual([]);
+    expect(filesWith(/\b(rename|renameSync)\b\s*[,}(]/, "lib/durable.ts", "lib/remote.ts")).toEqual([]);
   });
 
   test("only lib/durable.ts syncs, and lib/commit.ts for the answer that waits for it", () => {
