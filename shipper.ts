@@ -167,7 +167,7 @@ async function takeOverOffset(shipper: Shipper): Promise<void> {
     return; // the usual case: there was no other shipper before
   }
   const size = family && (await look(family.path))?.size;
-  if (!family || others.length > 0 || !size || !/^\d{1,16}$/.test(text) || Number(text) > size) {
+  if (!family || others.length > 0 || size === undefined || !/^\d{1,16}$/.test(text) || Number(text) > size) {
     const expected = "expected an offset within the one file that is followed; mend or remove it";
     throw new OperatorError(`Cannot take over "${path}": it says "${text.slice(0, 40)}", ${expected}`);
   }

@@ -392,47 +392,60 @@ async function skipOldFiles(family: Family, siblings: Sibling[], context: ScanCo
  * files are left alone: nothing tells whether they were shipped.
  */
 async function recover(family: Family, files: Sibling[], context: ScanContext): Promise<void> {
-  const unknown: Stream[] = [];
-  let known = false;
+  const places = new Map<Sibling, Place | undefined>();
   for (const found of files.toReversed().filter(({ readable }) => readable)) {
-    const file = await openLog(found.path).catch(() => undefined); // told of when it is to be read
-    if (!file) continue;
-    try {
-      const place = await askPlace(family, file, context);
-      known ||= place !== undefined;
-      const past = known && place === undefined;
-      const stream = await beginStream(
-        family,
-        file,
-        place?.offset ?? (past ? await endOf(file) : 0),
-        context,
-      );
+    const taken = [...places.values()].map((place) => place?.id);
+    places.set(found, await withFile(found.path, (file) => askPlace(family, file, taken, context)));
+  }
+  const anyKnown = [...places.values()].some((place) => place !== undefined);
+  let known = false;
+  let left = 0;
+  for (const [found, place] of places) {
+    known ||= place !== undefined;
+    const packed = isCompressed(found.path);
+    const past = place === undefined && (known || (packed && !anyKnown));
+    if (past && packed && !anyKnown) left++;
+    await withFile(found.path, async (file) => {
+      const end = past && !packed ? await endOf(file) : 0;
+      const stream = await beginStream(family, file, place?.offset ?? end, context);
       if (place) stream.id = place.id;
       stream.done = past;
-      if (!known && isCompressed(found.path)) unknown.push(stream);
-    } catch (error) {
-      if (!(error instanceof UnfinishedFile)) throw error; // one that is still being compressed: looked at later
-    } finally {
-      await file.close();
-    }
+    });
   }
-  if (known || unknown.length === 0) return;
-  for (const stream of unknown) stream.done = true;
-  context.log.warn("compressed files are not shipped: nothing tells whether they were", {
-    files: unknown.length,
-  });
+  if (left > 0) {
+    context.log.warn("compressed files are not shipped: nothing tells whether they were", { files: left });
+  }
+}
+
+/** Opens a file for some work; one that can't be opened now, or is still being compressed, is looked at later. */
+async function withFile<T>(path: string, work: (file: LogFile) => Promise<T>): Promise<T | undefined> {
+  const file = await openLog(path).catch(() => undefined);
+  try {
+    return file && (await work(file));
+  } catch (error) {
+    if (!(error instanceof UnfinishedFile)) throw error;
+    return undefined;
+  } finally {
+    await file?.close();
+  }
+}
+
+interface Place {
+  id: string;
+  offset: number;
 }
 
 /** Where the receiver stands with a file; of several that begin with the same line it is the newest one's. */
 async function askPlace(
   family: Family,
   file: LogFile,
+  taken: (string | undefined)[],
   context: ScanContext,
-): Promise<{ id: string; offset: number } | undefined> {
+): Promise<Place | undefined> {
   const { size } = await file.stat();
-  let place: { id: string; offset: number } | undefined;
+  let place: Place | undefined;
   for await (const id of streamNames(file, family.path)) {
-    if (family.streams.some((stream) => stream.id === id)) break; // a newer file's
+    if (taken.includes(id)) break; // a newer file's
     const offset = await context.ask(id);
     if (offset === undefined) break;
     if (file.compression || offset <= size) place = { id, offset };

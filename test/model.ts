@@ -211,6 +211,7 @@ function hasLine(world: World, line: string): boolean {
 }
 
 async function startShipper(world: World): Promise<void> {
+  world.clock = 0; // a start without a cursor compares its clock with the file system's
   const config = parseConfig(
     JSON.stringify({
       shipper: {
@@ -328,6 +329,20 @@ const ACTIONS = {
     if (n % 3 === 0) truncateSync(path, 0);
     else if (n % 3 === 1) truncateSync(path, statSync(path).size >> 1);
     else writeFileSync(path, Buffer.alloc(statSync(path).size));
+  },
+  loseState: async (world: World, n: number) => {
+    // With the state goes what tells a rotated file that nobody has read yet from one of before the first start.
+    if (world.old !== undefined || world.receiver.mode !== "here") return;
+    do world.clock += 6000;
+    while (!(await pass(world)));
+    await kill(world);
+    for (const name of readdirSync(stateDir(world))) {
+      const path = join(stateDir(world), name);
+      if (n % 2 === 0) truncateSync(path, 0);
+      else writeFileSync(path, Buffer.alloc(statSync(path).size));
+    }
+    await pass(world);
+    if (world.shipper) await saveCursor(world.shipper);
   },
   away: (world: World) => {
     world.receiver.mode = "away";
