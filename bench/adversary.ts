@@ -55,12 +55,13 @@ function kill(processes: Pipeline["processes"], random: Random, mostMs: number):
 function breakCursor(pipeline: Pipeline, random: Random): Act {
   const i = random.between(0, pipeline.shippers.length - 1);
   const how = random.pick(["emptied", "cut short", "full of NULs", "garbage"]);
+  const names = random.chance(0.3) ? ["cursor.json", "cursor.json.previous"] : ["cursor.json"];
   const downMs = random.between(100, 2000);
   const run = () =>
-    pipeline.shippers[i]?.kill(downMs, () =>
-      damage(join(pipeline.stateDirs[i] as string, "cursor.json"), how),
-    );
-  return { text: `SIGKILL shipper ${i}, its cursor ${how}`, run };
+    pipeline.shippers[i]?.kill(downMs, async () => {
+      for (const name of names) await damage(join(pipeline.stateDirs[i] as string, name), how);
+    });
+  return { text: `SIGKILL shipper ${i}, ${names.join(" and ")} ${how}`, run };
 }
 
 async function damage(path: string, how: string): Promise<void> {

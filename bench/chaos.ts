@@ -75,6 +75,13 @@ export async function runChaos(options: ChaosOptions, screen: Screen): Promise<C
     linesPerSecond: options.linesPerSecond,
     diskMiB: DISK_MIB,
   });
+  const abandon = () => {
+    for (const { pid } of [...pipeline.processes, ...pipeline.servers])
+      if (pid !== undefined) process.kill(pid, "SIGKILL");
+    if (pipeline.hasOwnDisk) unmountDisk(join(folder, "server"));
+    process.exit(130);
+  };
+  for (const name of ["SIGINT", "SIGTERM"] as const) process.on(name, abandon);
   const started = Date.now();
   const seconds = () => ((Date.now() - started) / 1000).toFixed(1);
   const adversary = unleash(pipeline, random, options.minutes * 60_000, (text) =>
@@ -93,6 +100,7 @@ export async function runChaos(options: ChaosOptions, screen: Screen): Promise<C
     return judge(options, pipeline, adversary, { folder, exits, settledSeconds });
   } finally {
     screen.end();
+    for (const name of ["SIGINT", "SIGTERM"] as const) process.off(name, abandon);
     await Promise.all(pipeline.processes.map((one) => one.stop()));
     await pipeline.close();
     writeFileSync(join(folder, "actions.log"), `${adversary.history.join("\n")}\n`);

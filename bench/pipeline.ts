@@ -57,6 +57,8 @@ export interface Pipeline {
   hasOwnDisk: boolean;
   /** All processes of the product. */
   processes: Supervised[];
+  /** Servers that are not of the product. */
+  servers: Supervised[];
   /** Ends what is not a process of the product. */
   close(): Promise<void>;
 }
@@ -199,6 +201,7 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
     hosts: HOSTS,
     stateDirs,
     hasOwnDisk,
+    servers: sshd ? [sshd.process] : [],
     processes: [...shippers, ...receivers, forwarder, monitor, housekeeping],
     close: async () => {
       for (const proxy of [...uplinks, ...(downlink ? [downlink] : [])]) await proxy.close();
