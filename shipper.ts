@@ -11,17 +11,16 @@
  * counts as done; a file that vanishes unread is counted in bytes and told to the receiver. Which file is which
  * says lib/family.ts, by content and not by name; 1 to 3 are in lib/transfer.ts.
  */
-import { type FSWatcher, readFileSync, watch } from "node:fs";
+import { readFileSync } from "node:fs";
 import { access, constants, readdir } from "node:fs/promises";
-import { basename, dirname, join } from "node:path";
+import { dirname, join } from "node:path";
 import { IDLE_STREAM } from "./lib/chunk.ts";
 import { type Config, readSecret } from "./lib/config.ts";
 import { type Cursor, type CursorFound, cursorPath, readCursor, writeCursor } from "./lib/cursor.ts";
 import { makeFolder, moveDurably, reached } from "./lib/durable.ts";
-import type { Family, Stream } from "./lib/family.ts";
-import * as families from "./lib/family.ts";
+import { scanFamily } from "./lib/family.ts";
 import { holdLock } from "./lib/lock.ts";
-import { expandFiles, look, siblingFolders } from "./lib/rotation.ts";
+import { expandFiles, look } from "./lib/rotation.ts";
 import {
   createFaultLog,
   createProgress,
@@ -36,9 +35,23 @@ import {
   runScript,
   type Service,
 } from "./lib/service.ts";
+import {
+  beginAfterTruncation,
+  beginStream,
+  createFamily,
+  type Family,
+  finishStream,
+  liveStream,
+  mayHaveGrown,
+  openStream,
+  type ScanContext,
+  type Stream,
+  toState,
+} from "./lib/stream.ts";
 import { openLog } from "./lib/tail.ts";
 import { createTransfer, Refused, type Transfer, Truncated } from "./lib/transfer.ts";
 import { createUploader } from "./lib/upload.ts";
+import { type Bell, createWatch } from "./lib/watch.ts";
 
 /** Pause after a folder could not be read, or the receiver not be asked where a file stands. */
 const FAULT_MS = 1000;
@@ -54,7 +67,7 @@ export interface Shipper {
   families: Map<string, Family>;
   transfer: Transfer;
   faults: FaultLog;
-  context: families.ScanContext;
+  context: ScanContext;
   /** The set of streams has changed since the last save. */
   streamsChanged: boolean;
   /** The save in hand. */
@@ -145,12 +158,12 @@ async function loadFamilies(shipper: Shipper, found: CursorFound): Promise<void>
   for (const [path, state] of Object.entries(known?.families ?? {})) {
     // One that the config does not name any more is followed until everything of it is shipped.
     const unfinished = state.streams.some((stream) => !stream.done);
-    if (unfinished) shipper.families.set(path, families.createFamily(path, "known", now(), state));
+    if (unfinished) shipper.families.set(path, createFamily(path, "known", now(), state));
   }
   for (const path of await expandFiles(config.files, shipper.families.keys())) {
     const state = known?.families[path];
     const start = state ? "known" : found.state === "damaged" ? "recover" : "first";
-    shipper.families.set(path, families.createFamily(path, start, now(), state));
+    shipper.families.set(path, createFamily(path, start, now(), state));
   }
   if (shipper.families.size === 0) shipper.log.warn("no file matches yet", { files: config.files.join(" ") });
   if (found.state === "absent") await takeOverOffset(shipper);
@@ -172,7 +185,7 @@ async function takeOverOffset(shipper: Shipper): Promise<void> {
     throw new OperatorError(`Cannot take over "${path}": it says "${text.slice(0, 40)}", ${expected}`);
   }
   const file = await openLog(family.path);
-  await families.beginStream(family, file, Number(text), shipper.context);
+  await beginStream(family, file, Number(text), shipper.context);
   await file.close();
   shipper.log.info("offset taken over", { path, offset: Number(text) });
   await saveCursor(shipper);
@@ -213,8 +226,8 @@ async function bytesAhead(shipper: Shipper): Promise<number> {
 /** Follows every file in a loop of its own; new matches join within `pollSeconds`. */
 async function followAll(shipper: Shipper): Promise<void> {
   const { config, signal, now } = shipper;
-  const watchers = new Map<string, FSWatcher>();
-  const bells = new Map<Family, Bell>();
+  const watch = createWatch(now, config.olddir);
+  const followed = new Set<Family>();
   const loops: Promise<void>[] = [];
   const failed = new AbortController(); // a bug in one loop ends them all, and the script
   const either = AbortSignal.any([signal, failed.signal]);
@@ -222,18 +235,17 @@ async function followAll(shipper: Shipper): Promise<void> {
     for (const path of await expandFiles(config.files, shipper.families.keys())) {
       // A file that came while we are running is all ours, whatever startAt says.
       const since = now() - config.pollSeconds * 2000;
-      if (!shipper.families.has(path)) shipper.families.set(path, families.createFamily(path, "new", since));
+      if (!shipper.families.has(path)) shipper.families.set(path, createFamily(path, "new", since));
     }
     for (const family of shipper.families.values()) {
-      if (bells.has(family)) continue;
-      const bell = createBell();
-      bells.set(family, bell);
-      loops.push(follow(shipper, family, bell).catch((error) => failed.abort(error)));
+      if (followed.has(family)) continue;
+      followed.add(family);
+      loops.push(follow(shipper, family, watch.bellOf(family)).catch((error) => failed.abort(error)));
     }
-    await watchFolders(shipper, watchers, bells);
+    await watch.update();
     await pause(config.pollSeconds * 1000, either);
   }
-  for (const watcher of watchers.values()) watcher.close();
+  watch.close();
   failed.signal.throwIfAborted();
   await Promise.all(loops);
 }
@@ -266,7 +278,7 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
   const pass: Pass = { shipped: false, atEnd: true };
   try {
     const live = await look(family.path);
-    if (live?.key !== family.liveKey || now() >= family.scanAt) await families.scanFamily(family, context);
+    if (live?.key !== family.liveKey || now() >= family.scanAt) await scanFamily(family, context);
     faults.recovered(`folder ${family.path}`, "folder can be read again", { path: family.path });
     for (const stream of [...family.streams]) {
       if (!stream.done && !signal.aborted && !(await shipStream(shipper, family, stream))) pass.atEnd = false;
@@ -286,19 +298,19 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
 
 /** Ships one stream to its end, and decides whether it is done. True when its end was reached. */
 async function shipStream(shipper: Shipper, family: Family, stream: Stream): Promise<boolean> {
-  const isLive = stream === families.liveStream(family);
-  if (!isLive && !families.mayHaveGrown(stream)) return true;
+  const isLive = stream === liveStream(family);
+  if (!isLive && !mayHaveGrown(stream)) return true;
   try {
-    stream.file ??= await families.openStream(family, stream);
+    stream.file ??= await openStream(family, stream);
     if (!stream.file) return true; // the next look into the folder finds it, or that it is gone
     await shipper.transfer.drain(family, stream);
-    if (!isLive) await families.finishStream(family, stream, shipper.context);
+    if (!isLive) await finishStream(family, stream, shipper.context);
     shipper.faults.recovered(stream.path, "log file can be read again", { path: stream.path });
     return true;
   } catch (error) {
     if (error instanceof Refused || shipper.signal.aborted) throw error;
     if (error instanceof Truncated && stream.file) {
-      await families.beginAfterTruncation(family, stream, stream.file, shipper.context);
+      await beginAfterTruncation(family, stream, stream.file, shipper.context);
       return false;
     }
     await stream.file?.close().catch(() => {});
@@ -327,63 +339,6 @@ function lagOf(shipper: Shipper): number {
 
 // ---- beside the files
 
-/** Something that one loop waits for and others ring; a ring while nobody waits is not lost. */
-interface Bell {
-  ring(): void;
-  wait(ms: number, signal: AbortSignal): Promise<void>;
-}
-
-function createBell(): Bell {
-  let rung = false;
-  let wake: (() => void) | undefined;
-  return {
-    ring() {
-      rung = true;
-      wake?.();
-    },
-    async wait(ms, signal) {
-      if (!rung) {
-        const early = new AbortController();
-        wake = () => early.abort();
-        await pause(ms, AbortSignal.any([signal, early.signal]));
-        wake = undefined;
-      }
-      rung = false;
-    },
-  };
-}
-
-/** Rings the bells of the families that have something to do with a folder in which a name or a file changed. */
-async function watchFolders(
-  shipper: Shipper,
-  watchers: Map<string, FSWatcher>,
-  bells: Map<Family, Bell>,
-): Promise<void> {
-  const ring = (folder: string, event: string, name: string | null) => {
-    for (const [family, bell] of bells) {
-      const near = dirname(family.path) === folder;
-      if (near && event !== "rename" && name !== null && name !== basename(family.path)) continue;
-      if (near && event === "rename") family.scanAt = Math.min(family.scanAt, shipper.now());
-      bell.ring();
-    }
-  };
-  for (const family of shipper.families.values()) {
-    for (const folder of await siblingFolders(family.path, shipper.config.olddir)) {
-      if (watchers.has(folder)) continue;
-      try {
-        const watcher = watch(folder, (event, name) => ring(folder, event, name));
-        watcher.on("error", () => {
-          watchers.delete(folder); // the poll goes on, and makes a new one
-          watcher.close();
-        });
-        watchers.set(folder, watcher);
-      } catch {
-        // no events here: the poll sees it
-      }
-    }
-  }
-}
-
 /** A sign of life when nothing is shipped; also tells at once what was lost. */
 async function beat(shipper: Shipper): Promise<void> {
   const { config, signal, now, transfer } = shipper;
@@ -397,7 +352,7 @@ async function beat(shipper: Shipper): Promise<void> {
 
 /** Gives the time to wait when the receiver refused. */
 async function beatOnce(shipper: Shipper): Promise<number | undefined> {
-  const live = [...shipper.families.values()].map(families.liveStream);
+  const live = [...shipper.families.values()].map(liveStream);
   try {
     await shipper.transfer.beat(live.find((stream) => stream?.id !== undefined));
   } catch (error) {
@@ -425,7 +380,7 @@ async function saveNow(shipper: Shipper): Promise<void> {
   const keep = shipper.streamsChanged;
   shipper.streamsChanged = transfer.moved = false;
   const state: Cursor = { version: 1, lost: transfer.lost, families: {} };
-  for (const [path, family] of shipper.families) state.families[path] = families.toState(family);
+  for (const [path, family] of shipper.families) state.families[path] = toState(family);
   try {
     await writeCursor(config.stateDir, state, keep);
     reached("shipper:saved");

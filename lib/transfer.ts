@@ -6,8 +6,8 @@
 import { type ChunkHeaders, IDLE_STREAM } from "./chunk.ts";
 import type { Config } from "./config.ts";
 import { reached } from "./durable.ts";
-import { type Family, nameStream, type Stream } from "./family.ts";
 import type { FaultLog, Log } from "./service.ts";
+import { type Family, nameStream, type Stream } from "./stream.ts";
 import {
   addHead,
   addMark,

@@ -1,0 +1,90 @@
+/**
+ * The first look at a family: at the very first start only the live file is ours; after the loss of the cursor
+ * the receiver knows how far each file was shipped.
+ */
+import type { Sibling } from "./rotation.ts";
+import { beginStream, endOf, type Family, isCompressed, type ScanContext, streamNames } from "./stream.ts";
+import { type LogFile, openLog, UnfinishedFile } from "./tail.ts";
+
+/** At the very first look, a rotated file written within this time (ms) may still get lines. */
+const STILL_WRITTEN_MS = 60_000;
+
+/** The first start ever follows the live file alone; of a rotated one only what is still being written. */
+export async function skipOldFiles(family: Family, siblings: Sibling[], context: ScanContext): Promise<void> {
+  for (const sibling of siblings) {
+    if (isCompressed(sibling.path) || !sibling.readable) continue;
+    if (context.now() - sibling.mtimeMs > STILL_WRITTEN_MS) continue;
+    const file = await openLog(sibling.path).catch(() => undefined);
+    if (!file) continue;
+    const stream = await beginStream(family, file, await endOf(file), context);
+    stream.done = true;
+    await file.close();
+  }
+}
+
+/**
+ * The cursor was damaged: the receiver is asked where it stands with each file, newest first. Files are shipped
+ * oldest first, so one that is older than a known one was shipped before it. When none is known, compressed
+ * files are left alone: nothing tells whether they were shipped.
+ */
+export async function recover(family: Family, files: Sibling[], context: ScanContext): Promise<void> {
+  const places = new Map<Sibling, Place | undefined>();
+  for (const found of files.toReversed().filter(({ readable }) => readable)) {
+    const taken = [...places.values()].map((place) => place?.id);
+    places.set(found, await withFile(found.path, (file) => askPlace(family, file, taken, context)));
+  }
+  const anyKnown = [...places.values()].some((place) => place !== undefined);
+  let known = false;
+  let left = 0;
+  for (const [found, place] of places) {
+    known ||= place !== undefined;
+    const packed = isCompressed(found.path);
+    const past = place === undefined && (known || (packed && !anyKnown));
+    if (past && packed && !anyKnown) left++;
+    await withFile(found.path, async (file) => {
+      const end = past && !packed ? await endOf(file) : 0;
+      const stream = await beginStream(family, file, place?.offset ?? end, context);
+      if (place) stream.id = place.id;
+      stream.done = past;
+    });
+  }
+  if (left > 0) {
+    context.log.warn("compressed files are not shipped: nothing tells whether they were", { files: left });
+  }
+}
+
+/** Opens a file for some work; one that can't be opened now, or is still being compressed, is looked at later. */
+async function withFile<T>(path: string, work: (file: LogFile) => Promise<T>): Promise<T | undefined> {
+  const file = await openLog(path).catch(() => undefined);
+  try {
+    return file && (await work(file));
+  } catch (error) {
+    if (!(error instanceof UnfinishedFile)) throw error;
+    return undefined;
+  } finally {
+    await file?.close();
+  }
+}
+
+interface Place {
+  id: string;
+  offset: number;
+}
+
+/** Where the receiver stands with a file; of several that begin with the same line it is the newest one's. */
+async function askPlace(
+  family: Family,
+  file: LogFile,
+  taken: (string | undefined)[],
+  context: ScanContext,
+): Promise<Place | undefined> {
+  const { size } = await file.stat();
+  let place: Place | undefined;
+  for await (const id of streamNames(file, family.path)) {
+    if (taken.includes(id)) break; // a newer file's
+    const offset = await context.ask(id);
+    if (offset === undefined) break;
+    if (file.compression || offset <= size) place = { id, offset };
+  }
+  return place;
+}

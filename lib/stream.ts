@@ -1,0 +1,230 @@
+/**
+ * A stream is one log file from its first byte to its last, whatever it is called meanwhile; a family is the
+ * streams of one live file and its rotated siblings. Here a stream begins, gets its name, is opened, and is done.
+ */
+import { createHash } from "node:crypto";
+import type { FamilyState, StreamState } from "./cursor.ts";
+import type { FaultLog, Log } from "./service.ts";
+import { contentStart, type LogFile, MARK_BYTES, openLog, readMark, wholeLines } from "./tail.ts";
+
+/** A file's time of writing may lie so far (ms) behind the clock: the kernel takes the time of its last tick. */
+const CLOCK_TICK_MS = 10;
+
+/** A stream, and its file as far as it is open. */
+export interface Stream extends StreamState {
+  file?: LogFile | undefined;
+  /** When it last grew, ms. */
+  grewAt: number;
+  /** Its size when its bytes were last checked: until then they were the ones of this stream. */
+  checkedSize?: number;
+  /** Size at which its end was reached last. */
+  endSeenAt?: number | undefined;
+  /** Since when its file is nowhere to be found, ms. */
+  missingSince?: number | undefined;
+}
+
+export interface Family {
+  path: string;
+  since: number;
+  /** Oldest first, the live file last. */
+  streams: Stream[];
+  /** Key of the file under the live path now. */
+  liveKey: string | undefined;
+  /** The folder is to be looked at again at this time, ms; 0 for at once. */
+  scanAt: number;
+  /** Some file is not settled: still being copied or compressed, or missing for a moment only. */
+  unsettled: boolean;
+  /** Unknown files that are not ours, as they were when this was found out. */
+  ignored: Set<string>;
+  /** How the first look takes what it finds. */
+  start: "known" | "first" | "new" | "recover";
+}
+
+/** What a scan needs from the shipper. */
+export interface ScanContext {
+  config: {
+    startAt: "beginning" | "end";
+    rotateWaitSeconds: number;
+    pollSeconds: number;
+    olddir?: string | undefined;
+  };
+  now: () => number;
+  log: Log;
+  faults: FaultLog;
+  /** Offset at which the receiver stands with a stream; undefined when it does not know it. */
+  ask(id: string): Promise<number | undefined>;
+  /** Counts bytes that can't be read any more. */
+  lose(bytes: number, stream: StreamState): void;
+  /** The set of streams has changed. */
+  changed(): void;
+}
+
+/** A family as the cursor has it, or a new one. */
+export function createFamily(path: string, start: Family["start"], now: number, state?: FamilyState): Family {
+  const streams = (state?.streams ?? []).map((stream) => ({ ...stream, grewAt: 0 }));
+  return {
+    path,
+    since: state?.since ?? now - CLOCK_TICK_MS,
+    streams,
+    liveKey: undefined,
+    scanAt: 0,
+    unsettled: false,
+    ignored: new Set(),
+    start,
+  };
+}
+
+/** What the cursor keeps of a family. */
+export function toState({ since, streams }: Family): FamilyState {
+  return {
+    since,
+    streams: streams.map(({ file, grewAt, checkedSize, endSeenAt, missingSince, ...state }) => state),
+  };
+}
+
+/** The stream of the file that is live now. */
+export function liveStream(family: Family): Stream | undefined {
+  return family.streams.find((stream) => stream.keys.includes(family.liveKey ?? ""));
+}
+
+/** Adds a stream for a file. */
+export async function beginStream(
+  family: Family,
+  file: LogFile,
+  offset: number,
+  context: ScanContext,
+  truncated = false,
+): Promise<Stream> {
+  const { size, mtimeMs } = await file.stat();
+  const head = offset > 0 ? await readMark(file, Math.min(offset, MARK_BYTES)) : undefined;
+  const mark = offset > 0 ? await readMark(file, offset) : undefined;
+  const stream: Stream = {
+    keys: [file.key],
+    path: file.path,
+    offset,
+    signature: { head, marks: mark ? [mark] : [] },
+    size: file.compression ? 0 : size,
+    done: false,
+    truncated,
+    since: context.now(),
+    seenAt: context.now(),
+    grewAt: mtimeMs,
+  };
+  family.streams.push(stream);
+  context.changed();
+  context.log.info("following", { path: file.path, offset, bytes: stream.size - offset });
+  return stream;
+}
+
+/**
+ * The live file was cut to nothing and written anew (copytruncate): its stream goes on in the copy, when there
+ * is one, and a new stream begins in the file.
+ */
+export async function beginAfterTruncation(
+  family: Family,
+  stream: Stream,
+  file: LogFile,
+  context: ScanContext,
+): Promise<Stream> {
+  context.log.info("file was truncated", { path: stream.path, stream: stream.id, offset: stream.offset });
+  stream.file = undefined;
+  stream.size = Math.max(stream.offset, stream.checkedSize ?? 0); // the size seen since is the new content's
+  stream.keys = stream.keys.filter((key) => key !== file.key);
+  const next = await beginStream(family, file, 0, context, true);
+  await file.close();
+  family.scanAt = 0; // at once: the copy is there before the truncation
+  return next;
+}
+
+/**
+ * The name of a stream on the wire. Undefined until its first line is whole. No other stream of the family has
+ * the same.
+ */
+export async function nameStream(
+  file: LogFile,
+  family: Family,
+  truncated = false,
+): Promise<string | undefined> {
+  for await (const name of streamNames(file, family.path, truncated)) {
+    if (!family.streams.some(({ id }) => id === name)) return name;
+  }
+  return undefined;
+}
+
+/**
+ * The names that a file may have, made from the path of its family and its first line, so that they can be told
+ * again from a copy or a compressed form when the cursor is lost; a serial number for files that begin alike.
+ */
+export async function* streamNames(file: LogFile, path: string, truncated = false): AsyncGenerator<string> {
+  const head = new Uint8Array(MARK_BYTES);
+  const bytes = head.subarray(0, await file.read(head, await contentStart(file, truncated)));
+  const newline = bytes.indexOf(0x0a) + 1;
+  if (newline === 0 && bytes.length < MARK_BYTES) return;
+  const first = newline > 0 ? bytes.subarray(0, newline) : bytes;
+  for (let serial = 0; ; serial++) {
+    const hash = createHash("sha256").update(`${path}\0${serial}\0`).update(first);
+    yield hash.digest("base64url").slice(0, 22);
+  }
+}
+
+/** Opens a stream's file where it was last seen; undefined when another one lies there now. */
+export async function openStream(family: Family, stream: Stream): Promise<LogFile | undefined> {
+  if (stream.missingSince !== undefined) return undefined;
+  try {
+    const file = await openLog(stream.path);
+    if (stream.keys.includes(file.key)) return file;
+    await file.close();
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+  }
+  family.scanAt = 0;
+  return undefined;
+}
+
+/** False for a rotated file whose end was reached, and that nobody has written to since. */
+export function mayHaveGrown(stream: Stream): boolean {
+  return stream.file !== undefined || stream.endSeenAt === undefined || stream.endSeenAt !== stream.size;
+}
+
+/** A rotated file at whose end we are: done when it was quiet for long enough and ends with a whole line. */
+export async function finishStream(family: Family, stream: Stream, context: ScanContext): Promise<void> {
+  const { file } = stream;
+  if (!file) return;
+  const time = context.now();
+  const { size, mtimeMs } = await file.stat();
+  if (!file.compression) {
+    if (size !== stream.endSeenAt) stream.grewAt = stream.endSeenAt === undefined ? mtimeMs : time;
+    stream.endSeenAt = size;
+    const quietAt = stream.grewAt + context.config.rotateWaitSeconds * 1000;
+    if (time < quietAt) {
+      family.scanAt = Math.min(family.scanAt, quietAt);
+      return;
+    }
+  }
+  await file.close();
+  stream.file = undefined;
+  const unfinished = stream.size - stream.offset;
+  if (unfinished > 0 && !file.compression) return; // half a line: its writer may still end it
+  stream.done = true;
+  context.changed();
+  context.log.info("file is done", { path: stream.path, stream: stream.id, bytes: stream.offset });
+  if (unfinished > 0) context.lose(unfinished, stream);
+}
+
+/** Where the last whole line ends. */
+export async function endOf(file: LogFile): Promise<number> {
+  const { size } = await file.stat();
+  const block = new Uint8Array(64 * 1024);
+  for (let end = size; end > 0; ) {
+    const start = Math.max(0, end - block.length);
+    const n = await file.read(block.subarray(0, end - start), start);
+    const lines = wholeLines(block.subarray(0, n));
+    if (lines > 0) return start + lines;
+    end = start;
+  }
+  return 0;
+}
+
+export function isCompressed(path: string): boolean {
+  return path.endsWith(".gz") || path.endsWith(".zst");
+}
