@@ -24,7 +24,7 @@ import { LEGACY_STREAM, parseLegacy } from "./lib/legacy.ts";
 import { holdLock } from "./lib/lock.ts";
 import { createMetrics, METRICS_TYPE, type Metrics } from "./lib/metrics.ts";
 import { pageHeaders, renderPage } from "./lib/page.ts";
-import { type ServeOptions, type Server, serve } from "./lib/serve.ts";
+import { type ServeOptions, type Server, serve, waitAtOnce } from "./lib/serve.ts";
 import {
   describe,
   EXIT,
@@ -41,6 +41,8 @@ import { createWindowFinder } from "./lib/timestamp.ts";
 
 type ReceiverConfig = Config["receiver"];
 
+/** Syncs that wait for the disk at once: the file system writes its journal once for all of them. */
+const SYNCS_AT_ONCE = 32;
 const SEAL_EVERY_MS = 1000;
 const RETRY_AFTER_SECONDS = "1";
 /** Makes a browser ask for a token, which goes into the field of the password. RFC 7617 wants the realm. */
@@ -268,6 +270,7 @@ async function checkReceiver({ config }: Service<"receiver">): Promise<string[]>
 }
 
 if (import.meta.main) {
+  await waitAtOnce(SYNCS_AT_ONCE);
   await runScript(
     {
       name: "receiver",

@@ -134,14 +134,36 @@ let flock: ((fd: number, operation: number) => number) | undefined;
 
 /** flock(2) is in neither `node:fs` nor Bun's own API, so it is called in the C library. */
 async function loadFlock(): Promise<(fd: number, operation: number) => number> {
+  const library = await openLibrary({ flock: { args: ["i32", "i32"], returns: "i32" } });
+  return library.flock as (fd: number, operation: number) => number;
+}
+
+/**
+ * Lets so many system calls (syncs above all) wait at once. Bun has a thread for each core, which is few for
+ * calls that only wait, and reads the number from the environment of the process when it needs the first one: so
+ * this comes before anything else. Deno's pool is large enough. A number that the operator has set stays.
+ */
+export async function waitAtOnce(calls: number): Promise<void> {
+  if (deno || process.env.UV_THREADPOOL_SIZE !== undefined) return;
+  const library = await openLibrary({ setenv: { args: ["cstring", "cstring", "i32"], returns: "i32" } });
+  const text = (value: string) => Buffer.from(`${value}\0`);
+  (library.setenv as (name: Buffer, value: Buffer, replace: number) => number)(
+    text("UV_THREADPOOL_SIZE"),
+    text(String(calls)),
+    1,
+  );
+}
+
+/** Functions of the C library. */
+async function openLibrary(symbols: Record<string, object>): Promise<Record<string, unknown>> {
   const name = "bun:ffi"; // not a literal: Deno's checker would refuse the scheme
   const { dlopen } = await import(name);
   for (const library of ["libc.so.6", "libc.so", "libc.musl-x86_64.so.1", "libSystem.dylib"]) {
     try {
-      return dlopen(library, { flock: { args: ["i32", "i32"], returns: "i32" } }).symbols.flock;
+      return dlopen(library, symbols).symbols;
     } catch {
       // not this system's name for it
     }
   }
-  throw new Error("Cannot lock files: found no C library to call flock(2) in");
+  throw new Error(`Cannot call ${Object.keys(symbols)}: found no C library`);
 }
