@@ -80,7 +80,7 @@ export async function listSiblings(live: string, olddir?: string): Promise<Sibli
   const bases = new Set([basename(live), basename(target)]);
   const siblings: Sibling[] = [];
   for (const folder of await siblingFolders(live, olddir)) {
-    for (const name of await readdir(folder)) {
+    for (const name of await namesIn(folder, folder === dirname(live))) {
       const path = join(folder, name);
       if (path === live || path === target) continue;
       if (![...bases].some((base) => isRotationOf(name, base))) continue;
@@ -89,6 +89,16 @@ export async function listSiblings(live: string, olddir?: string): Promise<Sibli
     }
   }
   return siblings.sort((a, b) => a.mtimeMs - b.mtimeMs || compareAge(a.path, b.path));
+}
+
+/** A folder's names; none of one that is not there, as logrotate makes its olddir at the first rotation. */
+async function namesIn(folder: string, required: boolean): Promise<string[]> {
+  try {
+    return await readdir(folder);
+  } catch (error) {
+    if (required || (error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+    return [];
+  }
 }
 
 /** A file as it is now under this path, following symlinks; undefined when it is gone or no regular file. */
