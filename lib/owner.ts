@@ -4,7 +4,7 @@
  */
 import type { Sibling } from "./rotation.ts";
 import { type Family, liveStream, type Stream } from "./stream.ts";
-import { type LogFile, MARK_BYTES, matchesSignature } from "./tail.ts";
+import { type LogFile, MARK_BYTES, matchesSignature, openLog } from "./tail.ts";
 
 const COMPARE_BYTES = 64 * 1024;
 
@@ -27,8 +27,8 @@ export async function findOwner(
   }
   if (isLive) return undefined;
   for (const stream of family.streams) {
-    if (!stream.file || stream.file.compression || !mayBeCopied(family, stream, file, located)) continue;
-    if (await isCopyOf(file, stream.file)) return stream;
+    if (!mayBeCopied(family, stream, file, located)) continue;
+    if (await isCopyOfStream(file, stream)) return stream;
   }
   // One of which nothing was read yet has no signature: then this is it, compressed or copied meanwhile.
   return homeless.find(
@@ -49,6 +49,20 @@ function mayBeCopied(family: Family, stream: Stream, file: LogFile, located: Map
   const original = located.get(stream)?.path;
   if (original === undefined || stream === liveStream(family)) return true;
   return file.compression !== undefined && file.path.startsWith(`${original}.`);
+}
+
+/** The same for a stream, whose file is closed again when it is done. */
+async function isCopyOfStream(copy: LogFile, stream: Stream): Promise<boolean> {
+  if (stream.file) return !stream.file.compression && (await isCopyOf(copy, stream.file));
+  if (!copy.compression || !stream.done) return false; // an unfinished one is open, or opened soon
+  const original = await openLog(stream.path).catch(() => undefined);
+  if (!original) return false;
+  try {
+    if (original.compression || !stream.keys.includes(original.key)) return false;
+    return await isCopyOf(copy, original);
+  } finally {
+    await original.close();
+  }
 }
 
 /** Whether `copy` has the bytes of `original` as far as it goes; of a plain copy its head, middle and end. */

@@ -259,6 +259,18 @@ describe("compressed files", () => {
     await finish(sender, shipper);
   });
 
+  test("a finished file that is compressed and kept is not shipped again", async () => {
+    const sender = await shippedTen();
+    const shipper = await startShipper(sender);
+    sender.write(lines("a", 11, 20));
+    await expectArrives(receiver, sender);
+    sender.rotate();
+    await shipper.says("file is done");
+    execFileSync("gzip", ["--keep", `${sender.live}.1`]);
+    sender.write(lines("b", 1, 10));
+    await finish(sender, shipper);
+  });
+
   test("a gzip without its end is waited for, quietly", async () => {
     const sender = await shippedTen();
     sender.write(lines("a", 11, 2000));
