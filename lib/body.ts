@@ -3,7 +3,7 @@
  * bodies in hand, so that neither one huge body nor many senders can take more memory than the config allows;
  * what comes out of decompression is counted before it is kept.
  */
-import { constants, gunzipSync, zstdDecompressSync } from "node:zlib";
+import { constants, createGunzip, createZstdDecompress, gunzipSync, zstdDecompressSync } from "node:zlib";
 import { WireError } from "./chunk.ts";
 
 export interface IntakeLimits {
@@ -32,6 +32,13 @@ export type Intake = ReturnType<typeof createIntake>;
 /** Takes bodies in; `requests` and `bytes` tell how much is in hand. */
 export function createIntake(limits: IntakeLimits) {
   const blocks: Buffer[] = [];
+  let largeOnes: Promise<unknown> = Promise.resolve();
+  /** Bodies that are large when decoded take turns, so that a few bombs at once are not many times the limit. */
+  const inTurn: InTurn = (work) => {
+    const result = largeOnes.then(work);
+    largeOnes = result.catch(() => {});
+    return result;
+  };
   const intake = {
     requests: 0,
     bytes: 0,
@@ -54,8 +61,8 @@ export function createIntake(limits: IntakeLimits) {
       intake.requests++;
       try {
         const raw = await readRaw(request, block, limits, hold);
-        const body = decode(raw, request.headers.get("Content-Encoding"), limits.maxBodyBytes);
-        if (body !== raw) hold(body.length);
+        const encoding = request.headers.get("Content-Encoding");
+        const body = await decode(raw, encoding, limits.maxBodyBytes, { hold, inTurn });
         return await work(body);
       } finally {
         intake.requests--;
@@ -67,6 +74,8 @@ export function createIntake(limits: IntakeLimits) {
   };
   return intake;
 }
+
+type InTurn = (work: () => Promise<Uint8Array>) => Promise<Uint8Array>;
 
 /** The body as it came, in one piece of memory: `block`, or a larger one when it is too small. */
 async function readRaw(
@@ -106,24 +115,75 @@ function release({ length, buffer }: Uint8Array): void {
   if (buffer instanceof ArrayBuffer && length === buffer.byteLength) buffer.transfer(0);
 }
 
-/** Throws a WireError: 415 for an unknown encoding, 413 when too much comes out, 400 for a body that is none. */
-function decode(raw: Uint8Array, encoding: string | null, maxBytes: number): Uint8Array {
+/**
+ * What is in a body; `hold` counts it. Throws a WireError: 415 for an unknown encoding, 413 when too much comes
+ * out, 400 for a body that is none.
+ */
+async function decode(
+  raw: Uint8Array,
+  encoding: string | null,
+  maxBytes: number,
+  { hold, inTurn }: { hold: (bytes: number) => void; inTurn: InTurn },
+): Promise<Uint8Array> {
   if (encoding === null || encoding === "identity") return raw;
   if (encoding !== "gzip" && encoding !== "zstd") {
     throw new WireError(415, `Content-Encoding ${encoding} is not known; expected gzip or zstd`);
   }
   if (raw.length === 0) return raw;
   if (encoding === "zstd" && !isWholeZstd(raw)) throw new WireError(400, "body is no zstd, or cut short");
+  const fault = (error: unknown) =>
+    error instanceof WireError
+      ? error
+      : new WireError(400, `body is no ${encoding}, or cut short: ${(error as Error).message}`);
   try {
-    // A block that the whole body fits in is not copied again; logs shrink to about an eighth.
-    const chunkSize = Math.min(USUAL_BYTES, Math.max(SMALL_BYTES, 8 * raw.length));
-    const options = { maxOutputLength: maxBytes, chunkSize };
-    if (encoding === "gzip") return gunzipSync(raw, options);
-    const params = { [constants.ZSTD_d_windowLogMax]: ZSTD_WINDOW_LOG };
-    return zstdDecompressSync(raw, { ...options, params });
+    const body = decodeUsual(raw, encoding, maxBytes);
+    hold(body.length);
+    return body;
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "ERR_BUFFER_TOO_LARGE") throw tooLong(maxBytes);
-    throw new WireError(400, `body is no ${encoding}, or cut short: ${(error as Error).message}`);
+    if ((error as NodeJS.ErrnoException).code !== "ERR_BUFFER_TOO_LARGE") throw fault(error);
+  }
+  if (maxBytes <= USUAL_BYTES) throw tooLong(maxBytes);
+  return inTurn(() => decodeLarge(raw, encoding, maxBytes, hold)).catch((error) => {
+    throw fault(error);
+  });
+}
+
+const ZSTD_PARAMS = { [constants.ZSTD_d_windowLogMax]: ZSTD_WINDOW_LOG };
+
+/** At once, into one block that the whole body fits in, so that it is not copied again. */
+function decodeUsual(raw: Uint8Array, encoding: "gzip" | "zstd", maxBytes: number): Uint8Array {
+  const chunkSize = Math.min(USUAL_BYTES, Math.max(SMALL_BYTES, 8 * raw.length)); // logs shrink to about an eighth
+  const options = { maxOutputLength: Math.min(maxBytes, USUAL_BYTES), chunkSize };
+  if (encoding === "gzip") return gunzipSync(raw, options);
+  return zstdDecompressSync(raw, { ...options, params: ZSTD_PARAMS });
+}
+
+/** Block by block: a bomb is given up at the limit, and its blocks are given back at once. */
+async function decodeLarge(
+  raw: Uint8Array,
+  encoding: "gzip" | "zstd",
+  maxBytes: number,
+  hold: (bytes: number) => void,
+): Promise<Uint8Array> {
+  const chunkSize = 4 * SMALL_BYTES;
+  const stream =
+    encoding === "gzip"
+      ? createGunzip({ chunkSize })
+      : createZstdDecompress({ chunkSize, params: ZSTD_PARAMS });
+  const blocks: Uint8Array[] = [];
+  let length = 0;
+  stream.end(raw);
+  try {
+    for await (const block of stream as AsyncIterable<Uint8Array>) {
+      blocks.push(block);
+      length += block.length;
+      if (length > maxBytes) throw tooLong(maxBytes);
+      hold(block.length);
+    }
+    return Buffer.concat(blocks, length);
+  } finally {
+    stream.destroy();
+    for (const block of blocks) release(block);
   }
 }
 
