@@ -24,7 +24,7 @@ import { LEGACY_STREAM, parseLegacy } from "./lib/legacy.ts";
 import { holdLock } from "./lib/lock.ts";
 import { createMetrics, METRICS_TYPE, type Metrics } from "./lib/metrics.ts";
 import { pageHeaders, renderPage } from "./lib/page.ts";
-import { type ServeOptions, type Server, serve, waitAtOnce } from "./lib/serve.ts";
+import { type ServeOptions, type Server, serve } from "./lib/serve.ts";
 import {
   describe,
   EXIT,
@@ -270,12 +270,12 @@ async function checkReceiver({ config }: Service<"receiver">): Promise<string[]>
 }
 
 if (import.meta.main) {
-  await waitAtOnce(SYNCS_AT_ONCE);
   await runScript(
     {
       name: "receiver",
       about: "Takes log lines from shippers over HTTP and files them in batches, one per sender and window.",
       flags: { "port=N": "serve the group of this port alone, as one process of several" },
+      callsAtOnce: SYNCS_AT_ONCE,
       check: checkReceiver,
     },
     main,

@@ -5,7 +5,7 @@
 import { parseArgs } from "node:util";
 import packageJson from "../package.json" with { type: "json" };
 import { type Config, ConfigError, configPath, loadConfig, type Section } from "./config.ts";
-import { runtime } from "./serve.ts";
+import { runtime, waitAtOnce } from "./serve.ts";
 
 /** Exit codes that people script against. */
 export const EXIT = { done: 0, failed: 1, usage: 2, config: 78 } as const;
@@ -48,6 +48,8 @@ export interface ScriptSpec<S extends Section> {
   name: S;
   about: string;
   flags?: Record<string, string>;
+  /** How many system calls may wait at once, where the runtime's own number is too small. */
+  callsAtOnce?: number;
   /** For `--check`: what only the running host can tell, one line per fault; `connect` with `--connect`. */
   check?: (service: Service<S>, connect: boolean) => Promise<string[]>;
 }
@@ -68,6 +70,7 @@ export async function runScript<S extends Section>(
   spec: ScriptSpec<S>,
   main: (service: Service<S>) => Promise<number>,
 ): Promise<never> {
+  if (spec.callsAtOnce !== undefined) await waitAtOnce(spec.callsAtOnce);
   const log = createLog();
   const abort = new AbortController();
   for (const name of ["SIGTERM", "SIGINT"] as const) {
