@@ -63,7 +63,11 @@ export function createIntake(limits: IntakeLimits) {
         const raw = await readRaw(request, block, limits, hold);
         const encoding = request.headers.get("Content-Encoding");
         const body = await decode(raw, encoding, limits.maxBodyBytes, { hold, inTurn });
-        return await work(body);
+        try {
+          return await work(body);
+        } finally {
+          if (body !== raw && body.length > SMALL_BYTES) releaseAll(body); // a block of its own
+        }
       } finally {
         intake.requests--;
         intake.bytes -= held.bytes;
@@ -111,8 +115,12 @@ async function readRaw(
 }
 
 /** Gives memory back at once: the collector would let tens of megabytes of it pile up. */
-function release({ length, buffer }: Uint8Array): void {
-  if (buffer instanceof ArrayBuffer && length === buffer.byteLength) buffer.transfer(0);
+function release(part: Uint8Array): void {
+  if (part.length === part.buffer.byteLength) releaseAll(part); // else others may look into the same memory
+}
+
+function releaseAll({ buffer }: Uint8Array): void {
+  if (buffer instanceof ArrayBuffer) buffer.transfer(0);
 }
 
 /**

@@ -89,6 +89,7 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
         const offset = parseOffset(response);
         if (response.status === 200) {
           refusals = 0;
+          release(chunk);
           return { kind: "stored", offset: offset ?? chunk.end, lines: parseLines(text) };
         }
         if (response.status === 409 && offset !== undefined) return { kind: "moved", offset };
@@ -135,6 +136,14 @@ export async function encodeBody(
           chunkSize: Math.max(COMPRESS_FROM, body.length >> 2), // logs shrink to less: one block, no copies
         });
   return { body: encoded as Uint8Array<ArrayBuffer>, encoding: compression };
+}
+
+/**
+ * Gives the memory of an encoded body back at once: the collector would let many of them pile up. Small ones may
+ * share the runtime's pool with others, and stay.
+ */
+function release({ encoding, body }: Chunk): void {
+  if (encoding !== "identity" && body.buffer.byteLength >= 65_536) body.buffer.transfer(0);
 }
 
 function parseOffset(response: Response): number | undefined {
