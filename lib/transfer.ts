@@ -274,9 +274,9 @@ function headSeen(signature: Signature, view: Buffer, start: number, first: numb
   return at < start ? signature : addHead(signature, view.subarray(at - start), at);
 }
 
-/** The lines that are not to be skipped. A line that began in an earlier chunk is never skipped. */
+/** The lines that are not to be skipped. A line that goes over several chunks is never skipped, not even in part. */
 function chooseLines(bytes: Buffer<ArrayBuffer>, inLine: boolean, skip: Buffer[][]): Buffer<ArrayBuffer> {
-  if (skip.length === 0) return bytes;
+  if (skip.length === 0 || bytes.at(-1) !== 0x0a) return bytes;
   const first = inLine ? bytes.indexOf(0x0a) + 1 : 0;
   if (inLine && first === 0) return bytes;
   const kept = skipLines(bytes.subarray(first), skip);
