@@ -94,6 +94,7 @@ export interface Asked {
   offset: number;
   end: number;
   lost: number;
+  lag: number;
   token: string | null;
   encoding: string | null;
   /** When it came, ms. */
@@ -132,15 +133,15 @@ export function startStub(script?: Script, port = 0): StubReceiver {
       const at = committed.get(stream);
       const common = { method: request.method, stream, token: headers.get("Authorization"), at: Date.now() };
       if (request.method === "HEAD") {
-        const asked = { ...common, offset: 0, end: 0, lost: 0, encoding: null };
+        const asked = { ...common, offset: 0, end: 0, lost: 0, lag: 0, encoding: null };
         stub.asked.push(asked);
         const forced = stub.script?.(asked, () => new Response());
         if (forced) return forced;
         return new Response(null, at === undefined ? { status: 404 } : standsAt(at));
       }
-      const { offset, end, lost = 0 } = parseChunkHeaders(headers);
+      const { offset, end, lost = 0, lag = 0 } = parseChunkHeaders(headers);
       const encoding = headers.get("Content-Encoding");
-      const asked = { ...common, offset, end, lost, encoding };
+      const asked = { ...common, offset, end, lost, lag, encoding };
       const body = decode(new Uint8Array(await request.arrayBuffer()), encoding);
       stub.asked.push(asked);
       const commit = () => {
