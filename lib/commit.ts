@@ -13,6 +13,7 @@ import { type Chunk, type Outcome, openSender, type Sender, type StoreOptions } 
 import { createFaultLog, describe } from "./service.ts";
 
 const syncDataInPool = promisify(fdatasync);
+const nextTick = promisify(setImmediate);
 
 /** A chunk that cannot be taken now; `status` as in the wire contract. */
 export class StoreError extends Error {
@@ -73,7 +74,10 @@ export function createStore(options: CommitOptions) {
     return new Promise((resolve, reject) => {
       queue.push({ chunk, sender, outcome: undefined, resolve, reject });
       if (queue.length > 1) return; // the turn that is booked takes this one, too
-      turn(() => commitAll(queue.splice(0))).catch(reject);
+      turn(async () => {
+        await nextTick(); // requests that have come meanwhile are read, and share the syncs
+        await commitAll(queue.splice(0));
+      }).catch(reject);
     });
   }
 
@@ -99,12 +103,16 @@ export function createStore(options: CommitOptions) {
     for (const { sender } of going()) sender.apply();
     for (const sender of failed.keys()) sender.rollBack();
     answer(waiting, failed, performance.now() - started);
-    for (const { sender } of going()) {
-      await sender.compact().catch((error) => {
-        sender.broken = true;
-        faults.failed(sender.host, "ledger not rewritten", { host: sender.host, error: describe(error) });
-      });
-    }
+    await compactOne(going());
+  }
+
+  /** Rewrites the ledger of one sender that has grown; of many that grow together the others wait their turn. */
+  async function compactOne(touched: { sender: Sender }[]): Promise<void> {
+    const grown = touched.find(({ sender }) => sender.isGrown)?.sender;
+    await grown?.compact().catch((error) => {
+      grown.broken = true;
+      faults.failed(grown.host, "ledger not rewritten", { host: grown.host, error: describe(error) });
+    });
   }
 
   /** Writes the lines of all chunks. Returns the senders that have something to commit. */

@@ -52,9 +52,12 @@ export class Journal {
     this.#appended = 0;
   }
 
+  get isGrown(): boolean {
+    return this.#length >= this.#compactAt;
+  }
+
   /** Rewrites the file when it has grown far beyond what it says. */
   async compact(ledger: Ledger): Promise<void> {
-    if (this.#length < this.#compactAt) return;
     const text = formatRecord(snapshot(ledger));
     await writeDurably(this.#path, text);
     this.#compactAt = Math.max(COMPACT_BYTES, COMPACT_RATIO * text.length);

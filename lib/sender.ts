@@ -323,6 +323,11 @@ export class Sender {
     if (batch && committed === undefined) this.#batches.delete(batch.window);
   }
 
+  /** The ledger's file is far longer than what it says. */
+  get isGrown(): boolean {
+    return this.#journal.isGrown;
+  }
+
   /** Rewrites the ledger when it has grown far beyond what it says. */
   async compact(): Promise<void> {
     await this.#journal.compact(this.ledger);
