@@ -10,7 +10,7 @@
  *
  * Files still being written by somebody else (copied, compressed) are left for the next look.
  */
-import { recover, skipOldFiles } from "./firstlook.ts";
+import { recover, skipOldFiles, wasShipped } from "./firstlook.ts";
 import { checkComplete, findOwner } from "./owner.ts";
 import { listSiblings, look, type Sibling } from "./rotation.ts";
 import { describe } from "./service.ts";
@@ -32,15 +32,22 @@ const FORGET_AFTER_MS = 24 * 3_600_000;
 const UNFINISHED_MS = 60_000;
 /** Open handles of rotated files that one family keeps; the others are opened when their turn comes. */
 const OPEN_FILES = 32;
+/** So many listings are made while names are being shifted, and the next ones after so long (ms). */
+const LISTINGS = 8;
+const SHIFTING_MS = 50;
 
 /** Looks into the folder. Throws the system's error when it can't, and what `ask` throws. */
 export async function scanFamily(family: Family, context: ScanContext): Promise<void> {
   const time = context.now();
-  const siblings = await listSiblings(family.path, context.config.olddir);
-  const live = await look(family.path);
-  const files = live ? [...siblings, live] : siblings;
+  const files = await listFamily(family, context.config.olddir);
+  family.unsettled = files === undefined;
+  family.scanAt = time + (files ? context.config.pollSeconds * 1000 : SHIFTING_MS);
+  if (!files) return;
+  const live = files.find(({ path }) => path === family.path);
+  const siblings = files.filter((file) => file !== live);
   family.liveKey = live?.key;
-  family.scanAt = time + context.config.pollSeconds * 1000;
+  if (family.start === "first" && family.streams.length === 0 && (await wasShipped(family, files, context)))
+    family.start = "recover";
   if (family.start === "recover") await recover(family, files, context);
   else if (family.start === "first") await skipOldFiles(family, siblings, context);
 
@@ -56,9 +63,41 @@ export async function scanFamily(family: Family, context: ScanContext): Promise<
   family.start = "known";
   family.streams = inOrder(family.streams, located, files);
   if (waiting) family.scanAt = Math.min(family.scanAt, time + 1000);
+  // What was rotated while we were away goes before the live file, if it is settled soon.
+  if (family.heldUntil === 0) family.heldUntil = time + context.config.rotateWaitSeconds * 1000;
+  family.liveHeld = waiting && time < family.heldUntil;
   family.unsettled = waiting || !(await settleOrphans(family, located, time, context));
   forget(family, located, time, context);
   await closeSome(family, located);
+}
+
+/**
+ * The siblings and the live file, that last. A rotation that shifts names while they are listed can hide a file:
+ * when one is new or missing, only two listings that agree are believed. Undefined when none of them do.
+ */
+async function listFamily(family: Family, olddir: string | undefined): Promise<Sibling[] | undefined> {
+  let before: string | undefined;
+  for (let n = 0; n < LISTINGS; n++) {
+    const siblings = await listSiblings(family.path, olddir);
+    const live = await look(family.path);
+    const files = live ? [...siblings, live] : siblings;
+    const names = files.map(({ path, key }) => `${path} ${key}`);
+    const listing = names.sort().join("\n");
+    if (listing === before || isAsKnown(family, files)) return files;
+    before = listing;
+  }
+  return undefined;
+}
+
+/** Whether every file is known, and every stream that is not done has one. */
+function isAsKnown({ start, streams }: Family, files: Sibling[]): boolean {
+  const keys = new Set(files.map(({ key }) => key));
+  for (const stream of streams) {
+    const own = stream.keys.filter((key) => keys.has(key));
+    if (own.length === 0 && !stream.done) return false;
+    for (const key of own) keys.delete(key);
+  }
+  return start === "known" && keys.size === 0;
 }
 
 /** Finds the streams' files by their keys; notes their sizes. */

@@ -171,6 +171,24 @@ describe("rename and create", () => {
     expectTags(Buffer.from(stub.text()), tagsOf(all));
   });
 
+  test("names that are shifted at any moment, also while they are listed, hide no file", async () => {
+    const stub = startStub(() => new Response("away", { status: 503, headers: { "Retry-After": "0" } }));
+    const sender = await createSender(stub.url);
+    const shipper = await startShipper(sender);
+    for (let n = 1; n <= 120; n++) {
+      sender.write(lines(`r${n}`, 1, 5));
+      shiftNames(sender);
+      sender.rotate();
+      await Bun.sleep((n * 17) % 50); // some while the shipper looks into the folder
+    }
+    stub.script = undefined;
+    const all = Buffer.concat(sender.written).toString();
+    await until("all has arrived", () => stub.text().length >= all.length);
+    await shipper.stop();
+    await sender.once();
+    expectTags(Buffer.from(stub.text()), tagsOf(all));
+  });
+
   test.each([
     ["access.log-20261122", "access.log"],
     ["access.log-20261122-1763791200", "access.log"],
@@ -268,6 +286,19 @@ describe("compressed files", () => {
     await shipper.says("file is done");
     execFileSync("gzip", ["--keep", `${sender.live}.1`]);
     sender.write(lines("b", 1, 10));
+    await finish(sender, shipper);
+  });
+
+  test("a copy by hand of a rotated file is not shipped again", async () => {
+    const sender = await shippedTen({ rotateWaitSeconds: 0.3 });
+    sender.write(lines("a", 11, 100));
+    const shipper = await startShipper(sender);
+    await expectArrives(receiver, sender);
+    sender.rotate();
+    await shipper.says("file is done");
+    copyFileSync(`${sender.live}.1`, `${sender.live}-20261122`);
+    sender.write(lines("b", 1, 10));
+    await shipper.says("file is a copy of a known one");
     await finish(sender, shipper);
   });
 
