@@ -15,7 +15,7 @@ import { access } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { folders, listBatches, listHosts, parseBatchName } from "./lib/batch.ts";
-import { type Config, ConfigError, readSecret } from "./lib/config.ts";
+import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
 import { countLines } from "./lib/content.ts";
 import { findReported, Intents, type Ready } from "./lib/delivery.ts";
 import { exists, makeFolder, moveDurably, writeDurably } from "./lib/durable.ts";
@@ -54,9 +54,10 @@ const AFTER_PROGRESS_MS = 200;
 const MAX_DISTANCE_MS = 3_600_000;
 
 async function main(service: Service<"forwarder">): Promise<number> {
-  const { config, flags, signal } = service;
+  const { config, configFile, flags, signal } = service;
   if (flags.status) return printStatus(service);
-  checkSecrets(config);
+  const faults = checkSecrets(config); // better at the start than at night
+  if (faults.length > 0) throw new ConfigError(faults.map((fault) => `${configFile}: ${fault}`));
   await makeFolder(config.dir);
   await holdLock(join(config.dir, ".forwarder.lock"), `The folder ${config.dir}`);
   const forwarder = await createForwarder(service);
@@ -183,10 +184,8 @@ async function listQueue({ service, state, deferred }: Forwarder) {
   const failed = await listBatches(all.failed, "sealed");
   const waiting = new Set([...queue.map(({ batch }) => batch), ...failed]);
   for (const batch of Object.keys(state.failed)) if (!waiting.has(batch)) delete state.failed[batch];
-  add(
-    all.failed,
-    failed.filter((batch) => (state.failed[batch]?.nextAt ?? 0) <= now()),
-  );
+  const isDue = (batch: string) => (state.failed[batch]?.nextAt ?? 0) <= now();
+  add(all.failed, failed.filter(isDue));
   // Oldest window first; within a window one batch of each host, then the second of each.
   queue.sort((a, b) => (a.key < b.key ? -1 : 1));
   return { due: queue as Item[], waiting };
@@ -346,9 +345,9 @@ async function printStatus({ config, now }: Service<"forwarder">): Promise<numbe
   return EXIT.done;
 }
 
-/** Throws a ConfigError when a secret is not there: better at the start than at night. */
-function checkSecrets({ password, privateKey, passphrase }: Settings): void {
-  for (const secret of [password, privateKey, passphrase]) if (secret) readSecret(secret);
+/** One fault for each secret that is not there. */
+function checkSecrets({ password, privateKey, passphrase }: Settings): string[] {
+  return secretFaults("forwarder", { password, privateKey, passphrase });
 }
 
 /** `--check`: folders that can be written, secrets that can be read; with `--connect` also a login. */
@@ -363,7 +362,7 @@ async function checkHost({ config, signal }: Service<"forwarder">, connect: bool
   };
   await attempt("dir", () => access(config.dir, constants.R_OK | constants.W_OK | constants.X_OK));
   await attempt("report", () => access(dirname(config.report), constants.W_OK | constants.X_OK));
-  await attempt("password", () => checkSecrets(config));
+  faults.push(...checkSecrets(config));
   if (config.knownHosts) await attempt("knownHosts", () => access(config.knownHosts ?? "", constants.R_OK));
   if (connect && faults.length === 0) {
     await attempt("target", async () => {

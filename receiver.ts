@@ -18,7 +18,7 @@ import { type Access, type Arrival, createAccess } from "./lib/access.ts";
 import { createIntake, type Intake } from "./lib/body.ts";
 import { HEADER, parseChunkHeaders, parseStreamHeaders, UPLOAD_PATH, WireError } from "./lib/chunk.ts";
 import { createStore, type Store, StoreError } from "./lib/commit.ts";
-import { type Config, readSecret } from "./lib/config.ts";
+import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
 import { makeFolder } from "./lib/durable.ts";
 import { LEGACY_STREAM, parseLegacy } from "./lib/legacy.ts";
 import { holdLock } from "./lib/lock.ts";
@@ -34,6 +34,7 @@ import {
   pause,
   runScript,
   type Service,
+  UsageError,
   VERSION,
 } from "./lib/service.ts";
 import { createStatusReader, type Status } from "./lib/status.ts";
@@ -53,6 +54,8 @@ const CLOSE_MS = 2000;
 async function main(service: Service<"receiver">): Promise<number> {
   const { config, log, now, signal } = service;
   const groups = servedGroups(service);
+  const faults = checkTokens(config); // else every sender would be refused, without an end
+  if (faults.length > 0) throw new ConfigError(faults.map((fault) => `${service.configFile}: ${fault}`));
   const tls = readTls(config);
   await prepareFolder(config);
   await lockGroups(config, groups);
@@ -74,7 +77,13 @@ function servedGroups({ config, configFile, flags }: Service<"receiver">): numbe
   const own = all.filter((index) => String(config.groups[index]?.port) === flags.port);
   if (own.length > 0) return own;
   const ports = config.groups.map((group) => group.port).join(", ");
-  throw new OperatorError(`No group has port ${flags.port}: ${configFile} has groups of ports ${ports}`);
+  throw new UsageError(`No group has port ${flags.port}: ${configFile} has groups of ports ${ports}`);
+}
+
+/** One fault for each token that is not there. */
+function checkTokens({ tokens = {} }: ReceiverConfig): string[] {
+  const named = Object.entries(tokens).map(([host, token]) => [`tokens.${host}`, token]);
+  return secretFaults("receiver", Object.fromEntries(named));
 }
 
 /** Throws an OperatorError when a file of `tls` cannot be read. */
@@ -265,8 +274,7 @@ async function checkReceiver({ config }: Service<"receiver">): Promise<string[]>
   };
   await attempt(() => prepareFolder(config));
   await attempt(() => readTls(config));
-  for (const token of Object.values(config.tokens ?? {})) await attempt(() => readSecret(token));
-  return faults;
+  return [...faults, ...checkTokens(config)];
 }
 
 if (import.meta.main) {

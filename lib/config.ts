@@ -25,6 +25,8 @@ const host = z
   .refine((text) => parseHost(text) !== undefined, "expected an IP address or a host name")
   .transform((text) => text.toLowerCase());
 const httpUrl = z.url({ protocol: /^https?$/, error: "expected http://HOST[:PORT] or https://…" });
+/** Also of a host without a domain, as root@localhost. */
+const address = z.string().regex(/^[^\s@<>(),:;"\\[\]]+@[^\s@<>(),:;"\\[\]]+$/, "expected an email address");
 const schedule = z.string().regex(/^(\S+\s+){4,5}\S+$/, "expected a cron expression such as */10 * * * *");
 
 const shipper = z.strictObject({
@@ -155,7 +157,8 @@ const target = z
     abort: true,
   })
   .refine((text) => !new URL(text).password, "a password does not belong here; set password")
-  .refine((text) => !text.startsWith("sftp:") || new URL(text).username !== "", "expected sftp://USER@HOST…");
+  .refine((text) => !text.startsWith("sftp:") || new URL(text).username !== "", "expected sftp://USER@HOST…")
+  .refine(isLocalIfFile, "expected file:///FOLDER, with three slashes");
 
 const forwarder = z
   .strictObject({
@@ -210,11 +213,12 @@ const mail = z.strictObject({
       abort: true,
     })
     .refine((text) => !new URL(text).password, "a password does not belong here; set mail.password")
+    .refine(isLocalIfFile, "expected file:///FOLDER, with three slashes")
     .describe("Mail server: smtp://[USER@]HOST[:PORT], smtps://… or file:///FOLDER for .eml files"),
   password: secret.optional().describe("Password of the user in smtp"),
   ca: path.optional().describe("PEM file of the CA that signed the mail server's certificate"),
-  from: z.email().describe("Sender of every mail"),
-  to: z.array(z.email()).min(1).describe("Receivers of every mail"),
+  from: address.describe("Sender of every mail"),
+  to: z.array(address).min(1).describe("Receivers of every mail"),
   subjectPrefix: z.string().default("[log-rt-sync]").describe("First word of every subject"),
   timeoutSeconds: seconds.default(20).describe("How long the mail server may take for one answer"),
 });
@@ -317,7 +321,7 @@ export async function loadConfig<S extends Section>(file: string, section: S): P
 export function parseConfig<S extends Section>(text: string, section: S, file = "config.json"): Config[S] {
   let json: unknown;
   try {
-    json = JSON.parse(text);
+    json = JSON.parse(text.replace(/^\uFEFF/, "")); // some editors put a byte order mark there
   } catch (error) {
     throw new ConfigError([`${file}: is no JSON: ${(error as Error).message}`]);
   }
@@ -398,6 +402,18 @@ export function readSecret(ref: SecretRef): string {
   }
 }
 
+/** One fault for each secret that cannot be read now: `<section>.<key>: …`. */
+export function secretFaults(section: Section, secrets: Record<string, SecretRef | undefined>): string[] {
+  return Object.entries(secrets).flatMap(([key, ref]) => {
+    try {
+      if (ref) readSecret(ref);
+      return [];
+    } catch (error) {
+      return [`${section}.${key}: ${(error as Error).message}`];
+    }
+  });
+}
+
 // ---- addresses
 
 /** Whether an address to listen on or a peer is this machine itself. */
@@ -450,6 +466,11 @@ function patternIsValid(text: string): boolean {
   } catch {
     return false;
   }
+}
+
+/** `file://folder/x` names a host "folder", which no file URL can reach. */
+function isLocalIfFile(text: string): boolean {
+  return !text.startsWith("file:") || new URL(text).hostname === "";
 }
 
 /** Two groups must not claim one sender: compares every pair of entries of different groups. */

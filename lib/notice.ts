@@ -113,7 +113,7 @@ export async function readState(path: string, now: number): Promise<{ state: Mon
     const state = JSON.parse(text) as MonitorState;
     if (state?.version === 1 && state.incidents && state.heard && Array.isArray(state.queue))
       return { state };
-    throw new Error(`expected version 1, found ${state?.version}`);
+    throw new Error("expected a state of version 1");
   } catch (error) {
     const change: Change = {
       kind: "note",

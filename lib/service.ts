@@ -21,6 +21,11 @@ export class OperatorError extends Error {
   override name = "OperatorError";
 }
 
+/** A flag whose value fits nothing: told in one line. Exit code 2. */
+export class UsageError extends Error {
+  override name = "UsageError";
+}
+
 export type Fields = Record<string, string | number | boolean | undefined>;
 
 /** One line per event on stdout: time, level, constant message, fields. */
@@ -101,6 +106,10 @@ function explain(error: unknown, log: Log): number {
     process.stderr.write(`${error.message}\n`);
     return EXIT.config;
   }
+  if (error instanceof UsageError) {
+    process.stderr.write(`${error.message}\n`);
+    return EXIT.usage;
+  }
   if (error instanceof OperatorError) {
     process.stderr.write(`${error.message}\n`);
     return EXIT.failed;
@@ -129,6 +138,8 @@ function parseFlags<S extends Section>(spec: ScriptSpec<S>, argv: string[]): Ser
   let values: Service<S>["flags"];
   try {
     values = parseArgs({ args: argv, options, strict: true }).values;
+    const empty = Object.keys(values).find((flag) => values[flag] === "");
+    if (empty) throw new Error(`Option '--${empty}' needs a value`);
   } catch (error) {
     const reason = (error as Error).message.split(". ")[0];
     throw new ExitNow(EXIT.usage, `${reason}\n\n${usage(spec.name, spec.about, known)}`);

@@ -110,3 +110,32 @@ test("receiver --check names a certificate and a token that cannot be read, both
   expect(output).toContain("no-token");
   expect(code).toBe(78);
 });
+
+test.each(["receiver", "forwarder"] as const)(
+  "%s does not start without its secrets: each is named with its key, and 78",
+  async (script) => {
+    const home = await tempFolder();
+    const config = await configOf(home, 9);
+    const file = await writeConfig(home, {
+      receiver: {
+        ...config.receiver,
+        groups: [{ port: 0, senders: ["*"] }],
+        tokens: { "*": { env: "NOT_SET" }, "10.0.0.1": { file: join(home, "no-token") } },
+      },
+      forwarder: {
+        ...config.forwarder,
+        password: { env: "NOT_SET" },
+        privateKey: { file: join(home, "no-key") },
+      },
+    });
+    const keys = { receiver: ["tokens.*", "tokens.10.0.0.1"], forwarder: ["password", "privateKey"] }[script];
+    for (const flags of [[], ["--check"]]) {
+      const { code, output } = await runScriptOnce(script, file, flags);
+      expect(code).toBe(78);
+      const told = output.trimEnd().split("\n");
+      expect(told.map((line) => line.split(": ").slice(0, 2).join(": "))).toEqual(
+        keys.map((key) => `${file}: ${script}.${key}`),
+      );
+    }
+  },
+);

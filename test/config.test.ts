@@ -124,10 +124,13 @@ describe("parseConfig()", () => {
     ["receiver", { listen: "0.0.0.0" }, "tokens", "anyone could write here"],
     ["forwarder", { target: "/folder" }, "target", "expected sftp://USER@HOST[:PORT]/FOLDER"],
     ["forwarder", { target: "sftp://h/f", hostKey: KEY, agent: "/a" }, "target", "sftp://USER@HOST"],
+    ["forwarder", { target: "file://folder/in" }, "target", "expected file:///FOLDER"],
     ["forwarder", { hostKey: "MD5:00:11" }, "hostKey", "expected SHA256:"],
     ["forwarder", { retries: 0 }, "retries", "(found 0)"],
     ["forwarder", { parallel: 1.5 }, "parallel", "expected int"],
     ["monitor", { mail: { ...LEAST.monitor.mail, to: ["ops"] } }, "mail.to.0", "email"],
+    ["monitor", { mail: { ...LEAST.monitor.mail, from: "a@b\nc" } }, "mail.from", "email"],
+    ["monitor", { mail: { ...LEAST.monitor.mail, smtp: "file://mails" } }, "mail.smtp", "file:///FOLDER"],
     ["monitor", { mail: { ...LEAST.monitor.mail, smtp: "mx:25" } }, "mail.smtp", "expected smtp://"],
     ["monitor", { summaryMinute: 60 }, "summaryMinute", "(found 60)"],
     ["monitor", { schedule: "every minute" }, "schedule", "expected a cron expression"],
@@ -191,6 +194,12 @@ describe("parseConfig()", () => {
     expect(() => parseConfig("{}", "monitor")).toThrow("config.json: monitor: missing");
     expect(() => parseConfig("{", "monitor")).toThrow("config.json: is no JSON: ");
     expect(() => parseConfig("[]", "monitor")).toThrow('expected an object with the section "monitor"');
+  });
+
+  test("takes a mail address without a domain, and a file with a byte order mark", () => {
+    const mail = { ...LEAST.monitor.mail, to: ["root@localhost"] };
+    const text = `\uFEFF${JSON.stringify({ monitor: { ...LEAST.monitor, mail } })}`;
+    expect(parseConfig(text, "monitor").mail.to).toEqual(["root@localhost"]);
   });
 
   test("leaves the sections of other scripts alone", () => {

@@ -70,12 +70,12 @@ describe.each(NAMES)("%s.ts", (name) => {
     expect(output).toStartWith(`log-rt-sync ${name} ${VERSION} (`);
   });
 
-  test.each([["--nonsense"], ["--config"], ["left-over"], ["--help=yes"]])(
+  test.each([["--nonsense"], ["--config"], ["--config="], ["left-over"], ["--help=yes"]])(
     "%s is refused with the usage and exit code 2",
     async (flag) => {
       const { code, output } = await run(name, [flag]);
       expect(code).toBe(2);
-      expect(output.split("\n")[0]).toContain(flag.replace("=yes", ""));
+      expect(output.split("\n")[0]).toContain(flag.replace(/=.*/, ""));
       expect(output).toContain(`Usage: bun run ${name}.ts [flags]\n`);
     },
   );

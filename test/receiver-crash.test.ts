@@ -251,6 +251,6 @@ test("groups spread over processes: --port serves one, and 421 names the port of
   expect(await first?.stop()).toBe(0);
   expect(await second?.stop()).toBe(0);
   const none = await runScriptOnce("receiver", config, ["--port", "1"], env);
-  expect(none.code).toBe(1);
+  expect(none.code).toBe(2);
   expect(none.output).toContain("No group has port 1");
 });
