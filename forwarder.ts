@@ -8,7 +8,8 @@
  *
  * A server that is down, refuses the login or has no room is not the fault of a file: the cycle ends, the
  * queue stays as it is, the next try comes after a growing pause. A file that the server refuses while it
- * takes others goes to failed/ after `retries` tries and is tried from there, ever less often.
+ * takes others goes to failed/ after `retries` tries and is tried from there, ever less often; by `--once`
+ * each time.
  */
 import { constants, lstatSync } from "node:fs";
 import { access } from "node:fs/promises";
@@ -162,7 +163,7 @@ function asFault(error: unknown, config: Settings): TargetFault {
 
 /** What is to be sent now, in order, and the names of all that wait. */
 async function listQueue({ service, state, deferred }: Forwarder) {
-  const { config, now } = service;
+  const { config, flags, now } = service;
   const all = folders(config.dir);
   const queue: (Item & { key: string })[] = [];
   const add = (folder: string, batches: string[]) => {
@@ -184,7 +185,7 @@ async function listQueue({ service, state, deferred }: Forwarder) {
   const failed = await listBatches(all.failed, "sealed");
   const waiting = new Set([...queue.map(({ batch }) => batch), ...failed]);
   for (const batch of Object.keys(state.failed)) if (!waiting.has(batch)) delete state.failed[batch];
-  const isDue = (batch: string) => (state.failed[batch]?.nextAt ?? 0) <= now();
+  const isDue = (batch: string) => flags.once || (state.failed[batch]?.nextAt ?? 0) <= now();
   add(all.failed, failed.filter(isDue));
   // Oldest window first; within a window one batch of each host, then the second of each.
   queue.sort((a, b) => (a.key < b.key ? -1 : 1));

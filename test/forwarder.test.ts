@@ -118,14 +118,20 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("to $name", ({ start }) => {
     );
     expect(await site.report()).toEqual([`${good} | lines=10 | status=Sent`]);
 
-    // Mended, and its time has come: delivered from failed/.
-    await rm(join(backend.folder, name));
+    // Tried again from failed/: by one that stays when its time has come, by --once each time.
     const state = await readForwarderState(site.dir);
     expect(state?.failed[name]).toMatchObject({ attempts: 1 });
-    expect((await once(site)).code).toBe(1); // not yet its time
-    await rename(join(site.dir, "failed", name), join(site.dir, HOST, name)); // by hand it has no time
+    const next = site.seal(HOST, 3, text);
+    const staying = startScript("forwarder", site.configFile);
+    await until("the next batch is sent", async () => (await site.list("sent")).includes(next));
+    expect(await staying.stop()).toBe(0);
+    expect(await site.failures()).toHaveLength(2); // not yet its time
+    expect((await once(site)).code).toBe(1);
+    expect(await site.failures()).toHaveLength(3);
+    await rm(join(backend.folder, name));
     expect((await once(site)).code).toBe(0);
     expect((await remoteFiles(backend))[name]).toBe(text);
+    expect(await site.list("failed")).toEqual([]);
     await takeAway(backend);
   });
 
