@@ -26,8 +26,9 @@ export async function findOwner(
     }
   }
   if (isLive) return undefined;
+  const { size } = await file.stat();
   for (const stream of family.streams) {
-    if (!mayBeCopied(family, stream, file, located)) continue;
+    if (!mayBeCopied(family, stream, { file, size }, located)) continue;
     if (await isCopyOfStream(file, stream)) return stream;
   }
   // One of which nothing was read yet has no signature: then this is it, compressed or copied meanwhile.
@@ -43,18 +44,25 @@ function knownOf({ signature: { head, marks } }: Stream): number {
 
 /**
  * Whether a file may be made from a stream's: the live one is copied (copytruncate), a rotated one is compressed
- * under its own name, and of one that is gone, whose handle is still open, anything may have been made.
+ * under its own name, and of one that is gone, whose handle is still open, anything may have been made. A copy
+ * by hand of a rotated one counts when much is the same: short files may well be equal by chance.
  */
-function mayBeCopied(family: Family, stream: Stream, file: LogFile, located: Map<Stream, Sibling>): boolean {
+function mayBeCopied(
+  family: Family,
+  stream: Stream,
+  { file, size }: { file: LogFile; size: number },
+  located: Map<Stream, Sibling>,
+): boolean {
   const original = located.get(stream)?.path;
   if (original === undefined || stream === liveStream(family)) return true;
-  return file.compression !== undefined && file.path.startsWith(`${original}.`);
+  if (file.compression) return file.path.startsWith(`${original}.`);
+  return Math.min(size, knownOf(stream)) >= MARK_BYTES;
 }
 
 /** The same for a stream, whose file is closed again when it is done. */
 async function isCopyOfStream(copy: LogFile, stream: Stream): Promise<boolean> {
   if (stream.file) return !stream.file.compression && (await isCopyOf(copy, stream.file));
-  if (!copy.compression || !stream.done) return false; // an unfinished one is open, or opened soon
+  if (!stream.done) return false; // an unfinished one is open, or opened soon
   const original = await openLog(stream.path).catch(() => undefined);
   if (!original) return false;
   try {
