@@ -96,6 +96,10 @@ describe("checkMails()", () => {
     });
     expect(checkMails([mail(1500, "is silent")], [outage], 0)).toMatchObject({ missing: 1 });
     expect(checkMails([], [outage], 0)).toMatchObject({ missing: 2 });
+    expect(checkMails([mail(1500, "is flapping")], [outage], 0)).toMatchObject({ missing: 0 });
+    expect(checkMails([{ ...mail(1500, "is flapping"), subject: "other" }], [outage], 0)).toMatchObject({
+      missing: 2,
+    });
   });
   test("allows no more repeats than the monitor was killed", () => {
     const mails = [mail(1500, "is silent"), mail(1600, "is silent"), mail(2500, "is back")];
