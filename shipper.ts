@@ -20,7 +20,7 @@ import { type Cursor, type CursorFound, cursorPath, readCursor, writeCursor } fr
 import { makeFolder, moveDurably, reached } from "./lib/durable.ts";
 import { scanFamily } from "./lib/family.ts";
 import { holdLock } from "./lib/lock.ts";
-import { expandFiles, look } from "./lib/rotation.ts";
+import { expandFiles, look, whyNotFollowed } from "./lib/rotation.ts";
 import {
   createFaultLog,
   createProgress,
@@ -127,7 +127,7 @@ export async function openShipper(
       saving: Promise.resolve(),
     },
     context: {
-      ...{ config, now, log, faults, ask: transfer.ask },
+      ...{ config, now, log, faults, signal, ask: transfer.ask },
       lose(bytes, stream) {
         transfer.lost += bytes;
         log.error("bytes lost: they were gone before they could be read", {
@@ -280,7 +280,10 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
     const live = await look(family.path);
     if (live?.key !== family.liveKey || now() >= family.scanAt) await scanFamily(family, context);
     faults.recovered(`folder ${family.path}`, "folder can be read again", { path: family.path });
+    if (live) faults.recovered(`kind ${family.path}`, "log file can be followed", { path: family.path });
+    else await tellKind(shipper, family);
     for (const stream of [...family.streams]) {
+      if (family.liveHeld && stream === liveStream(family)) continue;
       if (!stream.done && !signal.aborted && !(await shipStream(shipper, family, stream))) pass.atEnd = false;
     }
   } catch (error) {
@@ -294,6 +297,12 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
   pass.shipped = transfer.sent.chunks > before;
   if (family.scanAt === 0 || family.unsettled) pass.atEnd = false;
   return pass;
+}
+
+/** Tells of a directory or a FIFO under a log's name, which otherwise counts as a log that is not there yet. */
+async function tellKind({ faults }: Shipper, { path }: Family): Promise<void> {
+  const error = await whyNotFollowed(path);
+  if (error) faults.failed(`kind ${path}`, "cannot follow log file", { path, error });
 }
 
 /** Ships one stream to its end, and decides whether it is done. True when its end was reached. */
@@ -469,6 +478,8 @@ async function check({ config, signal }: Service<"shipper">, connect: boolean): 
   for (const path of await expandFiles(config.files, [])) {
     await attempt("files", async () => {
       await readdir(dirname(path));
+      const other = await whyNotFollowed(path);
+      if (other) throw new OperatorError(`Cannot follow "${path}": ${other}`);
       if (await look(path)) await (await openLog(path)).close(); // one that is not there yet is no fault
     });
   }

@@ -23,6 +23,22 @@ export async function skipOldFiles(family: Family, siblings: Sibling[], context:
 }
 
 /**
+ * Whether the receiver knows one of these files, although there is no cursor: then the state folder is gone, and
+ * this is no first start. A receiver that can't be asked now does not hold up the first start.
+ */
+export async function wasShipped(family: Family, files: Sibling[], context: ScanContext): Promise<boolean> {
+  try {
+    for (const found of files.toReversed()) {
+      if (!found.readable || isCompressed(found.path)) continue;
+      if (await withFile(found.path, (file) => askPlace(family, file, [], context))) return true;
+    }
+  } catch (error) {
+    if (context.signal.aborted) throw error;
+  }
+  return false;
+}
+
+/**
  * The cursor was damaged: the receiver is asked where it stands with each file, newest first. Files are shipped
  * oldest first, so one that is older than a known one was shipped before it. When none is known, compressed
  * files are left alone: nothing tells whether they were shipped.

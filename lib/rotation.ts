@@ -8,7 +8,7 @@
  */
 import { glob, readdir, realpath, stat } from "node:fs/promises";
 import { basename, dirname, extname, join, resolve } from "node:path";
-import { fileKey } from "./tail.ts";
+import { fileKey, kindOf } from "./tail.ts";
 
 const COMPRESSED = /\.(gz|zst)$/;
 /** Compressions that can't be read here: such a file is told of, not shipped. */
@@ -112,6 +112,12 @@ export async function look(path: string): Promise<Sibling | undefined> {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
     throw error;
   }
+}
+
+/** Why what lies under this path can't be followed; undefined for a regular file, and when nothing is there. */
+export async function whyNotFollowed(path: string): Promise<string | undefined> {
+  const found = await stat(path).catch(() => undefined);
+  return found && !found.isFile() ? `it is ${kindOf(found)}, expected a regular file` : undefined;
 }
 
 /** Of two files written at the same time: `.2` is older than `.1`, dates sort as they are. */

@@ -34,6 +34,10 @@ export interface Family {
   scanAt: number;
   /** Some file is not settled: still being copied or compressed, or missing for a moment only. */
   unsettled: boolean;
+  /** Until then, ms, the live file waits for rotated ones that are not settled; 0 before the first look. */
+  heldUntil: number;
+  /** The live file waits now. */
+  liveHeld: boolean;
   /** Unknown files that are not ours, as they were when this was found out. */
   ignored: Set<string>;
   /** How the first look takes what it finds. */
@@ -51,6 +55,7 @@ export interface ScanContext {
   now: () => number;
   log: Log;
   faults: FaultLog;
+  signal: AbortSignal;
   /** Offset at which the receiver stands with a stream; undefined when it does not know it. */
   ask(id: string): Promise<number | undefined>;
   /** Counts bytes that can't be read any more. */
@@ -69,6 +74,8 @@ export function createFamily(path: string, start: Family["start"], now: number, 
     liveKey: undefined,
     scanAt: 0,
     unsettled: false,
+    heldUntil: 0,
+    liveHeld: false,
     ignored: new Set(),
     start,
   };

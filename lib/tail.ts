@@ -81,7 +81,8 @@ export async function openLog(path: string): Promise<LogFile> {
   }
 }
 
-function kindOf(stat: { isDirectory(): boolean; isFIFO(): boolean }): string {
+/** What a path that is no regular file is, for people. */
+export function kindOf(stat: { isDirectory(): boolean; isFIFO(): boolean }): string {
   return stat.isDirectory() ? "a directory" : stat.isFIFO() ? "a FIFO" : "a device or a socket";
 }
 
