@@ -175,11 +175,11 @@ describe("rename and create", () => {
     const stub = startStub(() => new Response("away", { status: 503, headers: { "Retry-After": "0" } }));
     const sender = await createSender(stub.url);
     const shipper = await startShipper(sender);
-    for (let n = 1; n <= 120; n++) {
+    for (let n = 1; n <= 150; n++) {
       sender.write(lines(`r${n}`, 1, 5));
       shiftNames(sender);
       sender.rotate();
-      await Bun.sleep((n * 17) % 50); // some while the shipper looks into the folder
+      await Bun.sleep(Math.random() * 60); // some while the shipper looks into the folder
     }
     stub.script = undefined;
     const all = Buffer.concat(sender.written).toString();
