@@ -15,7 +15,8 @@ export function renderAlert({ changes, counts, at }: Extract<Notice, { kind: "al
   const standing = Object.entries(counts).map(([status, n]) => `${n} ${STATUS_TEXT[status as Status]}`);
   const senders = standing.length > 0 ? `Senders now: ${standing.join(", ")}.` : "";
   const rows = facts.map((change) => {
-    const color = isGood(change) ? COLOR.good : change.kind === "flapping" ? COLOR.warn : COLOR.bad;
+    const flaps = change.kind === "flapping" || stillFlaps(change);
+    const color = isGood(change) ? COLOR.good : flaps ? COLOR.warn : COLOR.bad;
     return `<tr><td style="padding:12px 14px;border-left:4px solid ${color};border-bottom:1px solid ${COLOR.line}">
 <div style="font-size:16px;font-weight:bold;color:${COLOR.ink}">${escapeHtml(headline(change))}</div>
 <div style="padding-top:3px;color:${COLOR.faint}">${escapeHtml(explain(change, at))}</div></td></tr>`;
@@ -77,11 +78,14 @@ function short(change: Change | undefined): string {
   if (change?.kind === "lost") return "lost bytes";
   if (change?.kind === "flapping") return "flapping";
   if (change?.kind === "steady") return "steady again";
+  if (change && stillFlaps(change)) return "still flapping";
   return `${change?.kind === "reminder" ? "still " : ""}${STATUS_TEXT[change?.status ?? "ok"]}`;
 }
 
-function headline({ kind, title, status, sender, since, lasted, bytes = 0 }: Change): string {
+function headline(change: Change): string {
+  const { kind, title, status, sender, since, lasted, bytes = 0 } = change;
   const clock = formatClock(since);
+  if (stillFlaps(change)) return `${title} is still flapping`;
   if (kind === "note") return title;
   if (kind === "lost") return `${title} lost ${formatBytes(bytes)} before they were read`;
   if (kind === "flapping") return `${title} is flapping`;
@@ -99,11 +103,17 @@ function headline({ kind, title, status, sender, since, lasted, bytes = 0 }: Cha
   return `${title} ${still}${STATUS_TEXT[status]} since ${clock}`;
 }
 
-function explain({ kind, status, sender, since, text }: Change, at: number): string {
+/** A reminder of what is well at the moment: it is of the flapping. */
+function stillFlaps({ kind, status }: Change): boolean {
+  return kind === "reminder" && status === "ok";
+}
+
+function explain(change: Change, at: number): string {
+  const { kind, status, sender, since, text } = change;
   const ago = `${formatTime(since)}, ${formatDuration(at - since)} ago`;
   if (kind === "lost")
     return "They vanished from the sender's disk unread: deleted or truncated, with no copy left.";
-  if (kind === "flapping")
+  if (kind === "flapping" || stillFlaps(change))
     return "It goes and comes. No mail for each change until it has been steady for half an hour.";
   if (kind === "note") return text;
   if (!sender) return kind === "over" ? `It began ${ago}.` : `${text}. Noticed ${ago}.`;

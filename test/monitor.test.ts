@@ -147,6 +147,16 @@ test("judge() keeps an incident in one thread", () => {
   expect(subjects(state)).toEqual(["a back after 4h 7m"]);
 });
 
+test("renderAlert() reminds of what flaps and is well for the moment as flapping, not as gone", () => {
+  const mail = { kind: "alert", id: "x", at: NOON, references: [], counts: {} } as const;
+  const change = { kind: "reminder", text: "", status: "ok", since: NOON } as const;
+  const sender = renderAlert({ ...mail, references: [], changes: [{ ...change, title: "a", sender: true }] });
+  expect(sender.subject).toBe("a is still flapping");
+  expect(sender.text).toContain("It goes and comes.");
+  const fault = renderAlert({ ...mail, references: [], changes: [{ ...change, title: "F", sender: false }] });
+  expect(fault.subject).toBe("F is still flapping");
+});
+
 // ---- whole runs
 
 async function setUp(more: object = {}) {
