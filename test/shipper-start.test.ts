@@ -1,0 +1,74 @@
+/** What a shipper makes of the files that it finds at its start: their order, and what of them is its own. */
+import { expect, test } from "bun:test";
+import { execFileSync } from "node:child_process";
+import { rmSync } from "node:fs";
+import { join } from "node:path";
+import { createSender, lines, type Sender, shiftNames, startStub } from "./pipeline.ts";
+import { until } from "./support.ts";
+
+async function shippedTen(url: string, options: object = {}): Promise<Sender> {
+  const sender = await createSender(url, options);
+  sender.write(lines("a", 1, 10));
+  await sender.once();
+  return sender;
+}
+
+test.each(["plain", "gzip"])(
+  "files rotated just before the start go before the live one, oldest first (%s)",
+  async (kind) => {
+    const stub = startStub();
+    const sender = await shippedTen(stub.url, { rotateWaitSeconds: 1 });
+    for (const tag of ["a", "b", "c"]) {
+      sender.write(lines(tag, 11, 60));
+      shiftNames(sender);
+      sender.rotate();
+    }
+    if (kind === "gzip") for (const n of [2, 3]) execFileSync("gzip", [join(sender.logs, `access.log.${n}`)]);
+    sender.write(lines("live", 1, 50));
+    await sender.once();
+    expect(stub.text()).toBe(Buffer.concat(sender.written).toString());
+  },
+);
+
+test("the live file does not wait for an unfinished one for longer than rotateWaitSeconds", async () => {
+  const stub = startStub();
+  const sender = await shippedTen(stub.url, { rotateWaitSeconds: 0.5 });
+  await Bun.write(join(sender.logs, "access.log.2.gz"), new Uint8Array([0x1f, 0x8b, 8, 0]));
+  sender.write(lines("a", 11, 20));
+  const shipper = sender.start();
+  await until("the live file is shipped", () => stub.text().includes("/a/20 "));
+  expect(await shipper.stop()).toBe(0);
+});
+
+test("with the whole state folder gone, a rotated file goes on where the receiver is", async () => {
+  const stub = startStub();
+  const sender = await shippedTen(stub.url);
+  rmSync(sender.stateDir, { recursive: true });
+  sender.write(lines("a", 11, 20));
+  sender.rotate();
+  sender.write(lines("b", 1, 10));
+  await sender.once();
+  await sender.once();
+  expect(stub.text()).toBe(Buffer.concat(sender.written).toString());
+});
+
+test("startAt end goes on where the receiver is when the state folder is gone", async () => {
+  const stub = startStub();
+  const sender = await shippedTen(stub.url, { startAt: "beginning" });
+  rmSync(sender.stateDir, { recursive: true });
+  const config = await Bun.file(sender.config).text();
+  await Bun.write(sender.config, config.replace('"beginning"', '"end"'));
+  sender.write(lines("a", 11, 20));
+  await sender.once();
+  expect(stub.text()).toBe(Buffer.concat(sender.written).toString());
+});
+
+test("a first start ships nothing of files that were rotated before it", async () => {
+  const stub = startStub();
+  const sender = await createSender(stub.url);
+  sender.write(lines("old", 1, 10));
+  sender.rotate();
+  sender.write(lines("live", 1, 10));
+  await sender.once();
+  expect(stub.text()).toBe(lines("live", 1, 10));
+});
