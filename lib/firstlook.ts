@@ -51,21 +51,20 @@ export async function recover(family: Family, files: Sibling[], context: ScanCon
   }
   const anyKnown = [...places.values()].some((place) => place !== undefined);
   let known = false;
-  let left = 0;
   for (const [found, place] of places) {
     known ||= place !== undefined;
     const packed = isCompressed(found.path);
     const past = place === undefined && (known || (packed && !anyKnown));
-    if (past && packed && !anyKnown) left++;
     await withFile(found.path, async (file) => {
       const end = past && !packed ? await endOf(file) : 0;
       const stream = await beginStream(family, file, place?.offset ?? end, context);
       if (place) stream.id = place.id;
       stream.done = past;
     });
-  }
-  if (left > 0) {
-    context.log.warn("compressed files are not shipped: nothing tells whether they were", { files: left });
+    if (past) {
+      const { path, size: bytes } = found;
+      context.log.warn("rotated file is not shipped: the receiver has never heard of it", { path, bytes });
+    }
   }
 }
 
