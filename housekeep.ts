@@ -63,12 +63,12 @@ export interface HousekeepResult {
   faults: number;
 }
 
-async function main({ config, flags, log, signal, now }: Service<"housekeep">): Promise<number> {
+async function main({ config, configFile, flags, log, signal, now }: Service<"housekeep">): Promise<number> {
   await stepBack();
   const context = { config, log, signal, now, dryRun: flags["dry-run"] === true };
   if (!flags.watch) return (await housekeepOnce(context)).faults === 0 ? EXIT.done : EXIT.failed;
   const pass = () => housekeepOnce(context);
-  await followSchedule(config.schedule, pass, { log, signal });
+  await followSchedule(config.schedule, pass, { where: `${configFile}: housekeep.schedule`, log, signal });
   return EXIT.done;
 }
 

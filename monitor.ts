@@ -48,11 +48,12 @@ export interface MonitorContext extends LookContext {
 }
 
 async function main(service: Service<"monitor">): Promise<number> {
-  const { config, flags, log, signal, now } = service;
+  const { config, configFile, flags, log, signal, now } = service;
+  const where = `${configFile}: monitor.schedule`;
   if (flags["test-mail"]) return sendTestMail(service);
   if (flags.status) return printStatus(service);
   const pass = () => checkOnce({ config, log, signal, now });
-  if (flags.watch) await followSchedule(config.schedule, pass, { log, signal });
+  if (flags.watch) await followSchedule(config.schedule, pass, { where, log, signal });
   else if (!(await pass()) && !signal.aborted) return EXIT.failed;
   return EXIT.done;
 }

@@ -20,15 +20,15 @@ export function checkSchedule(schedule: string): string[] {
 /**
  * Follows `schedule` (5 fields, or 6 with seconds first; local time). A pass that is still running when the next
  * is due makes that one fall out; one that throws is logged and the schedule goes on. Returns when the signal is
- * aborted and the pass in hand has ended. Throws a ConfigError when the schedule is none.
+ * aborted and the pass in hand has ended. Throws a ConfigError, with `where` before it, when the schedule is none.
  */
 export async function followSchedule(
   schedule: string,
   pass: () => Promise<unknown>,
-  { log, signal }: { log: Log; signal: AbortSignal },
+  { where, log, signal }: { where: string; log: Log; signal: AbortSignal },
 ): Promise<void> {
   const faults = checkSchedule(schedule);
-  if (faults.length > 0) throw new ConfigError(faults.map((fault) => `schedule: ${fault}`));
+  if (faults.length > 0) throw new ConfigError(faults.map((fault) => `${where}: ${fault}`));
   const job = new Cron(schedule, { protect: true, mode: MODE }, async () => {
     await pass().catch((error) => signal.aborted || log.error("pass failed", { error: describe(error) }));
   });

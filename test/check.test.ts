@@ -139,3 +139,15 @@ test.each(["receiver", "forwarder"] as const)(
     }
   },
 );
+
+test.each(["monitor", "housekeep"] as const)(
+  "%s --watch refuses a schedule that never comes",
+  async (script) => {
+    const home = await tempFolder();
+    const config = await configOf(home, 9);
+    const file = await writeConfig(home, { [script]: { ...config[script], schedule: "99 * * * *" } });
+    const { code, output } = await runScriptOnce(script, file, ["--watch"]);
+    expect(output).toStartWith(`${file}: ${script}.schedule: 99 * * * *: expected a cron expression`);
+    expect(code).toBe(78);
+  },
+);
