@@ -30,12 +30,13 @@ export interface Sibling {
  * name) behind the name or before its extension, or the name itself compressed.
  */
 export function isRotationOf(name: string, base: string): boolean {
+  const extension = extname(base);
+  const stem = base.slice(0, base.length - extension.length);
+  if (!name.startsWith(stem)) return false; // most names of a folder
   const plain = name.replace(COMPRESSED, "").replace(UNREADABLE, "");
   if (plain === base) return name !== base;
   if (plain.startsWith(base)) return isRotationMark(plain.slice(base.length));
-  const extension = extname(base);
-  const stem = base.slice(0, base.length - extension.length);
-  if (extension === "" || !plain.startsWith(stem) || !plain.endsWith(extension)) return false;
+  if (extension === "" || !plain.endsWith(extension)) return false;
   return isRotationMark(plain.slice(stem.length, plain.length - extension.length));
 }
 
@@ -77,13 +78,13 @@ export async function siblingFolders(live: string, olddir?: string): Promise<str
 /** The rotated siblings of a live file, oldest first: by the time of the last write, which compressing keeps. */
 export async function listSiblings(live: string, olddir?: string): Promise<Sibling[]> {
   const target = await realpath(live).catch(() => live);
-  const bases = new Set([basename(live), basename(target)]);
+  const bases = [...new Set([basename(live), basename(target)])];
   const siblings: Sibling[] = [];
   for (const folder of await siblingFolders(live, olddir)) {
     for (const name of await namesIn(folder, folder === dirname(live))) {
+      if (!bases.some((base) => isRotationOf(name, base))) continue;
       const path = join(folder, name);
       if (path === live || path === target) continue;
-      if (![...bases].some((base) => isRotationOf(name, base))) continue;
       const sibling = await look(path);
       if (sibling) siblings.push(sibling);
     }
