@@ -122,12 +122,13 @@ export async function forwardOnce(forwarder: Forwarder): Promise<Cycle> {
   const started = now();
   const cycle: Cycle = { sent: 0, lines: 0, failures: 0, left: 0 };
   try {
-    const { due, waiting } = await listQueue(forwarder);
-    cycle.left = waiting.size;
+    const { due, waiting, left } = await listQueue(forwarder);
+    cycle.left = left;
+    await forwarder.intents.keepOnly(waiting);
     if (due.length > 0 || (await forwarder.manifests?.due(config.dir, now()))?.length) {
       const target = await openTarget(config, signal);
       try {
-        await deliverQueue(forwarder, target, due, waiting, cycle);
+        await deliverQueue(forwarder, target, due, cycle);
         if (!cycle.fault) await deliverManifests(forwarder, target);
       } finally {
         target.close();
@@ -161,11 +162,12 @@ function asFault(error: unknown, config: Settings): TargetFault {
   });
 }
 
-/** What is to be sent now, in order, and the names of all that wait. */
+/** What is to be sent now, in order; the names of all that wait, and how many files they are. */
 async function listQueue({ service, state, deferred }: Forwarder) {
   const { config, flags, now } = service;
   const all = folders(config.dir);
   const queue: (Item & { key: string })[] = [];
+  const names = new Set<string>(); // of a name that is there twice, the one in failed/ has to wait
   const add = (folder: string, batches: string[]) => {
     let rank = 0;
     let last = "";
@@ -174,7 +176,8 @@ async function listQueue({ service, state, deferred }: Forwarder) {
       rank = window === last ? rank + 1 : 0;
       last = window;
       const info = lstatSync(join(folder, batch), { throwIfNoEntry: false });
-      if (!info) continue; // moved away meanwhile
+      if (!info || names.has(batch)) continue; // moved away meanwhile
+      names.add(batch);
       const key = `${deferred.has(batch) ? 1 : 0} ${window} ${String(rank).padStart(9, "0")} ${batch}`;
       queue.push({ batch, folder, bytes: info.size, key });
     }
@@ -183,33 +186,26 @@ async function listQueue({ service, state, deferred }: Forwarder) {
     add(all.host(host), await listBatches(all.host(host), "sealed"));
   }
   const failed = await listBatches(all.failed, "sealed");
-  const waiting = new Set([...queue.map(({ batch }) => batch), ...failed]);
+  const waiting = new Set([...names, ...failed]);
+  const left = names.size + failed.length;
   for (const batch of Object.keys(state.failed)) if (!waiting.has(batch)) delete state.failed[batch];
   const isDue = (batch: string) => flags.once || (state.failed[batch]?.nextAt ?? 0) <= now();
   add(all.failed, failed.filter(isDue));
   // Oldest window first; within a window one batch of each host, then the second of each.
   queue.sort((a, b) => (a.key < b.key ? -1 : 1));
-  return { due: queue as Item[], waiting };
+  return { due: queue as Item[], waiting, left };
 }
 
 /** Delivers the items; what is refused is tried `retries` times and then put aside. */
-async function deliverQueue(
-  forwarder: Forwarder,
-  target: Target,
-  due: Item[],
-  waiting: Set<string>,
-  cycle: Cycle,
-): Promise<void> {
+async function deliverQueue(forwarder: Forwarder, target: Target, due: Item[], cycle: Cycle): Promise<void> {
   const { service, intents, manifests, deferred } = forwarder;
   const { config, signal, now } = service;
   if (due.length === 0) return;
-  const leftOver = intents.size > 0;
-  if (leftOver) await intents.keepOnly(waiting);
   const context: RoundContext = {
     config,
     target,
     intents,
-    reported: leftOver ? await findReported(config.report) : new Set(),
+    reported: intents.size > 0 ? await findReported(config.report) : new Set(),
     now,
     signal,
     ...(manifests && { record: (sent: Ready[]) => manifests.record(sent, now()) }),
@@ -218,6 +214,7 @@ async function deliverQueue(
   const { failed } = folders(config.dir);
   for (let attempt = 1, items = due; items.length > 0; attempt++) {
     const { refused, fault, noRoom } = await deliverRound(items, context);
+    await intents.flush();
     for (const batch of noRoom) deferred.add(batch);
     if (signal.aborted) return;
     cycle.failures += refused.length;

@@ -59,6 +59,8 @@ const VERSION = 1;
 export class Intents {
   readonly #path: string;
   #open: Map<string, Intent>;
+  /** Whether the file still has what is forgotten here. */
+  #stale = false;
 
   private constructor(path: string, open: Map<string, Intent>) {
     this.#path = path;
@@ -103,24 +105,33 @@ export class Intents {
   }
 
   /**
-   * Forgets the intentions of batches that are in sent/. Not saved at once: the next save does it, and an
-   * intention without its batch in the queue means nothing.
+   * Forgets the intentions of batches that are in sent/. Not saved at once, so that groups share a save: the
+   * next one does it, or `flush`.
    */
   forget(batches: string[]): void {
-    for (const batch of batches) this.#open.delete(batch);
+    for (const batch of batches) this.#stale = this.#open.delete(batch) || this.#stale;
   }
 
-  /** Forgets what is no longer in the queue, and saves. */
+  /** Forgets what is no longer in the queue; on stable storage when it returns. */
   async keepOnly(queue: Set<string>): Promise<void> {
-    for (const batch of this.#open.keys()) if (!queue.has(batch)) this.#open.delete(batch);
-    await this.#save();
+    this.forget([...this.#open.keys()].filter((batch) => !queue.has(batch)));
+    await this.flush();
   }
 
-  #save(): Promise<void> {
-    return writeDurably(
+  /**
+   * Saves what was forgotten. Else a batch that is moved back to the queue by hand, because the client has lost
+   * it, would pass for one whose rename was done.
+   */
+  async flush(): Promise<void> {
+    if (this.#stale) await this.#save();
+  }
+
+  async #save(): Promise<void> {
+    await writeDurably(
       this.#path,
       JSON.stringify({ version: VERSION, intents: Object.fromEntries(this.#open) }),
     );
+    this.#stale = false;
   }
 }
 

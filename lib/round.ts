@@ -140,6 +140,7 @@ async function upload(item: Item, context: RoundContext, onBytes: (bytes: number
   const gzip = config.compress === "gzip";
   const content = () => openContent(join(folder, batch), { gzip }).chunks;
   const intent = intents.get(batch);
+  await checkUnsent(config.dir, batch);
   if (intent) {
     const found = await settleRename(target, intent);
     if (found !== "unfit") {
@@ -148,7 +149,6 @@ async function upload(item: Item, context: RoundContext, onBytes: (bytes: number
     }
     await intents.cancel(batch);
   }
-  await checkUnsent(config.dir, batch);
   const remote = gzip ? withState(batch, "compressed") : batch;
   const { chunks, measured } = openContent(join(folder, batch), { gzip, hash: config.manifest, onBytes });
   await target.upload(remote, chunks);

@@ -147,6 +147,35 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("to $name", ({ start }) => {
     await takeAway(backend);
   });
 
+  test("a batch that was moved back by hand after the client took the file is sent again", async () => {
+    const site = await makeSite(backend);
+    const text = lines(10);
+    const name = site.seal(HOST, 1, text);
+    expect((await once(site)).code).toBe(0);
+    await rm(join(backend.folder, name));
+    await rename(join(site.dir, "sent", name), join(site.dir, HOST, name));
+    expect((await once(site)).code).toBe(0);
+    expect(await remoteFiles(backend)).toEqual({ [name]: text });
+    await takeAway(backend);
+  });
+
+  test("a name that is in the queue, in failed/ and in sent/ is sent once and holds up no other", async () => {
+    const site = await makeSite(backend, { retries: 1 });
+    const name = site.seal(HOST, 1, lines(10));
+    await mkdir(join(site.dir, "failed"));
+    await writeFile(join(site.dir, "failed", name), lines(10, 50));
+    expect((await once(site)).code).toBe(1); // the one in failed/ is left
+    const next = site.seal(HOST, 2, lines(5));
+    for (let pass = 0; pass < 2; pass++) {
+      const { code, output } = await once(site);
+      expect(code).toBe(1);
+      expect(output).toContain("says that it was delivered already");
+      expect(await remoteFiles(backend)).toEqual({ [name]: lines(10), [next]: lines(5) });
+      expect(await site.list("failed")).toEqual([name]);
+    }
+    await takeAway(backend);
+  });
+
   test("what the target refuses for its name alone goes to failed/, the others are delivered", async () => {
     const site = await makeSite(backend, { retries: 3 });
     const names = [1, 2, 3].map((hour) => site.seal(HOST, hour, lines(5)));
