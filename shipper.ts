@@ -56,6 +56,10 @@ import { type Bell, createWatch } from "./lib/watch.ts";
 /** Pause after a folder could not be read, or the receiver not be asked where a file stands. */
 const FAULT_MS = 1000;
 const SAVE_EVERY_MS = 1000;
+/** Globs are expanded no more often than that. */
+const NAMES_MS = 200;
+/** At the start the first chunk has so long to be the first sign of life. */
+const FIRST_BEAT_MS = 500;
 const TELL_EVERY_MS = 60_000;
 
 /** Everything that the passes share. */
@@ -223,7 +227,7 @@ async function bytesAhead(shipper: Shipper): Promise<number> {
   return bytes;
 }
 
-/** Follows every file in a loop of its own; new matches join within `pollSeconds`. */
+/** Follows every file in a loop of its own; new matches join at once where events tell of them, else within `pollSeconds`. */
 async function followAll(shipper: Shipper): Promise<void> {
   const { config, signal, now } = shipper;
   const watch = createWatch(now, config.olddir);
@@ -243,7 +247,8 @@ async function followAll(shipper: Shipper): Promise<void> {
       loops.push(follow(shipper, family, watch.bellOf(family)).catch((error) => failed.abort(error)));
     }
     await watch.update();
-    await pause(config.pollSeconds * 1000, either);
+    await pause(NAMES_MS, either);
+    await watch.names.wait(config.pollSeconds * 1000, either);
   }
   watch.close();
   failed.signal.throwIfAborted();
@@ -352,8 +357,10 @@ function lagOf(shipper: Shipper): number {
 async function beat(shipper: Shipper): Promise<void> {
   const { config, signal, now, transfer } = shipper;
   const everyMs = config.heartbeatSeconds * 1000;
+  await pause(Math.min(FIRST_BEAT_MS, everyMs), signal);
   while (!signal.aborted) {
     await pause(Math.min(1000, Math.max(50, transfer.heardAt + everyMs - now())), signal);
+    if (transfer.inFlight > 0) continue; // its answer will do, and it is at another offset than we would say
     if (signal.aborted || (now() - transfer.heardAt < everyMs && transfer.lost === 0)) continue;
     await pause((await beatOnce(shipper)) ?? 0, signal);
   }

@@ -302,7 +302,7 @@ export class ConfigError extends Error {
 
 /** The config file: `--config`, then `$LOG_RT_SYNC_CONFIG`, then `./config.json`. */
 export function configPath(flag: string | undefined): string {
-  return flag ?? process.env.LOG_RT_SYNC_CONFIG ?? "config.json";
+  return flag ?? (process.env.LOG_RT_SYNC_CONFIG || "config.json");
 }
 
 /** Reads one section of the config file. Throws a ConfigError with every fault of it at once. */

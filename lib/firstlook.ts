@@ -24,9 +24,11 @@ export async function skipOldFiles(family: Family, siblings: Sibling[], context:
 
 /**
  * Whether the receiver knows one of these files, although there is no cursor: then the state folder is gone, and
- * this is no first start. A receiver that can't be asked now does not hold up the first start.
+ * this is no first start. It is only asked where that makes a difference: a live file alone is begun at 0, and
+ * answered 409. A receiver that can't be asked now does not hold up the first start.
  */
 export async function wasShipped(family: Family, files: Sibling[], context: ScanContext): Promise<boolean> {
+  if (files.length < 2 && context.config.startAt === "beginning") return false;
   try {
     for (const found of files.toReversed()) {
       if (!found.readable || isCompressed(found.path)) continue;

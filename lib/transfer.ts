@@ -82,6 +82,8 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     lost: 0,
     /** When the receiver answered last, ms. */
     heardAt: 0,
+    /** Requests that wait for their answer. */
+    inFlight: 0,
     /** A stream got on: there is something to save. */
     moved: false,
 
@@ -183,10 +185,12 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
   async function send(chunk: Chunk, path: string | undefined): Promise<number | undefined> {
     const lost = lostInFlight ? 0 : transfer.lost;
     if (lost > 0) lostInFlight = true;
+    transfer.inFlight++;
     reached("shipper:sending");
     const answer = await uploader
       .send({ ...chunk, lag: Math.max(0, lag() - (chunk.end - chunk.offset)), lost })
       .finally(() => {
+        transfer.inFlight--;
         if (lost > 0) lostInFlight = false;
       });
     const { receiver } = config;

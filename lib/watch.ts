@@ -16,6 +16,8 @@ export interface Bell {
 export interface Watch {
   /** The bell of a family; it is the same one at every call. */
   bellOf(family: Family): Bell;
+  /** Rings when a name has come, gone or changed in one of the folders. */
+  names: Bell;
   /** Watches the folders of all families that have a bell, as far as that is not done yet. */
   update(): Promise<void>;
   close(): void;
@@ -25,8 +27,10 @@ export interface Watch {
 export function createWatch(now: () => number, olddir?: string): Watch {
   const watchers = new Map<string, FSWatcher>();
   const bells = new Map<Family, Bell & { ring(): void }>();
+  const names = createBell();
 
   function heard(folder: string, event: string, name: string | null): void {
+    if (event === "rename") names.ring();
     for (const [family, bell] of bells) {
       const isOwn = dirname(family.path) === folder;
       const isLive = name === null || name === basename(family.path);
@@ -50,6 +54,7 @@ export function createWatch(now: () => number, olddir?: string): Watch {
   }
 
   return {
+    names,
     bellOf(family) {
       const bell = bells.get(family) ?? createBell();
       bells.set(family, bell);

@@ -72,3 +72,28 @@ test("a first start ships nothing of files that were rotated before it", async (
   await sender.once();
   expect(stub.text()).toBe(lines("live", 1, 10));
 });
+
+test("no sign of life is sent beside the first chunk", async () => {
+  const stub = startStub();
+  const sender = await createSender(stub.url, { heartbeatSeconds: 60 });
+  for (let n = 1; n <= 100; n++) sender.write(lines("a", n * 100, n * 100 + 99));
+  const shipper = sender.start();
+  await until("the first lines are shipped", () => stub.text().includes("/a/10099 "));
+  const [first, second] = stub.asked.filter(({ method }) => method === "POST");
+  expect(first?.end).toBeGreaterThan(0);
+  expect(second).toBeUndefined();
+  expect(await shipper.stop()).toBe(0);
+});
+
+test("a new match of a glob is followed at once where events tell of it, not at the next poll", async () => {
+  const stub = startStub();
+  const sender = await createSender(stub.url, { pollSeconds: 600 });
+  const config = await Bun.file(sender.config).text();
+  await Bun.write(sender.config, config.replace("access.log", "*.log"));
+  sender.write(lines("a", 1, 1));
+  const shipper = sender.start();
+  await until("the first file is shipped", () => stub.text() === lines("a", 1, 1));
+  await Bun.write(join(sender.logs, "other.log"), lines("b", 1, 1));
+  await until("the new one is shipped", () => stub.text().endsWith(lines("b", 1, 1)));
+  expect(await shipper.stop()).toBe(0);
+});
