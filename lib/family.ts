@@ -182,8 +182,8 @@ async function claim(
   let keep = false;
   try {
     if (file.key !== found.key) return false; // renamed between the look and the opening
-    if (file.compression) await checkComplete(file);
-    const owner = await findOwner(family, file, isLive, located);
+    const length = file.compression ? await checkComplete(file) : found.size;
+    const owner = await findOwner(family, file, length, isLive, located);
     if (owner) {
       context.log.info("file is a copy of a known one", { path: file.path, stream: owner.id });
       owner.keys.push(file.key);

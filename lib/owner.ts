@@ -8,10 +8,14 @@ import { type LogFile, MARK_BYTES, matchesSignature, openLog } from "./tail.ts";
 
 const COMPARE_BYTES = 64 * 1024;
 
-/** The stream whose bytes this file has: first one whose own file is gone, then one of which it is a copy. */
+/**
+ * The stream whose bytes this file has: first one whose own file is gone, then one of which it is a copy.
+ * `length` is that of the file's content.
+ */
 export async function findOwner(
   family: Family,
   file: LogFile,
+  length: number,
   isLive: boolean,
   located: Map<Stream, Sibling>,
 ): Promise<Stream | undefined> {
@@ -31,10 +35,13 @@ export async function findOwner(
     if (!mayBeCopied(family, stream, { file, size }, located)) continue;
     if (await isCopyOfStream(file, stream)) return stream;
   }
-  // One of which nothing was read yet has no signature: then this is it, compressed or copied meanwhile.
-  return homeless.find(
-    ({ done, signature, offset, file: own }) => !done && !signature.head && offset === 0 && !own,
+  // One of which nothing was read yet has no signature: then this is it, compressed or copied meanwhile, the
+  // more so when it is as long as that was.
+  const unread = homeless.filter(
+    ({ done, signature, offset, file: own, size }) =>
+      !done && !signature.head && offset === 0 && !own && size <= length,
   );
+  return unread.find(({ size }) => size === length) ?? unread[0];
 }
 
 /** Up to which byte a stream's signature goes. */
@@ -91,10 +98,11 @@ async function isCopyOf(copy: LogFile, original: LogFile): Promise<boolean> {
   }
 }
 
-/** Reads a compressed file to its end. Throws UnfinishedFile when there is none. */
-export async function checkComplete(file: LogFile): Promise<void> {
+/** Reads a compressed file to its end, and gives the length of its content. Throws UnfinishedFile when there is none. */
+export async function checkComplete(file: LogFile): Promise<number> {
   const block = new Uint8Array(COMPARE_BYTES);
   for (let position = 0; ; position += block.length) {
-    if ((await file.read(block, position)) < block.length) return;
+    const n = await file.read(block, position);
+    if (n < block.length) return position + n;
   }
 }
