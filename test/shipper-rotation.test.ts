@@ -15,6 +15,7 @@ import {
   statSync,
   truncateSync,
   unlinkSync,
+  utimesSync,
   writeFileSync,
   writeSync,
 } from "node:fs";
@@ -500,6 +501,30 @@ describe("truncated and reused files", () => {
     sender.rotate();
     sender.write(head + lines("b", 1, 10));
     await finish(sender);
+  });
+
+  test("an archive that is shorter than an unread file is not taken for it: nothing is told as lost", async () => {
+    const sender = await createSender(receiver.url);
+    const config = readFileSync(sender.config, "utf8");
+    writeFileSync(sender.config, config.replace(receiver.url, `http://127.0.0.1:${await freePort()}`));
+    sender.write(lines("a", 1, 10));
+    const away = await startShipper(sender);
+    await away.says("receiver does not take chunks");
+    sender.rotate();
+    sender.write(lines("b", 1, 50));
+    await until("the new file is seen", () => away.output.split("info following").length > 2);
+    await away.stop();
+    writeFileSync(sender.config, config);
+    shiftNames(sender);
+    sender.rotate("access.log.1");
+    sender.write(lines("c", 1, 10));
+    shiftNames(sender);
+    sender.rotate("access.log.1");
+    gzip(`${sender.live}.2`);
+    gzip(`${sender.live}.1`);
+    const { mtimeMs } = statSync(`${sender.live}.2.gz`);
+    utimesSync(`${sender.live}.1.gz`, new Date(), new Date(mtimeMs - 1)); // looked at first
+    expect(await finish(sender)).not.toContain("bytes lost");
   });
 });
 
