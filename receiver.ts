@@ -54,7 +54,7 @@ const CLOSE_MS = 2000;
 async function main(service: Service<"receiver">): Promise<number> {
   const { config, log, now, signal } = service;
   const groups = servedGroups(service);
-  const faults = checkTokens(config); // else every sender would be refused, without an end
+  const faults = checkSecrets(config); // else every sender would be refused, without an end
   if (faults.length > 0) throw new ConfigError(faults.map((fault) => `${service.configFile}: ${fault}`));
   const tls = readTls(config);
   await prepareFolder(config);
@@ -80,10 +80,11 @@ function servedGroups({ config, configFile, flags }: Service<"receiver">): numbe
   throw new UsageError(`No group has port ${flags.port}: ${configFile} has groups of ports ${ports}`);
 }
 
-/** One fault for each token that is not there. */
-function checkTokens({ tokens = {} }: ReceiverConfig): string[] {
+/** One fault for each token and each file of `tls` that is not there. */
+function checkSecrets({ tokens = {}, tls }: ReceiverConfig): string[] {
   const named = Object.entries(tokens).map(([host, token]) => [`tokens.${host}`, token]);
-  return secretFaults("receiver", Object.fromEntries(named));
+  const files = Object.entries(tls ?? {}).map(([key, file]) => [`tls.${key}`, { file }]);
+  return secretFaults("receiver", Object.fromEntries([...named, ...files]));
 }
 
 /** Throws an OperatorError when a file of `tls` cannot be read. */
@@ -273,8 +274,7 @@ async function checkReceiver({ config }: Service<"receiver">): Promise<string[]>
     }
   };
   await attempt(() => prepareFolder(config));
-  await attempt(() => readTls(config));
-  return [...faults, ...checkTokens(config)];
+  return [...faults, ...checkSecrets(config)];
 }
 
 if (import.meta.main) {
