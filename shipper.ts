@@ -289,7 +289,11 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
     else await tellKind(shipper, family);
     for (const stream of [...family.streams]) {
       if (family.liveHeld && stream === liveStream(family)) continue;
-      if (!stream.done && !signal.aborted && !(await shipStream(shipper, family, stream))) pass.atEnd = false;
+      if (stream.done || signal.aborted) continue;
+      const asSeen = live && stream === liveStream(family) ? `${live.size} ${live.mtimeMs}` : "";
+      if (asSeen !== "" && asSeen === stream.endedAs) continue; // not touched since its end was reached
+      if (!(await shipStream(shipper, family, stream))) pass.atEnd = false;
+      else stream.endedAs = stream.file && stream.size === live?.size ? asSeen : "";
     }
   } catch (error) {
     if (error instanceof Refused) pass.waitMs = error.waitMs;

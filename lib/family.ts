@@ -159,6 +159,7 @@ async function claim(
   located: Map<Stream, Sibling>,
   context: ScanContext,
 ): Promise<boolean> {
+  if (family.streams.some(({ keys }) => keys.includes(found.key))) return true; // another name of one claimed now
   if (!found.readable) {
     if (found.mtimeMs > family.since) {
       context.faults.failed(found.path, "cannot read rotated file: use gzip or zstd in logrotate", {

@@ -19,6 +19,8 @@ export interface Stream extends StreamState {
   checkedSize?: number;
   /** Size at which its end was reached last. */
   endSeenAt?: number | undefined;
+  /** Size and time of writing of the live file when its end was reached last. */
+  endedAs?: string;
   /** Since when its file is nowhere to be found, ms. */
   missingSince?: number | undefined;
 }
@@ -85,7 +87,9 @@ export function createFamily(path: string, start: Family["start"], now: number, 
 export function toState({ since, streams }: Family): FamilyState {
   return {
     since,
-    streams: streams.map(({ file, grewAt, checkedSize, endSeenAt, missingSince, ...state }) => state),
+    streams: streams.map(
+      ({ file, grewAt, checkedSize, endSeenAt, endedAs, missingSince, ...state }) => state,
+    ),
   };
 }
 
