@@ -82,10 +82,11 @@ async function main({ config, log, signal, now, flags }: Service<"shipper">): Pr
   if (flags.status) return printStatus(config, now());
   await takeStateDir(config, log);
   const shipper = await openShipper(config, { log, signal, now });
-  if (flags.once) await drainAll(shipper);
+  let code: number = EXIT.done;
+  if (flags.once) code = await drainAll(shipper);
   else await Promise.all([followAll(shipper), beat(shipper), keepSaving(shipper), tell(shipper)]);
   await saveCursor(shipper);
-  return EXIT.done;
+  return code;
 }
 
 /** Makes and locks the state folder. When it can't be written, shipping goes on all the same. */
@@ -198,8 +199,8 @@ async function takeOverOffset(shipper: Shipper): Promise<void> {
 
 // ---- the loops
 
-/** Ships to the end of every file, and ends when the receiver has everything. */
-async function drainAll(shipper: Shipper): Promise<void> {
+/** Ships to the end of every file, and ends when the receiver has everything that could be read. */
+async function drainAll(shipper: Shipper): Promise<number> {
   const { signal, now, transfer } = shipper;
   const progress = createProgress("shipping", await bytesAhead(shipper));
   const ticker = setInterval(() => progress.show(transfer.sent.bytes), 250);
@@ -214,7 +215,11 @@ async function drainAll(shipper: Shipper): Promise<void> {
   if (!signal.aborted && transfer.lost > 0) await beatOnce(shipper);
   clearInterval(ticker);
   progress.end();
-  shipper.log.info("shipped to the end of every file", { files: shipper.families.size, ...transfer.sent });
+  const faults = shipper.faults.lasting();
+  const fields = { files: shipper.families.size, ...transfer.sent };
+  if (faults === 0) shipper.log.info("shipped to the end of every file", fields);
+  else shipper.log.error("shipped what could be read", { ...fields, faults });
+  return faults === 0 || signal.aborted ? EXIT.done : EXIT.failed;
 }
 
 /** Bytes on disk behind the offsets, before the first look into the folders. */

@@ -208,6 +208,8 @@ export function createFaultLog(log: Log, now: () => number = Date.now) {
       }
       open.set(key, fault);
     },
+    /** How many faults last. */
+    lasting: () => open.size,
     recovered(key: string, message: string, fields?: Fields): void {
       const fault = open.get(key);
       if (!fault) return;

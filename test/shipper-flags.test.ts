@@ -1,6 +1,6 @@
 /** What an operator does with the shipper: its flags, where it begins, which files it takes, and how it ends. */
 import { afterEach, beforeAll, describe, expect, test } from "bun:test";
-import { appendFileSync, existsSync, readFileSync, writeFileSync } from "node:fs";
+import { appendFileSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { IDLE_STREAM } from "../lib/chunk.ts";
@@ -62,6 +62,17 @@ describe("--once", () => {
     expect(await shipper.ended).toBe(0);
     await expectArrives(own, sender);
     await own.running.stop();
+  });
+
+  test("ships what can be read, and exits 1 when a file could not be", async () => {
+    const sender = await createSender(receiver.url);
+    const folder = join(sender.logs, "folder.log");
+    mkdirSync(folder);
+    configure(sender, { files: [sender.live, folder] });
+    sender.write(lines("a", 1, 10));
+    const { code, output } = await runScriptOnce("shipper", sender.config, ["--once"]);
+    expect(output).toMatch(/shipped what could be read files=2 lines=10 .*faults=1/);
+    expect(code).toBe(1);
   });
 });
 
