@@ -4,7 +4,7 @@
  */
 import type { Sibling } from "./rotation.ts";
 import { type Family, liveStream, type Stream } from "./stream.ts";
-import { type LogFile, MARK_BYTES, matchesSignature, openLog } from "./tail.ts";
+import { type LogFile, MARK_BYTES, matchesSignature } from "./tail.ts";
 
 const COMPARE_BYTES = 64 * 1024;
 
@@ -66,18 +66,13 @@ function mayBeCopied(
   return Math.min(size, knownOf(stream)) >= MARK_BYTES;
 }
 
-/** The same for a stream, whose file is closed again when it is done. */
-async function isCopyOfStream(copy: LogFile, stream: Stream): Promise<boolean> {
-  if (stream.file) return !stream.file.compression && (await isCopyOf(copy, stream.file));
-  if (!stream.done) return false; // an unfinished one is open, or opened soon
-  const original = await openLog(stream.path).catch(() => undefined);
-  if (!original) return false;
-  try {
-    if (original.compression || !stream.keys.includes(original.key)) return false;
-    return await isCopyOf(copy, original);
-  } finally {
-    await original.close();
-  }
+/**
+ * The same for a stream: compared with its file, or, when that is closed, with what is known of it. It is not
+ * opened again: it may be gone since the folder was listed.
+ */
+async function isCopyOfStream(copy: LogFile, { file, signature }: Stream): Promise<boolean> {
+  if (!file) return matchesSignature(copy, signature, true);
+  return !file.compression && (await isCopyOf(copy, file));
 }
 
 /** Whether `copy` has the bytes of `original` as far as it goes; of a plain copy its head, middle and end. */
