@@ -4,8 +4,9 @@
  */
 import { createHash, timingSafeEqual } from "node:crypto";
 import { isIP } from "node:net";
+import { createMatcher, isLoopback, plainAddress } from "./address.ts";
 import { WireError } from "./chunk.ts";
-import { type Config, createMatcher, isLoopback, plainAddress, readSecret } from "./config.ts";
+import { type Config, readSecret } from "./config.ts";
 
 /** Where a request came in: the address of the connection's other end, and the index of the port's group. */
 export interface Arrival {

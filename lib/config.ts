@@ -4,9 +4,9 @@
  */
 import { readFileSync, statSync } from "node:fs";
 import { readFile } from "node:fs/promises";
-import { BlockList, isIP } from "node:net";
 import { hostname } from "node:os";
 import { z } from "zod";
+import { addressIsValid, isLoopback, overlaps, senderIsValid } from "./address.ts";
 import { parseHost } from "./chunk.ts";
 
 const secret = z
@@ -414,52 +414,6 @@ export function secretFaults(section: Section, secrets: Record<string, SecretRef
   });
 }
 
-// ---- addresses
-
-/** Whether an address to listen on or a peer is this machine itself. */
-export function isLoopback(address: string): boolean {
-  const plain = plainAddress(address);
-  return plain === "localhost" || plain === "::1" || (isIP(plain) === 4 && plain.startsWith("127."));
-}
-
-/** An IPv4 address that came over an IPv6 socket, in its IPv4 form. */
-export function plainAddress(address: string): string {
-  return address.toLowerCase().replace(/^::ffff:(?=\d+\.)/, "");
-}
-
-/**
- * Whether a name matches one of the entries (`*`, an address, a CIDR range, a host name). Host names match by
- * name alone.
- */
-export function createMatcher(entries: string[]): (hostOrAddress: string) => boolean {
-  const list = new BlockList();
-  const names = new Set<string>();
-  for (const entry of entries) {
-    const [address = "", bits] = entry.split("/");
-    const family = isIP(address) === 6 ? "ipv6" : "ipv4";
-    if (isIP(address) === 0) names.add(entry.toLowerCase());
-    else if (bits === undefined) list.addAddress(address, family);
-    else list.addSubnet(address, Number(bits), family);
-  }
-  return (text) => {
-    const plain = plainAddress(text);
-    const family = isIP(plain);
-    if (names.has("*") || names.has(plain)) return true;
-    return family !== 0 && list.check(plain, family === 6 ? "ipv6" : "ipv4");
-  };
-}
-
-function addressIsValid(text: string): boolean {
-  const [address = "", bits, ...more] = text.split("/");
-  const family = isIP(address);
-  if (family === 0 || more.length > 0) return false;
-  return bits === undefined || (/^\d{1,3}$/.test(bits) && Number(bits) <= (family === 6 ? 128 : 32));
-}
-
-function senderIsValid(text: string): boolean {
-  return text === "*" || addressIsValid(text) || (!text.includes("/") && parseHost(text) !== undefined);
-}
-
 function patternIsValid(text: string): boolean {
   try {
     return (new RegExp(`${text}|`).exec("")?.length ?? 0) > 1;
@@ -484,12 +438,6 @@ function checkGroups(groups: z.infer<typeof group>[], context: z.core.$Refinemen
       if (shared) fault(i, `sender ${shared} belongs to the group of port ${b.port} already`);
     }
   }
-}
-
-function overlaps(a: string, b: string): boolean {
-  if (a === "*" || b === "*") return true;
-  const base = (entry: string) => entry.split("/")[0] ?? "";
-  return createMatcher([a])(base(b)) || createMatcher([b])(base(a));
 }
 
 /** The JSON schema of the whole file, for editors. */

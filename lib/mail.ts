@@ -7,7 +7,8 @@
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createTransport, type SendMailOptions, type Transporter } from "nodemailer";
-import { type Config, isLoopback, readSecret } from "./config.ts";
+import { isLoopback } from "./address.ts";
+import { type Config, readSecret } from "./config.ts";
 import { makeFolder, writeDurably } from "./durable.ts";
 
 type Options = Config["monitor"]["mail"];

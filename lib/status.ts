@@ -5,8 +5,9 @@
  */
 import { stat, statfs } from "node:fs/promises";
 import { join } from "node:path";
+import { createMatcher } from "./address.ts";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName } from "./batch.ts";
-import { type Config, createMatcher, sections } from "./config.ts";
+import { type Config, sections } from "./config.ts";
 import { createLedgerReader, emptyLedger, HISTORY_MINUTES, type Ledger } from "./ledger.ts";
 import { type ForwarderState, readForwarderState } from "./report.ts";
 import { describe, VERSION } from "./service.ts";
