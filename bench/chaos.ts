@@ -163,12 +163,17 @@ export function checkMails(mails: Mail[], outages: Outage[], monitorKills: numbe
   const result = { missing: 0, twice: 0, examples: [] as string[] };
   for (const { host, from, to } of outages) {
     const about = mails.filter(({ subject, text }) => `${subject}\n${text}`.includes(host));
-    // Late is not lost: with SMTP down or the disk full the mail comes when they are back.
+    // Late is not lost: with SMTP down or the disk full the mail comes when they are back, before the next outage.
+    const next = Math.min(
+      ...outages.filter((other) => other.host === host && other.from > from).map((o) => o.from),
+    );
     const told = about.filter(({ at, subject, text }) => {
-      return at >= from && (at <= to || `${subject}\n${text}`.includes("silent"));
+      return at >= from && (at <= to || (at < next && `${subject}\n${text}`.includes("silent")));
     });
     const over = about.filter(({ at }) => at > to);
-    const flapping = about.some(({ subject, text }) => `${subject}\n${text}`.includes("flapping"));
+    const flapping = about.some(({ at, subject, text }) => {
+      return at < next && `${subject}\n${text}`.includes("flapping");
+    });
     for (const [what, found] of [
       ["is silent", told],
       ["is back", over],

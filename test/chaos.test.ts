@@ -101,6 +101,13 @@ describe("checkMails()", () => {
       missing: 2,
     });
   });
+  test("takes a mail that comes late, but not one about the next outage", () => {
+    const next = { host: "10.1.0.1", from: 5000, to: 6000 };
+    const back = [mail(4000, "is back"), mail(7000, "is back")];
+    const late = [mail(3000, "is silent"), mail(5500, "is silent"), ...back];
+    expect(checkMails(late, [outage, next], 0)).toMatchObject({ missing: 0 });
+    expect(checkMails([mail(5500, "is silent"), ...back], [outage, next], 0)).toMatchObject({ missing: 1 });
+  });
   test("allows no more repeats than the monitor was killed", () => {
     const mails = [mail(1500, "is silent"), mail(1600, "is silent"), mail(2500, "is back")];
     expect(checkMails(mails, [outage], 0)).toMatchObject({ twice: 1 });
