@@ -162,12 +162,12 @@ async function loadFamilies(shipper: Shipper, found: CursorFound): Promise<void>
   transfer.lost = known?.lost ?? 0;
   for (const [path, state] of Object.entries(known?.families ?? {})) {
     // One that the config does not name any more is followed until everything of it is shipped.
-    const unfinished = state.streams.some((stream) => !stream.done);
-    if (unfinished) shipper.families.set(path, createFamily(path, "known", now(), state));
+    const unfinished = state.start === "recover" || state.streams.some((stream) => !stream.done);
+    if (unfinished) shipper.families.set(path, createFamily(path, state.start ?? "known", now(), state));
   }
   for (const path of await expandFiles(config.files, shipper.families.keys())) {
     const state = known?.families[path];
-    const start = state ? "known" : found.state === "damaged" ? "recover" : "first";
+    const start = state ? (state.start ?? "known") : found.state === "damaged" ? "recover" : "first";
     shipper.families.set(path, createFamily(path, start, now(), state));
   }
   if (shipper.families.size === 0) shipper.log.warn("no file matches yet", { files: config.files.join(" ") });
@@ -292,7 +292,8 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
     faults.recovered(`folder ${family.path}`, "folder can be read again", { path: family.path });
     if (live) faults.recovered(`kind ${family.path}`, "log file can be followed", { path: family.path });
     else await tellKind(shipper, family);
-    for (const stream of [...family.streams]) {
+    const streams = family.start === "recover" ? [] : [...family.streams]; // all of them are found first
+    for (const stream of streams) {
       if (family.liveHeld && stream === liveStream(family)) continue;
       if (stream.done || signal.aborted) continue;
       const asSeen = live && stream === liveStream(family) ? `${live.size} ${live.mtimeMs}` : "";

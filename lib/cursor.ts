@@ -37,6 +37,8 @@ const stream = z.object({
 const family = z.object({
   /** Time of the first start, ms: rotated files that were last written before it are not ours. */
   since: z.number(),
+  /** How the first look takes what it finds; absent once that look is over. */
+  start: z.enum(["first", "new", "recover"]).optional(),
   streams: z.array(stream),
 });
 

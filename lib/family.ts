@@ -48,15 +48,20 @@ export async function scanFamily(family: Family, context: ScanContext): Promise<
   family.liveKey = live?.key;
   if (family.start === "first" && family.streams.length === 0 && (await wasShipped(family, files, context)))
     family.start = "recover";
-  if (family.start === "recover") await recover(family, files, context);
-  else if (family.start === "first") await skipOldFiles(family, siblings, context);
+  if (family.start === "recover" && !(await recover(family, files, context))) {
+    family.unsettled = true;
+    family.scanAt = time + SHIFTING_MS;
+    return;
+  }
+  if (family.start === "first") await skipOldFiles(family, siblings, context);
 
   const located = locate(family, files, time);
   let waiting = false;
   const unknown = files.filter(({ key }) => !family.streams.some(({ keys }) => keys.includes(key)));
   if (unknown.length > 0) await findTruncated(family, located, context);
   for (const file of unknown) {
-    const settled = file === live || (await settles(family, file, time, context));
+    const settled =
+      file === live || family.start === "recover" || (await settles(family, file, time, context));
     if (!settled) waiting = true;
     else if (!(await claim(family, file, file === live, located, context))) waiting = true;
   }
@@ -171,7 +176,8 @@ async function claim(
   const homeless = family.streams.filter((stream) => !located.has(stream)).length;
   const asSeen = `${found.key} ${found.size} ${found.mtimeMs} ${homeless}`;
   if (family.ignored.has(asSeen)) return true;
-  if (!isLive && homeless === 0 && found.mtimeMs <= family.since) return true; // from before our first start
+  // From before our first start; but what is left of a recovery are copies.
+  if (!isLive && homeless === 0 && found.mtimeMs <= family.since && family.start !== "recover") return true;
   let file: LogFile;
   try {
     file = await openLog(found.path);

@@ -2,8 +2,17 @@
  * The first look at a family: at the very first start only the live file is ours; after the loss of the cursor
  * the receiver knows how far each file was shipped.
  */
+import { findOwner } from "./owner.ts";
 import type { Sibling } from "./rotation.ts";
-import { beginStream, endOf, type Family, isCompressed, type ScanContext, streamNames } from "./stream.ts";
+import {
+  beginStream,
+  endOf,
+  type Family,
+  isCompressed,
+  type ScanContext,
+  type Stream,
+  streamNames,
+} from "./stream.ts";
 import { type LogFile, openLog, UnfinishedFile } from "./tail.ts";
 
 /** At the very first look, a rotated file written within this time (ms) may still get lines. */
@@ -14,6 +23,7 @@ export async function skipOldFiles(family: Family, siblings: Sibling[], context:
   for (const sibling of siblings) {
     if (isCompressed(sibling.path) || !sibling.readable) continue;
     if (context.now() - sibling.mtimeMs > STILL_WRITTEN_MS) continue;
+    if (family.streams.some(({ keys }) => keys.includes(sibling.key))) continue;
     const file = await openLog(sibling.path).catch(() => undefined);
     if (!file) continue;
     const stream = await beginStream(family, file, await endOf(file), context);
@@ -44,30 +54,68 @@ export async function wasShipped(family: Family, files: Sibling[], context: Scan
  * The cursor was damaged: the receiver is asked where it stands with each file, newest first. Files are shipped
  * oldest first, so one that is older than a known one was shipped before it. When none is known, compressed
  * files are left alone: nothing tells whether they were shipped.
+ *
+ * True when every file was looked at. Otherwise names were shifted meanwhile: what was found stays, and the next
+ * look, at a new listing, goes on with the rest. A copy of a file that was found is left to that look as well.
  */
-export async function recover(family: Family, files: Sibling[], context: ScanContext): Promise<void> {
-  const places = new Map<Sibling, Place | undefined>();
-  for (const found of files.toReversed().filter(({ readable }) => readable)) {
-    const taken = [...places.values()].map((place) => place?.id);
-    places.set(found, await withFile(found.path, (file) => askPlace(family, file, taken, context)));
-  }
-  const anyKnown = [...places.values()].some((place) => place !== undefined);
+export async function recover(family: Family, files: Sibling[], context: ScanContext): Promise<boolean> {
   let known = false;
-  for (const [found, place] of places) {
-    known ||= place !== undefined;
-    const packed = isCompressed(found.path);
-    const past = place === undefined && (known || (packed && !anyKnown));
-    await withFile(found.path, async (file) => {
-      const end = past && !packed ? await endOf(file) : 0;
-      const stream = await beginStream(family, file, place?.offset ?? end, context);
-      if (place) stream.id = place.id;
-      stream.done = past;
-    });
-    if (past) {
-      const { path, size: bytes } = found;
-      context.log.warn("rotated file is not shipped: the receiver has never heard of it", { path, bytes });
+  let complete = true;
+  for (const found of files.toReversed().filter(({ readable }) => readable)) {
+    const before = family.streams.find(({ keys }) => keys.includes(found.key));
+    known ||= before?.id !== undefined;
+    if (before) continue;
+    const file = await openLog(found.path).catch((error: NodeJS.ErrnoException) => error);
+    if (file instanceof Error) {
+      complete &&= file.code !== "ENOENT"; // what can't be opened is told of when it is to be read
+      continue;
+    }
+    try {
+      if (file.key !== found.key) complete = false;
+      else if (await recoverFile(family, found, file, { files, known }, context)) known = true;
+    } catch (error) {
+      if (!(error instanceof UnfinishedFile)) throw error; // still being compressed: its original is there
+    } finally {
+      await file.close();
     }
   }
+  const packed = family.streams.filter(({ path, done }) => isCompressed(path) && !done);
+  if (complete && !known) for (const stream of packed) leaveAlone(stream, context);
+  return complete;
+}
+
+/** Begins the stream of a file where the receiver is with it. True when the receiver knows it. */
+async function recoverFile(
+  family: Family,
+  found: Sibling,
+  file: LogFile,
+  { files, known }: { files: Sibling[]; known: boolean },
+  context: ScanContext,
+): Promise<boolean> {
+  const taken = family.streams.map(({ id }) => id);
+  const place = await askPlace(family, file, taken, context);
+  if (!place && (await findOwner(family, file, found.size, false, locatedIn(family, files)))) return false;
+  const past = place === undefined && known;
+  const offset = past && !file.compression ? await endOf(file) : 0;
+  const stream = await beginStream(family, file, place?.offset ?? offset, context);
+  if (place) stream.id = place.id;
+  if (past) leaveAlone(stream, context);
+  return place !== undefined;
+}
+
+function locatedIn(family: Family, files: Sibling[]): Map<Stream, Sibling> {
+  const located = new Map<Stream, Sibling>();
+  for (const file of files) {
+    const stream = family.streams.find(({ keys }) => keys.includes(file.key));
+    if (stream) located.set(stream, file);
+  }
+  return located;
+}
+
+function leaveAlone(stream: Stream, { log }: ScanContext): void {
+  stream.done = true;
+  const { path, size: bytes } = stream;
+  log.warn("rotated file is not shipped: the receiver has never heard of it", { path, bytes });
 }
 
 /** Opens a file for some work; one that can't be opened now, or is still being compressed, is looked at later. */

@@ -83,14 +83,16 @@ export function createFamily(path: string, start: Family["start"], now: number, 
   };
 }
 
-/** What the cursor keeps of a family. */
-export function toState({ since, streams }: Family): FamilyState {
-  return {
-    since,
-    streams: streams.map(
-      ({ file, grewAt, checkedSize, endSeenAt, endedAs, missingSince, ...state }) => state,
-    ),
-  };
+/**
+ * What the cursor keeps of a family. Of one that is being recovered it is only that: from a part of its streams the
+ * next start would conclude that the other files are older than the first one.
+ */
+export function toState({ since, start, streams }: Family): FamilyState {
+  const states = streams.map(
+    ({ file, grewAt, checkedSize, endSeenAt, endedAs, missingSince, ...state }) => state,
+  );
+  if (start === "known") return { since, streams: states };
+  return { since, start, streams: start === "recover" ? [] : states };
 }
 
 /** The stream of the file that is live now. */
