@@ -14,23 +14,30 @@ export class Unreadable extends Error {
   override name = "Unreadable";
 }
 
+/** Bytes that are read at once: OpenSSH's server takes no larger write. */
+const CHUNK_BYTES = 261_120;
+/** Blocks that were read into, to be used again: fresh memory for each file costs more than reading it. */
+const blocks: Buffer[] = [];
+const KEPT_BLOCKS = 8;
+
 /**
  * The content of a local file in pieces; each piece is only valid until the next one is asked for. Throws
  * Unreadable.
  */
-export async function* readChunks(path: string, chunkBytes = 261_120): AsyncGenerator<Uint8Array> {
+export async function* readChunks(path: string): AsyncGenerator<Uint8Array> {
   const fail = (cause: unknown): never => {
     throw new Unreadable(`Cannot read "${path}"`, { cause });
   };
   const file = await open(path, "r").catch(fail);
+  const block = blocks.pop() ?? Buffer.allocUnsafeSlow(CHUNK_BYTES);
   try {
-    const block = Buffer.allocUnsafe(chunkBytes);
     for (;;) {
       const { bytesRead } = await file.read(block, 0, block.length, null).catch(fail);
       if (bytesRead === 0) return;
       yield block.subarray(0, bytesRead);
     }
   } finally {
+    if (blocks.length < KEPT_BLOCKS) blocks.push(block);
     await file.close();
   }
 }
