@@ -15,6 +15,7 @@ import {
   notRoot,
   onCleanup,
   runScriptOnce,
+  start,
   startScript,
   tempFolder,
   until,
@@ -302,6 +303,47 @@ describe.skipIf(skip)("a server with its ways", () => {
     const wrong = await deliver("wrong");
     expect(wrong.output).toMatch(/kind=login error="Cannot log in .*(passphrase|integrity)/);
     expect(wrong.output).not.toContain("barley");
+  });
+
+  /** Delivers one batch to a server with a login of its own kind. */
+  async function deliverAs(backend: Backend, login: Record<string, unknown>) {
+    const site = await makeSite(backend, { privateKey: undefined, ...login });
+    const name = site.seal(HOST, 1, "x\n");
+    const { code, output } = await once(site);
+    expect(code, output).toBe(0);
+    expect(await remoteFiles(backend)).toEqual({ [name]: "x\n" });
+  }
+
+  test("a key that only an SSH agent has", async () => {
+    const backend = await startOpenSsh();
+    const socket = join(await tempFolder(), "agent");
+    start("ssh-agent", ["-D", "-a", socket]);
+    await until("the agent listens", () => existsSync(socket));
+    const { file } = backend.settings.privateKey as { file: string };
+    execFileSync("ssh-add", ["-q", file], { env: { ...process.env, SSH_AUTH_SOCK: socket } });
+    await deliverAs(backend, { agent: socket });
+  });
+
+  test("a server that asks for the password in a dialogue (keyboard-interactive)", async () => {
+    const backend = await startOpenSsh(["UsePAM yes", "KbdInteractiveAuthentication yes"]);
+    const { username } = new URL(backend.settings.target);
+    execFileSync("chpasswd", { input: `${username}:open sesame\n` });
+    const password = join(await tempFolder(), "password");
+    writeFileSync(password, "open sesame\n");
+    await deliverAs(backend, { password: { file: password } });
+  });
+
+  test("a server at an IPv6 address, its key by fingerprint and by known_hosts", async () => {
+    const backend = await startOpenSsh(["ListenAddress ::1"]);
+    const { privateKey, target, hostKey } = backend.settings;
+    const url = new URL(target);
+    url.hostname = "[::1]";
+    await deliverAs(backend, { target: url.href, privateKey, hostKey });
+    await takeAway(backend);
+    const knownHosts = join(await tempFolder(), "known_hosts");
+    const scan = execFileSync("ssh-keyscan", ["-p", url.port, "-t", "ed25519", "::1"], { stdio: "pipe" });
+    writeFileSync(knownHosts, scan);
+    await deliverAs(backend, { target: url.href, privateKey, hostKey: undefined, knownHosts });
   });
 
   test("no room: the server's fault, the batches stay, and they go out when there is room", async () => {
