@@ -3,7 +3,7 @@
  * compressed and hashed. The same batch always gives the same bytes, so that a repeat is a repeat.
  */
 import { createHash } from "node:crypto";
-import { open } from "node:fs/promises";
+import { closeSync, openSync, readSync } from "node:fs";
 import { Readable } from "node:stream";
 import { createGzip } from "node:zlib";
 
@@ -22,23 +22,27 @@ const KEPT_BLOCKS = 8;
 
 /**
  * The content of a local file in pieces; each piece is only valid until the next one is asked for. Throws
- * Unreadable.
+ * Unreadable. Read in place: the page cache is faster than the way through the thread pool.
  */
 export async function* readChunks(path: string): AsyncGenerator<Uint8Array> {
-  const fail = (cause: unknown): never => {
-    throw new Unreadable(`Cannot read "${path}"`, { cause });
+  const attempt = <T>(work: () => T): T => {
+    try {
+      return work();
+    } catch (cause) {
+      throw new Unreadable(`Cannot read "${path}"`, { cause });
+    }
   };
-  const file = await open(path, "r").catch(fail);
+  const fd = attempt(() => openSync(path, "r"));
   const block = blocks.pop() ?? Buffer.allocUnsafeSlow(CHUNK_BYTES);
   try {
     for (;;) {
-      const { bytesRead } = await file.read(block, 0, block.length, null).catch(fail);
-      if (bytesRead === 0) return;
-      yield block.subarray(0, bytesRead);
+      const bytes = attempt(() => readSync(fd, block, 0, block.length, null));
+      if (bytes === 0) return;
+      yield block.subarray(0, bytes);
     }
   } finally {
     if (blocks.length < KEPT_BLOCKS) blocks.push(block);
-    await file.close();
+    closeSync(fd);
   }
 }
 

@@ -12,7 +12,7 @@
  * there is not written again. Batches that are ready at the same time share the syncs of 1, 3 and 4.
  */
 import { createHash } from "node:crypto";
-import { utimes } from "node:fs/promises";
+import { utimesSync } from "node:fs";
 import { join } from "node:path";
 import { SENT } from "./batch.ts";
 import { moveAllDurably, reached, readIfExists, writeDurably } from "./durable.ts";
@@ -204,7 +204,7 @@ export async function commitGroup(group: Ready[], context: CommitContext): Promi
   );
   reached("forward:reported");
   await context.record?.(delivered);
-  for (const { folder, batch } of delivered) await utimes(join(folder, batch), at / 1000, at / 1000);
+  for (const { folder, batch } of delivered) utimesSync(join(folder, batch), at / 1000, at / 1000);
   await moveAllDurably(
     delivered.map(({ folder, batch }) => ({ from: join(folder, batch), to: join(dir, SENT, batch) })),
   );

@@ -5,8 +5,8 @@
  * old content or the new one, never a part. A temp file has a fixed name, so a stale one is overwritten by
  * the next save and never piles up; whoever saves a path owns it (one process, by lock).
  */
-import { constants, fdatasyncSync } from "node:fs";
-import { type FileHandle, lstat, mkdir, open, readFile, rename, rm } from "node:fs/promises";
+import { constants, fdatasyncSync, lstatSync, renameSync } from "node:fs";
+import { type FileHandle, mkdir, open, readFile, rename, rm } from "node:fs/promises";
 import { dirname } from "node:path";
 
 /** The ending of every temp file of ours; housekeeping removes stale ones by it. */
@@ -61,7 +61,7 @@ export async function moveAllDurably(moves: { from: string; to: string }[]): Pro
   try {
     for (const { from, to } of moves) {
       if (await exists(to)) throw new Error(`Cannot move "${from}": "${to}" exists already`);
-      await rename(from, to);
+      renameSync(from, to); // in place, as one of many
       changed.add(dirname(to)).add(dirname(from));
     }
   } finally {
@@ -163,15 +163,9 @@ export async function syncFolder(path: string): Promise<void> {
   }
 }
 
-/** Whether something, also a dangling symlink, has this name. */
+/** Whether something, also a dangling symlink, has this name. In place: the thread pool costs more than the look. */
 export async function exists(path: string): Promise<boolean> {
-  return lstat(path).then(
-    () => true,
-    (error: NodeJS.ErrnoException) => {
-      if (error.code === "ENOENT") return false;
-      throw error;
-    },
-  );
+  return lstatSync(path, { throwIfNoEntry: false }) !== undefined;
 }
 
 /** The file's text, or undefined when there is no such file: the only case that means "a first run". */

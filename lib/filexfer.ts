@@ -71,6 +71,7 @@ export type Session = Awaited<ReturnType<typeof startSession>>;
 /** Agrees on the protocol and asks what the server offers. Throws what the connection or the server throws. */
 export async function startSession(channel: Channel, { ask, lost }: Wire) {
   const waiting = new Map<number, (type: number, body: Reader) => void>();
+  const unsent: Buffer[] = [];
   let lastId = 0;
 
   channel.on(
@@ -104,9 +105,17 @@ export async function startSession(channel: Channel, { ask, lost }: Wire) {
       });
       const content = id === NO_ID ? fields : [uint32(id), ...fields];
       const length = 1 + content.reduce((sum, field) => sum + field.length, data?.bytes.length ?? 0);
-      channel.write(Buffer.concat([uint32(length), Buffer.of(type), ...content]));
-      if (data) channel.write(data.bytes, data.taken);
+      if (unsent.length === 0) queueMicrotask(flush);
+      unsent.push(uint32(length), Buffer.of(type), ...content);
+      if (!data) return;
+      flush();
+      channel.write(data.bytes, data.taken);
     });
+  }
+
+  /** Requests that are made at once go out as one, which saves a packet of the connection for each. */
+  function flush(): void {
+    if (unsent.length > 0) channel.write(Buffer.concat(unsent.splice(0)));
   }
 
   const extended = <T>(what: string, name: string, fields: Buffer[], read: (answer: Reader) => T) =>

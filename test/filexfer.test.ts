@@ -19,6 +19,7 @@ const packet = (type: number, ...fields: Buffer[]) => {
   return Buffer.concat([uint32(body.length), body]);
 };
 const VERSION_3 = packet(2, uint32(3));
+const nextTurn = () => new Promise((resolve) => setImmediate(resolve));
 
 /** A server that answers each request by its type and number with what the test says. */
 function fakeServer(reply: (type: number, id: Buffer, body: Buffer) => Buffer | undefined, pieces = 1e9) {
@@ -120,6 +121,7 @@ describe("answers", () => {
       return undefined;
     });
     const sizes = Promise.all(["/a", "/b"].map((path) => session.size(path)));
+    await nextTurn();
     const answer = (id: Buffer, size: number) => packet(105, id, uint32(1), uint32(0), uint32(size));
     server.tell(Buffer.concat([answer(ids[1] as Buffer, 22), answer(ids[0] as Buffer, 11)]));
     expect(await sizes).toEqual([11, 22]);
@@ -164,6 +166,22 @@ describe("what is not the protocol ends the connection", () => {
     expect(server.lost).toBe(error);
     expect(String(error)).toContain(told);
   });
+});
+
+test("requests that are made at once go out as one", async () => {
+  let writes = 0;
+  const { channel, wire } = fakeServer((type, id) => (type === 1 ? VERSION_3 : packet(101, id, uint32(0))));
+  const counted = {
+    ...channel,
+    write(bytes: Uint8Array, taken?: () => void) {
+      writes++;
+      channel.write(bytes, taken);
+    },
+  };
+  const session = await startSession(counted, wire);
+  writes = 0;
+  await Promise.all([session.remove("/a"), session.rename("/b", "/c"), session.remove("/d")]);
+  expect(writes).toBe(1);
 });
 
 test("write() sends header and bytes as one packet, and tells when the memory may be used again", async () => {
