@@ -131,6 +131,7 @@ export async function startSession(channel: Channel, { ask, lost }: Wire) {
   });
   // OpenSSH's PROTOCOL file, sections 4.3, 4.5 and 4.8: each extension has a version of its own.
   const isOffered = (name: string) => offers.get(name) === "1";
+  const asked = performance.now();
   const writeBytes = !isOffered("limits@openssh.com")
     ? USUAL_BYTES
     : await extended("ask for limits", "limits@openssh.com", [], (answer) => {
@@ -141,6 +142,8 @@ export async function startSession(channel: Channel, { ask, lost }: Wire) {
   return {
     /** The most bytes that one write may have. */
     writeBytes,
+    /** How long the server took to tell its limits, in ms; infinite when it has none to tell. */
+    answerMs: isOffered("limits@openssh.com") ? performance.now() - asked : Number.POSITIVE_INFINITY,
     /** Whether the server offers `fsync@openssh.com` and `posix-rename@openssh.com`. */
     offersSync: isOffered("fsync@openssh.com"),
     offersPosixRename: isOffered("posix-rename@openssh.com"),

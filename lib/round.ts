@@ -78,20 +78,31 @@ export async function deliverRound(items: Item[], context: RoundContext): Promis
     for (const { ready, error } of refused) await fail(ready, error);
     if (fault) outcome.fault ??= fault;
   });
-  const queue = items.values(); // one for all workers
   let broken = false;
-  const work = async () => {
-    for (const item of queue) {
-      if (outcome.fault || broken || signal.aborted) return;
-      try {
-        await committer.add(await upload(item, context, onBytes));
-      } catch (error) {
-        await fail(item, error).catch((bug) => {
-          broken = true;
-          throw bug;
-        });
-      }
+  const deliver = async (item: Item, onWritten: () => void) => {
+    try {
+      await committer.add(await upload(item, context, onBytes, onWritten));
+    } catch (error) {
+      await fail(item, error).catch((bug) => {
+        broken = true;
+        throw bug;
+      });
     }
+  };
+  const queue = items.values(); // one for all workers
+  /** While the target puts one file on stable storage, the next one is written. */
+  const work = async () => {
+    let last: Promise<void> | undefined;
+    for (const item of queue) {
+      if (outcome.fault || broken || signal.aborted) break;
+      const written = Promise.withResolvers<void>();
+      const delivered = deliver(item, written.resolve);
+      delivered.catch(() => {}).finally(written.resolve); // looked at when its turn comes
+      await written.promise;
+      await last;
+      last = delivered;
+    }
+    await last;
   };
   const ends = await Promise.allSettled(Array.from({ length: config.parallel }, work));
   await committer.end().finally(() => progress.end());
@@ -133,7 +144,12 @@ function createCommitter(handOver: (group: Ready[]) => Promise<void>) {
 }
 
 /** Brings a batch so far that its temp file is complete on the target, or finds that it was there before. */
-async function upload(item: Item, context: RoundContext, onBytes: (bytes: number) => void): Promise<Ready> {
+async function upload(
+  item: Item,
+  context: RoundContext,
+  onBytes: (bytes: number) => void,
+  onWritten: () => void,
+): Promise<Ready> {
   const { config, target, intents, reported, now } = context;
   const { batch, folder } = item;
   const at = now();
@@ -151,7 +167,7 @@ async function upload(item: Item, context: RoundContext, onBytes: (bytes: number
   }
   const remote = gzip ? withState(batch, "compressed") : batch;
   const { chunks, measured } = openContent(join(folder, batch), { gzip, hash: config.manifest, onBytes });
-  await target.upload(remote, chunks);
+  await target.upload(remote, chunks, onWritten);
   reached("forward:uploaded");
   return { ...measured, remote, batch, folder, content, at };
 }

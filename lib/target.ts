@@ -16,9 +16,10 @@ import type { FaultKind } from "./report.ts";
 export interface Target {
   /**
    * Writes `chunks` to the temp name of `name`, from nothing. When it returns, the temp file has the size of
-   * what was written, compared, and is on stable storage as far as the target offers that.
+   * what was written, compared, and is on stable storage as far as the target offers that. `onWritten` is called
+   * when only that is left to wait for: the next file may be begun.
    */
-  upload(name: string, chunks: AsyncIterable<Uint8Array>): Promise<void>;
+  upload(name: string, chunks: AsyncIterable<Uint8Array>, onWritten?: () => void): Promise<void>;
   /** Renames the temp file to `name`. The caller has looked that there is no such file: some targets replace it. */
   publish(name: string): Promise<void>;
   /** Size of the file in bytes, or undefined when there is none. */

@@ -92,7 +92,12 @@ describe("startSession()", () => {
 
   test("writes what every server takes when no limits are told", async () => {
     const { session } = await agreed(() => undefined);
-    expect(session).toMatchObject({ writeBytes: 32_768, offersSync: false, offersPosixRename: false });
+    expect(session).toMatchObject({
+      writeBytes: 32_768,
+      answerMs: Number.POSITIVE_INFINITY,
+      offersSync: false,
+      offersPosixRename: false,
+    });
   });
 
   test("refuses another version of the protocol", async () => {
