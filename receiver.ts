@@ -43,7 +43,7 @@ import { createWindowFinder } from "./lib/timestamp.ts";
 type ReceiverConfig = Config["receiver"];
 
 /** Syncs that wait for the disk at once: the file system writes its journal once for all of them. */
-const SYNCS_AT_ONCE = 32;
+const SYNCS_AT_ONCE = 16;
 const SEAL_EVERY_MS = 1000;
 const RETRY_AFTER_SECONDS = "1";
 /** Makes a browser ask for a token, which goes into the field of the password. RFC 7617 wants the realm. */

@@ -75,7 +75,7 @@ export function runScript(folder: string, name: string, config: string, flags: s
   const runtime = name === "receiver" ? [] : ["--smol"];
   const profile = process.env.BENCH_PROFILE === name ? ["--cpu-prof-md", `--cpu-prof-dir=${folder}`] : [];
   const args = [...runtime, ...profile, "run", join(ROOT, `${name}.ts`), "--config", config, ...flags];
-  return run(folder, name, process.execPath, args, name === "receiver" ? { UV_THREADPOOL_SIZE: "16" } : {});
+  return run(folder, name, process.execPath, args);
 }
 
 /** Starts a program; what it says goes to a file of its name in `folder`. */

@@ -17,12 +17,9 @@ export interface IntakeLimits {
 }
 
 const MIN_RATE = 1024;
-/** Chunks of the usual size are read into blocks that are used again: fresh memory for each costs more than reading. */
-const BLOCK_BYTES = 2_097_152;
-const KEPT_BLOCKS = 8;
-/** A body that announces less gets just that. */
+/** Where the memory for a body without a length begins, and from when on that of a decoded one is its own. */
 const SMALL_BYTES = 65_536;
-/** A body of the usual chunk size, decoded: 1 MiB and room to see its end. */
+/** A body of the usual chunk size: 1 MiB, and room to see the end of a decoded one. */
 const USUAL_BYTES = 1_114_112;
 /** zstd windows up to 16 MiB, more than its highest common level uses: a frame may ask for far more memory. */
 const ZSTD_WINDOW_LOG = 24;
@@ -31,7 +28,6 @@ export type Intake = ReturnType<typeof createIntake>;
 
 /** Takes bodies in; `requests` and `bytes` tell how much is in hand. */
 export function createIntake(limits: IntakeLimits) {
-  const blocks: Buffer[] = [];
   let largeOnes: Promise<unknown> = Promise.resolve();
   /** Bodies that are large when decoded take turns, so that a few bombs at once are not many times the limit. */
   const inTurn: InTurn = (work) => {
@@ -52,27 +48,27 @@ export function createIntake(limits: IntakeLimits) {
         intake.bytes += bytes;
         if (intake.bytes > limits.maxBytesInFlight) throw new WireError(503, "too many bytes at once");
       };
-      const announced = Number(request.headers.get("Content-Length") ?? limits.maxBodyBytes);
+      const announced = Number(request.headers.get("Content-Length") ?? Number.NaN);
       if (announced > limits.maxBodyBytes) throw tooLong(limits.maxBodyBytes);
-      const isSmall = announced <= SMALL_BYTES;
-      const block = isSmall
-        ? Buffer.allocUnsafe(announced)
-        : (blocks.pop() ?? Buffer.allocUnsafeSlow(BLOCK_BYTES));
+      // What is announced and comes slowly may hold the half of what fits; of all others only what has come counts.
+      const isUsual = announced <= USUAL_BYTES && intake.bytes + announced <= limits.maxBytesInFlight / 2;
       intake.requests++;
       try {
-        const raw = await readRaw(request, block, limits, hold);
+        if (isUsual) hold(announced);
+        const raw = isUsual
+          ? await readWhole(request, announced, limits)
+          : await readPieces(request, limits, hold);
         const encoding = request.headers.get("Content-Encoding");
         const body = await decode(raw, encoding, limits.maxBodyBytes, { hold, inTurn });
         try {
           return await work(body);
         } finally {
+          releaseAll(raw);
           if (body !== raw && body.length > SMALL_BYTES) releaseAll(body); // a block of its own
         }
       } finally {
         intake.requests--;
         intake.bytes -= held.bytes;
-        if (!isSmall && blocks.length < KEPT_BLOCKS) blocks.push(block);
-        else if (!isSmall) release(block);
       }
     },
   };
@@ -81,37 +77,63 @@ export function createIntake(limits: IntakeLimits) {
 
 type InTurn = (work: () => Promise<Uint8Array>) => Promise<Uint8Array>;
 
-/** The body as it came, in one piece of memory: `block`, or a larger one when it is too small. */
-async function readRaw(
+/** A body of a known length, read by the runtime: costs half of what reading its pieces does. */
+async function readWhole(
   request: Request,
-  block: Buffer,
+  length: number,
+  { idleTimeoutSeconds }: IntakeLimits,
+): Promise<Uint8Array> {
+  const late = Promise.withResolvers<never>();
+  const mostMs = Math.max(idleTimeoutSeconds, length / MIN_RATE) * 1000;
+  const timer = setTimeout(() => late.reject(tooSlow()), mostMs);
+  try {
+    const whole = request.arrayBuffer().catch((error) => {
+      throw endedEarly(error);
+    });
+    return new Uint8Array(await Promise.race([whole, late.promise]));
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** A body that is large or of unknown length: counted as it comes. */
+async function readPieces(
+  request: Request,
   { maxBodyBytes, idleTimeoutSeconds }: IntakeLimits,
   hold: (bytes: number) => void,
 ): Promise<Uint8Array> {
-  let body = block;
+  let body = new Uint8Array(SMALL_BYTES);
   let length = 0;
   const started = performance.now();
   const reader = request.body?.getReader();
   while (reader) {
     const { value, done } = await reader.read().catch((error) => {
-      throw new WireError(400, `body ended early: ${error.message}`);
+      throw endedEarly(error);
     });
     if (done) break;
     if (length + value.length > maxBodyBytes) throw tooLong(maxBodyBytes);
     hold(value.length);
     if (length + value.length > body.length) {
-      const larger = Buffer.allocUnsafeSlow(Math.max(2 * body.length, length + value.length));
+      const larger = new Uint8Array(Math.max(2 * body.length, length + value.length));
       larger.set(body.subarray(0, length));
+      releaseAll(body);
       body = larger;
     }
     body.set(value, length);
     length += value.length;
     release(value);
     const seconds = (performance.now() - started) / 1000;
-    if (seconds > idleTimeoutSeconds && length < seconds * MIN_RATE)
-      throw new WireError(408, "body is too slow");
+    if (seconds > idleTimeoutSeconds && length < seconds * MIN_RATE) throw tooSlow();
   }
   return body.subarray(0, length);
+}
+
+function endedEarly(error: Error): WireError {
+  return new WireError(400, `body ended early: ${error.message}`);
+}
+
+function tooSlow(): WireError {
+  return new WireError(408, "body is too slow");
 }
 
 /** Gives memory back at once: the collector would let tens of megabytes of it pile up. */

@@ -8,9 +8,12 @@ import { readdir } from "node:fs/promises";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { dashedHost, listHosts } from "./batch.ts";
-import { exists, reached, syncData, syncFolder } from "./durable.ts";
+import { exists, type FileSystem, openFileSystem, reached, syncData, syncFolder } from "./durable.ts";
 import { type Chunk, type Outcome, openSender, type Sender, type StoreOptions } from "./sender.ts";
 import { createFaultLog, describe } from "./service.ts";
+
+/** From so many senders on, one sync of the whole file system costs less than one of each of their files. */
+const MANY_SENDERS = 8;
 
 const syncDataInPool = promisify(fdatasync);
 const nextTick = promisify(setImmediate);
@@ -54,6 +57,7 @@ export function createStore(options: CommitOptions) {
   const unopened = new Set<string>();
   const queue: Waiting[] = [];
   let turns: Promise<unknown> = Promise.resolve();
+  let fileSystem: FileSystem | undefined;
 
   /** Runs `work` when everything before it is done. */
   function turn<T>(work: () => Promise<T>): Promise<T> {
@@ -83,9 +87,12 @@ export function createStore(options: CommitOptions) {
 
   async function commitAll(waiting: Waiting[]): Promise<void> {
     const started = performance.now();
-    const inPlace = options.inHand() <= 1;
     const failed = new Map<Sender, unknown>();
     const touched = stageAll(waiting, failed);
+    const how = {
+      inPlace: options.inHand() <= 1,
+      fileSystem: touched.length >= MANY_SENDERS ? fileSystem : undefined,
+    };
     const going = () => touched.filter(({ sender }) => !failed.has(sender));
     await syncAll(
       going().flatMap(({ sender }) => [
@@ -93,12 +100,12 @@ export function createStore(options: CommitOptions) {
         ...(sender.created ? [{ sender, folder: sender.folder }] : []),
       ]),
       failed,
-      inPlace,
+      how,
     );
     reached("commit:synced");
     const ledgers = attemptAll(going(), failed, ({ sender }) => ({ sender, fd: sender.append() }));
     reached("commit:appended");
-    await syncAll(ledgers, failed, inPlace);
+    await syncAll(ledgers, failed, how);
     reached("commit:recorded");
     for (const { sender } of going()) sender.apply();
     for (const sender of failed.keys()) sender.rollBack();
@@ -199,6 +206,7 @@ export function createStore(options: CommitOptions) {
 
     /** Opens every sender that `isOurs` and has something on disk, so that what is due is sealed without it. */
     async start(isOurs: (host: string) => boolean): Promise<void> {
+      fileSystem = await openFileSystem(dir);
       for (const host of await listHosts(dir)) {
         dashes.set(dashedHost(host), host);
         if (!isOurs(host) || (await readdir(join(dir, host))).length === 0) continue;
@@ -237,6 +245,8 @@ export function createStore(options: CommitOptions) {
       turn(async () => {
         for (const sender of senders.values()) sender.close();
         senders.clear();
+        fileSystem?.close();
+        fileSystem = undefined;
       }),
   };
 }
@@ -262,19 +272,34 @@ function attemptAll<T extends { sender: Sender }, R>(
 /** What of a sender must be on stable storage: an open file, or the names in its folder. */
 type Unsynced = { sender: Sender; fd: number } | { sender: Sender; folder: string };
 
+/** How files are synced. */
+interface HowToSync {
+  /** Nobody else waits. */
+  inPlace: boolean;
+  /** The one to sync as a whole, for many. */
+  fileSystem: FileSystem | undefined;
+}
+
 /**
- * Syncs what belongs to senders; whose sync fails, that sender has failed. Files go together through the thread
- * pool, so that the file system's journal writes them at once and the next chunks are read meanwhile. In place
- * is for a single file when nobody else waits: the way through the pool costs more than a fast disk takes.
+ * Syncs what belongs to senders; whose sync fails, that sender has failed. Those of many go with one sync of their file
+ * system. A few go together through the thread pool, so that the file system's journal writes them at once and the
+ * next chunks are read meanwhile. A single file when nobody else waits goes in place: the way through the pool costs
+ * more than a fast disk takes.
  */
-async function syncAll(all: Unsynced[], failed: Map<Sender, unknown>, inPlace: boolean): Promise<void> {
+async function syncAll(
+  all: Unsynced[],
+  failed: Map<Sender, unknown>,
+  { inPlace, fileSystem }: HowToSync,
+): Promise<void> {
   const [only] = all;
   if (all.length === 1 && only && "fd" in only && inPlace) {
     attemptAll([only], failed, () => syncData(only.fd));
     return;
   }
+  const isElsewhere = ({ sender }: Unsynced) => sender.device !== fileSystem?.device;
+  const rest = fileSystem?.sync() ? all.filter(isElsewhere) : all;
   const sync = (one: Unsynced) => ("fd" in one ? syncDataInPool(one.fd) : syncFolder(one.folder));
-  await Promise.all(all.map((one) => sync(one).catch((error) => failed.set(one.sender, error))));
+  await Promise.all(rest.map((one) => sync(one).catch((error) => failed.set(one.sender, error))));
 }
 
 /** What a system's error means for the sender of a chunk. */

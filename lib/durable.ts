@@ -5,9 +5,10 @@
  * old content or the new one, never a part. A temp file has a fixed name, so a stale one is overwritten by
  * the next save and never piles up; whoever saves a path owns it (one process, by lock).
  */
-import { constants, fdatasyncSync, lstatSync, renameSync } from "node:fs";
+import { closeSync, constants, fdatasyncSync, fstatSync, lstatSync, openSync, renameSync } from "node:fs";
 import { type FileHandle, mkdir, open, readFile, rename, rm } from "node:fs/promises";
 import { dirname } from "node:path";
+import { loadSyncFs } from "./serve.ts";
 
 /** The ending of every temp file of ours; housekeeping removes stale ones by it. */
 export const TEMP_SUFFIX = ".tmp";
@@ -135,6 +136,45 @@ export async function writeStream(
 /** Makes the data of an open file survive a power loss, in place: the caller waits for the disk. */
 export function syncData(fd: number): void {
   fdatasyncSync(fd);
+}
+
+/** A sync of a whole file system that took longer (ms) waited for what others write: it is not tried for a while. */
+const SLOW_MS = 250;
+const AVOID_MS = 60_000;
+
+/** A file system of which all files can be put on stable storage by one call. */
+export interface FileSystem {
+  /** Tells it from others, as in stat(2). */
+  device: number;
+  /**
+   * Puts all that was written to it on stable storage; the caller waits in place. False when that failed, or costs
+   * too much now: then each file is to be synced by itself, which also tells whose write it was that failed.
+   */
+  sync(): boolean;
+  close(): void;
+}
+
+/**
+ * The file system of a folder; undefined where the system has no such call. It is opened before anything is written:
+ * a failure is told to those who had it open at that time.
+ */
+export async function openFileSystem(folder: string): Promise<FileSystem | undefined> {
+  const syncfs = await loadSyncFs();
+  if (!syncfs) return undefined;
+  const fd = openSync(folder, "r");
+  let avoidUntil = 0;
+  return {
+    device: fstatSync(fd).dev,
+    sync() {
+      const started = performance.now();
+      if (started < avoidUntil) return false;
+      const ok = syncfs(fd);
+      const ended = performance.now();
+      if (ended - started > SLOW_MS) avoidUntil = ended + AVOID_MS;
+      return ok;
+    },
+    close: () => closeSync(fd),
+  };
 }
 
 /** Creates a folder and its parents, on stable storage when it returns. */

@@ -11,6 +11,7 @@
  * Sealing: the name goes into `.ledger-sealed`, and from then on is used up; then the file gets it. A crash in
  * between is finished on the next start.
  */
+import { statSync } from "node:fs";
 import { join } from "node:path";
 import { dashedHost, formatBatchName, LEDGER, parseBatchName, withState } from "./batch.ts";
 import { makeFolder, moveDurably, reached } from "./durable.ts";
@@ -91,6 +92,8 @@ export async function openSender(host: string, options: StoreOptions): Promise<S
 export class Sender {
   readonly host: string;
   readonly folder: string;
+  /** The file system that the folder is on, as in stat(2). */
+  readonly device: number;
   /** What is committed. */
   readonly ledger: Ledger;
   /** Set when a failure could not be undone: what is on disk must be looked at anew before the next commit. */
@@ -120,6 +123,7 @@ export class Sender {
   ) {
     this.host = host;
     this.folder = folder;
+    this.device = statSync(folder).dev;
     this.ledger = ledger;
     this.#finishing = finishing;
     this.#options = options;

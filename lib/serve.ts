@@ -1,8 +1,9 @@
 /**
- * The only place that knows Bun from Deno: the HTTP server, the HTTP client's certificates, the file lock.
- * Everything else is `node:` imports and web standards.
+ * The only place that knows Bun from Deno: the HTTP server, the HTTP client's certificates, and the calls
+ * of the system that `node:` does not have (file locks, syncfs). Everything else is `node:` imports and web standards.
  */
 import { closeSync, openSync } from "node:fs";
+import { platform, release } from "node:os";
 
 /** What `serve` needs; `port` 0 takes a free one. */
 export interface ServeOptions {
@@ -152,6 +153,19 @@ export async function waitAtOnce(calls: number): Promise<void> {
     text(String(calls)),
     1,
   );
+}
+
+/**
+ * syncfs(2): puts all that was written to the file system of an open file or folder on stable storage, and says
+ * whether that went well. It waits in place. Undefined where it can't be called, and on Linux before 5.8, where it
+ * does not tell of writes that failed.
+ */
+export async function loadSyncFs(): Promise<((fd: number) => boolean) | undefined> {
+  if (deno || platform() !== "linux") return undefined;
+  const [major = 0, minor = 0] = release().split(".").map(Number);
+  if (major < 5 || (major === 5 && minor < 8)) return undefined;
+  const library = await openLibrary({ syncfs: { args: ["i32"], returns: "i32" } });
+  return (fd) => (library.syncfs as (fd: number) => number)(fd) === 0;
 }
 
 /** Functions of the C library. */

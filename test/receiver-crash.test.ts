@@ -122,19 +122,19 @@ async function storedFiles(dir: string, host = "10.0.0.1"): Promise<string[]> {
   return (await readdir(join(dir, host))).filter((name) => !name.startsWith("."));
 }
 
-test.skipIf(missing({ strace: "strace" }))(
-  "no 200 leaves before its lines and its ledger record are synced",
-  async () => {
+test.skipIf(missing({ strace: "strace" })).each([3, 20])(
+  "no 200 leaves before its lines and its ledger record are synced (%d senders)",
+  async (senders) => {
     const { folder, dir, config, url } = await setUp();
     const receiver = await run(config, url);
     const trace = join(folder, "trace");
     const strace = start("strace", [
       ...["-f", "-y", "-s", "200", "-o", trace, "-p", String(receiver.process.pid)],
-      ...["-e", "trace=pwrite64,write,writev,sendto,sendmsg,fsync,fdatasync"],
+      ...["-e", "trace=pwrite64,write,writev,sendto,sendmsg,fsync,fdatasync,syncfs"],
     ]);
     await strace.says("attached");
     // Each sender has a range of offsets of its own: the answer's offset tells whose it is.
-    const hosts = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
+    const hosts = Array.from({ length: senders }, (_, i) => `10.0.0.${i + 1}`);
     const RANGE = 1e9;
     const body = linesOfWindows(200);
     const chunks = 10;
@@ -149,31 +149,35 @@ test.skipIf(missing({ strace: "strace" }))(
     await receiver.stop();
     const unsynced = new Set<string>();
     const syncing = new Map<string, string>();
-    const counts = { answers: 0, writes: 0, ledgers: 0 };
+    const counts = { answers: 0, writes: 0, ledgers: 0, together: 0 };
     for (const call of (await readFile(trace, "latin1")).split("\n")) {
       const pid = call.split(" ")[0] ?? "";
       const [, name = "", file = ""] = /(\w+)\(\d+<([^>]+)>/.exec(call) ?? [];
       if (name === "pwrite64" && file.startsWith(dir)) {
         if (!file.endsWith(".part")) {
           counts.ledgers++;
-          const folder = file.slice(0, file.lastIndexOf("/"));
+          const folder = file.slice(0, file.lastIndexOf("/") + 1);
           expect([...unsynced].filter((other) => other.startsWith(folder) && other !== file)).toEqual([]);
         }
         unsynced.add(file);
         counts.writes++;
+      } else if (name === "syncfs" && call.endsWith(" = 0")) {
+        unsynced.clear(); // called in place: everything that was written was written before it
+        counts.together++;
       } else if (name.endsWith("sync") && call.includes("<unfinished")) syncing.set(pid, file);
       else if (name.endsWith("sync") && call.endsWith(" = 0")) unsynced.delete(file);
       else if (/sync resumed>.* = 0$/.test(call)) unsynced.delete(syncing.get(pid) ?? "");
       else if (call.includes("HTTP/1.1 200 OK")) {
         counts.answers++;
         const offset = Number(/Upload-Offset: (\d+)/.exec(call)?.[1]);
-        const folder = join(dir, hosts[Math.floor(offset / RANGE)] ?? "");
+        const folder = join(dir, hosts[Math.floor(offset / RANGE)] ?? "", "/");
         expect([...unsynced].filter((other) => other.startsWith(folder))).toEqual([]);
       }
     }
     expect(counts.answers).toBe(chunks * hosts.length);
     expect(counts.writes).toBeGreaterThan(counts.answers);
     expect(counts.ledgers).toBe(counts.answers);
+    expect(counts.together > 0).toBe(senders > 8);
   },
 );
 
