@@ -160,13 +160,14 @@ async function decode(
     throw new WireError(415, `Content-Encoding ${encoding} is not known; expected gzip or zstd`);
   }
   if (raw.length === 0) return raw;
-  if (encoding === "zstd" && !isWholeZstd(raw)) throw new WireError(400, "body is no zstd, or cut short");
+  const told = encoding === "zstd" ? contentOfZstd(raw) : undefined;
+  if (told === -1) throw new WireError(400, "body is no zstd, or cut short");
   const fault = (error: unknown) =>
     error instanceof WireError
       ? error
       : new WireError(400, `body is no ${encoding}, or cut short: ${(error as Error).message}`);
   try {
-    const body = decodeUsual(raw, encoding, maxBytes);
+    const body = decodeUsual(raw, encoding, maxBytes, told);
     hold(body.length);
     return body;
   } catch (error) {
@@ -180,9 +181,17 @@ async function decode(
 
 const ZSTD_PARAMS = { [constants.ZSTD_d_windowLogMax]: ZSTD_WINDOW_LOG };
 
-/** At once, into one block that the whole body fits in, so that it is not copied again. */
-function decodeUsual(raw: Uint8Array, encoding: "gzip" | "zstd", maxBytes: number): Uint8Array {
-  const chunkSize = Math.min(USUAL_BYTES, Math.max(SMALL_BYTES, 8 * raw.length)); // logs shrink to about an eighth
+/** Room behind the content, so that its end is seen without a second block. */
+const SLACK_BYTES = 64;
+
+/** At once, into one block that the whole body fits in, so that it is not copied again; `told` is its length. */
+function decodeUsual(
+  raw: Uint8Array,
+  encoding: "gzip" | "zstd",
+  maxBytes: number,
+  told = 8 * raw.length, // logs shrink to about an eighth
+): Uint8Array {
+  const chunkSize = Math.min(USUAL_BYTES, Math.max(SMALL_BYTES, told + SLACK_BYTES));
   const options = { maxOutputLength: Math.min(maxBytes, USUAL_BYTES), chunkSize };
   if (encoding === "gzip") return gunzipSync(raw, options);
   return zstdDecompressSync(raw, { ...options, params: ZSTD_PARAMS });
@@ -222,11 +231,13 @@ function tooLong(maxBytes: number): WireError {
 }
 
 /**
- * Whether bytes are whole zstd frames and nothing else, by RFC 8878 section 3.1: the decompressors of the
- * runtimes give what they have of a frame that was cut short, without an error.
+ * The length of what is in whole zstd frames, by RFC 8878 section 3.1; -1 for bytes that are something else, undefined
+ * when a frame does not tell. The decompressors of the runtimes give what they have of a frame that was cut short,
+ * without an error.
  */
-function isWholeZstd(bytes: Uint8Array): boolean {
+function contentOfZstd(bytes: Uint8Array): number | undefined {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  let content: number | undefined = 0;
   let at = 0;
   while (at + 8 <= bytes.length) {
     const magic = view.getUint32(at, true);
@@ -234,14 +245,18 @@ function isWholeZstd(bytes: Uint8Array): boolean {
       at += 8 + view.getUint32(at + 4, true); // a skippable frame
       continue;
     }
-    if (magic !== 0xfd2fb528) return false;
+    if (magic !== 0xfd2fb528) return -1;
     const descriptor = bytes[at + 4] as number;
     const isSingle = (descriptor & 0x20) !== 0;
     const sizeFlag = descriptor >> 6;
     at += 5 + (isSingle ? 0 : 1) + ([0, 1, 2, 4][descriptor & 3] as number);
-    at += sizeFlag === 0 ? (isSingle ? 1 : 0) : 1 << sizeFlag;
+    const sizeBytes = sizeFlag === 0 ? (isSingle ? 1 : 0) : 1 << sizeFlag;
+    if (at + sizeBytes > bytes.length) return -1;
+    const size = readSize(view, at, sizeBytes);
+    content = size === undefined || content === undefined ? undefined : content + size;
+    at += sizeBytes;
     for (let isLast = false; !isLast; ) {
-      if (at + 3 > bytes.length) return false;
+      if (at + 3 > bytes.length) return -1;
       const block =
         (bytes[at] as number) | ((bytes[at + 1] as number) << 8) | ((bytes[at + 2] as number) << 16);
       isLast = (block & 1) === 1;
@@ -250,5 +265,13 @@ function isWholeZstd(bytes: Uint8Array): boolean {
     }
     if ((descriptor & 4) !== 0) at += 4;
   }
-  return at === bytes.length;
+  return at === bytes.length ? content : -1;
+}
+
+/** The size of a frame's content (section 3.1.1.1.4) in 1, 2, 4 or 8 bytes; undefined when the frame has none. */
+function readSize(view: DataView, at: number, sizeBytes: number): number | undefined {
+  if (sizeBytes === 0) return undefined;
+  if (sizeBytes === 1) return view.getUint8(at);
+  if (sizeBytes === 2) return view.getUint16(at, true) + 256;
+  return sizeBytes === 4 ? view.getUint32(at, true) : Number(view.getBigUint64(at, true));
 }

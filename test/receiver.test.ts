@@ -3,7 +3,7 @@ import { describe, expect, test } from "bun:test";
 import { existsSync } from "node:fs";
 import { mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { gzipSync, zstdCompressSync } from "node:zlib";
+import { createZstdCompress, gzipSync, zstdCompressSync } from "node:zlib";
 import { SENT } from "../lib/batch.ts";
 import { HEADER } from "../lib/chunk.ts";
 import { parseConfig } from "../lib/config.ts";
@@ -135,6 +135,37 @@ describe("POST /upload", () => {
       offset += LINE.length;
     }
     expect(await read(`${NAME}.log.part`)).toBe(LINE + LINE);
+  });
+
+  test.each([0, 200, 255, 256, 300, 65_791, 65_792, 1_114_200, 3_000_000])(
+    "reads zstd of %d bytes, whether its frames tell their length or not, and several of them",
+    async (length) => {
+      const { send, read } = await open();
+      const text = LINE.repeat(Math.ceil(length / LINE.length));
+      const stream = createZstdCompress();
+      stream.end(text);
+      const silent = Buffer.concat((await Array.fromAsync(stream)) as Buffer[]);
+      const telling = zstdCompressSync(text, { pledgedSrcSize: text.length });
+      let offset = 0;
+      for (const body of [telling, silent, Buffer.concat([telling, silent, telling])]) {
+        const headers = { "Content-Encoding": "zstd" };
+        const answer = await send(new Uint8Array(body), { offset, end: offset + 3 * text.length, headers });
+        expect(answer.status).toBe(200);
+        offset += 3 * text.length;
+      }
+      if (text) expect(await read(`${NAME}.log.part`)).toBe(text.repeat(5));
+    },
+  );
+
+  test("refuses a zstd frame that says of itself what is not true", async () => {
+    const { send } = await open();
+    const body = new Uint8Array(zstdCompressSync(LINE.repeat(500), { pledgedSrcSize: LINE.length * 500 }));
+    const sizeAt = 5 + ((body[4] as number) & 0x20 ? 0 : 1);
+    for (const lie of [0x00, 0xff]) {
+      body[sizeAt] = lie;
+      const answer = await send(body, { end: LINE.length * 500, headers: { "Content-Encoding": "zstd" } });
+      expect(answer.status).toBe(400);
+    }
   });
 
   test("refuses a compressed body that is cut short anywhere, and one with bytes behind it", async () => {
