@@ -14,6 +14,7 @@ import { type Contestant, ours, reachable, run, runScript, sleep, stopAll } from
 import type { FleetResult } from "./fleet.ts";
 import { compareForward } from "./forward.ts";
 import { generateLog } from "./generate.ts";
+import { type Growth, measureGrowth } from "./growth.ts";
 import { type History, measureHistory } from "./history.ts";
 import { bench as compareHousekeeping } from "./housekeep.ts";
 import { type Latencies, runLatency } from "./latency.ts";
@@ -31,10 +32,11 @@ interface Results {
   fleet?: FleetResult & { peakMiB: number; cpuSeconds: number };
   idle?: { shipperMiB: number; receiverMiB: number };
   history?: History;
+  growth?: Growth;
   sections: string[];
 }
 
-const PARTS = ["transfer", "latency", "fleet", "idle", "history", "forward", "housekeep"] as const;
+const PARTS = ["transfer", "latency", "fleet", "idle", "history", "growth", "forward", "housekeep"] as const;
 const OURS = ours("none");
 const OURS_ZSTD = ours("zstd");
 const FLEET = { senders: 200, rate: 500, seconds: 60 };
@@ -61,6 +63,10 @@ async function main(): Promise<number> {
     if (parts.includes("history")) {
       say("cost of 10,000 delivered files");
       results.history = await measureHistory(root);
+    }
+    if (parts.includes("growth")) {
+      say("cost of ten times the senders and batches");
+      results.growth = await measureGrowth(root);
     }
     if (parts.includes("forward")) results.sections.push(await benchForwarder(root));
     if (parts.includes("housekeep")) results.sections.push(await benchHousekeeping(root));
@@ -253,6 +259,7 @@ function formatMarkdown(results: Results): string {
   }
   if (results.fleet) lines.push(...formatFleet(results.fleet));
   if (results.history) lines.push(...formatHistory(results.history));
+  if (results.growth) lines.push(...formatGrowth(results.growth));
   lines.push(...results.sections);
   lines.push("### Targets", "", "| target | reached | |", "|---|---|---|");
   for (const { what, reached, ok } of judge(results))
@@ -281,6 +288,21 @@ function formatHistory(history: History): string[] {
     "| | without | with | more |",
     "|---|---:|---:|---:|",
     ...rows,
+    "",
+  ];
+}
+
+function formatGrowth({ rows }: Growth): string[] {
+  const cells = rows.map(
+    ({ what, few, cpuFew, cpuMany }) =>
+      `| ${few} and ${few * 10} ${what} | ${cpuFew.toFixed(2)} s | ${cpuMany.toFixed(2)} s | ${(cpuMany / cpuFew).toFixed(1)} |`,
+  );
+  return [
+    "### CPU time for ten times as many",
+    "",
+    "| | few | many | times |",
+    "|---|---:|---:|---:|",
+    ...cells,
     "",
   ];
 }
@@ -367,6 +389,9 @@ function judge(results: Results): Target[] {
   }
   for (const { name, empty, full } of results.history?.rows ?? []) {
     atMost(`${name} with 10,000 delivered files, at most 10 % slower`, (full / empty - 1) * 100, 10, " %");
+  }
+  for (const { what, cpuFew, cpuMany } of results.growth?.rows ?? []) {
+    atMost(`CPU for 10 times the ${what}, at most 11 times`, cpuMany / cpuFew, 11);
   }
   return targets;
 }
