@@ -170,6 +170,7 @@ async function benchFleet(root: string): Promise<NonNullable<Results["fleet"]>> 
   const config = join(folder, "config.json");
   const receiver = { groups: [{ port, senders: ["*"] }], dir: join(folder, "batches") };
   writeFileSync(config, JSON.stringify({ receiver }));
+  execFileSync("sync"); // what the transfers left is not the receiver's to wait for
   const server = runScript(folder, "receiver", config);
   try {
     await reachable(port);

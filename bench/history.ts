@@ -6,7 +6,7 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { reachable, run, runScript, sleep, stopAll } from "./contestant.ts";
 import { freePort } from "./pipeline.ts";
-import { median, sample } from "./sample.ts";
+import { cpuSecondsOf, median } from "./sample.ts";
 
 export interface History {
   files: number;
@@ -15,7 +15,7 @@ export interface History {
 }
 
 const FILES = 10_000;
-const ROUNDS = 2;
+const ROUNDS = 3;
 const WARM_MS = 1500;
 const MEASURED_MS = 4000;
 
@@ -73,9 +73,9 @@ async function measureLoop(folder: string, name: "forwarder" | "monitor" | "rece
       );
     }
     await sleep(WARM_MS);
-    const before = sample(child.pid as number).cpuSeconds;
+    const before = cpuSecondsOf(child.pid as number);
     await sleep(MEASURED_MS);
-    return ((sample(child.pid as number).cpuSeconds - before) / (MEASURED_MS / 1000)) * 1000;
+    return ((cpuSecondsOf(child.pid as number) - before) / (MEASURED_MS / 1000)) * 1000;
   } finally {
     await stopAll([...load, child]);
   }

@@ -138,9 +138,10 @@ export function syncData(fd: number): void {
   fdatasyncSync(fd);
 }
 
-/** A sync of a whole file system that took longer (ms) waited for what others write: it is not tried for a while. */
+/** A sync of a whole file system that took longer (ms) waited for what others write: it is not tried for a while… */
 const SLOW_MS = 250;
-const AVOID_MS = 60_000;
+/** …of so many ms, twice as many each time in a row. */
+const AVOID_MS = { min: 2_000, max: 60_000 };
 
 /** A file system of which all files can be put on stable storage by one call. */
 export interface FileSystem {
@@ -163,6 +164,7 @@ export async function openFileSystem(folder: string): Promise<FileSystem | undef
   if (!syncfs) return undefined;
   const fd = openSync(folder, "r");
   let avoidUntil = 0;
+  let avoidMs = 0;
   return {
     device: fstatSync(fd).dev,
     sync() {
@@ -170,7 +172,9 @@ export async function openFileSystem(folder: string): Promise<FileSystem | undef
       if (started < avoidUntil) return false;
       const ok = syncfs(fd);
       const ended = performance.now();
-      if (ended - started > SLOW_MS) avoidUntil = ended + AVOID_MS;
+      const isSlow = ended - started > SLOW_MS;
+      avoidMs = isSlow ? Math.min(AVOID_MS.max, Math.max(AVOID_MS.min, 2 * avoidMs)) : 0;
+      avoidUntil = ended + avoidMs;
       return ok;
     },
     close: () => closeSync(fd),

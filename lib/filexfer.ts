@@ -131,19 +131,30 @@ export async function startSession(channel: Channel, { ask, lost }: Wire) {
   });
   // OpenSSH's PROTOCOL file, sections 4.3, 4.5 and 4.8: each extension has a version of its own.
   const isOffered = (name: string) => offers.get(name) === "1";
-  const asked = performance.now();
-  const writeBytes = !isOffered("limits@openssh.com")
-    ? USUAL_BYTES
-    : await extended("ask for limits", "limits@openssh.com", [], (answer) => {
-        const [, , most] = [answer.uint64(), answer.uint64(), answer.uint64()];
-        return most || USUAL_BYTES; // 0: not told
-      });
+  const { writeBytes, answerMs } = await askLimits();
+
+  async function askLimits(): Promise<{ writeBytes: number; answerMs: number }> {
+    const unknown = { writeBytes: USUAL_BYTES, answerMs: Number.POSITIVE_INFINITY };
+    if (!isOffered("limits@openssh.com")) return unknown;
+    const asked = performance.now();
+    const read = (answer: Reader) => {
+      const [, , most] = [answer.uint64(), answer.uint64(), answer.uint64()];
+      return most || USUAL_BYTES; // 0: not told
+    };
+    return extended("ask for limits", "limits@openssh.com", [], read).then(
+      (writeBytes) => ({ writeBytes, answerMs: performance.now() - asked }),
+      (error) => {
+        if (error instanceof StatusRefusal) return unknown;
+        throw error;
+      },
+    );
+  }
 
   return {
     /** The most bytes that one write may have. */
     writeBytes,
     /** How long the server took to tell its limits, in ms; infinite when it has none to tell. */
-    answerMs: isOffered("limits@openssh.com") ? performance.now() - asked : Number.POSITIVE_INFINITY,
+    answerMs,
     /** Whether the server offers `fsync@openssh.com` and `posix-rename@openssh.com`. */
     offersSync: isOffered("fsync@openssh.com"),
     offersPosixRename: isOffered("posix-rename@openssh.com"),

@@ -100,6 +100,15 @@ describe("startSession()", () => {
     });
   });
 
+  test("goes on without limits when the server offers and refuses them", async () => {
+    const { channel, wire } = fakeServer((type, id) =>
+      type === 1
+        ? packet(2, uint32(3), text("limits@openssh.com"), text("1"))
+        : packet(101, id, uint32(STATUS.permissionDenied)),
+    );
+    expect(await startSession(channel, wire)).toMatchObject({ writeBytes: 32_768 });
+  });
+
   test("refuses another version of the protocol", async () => {
     const { channel, wire } = fakeServer(() => packet(2, uint32(6)));
     expect(startSession(channel, wire)).rejects.toThrow("the server speaks SFTP version 6, expected 3");

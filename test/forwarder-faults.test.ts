@@ -227,8 +227,8 @@ describe.skipIf(skip)("a server with its ways", () => {
     return { backend, site, name, text, ...(await once(site)) };
   };
 
-  test("no posix-rename, no fsync, no SETSTAT: delivered", async () => {
-    const refused = "fsync,posix-rename,setstat,fsetstat";
+  test("no posix-rename, no fsync, no SETSTAT, no limits: delivered", async () => {
+    const refused = "fsync,posix-rename,setstat,fsetstat,limits";
     const { code, output, backend, name, text } = await cycle([`ForceCommand internal-sftp -P ${refused}`]);
     expect(code, output).toBe(0);
     expect(await remoteFiles(backend)).toEqual({ [name]: text });
