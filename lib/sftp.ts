@@ -3,21 +3,15 @@
  * wait ends: by an answer, by the timeout, by the signal, or with the connection.
  */
 import { getCiphers } from "node:crypto";
-import { connect as connectTcp, type Socket } from "node:net";
+import { connect as connectTcp } from "node:net";
 import type { Client, ClientChannel, ConnectConfig } from "ssh2";
 import ssh2 from "ssh2";
 import { type Config, readSecret } from "./config.ts";
 import { type Answer, startSession, type Wire } from "./filexfer.ts";
+import { gatherWrites } from "./gather.ts";
 import { fingerprint, type HostKeyCheck, keyType, trustFingerprints, trustKnownHosts } from "./hostkey.ts";
 import { remoteTarget } from "./remote.ts";
 import { type Target, TargetFault } from "./target.ts";
-
-/** Bytes that are written to the socket at once, from when on they don't wait for more. */
-const GATHER_BYTES = 131_072;
-/** A packet comes in so many pieces at most: its length, its content, its MAC. */
-const PIECES = 3;
-/** Memory of at least so many bytes is given back at once; what is less may be shared with others. */
-const RELEASE_BYTES = 16_384;
 
 /** Modern first. AES-GCM runs in the runtime's native crypto; Bun's has no ChaCha20, and ssh2 insists on it. */
 const ALGORITHMS = {
@@ -206,56 +200,6 @@ function connect(server: Server, types: string[], signal: AbortSignal, listen = 
       failed(Object.assign(error as Error, { level: "client-authentication" }));
     }
   });
-}
-
-/**
- * ssh2 writes each packet in three pieces, each in memory of its own. Here the pieces of one turn of the event loop
- * are put together in blocks that are used again, which go to the kernel at once or as soon as they are full: three
- * to thirty times fewer system calls on both sides, and no fresh memory, which costs more than the encryption.
- */
-function gatherWrites(socket: Socket): Socket {
-  socket.on("error", () => {}); // ssh2 tells it, unless the connection was given up before
-  const write = socket.write.bind(socket) as (data: Uint8Array, done: () => void) => boolean;
-  const free: Buffer[] = [];
-  const takeBlock = () => free.pop() ?? Buffer.allocUnsafeSlow(GATHER_BYTES);
-  const release = createRelease();
-  let block = takeBlock();
-  let length = 0;
-  const flush = () => {
-    if (length === 0) return;
-    const full = block;
-    write(full.subarray(0, length), () => free.push(full));
-    block = takeBlock();
-    length = 0;
-  };
-  socket.write = ((data: Uint8Array) => {
-    for (let at = 0; at < data.length; ) {
-      if (length === 0) setImmediate(flush);
-      const part = data.subarray(at, at + GATHER_BYTES - length);
-      block.set(part, length);
-      length += part.length;
-      at += part.length;
-      if (length === GATHER_BYTES) flush();
-    }
-    release(data);
-    return true;
-  }) as typeof socket.write;
-  return socket;
-}
-
-/**
- * Gives back the memory of pieces that were copied: the collector would let megabytes of it pile up. ssh2 makes one
- * packet after the other and is done with it when its last piece is written, so with the third one after it at the
- * latest. A first piece is a part of the packet as it was before it was encrypted.
- */
-function createRelease(): (piece: Uint8Array) => void {
-  const spent: ArrayBufferLike[] = [];
-  return ({ buffer }) => {
-    spent.push(buffer);
-    const oldest = spent.length > PIECES ? spent.shift() : undefined;
-    if (!(oldest instanceof ArrayBuffer) || oldest.byteLength < RELEASE_BYTES) return;
-    if (oldest.byteLength !== Buffer.poolSize && !spent.includes(oldest)) oldest.transfer(0);
-  };
 }
 
 /** What could not be agreed on: `key exchange algorithm`, `C->S cipher`, … */

@@ -10,6 +10,7 @@ import { type Backend, makeSite, remoteFiles, type Site, startOpenSsh, takeAway 
 import { PACKAGES } from "./servers.ts";
 import {
   accessLine,
+  expectSameLines,
   freePort,
   missing,
   notRoot,
@@ -313,6 +314,27 @@ describe.skipIf(skip)("a server with its ways", () => {
     expect(code, output).toBe(0);
     expect(await remoteFiles(backend)).toEqual({ [name]: "x\n" });
   }
+
+  test.each([
+    ["new keys after each MiB", ["RekeyLimit 1M"]],
+    ["aes128-ctr, MAC of the ciphertext", ["Ciphers aes128-ctr", "MACs hmac-sha2-256-etm@openssh.com"]],
+    ["aes256-ctr, MAC of the plaintext", ["Ciphers aes256-ctr", "MACs hmac-sha2-512"]],
+    ["aes256-gcm, new keys after each MiB", ["Ciphers aes256-gcm@openssh.com", "RekeyLimit 1M"]],
+  ])("large and small batches at once: %s", async (_name, settings) => {
+    const backend = await startOpenSsh(settings);
+    const site = await makeSite(backend);
+    const expected: Record<string, string> = {};
+    for (let i = 0; i < 12; i++) {
+      const text = lines(i % 4 === 0 ? 60_000 + i : 10 + i);
+      expected[site.seal(`10.0.0.${i}`, i, text)] = text;
+    }
+    const { code, output } = await once(site);
+    expect(code, output).toBe(0);
+    expect(output).not.toContain("held up");
+    const found = await remoteFiles(backend);
+    for (const [name, text] of Object.entries(expected)) expectSameLines(found[name] ?? "", text);
+    expect(Object.keys(found).sort()).toEqual(Object.keys(expected).sort());
+  });
 
   test("a key that only an SSH agent has", async () => {
     const backend = await startOpenSsh();
