@@ -168,7 +168,7 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     const marks = addMark(before, view.subarray(0, guard + length), offset + length);
     const inLine = guard > 0 && view[guard - 1] !== 0x0a && view[guard - 1] !== 0;
     const body = chooseLines(bytes.subarray(0, length), inLine, skip);
-    const encoded = await encodeBody(body, config.compression);
+    const encoded = encodeBody(body, config.compression);
     const headers: ChunkHeaders = { host: config.host, stream: stream.id, offset, end: offset + length };
     return { chunk: { ...headers, ...encoded }, marks, full: n === limit };
   }

@@ -2,15 +2,11 @@
  * The shipper's side of the wire: one POST, and what its answer means for the chunk. It never waits between
  * tries and never gives up; when to try again is in the answer.
  */
-import { promisify } from "node:util";
-import { constants, gzip, zstdCompress } from "node:zlib";
+import { constants, gzipSync, zstdCompressSync } from "node:zlib";
 import { type ChunkHeaders, formatChunkHeaders, HEADER, UPLOAD_PATH } from "./chunk.ts";
 import { type Config, readSecret } from "./config.ts";
 import { fetchWith } from "./serve.ts";
 import { backoff, describe } from "./service.ts";
-
-const gzipAsync = promisify(gzip);
-const zstdAsync = promisify(zstdCompress);
 
 /** Bodies below this many bytes are not worth compressing. */
 const COMPRESS_FROM = 1024;
@@ -121,16 +117,19 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
   };
 }
 
-/** The body as it goes over the wire; small ones are not worth the work. */
-export async function encodeBody(
+/**
+ * The body as it goes over the wire; small ones are not worth the work. In place, some milliseconds per MiB while the
+ * last chunk is in flight: a thread would need memory of its own, and costs more than it saves.
+ */
+export function encodeBody(
   body: Uint8Array<ArrayBuffer>,
   compression: Config["shipper"]["compression"],
-): Promise<Pick<Chunk, "body" | "encoding">> {
+): Pick<Chunk, "body" | "encoding"> {
   if (compression === "none" || body.length < COMPRESS_FROM) return { body, encoding: "identity" };
   const encoded =
     compression === "gzip"
-      ? await gzipAsync(body, { level: 1 })
-      : await zstdAsync(body, {
+      ? gzipSync(body, { level: 1 })
+      : zstdCompressSync(body, {
           params: { [constants.ZSTD_c_compressionLevel]: 1 },
           pledgedSrcSize: body.length,
           chunkSize: Math.max(COMPRESS_FROM, body.length >> 2), // logs shrink to less: one block, no copies
