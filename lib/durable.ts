@@ -6,7 +6,7 @@
  * the next save and never piles up; whoever saves a path owns it (one process, by lock).
  */
 import { closeSync, constants, fdatasyncSync, fstatSync, lstatSync, openSync, renameSync } from "node:fs";
-import { type FileHandle, mkdir, open, readFile, rename, rm } from "node:fs/promises";
+import { type FileHandle, mkdir, open, readFile, rename, rm, statfs } from "node:fs/promises";
 import { dirname } from "node:path";
 import { loadSyncFs } from "./serve.ts";
 
@@ -156,12 +156,18 @@ export interface FileSystem {
 }
 
 /**
- * The file system of a folder; undefined where the system has no such call. It is opened before anything is written:
+ * ext4, XFS and Btrfs, by their `type` in statfs(2). Of others syncfs(2) is no proof: an overlay does not tell what
+ * failed below it, and FUSE does not ask its server to sync.
+ */
+export const SYNCED_WHOLE = [0xef53, 0x58465342, 0x9123683e];
+
+/**
+ * The file system of a folder; undefined where it can't be synced as a whole. It is opened before anything is written:
  * a failure is told to those who had it open at that time.
  */
 export async function openFileSystem(folder: string): Promise<FileSystem | undefined> {
   const syncfs = await loadSyncFs();
-  if (!syncfs) return undefined;
+  if (!syncfs || !SYNCED_WHOLE.includes((await statfs(folder)).type)) return undefined;
   const fd = openSync(folder, "r");
   let avoidUntil = 0;
   let avoidMs = 0;
