@@ -17,7 +17,7 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { folders, listBatches, listHosts, parseBatchName } from "./lib/batch.ts";
 import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
-import { countLines } from "./lib/content.ts";
+import { countLines } from "./lib/target/content.ts";
 import { findReported, Intents, type Ready } from "./lib/delivery.ts";
 import { exists, makeFolder, moveDurably, writeDurably } from "./lib/durable.ts";
 import { holdLock } from "./lib/lock.ts";
@@ -44,8 +44,8 @@ import {
   runScript,
   type Service,
 } from "./lib/service.ts";
-import { openSftpTarget } from "./lib/sftp.ts";
-import { openFileTarget, Refusal, type Target, TargetFault } from "./lib/target.ts";
+import { openSftpTarget } from "./lib/target/sftp.ts";
+import { openFileTarget, Refusal, type Target, TargetFault } from "./lib/target/target.ts";
 
 type Settings = Config["forwarder"];
 

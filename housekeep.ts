@@ -25,7 +25,7 @@ import { failReportPath, trimReport } from "./lib/report.ts";
 import { type Delivered, planPass, type Step } from "./lib/retention.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import { forgetSealed } from "./lib/sealed.ts";
-import { tryLock } from "./lib/serve.ts";
+import { tryLock } from "./lib/runtime.ts";
 import {
   createProgress,
   describe,

@@ -12,13 +12,13 @@
  */
 import { access, constants, stat } from "node:fs/promises";
 import { dirname } from "node:path";
-import { renderAlert } from "./lib/alertmail.ts";
+import { renderAlert } from "./lib/mail/alertmail.ts";
 import { type Config, readSecret } from "./lib/config.ts";
 import { makeFolder, reached } from "./lib/durable.ts";
 import { judge } from "./lib/incident.ts";
 import { holdLock } from "./lib/lock.ts";
-import { MailError, sendMail, verifyMail } from "./lib/mail.ts";
-import type { MailText } from "./lib/mailpage.ts";
+import { MailError, sendMail, verifyMail } from "./lib/mail/smtp.ts";
+import type { MailText } from "./lib/mail/mailpage.ts";
 import { type MonitorState, type Notice, readState, saveState } from "./lib/notice.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
@@ -31,8 +31,8 @@ import {
   type Service,
 } from "./lib/service.ts";
 import { type LookContext, look } from "./lib/sight.ts";
-import { HOUR_MS, lastHourEnd, summariseHour } from "./lib/summary.ts";
-import { renderSummary } from "./lib/summarymail.ts";
+import { HOUR_MS, lastHourEnd, summariseHour } from "./lib/mail/summary.ts";
+import { renderSummary } from "./lib/mail/summarymail.ts";
 
 type Options = Config["monitor"];
 const MINUTE_MS = 60_000;

@@ -1,7 +1,7 @@
 /**
  * receiver: takes chunks of log lines over HTTP and files them in batches, one per sender and window.
  *
- * Promise: 200 means that the lines are on stable storage, once. The order of a commit, in lib/sender.ts:
+ * Promise: 200 means that the lines are on stable storage, once. The order of a commit, in lib/store/sender.ts:
  *   1. the lines are written at the committed length of their `.part`, and synced
  *   2. one ledger record (stream at offset, batch at length) is appended, and synced
  *   3. 200
@@ -17,14 +17,14 @@ import { type Context, Hono, type Next } from "hono";
 import { type Access, type Arrival, createAccess } from "./lib/access.ts";
 import { createIntake, type Intake } from "./lib/body.ts";
 import { HEADER, parseChunkHeaders, parseStreamHeaders, UPLOAD_PATH, WireError } from "./lib/chunk.ts";
-import { createStore, type Store, StoreError } from "./lib/commit.ts";
+import { createStore, type Store, StoreError } from "./lib/store/store.ts";
 import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
 import { makeFolder } from "./lib/durable.ts";
 import { LEGACY_STREAM, parseLegacy } from "./lib/legacy.ts";
 import { holdLock } from "./lib/lock.ts";
 import { createMetrics, METRICS_TYPE, type Metrics } from "./lib/metrics.ts";
 import { pageHeaders, renderPage } from "./lib/page.ts";
-import { type ServeOptions, type Server, serve } from "./lib/serve.ts";
+import { type ServeOptions, type Server, serve } from "./lib/runtime.ts";
 import {
   describe,
   EXIT,
@@ -38,7 +38,7 @@ import {
   VERSION,
 } from "./lib/service.ts";
 import { createStatusReader, type Status } from "./lib/status.ts";
-import { createWindowFinder } from "./lib/timestamp.ts";
+import { createWindowFinder } from "./lib/store/window.ts";
 
 type ReceiverConfig = Config["receiver"];
 

@@ -9,18 +9,18 @@
  * A crash after 1 or 2 repeats the chunk: the receiver answers 409 with the offset where it stands. A crash
  * before 4 does the same. A rotated file is read to its end, and until it was quiet for a while, before it
  * counts as done; a file that vanishes unread is counted in bytes and told to the receiver. Which file is which
- * says lib/family.ts, by content and not by name; 1 to 3 are in lib/transfer.ts.
+ * says lib/tail/family.ts, by content and not by name; 1 to 3 are in lib/transfer.ts.
  */
 import { readFileSync } from "node:fs";
 import { access, constants, readdir } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { IDLE_STREAM } from "./lib/chunk.ts";
 import { type Config, readSecret } from "./lib/config.ts";
-import { type Cursor, type CursorFound, cursorPath, readCursor, writeCursor } from "./lib/cursor.ts";
+import { type Cursor, type CursorFound, cursorPath, readCursor, writeCursor } from "./lib/tail/cursor.ts";
 import { makeFolder, moveDurably, reached } from "./lib/durable.ts";
-import { scanFamily } from "./lib/family.ts";
+import { scanFamily } from "./lib/tail/family.ts";
 import { holdLock } from "./lib/lock.ts";
-import { expandFiles, look, whyNotFollowed } from "./lib/rotation.ts";
+import { expandFiles, look, whyNotFollowed } from "./lib/tail/rotation.ts";
 import {
   createFaultLog,
   createProgress,
@@ -47,11 +47,11 @@ import {
   type ScanContext,
   type Stream,
   toState,
-} from "./lib/stream.ts";
-import { openLog } from "./lib/tail.ts";
+} from "./lib/tail/streams.ts";
+import { openLog } from "./lib/tail/file.ts";
 import { createTransfer, Refused, type Transfer, Truncated } from "./lib/transfer.ts";
 import { createUploader } from "./lib/upload.ts";
-import { type Bell, createWatch } from "./lib/watch.ts";
+import { type Bell, createWatch } from "./lib/tail/watch.ts";
 
 /** Pause after a folder could not be read, or the receiver not be asked where a file stands. */
 const FAULT_MS = 1000;

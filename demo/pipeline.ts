@@ -5,7 +5,7 @@
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { parseBatchName } from "../lib/batch.ts";
-import { readCursor } from "../lib/cursor.ts";
+import { readCursor } from "../lib/tail/cursor.ts";
 import { readLedger, readSealed } from "../lib/ledger.ts";
 import { dashed } from "./account.ts";
 import type { Places } from "./fleet.ts";

@@ -4,7 +4,7 @@
  */
 import { createHash, timingSafeEqual } from "node:crypto";
 import { isIP } from "node:net";
-import { createMatcher, isLoopback, plainAddress } from "./address.ts";
+import { createMatcher, isLoopback, plainAddress } from "./host.ts";
 import { WireError } from "./chunk.ts";
 import { type Config, readSecret } from "./config.ts";
 

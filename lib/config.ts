@@ -6,7 +6,7 @@ import { readFileSync, statSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { hostname } from "node:os";
 import { z } from "zod";
-import { addressIsValid, isLoopback, overlaps, senderIsValid } from "./address.ts";
+import { addressIsValid, isLoopback, overlaps, senderIsValid } from "./host.ts";
 import { parseHost } from "./chunk.ts";
 
 const secret = z

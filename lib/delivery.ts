@@ -18,7 +18,7 @@ import { SENT } from "./batch.ts";
 import { moveAllDurably, reached, readIfExists, writeDurably } from "./durable.ts";
 import { appendReport, readReportTail } from "./report.ts";
 import { OperatorError } from "./service.ts";
-import { Refusal, type Target, TargetFault, tempName } from "./target.ts";
+import { Refusal, type Target, TargetFault, tempName } from "./target/target.ts";
 
 /** What an upload learned about a batch while reading it once. */
 export interface Intent {

@@ -8,7 +8,7 @@
 import { closeSync, constants, fdatasyncSync, fstatSync, lstatSync, openSync, renameSync } from "node:fs";
 import { type FileHandle, mkdir, open, readFile, rename, rm, statfs } from "node:fs/promises";
 import { dirname } from "node:path";
-import { loadSyncFs } from "./serve.ts";
+import { loadSyncFs } from "./runtime.ts";
 
 /** The ending of every temp file of ours; housekeeping removes stale ones by it. */
 export const TEMP_SUFFIX = ".tmp";

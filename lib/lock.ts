@@ -3,7 +3,7 @@
  * ends with its process even after kill -9; the process id in the file is only for people to read.
  */
 import { readFileSync, writeFileSync } from "node:fs";
-import { tryLock } from "./serve.ts";
+import { tryLock } from "./runtime.ts";
 import { OperatorError } from "./service.ts";
 
 /** Takes the lock at `path` for the life of the process, or throws an OperatorError that names the holder. */

@@ -15,7 +15,7 @@ import { folders, listBatches, listHosts, parseBatchName, parseWindow } from "./
 import { digest, type Ready } from "./delivery.ts";
 import { readIfExists, writeDurably } from "./durable.ts";
 import { OperatorError } from "./service.ts";
-import type { Target } from "./target.ts";
+import type { Target } from "./target/target.ts";
 
 interface Hour {
   /** Number of the part that is written next. */

@@ -3,7 +3,7 @@
  * on counters. What is in the ledgers comes from the status, so that it survives a restart; the rest is
  * counted since the start.
  */
-import type { Outcome } from "./sender.ts";
+import type { Outcome } from "./store/sender.ts";
 import type { Status } from "./status.ts";
 
 /** Upper bounds of the histogram of commits, in seconds. */

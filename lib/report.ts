@@ -12,7 +12,7 @@
 import { open } from "node:fs/promises";
 import { join } from "node:path";
 import { appendDurably, readIfExists, writeDurably } from "./durable.ts";
-import { tryLock } from "./serve.ts";
+import { tryLock } from "./runtime.ts";
 import { pause } from "./service.ts";
 
 /** The outcome of one attempt. */

@@ -6,11 +6,11 @@ import { join } from "node:path";
 import { Readable } from "node:stream";
 import { folders, withState } from "./batch.ts";
 import type { Config } from "./config.ts";
-import { openContent, Unreadable } from "./content.ts";
+import { openContent, Unreadable } from "./target/content.ts";
 import { commitGroup, type Intents, type Ready, settleRename } from "./delivery.ts";
 import { exists, reached } from "./durable.ts";
 import { createProgress, describe } from "./service.ts";
-import { Refusal, type Target, TargetFault, tempName } from "./target.ts";
+import { Refusal, type Target, TargetFault, tempName } from "./target/target.ts";
 
 /** Batches that are committed together at most. */
 const GROUP = 64;

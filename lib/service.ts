@@ -5,7 +5,7 @@
 import { parseArgs } from "node:util";
 import packageJson from "../package.json" with { type: "json" };
 import { type Config, ConfigError, configPath, loadConfig, type Section } from "./config.ts";
-import { runtime, waitAtOnce } from "./serve.ts";
+import { runtime, waitAtOnce } from "./runtime.ts";
 
 /** Exit codes that people script against. */
 export const EXIT = { done: 0, failed: 1, usage: 2, config: 78 } as const;

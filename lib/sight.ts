@@ -10,7 +10,7 @@ import type { Config } from "./config.ts";
 import { readLedger } from "./ledger.ts";
 import { readForwarderState } from "./report.ts";
 import { describe, formatDuration, pause } from "./service.ts";
-import { commonOffset, zoneOffset } from "./summary.ts";
+import { commonOffset, zoneOffset } from "./mail/summary.ts";
 
 type Options = Config["monitor"];
 const MINUTE_MS = 60_000;

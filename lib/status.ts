@@ -5,7 +5,7 @@
  */
 import { stat, statfs } from "node:fs/promises";
 import { join } from "node:path";
-import { createMatcher } from "./address.ts";
+import { createMatcher } from "./host.ts";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName } from "./batch.ts";
 import { type Config, sections } from "./config.ts";
 import { createLedgerReader, emptyLedger, HISTORY_MINUTES, type Ledger } from "./ledger.ts";

@@ -7,7 +7,7 @@ import { type ChunkHeaders, IDLE_STREAM } from "./chunk.ts";
 import type { Config } from "./config.ts";
 import { reached } from "./durable.ts";
 import type { FaultLog, Log } from "./service.ts";
-import { type Family, nameStream, type Stream } from "./stream.ts";
+import { type Family, nameStream, type Stream } from "./tail/streams.ts";
 import {
   addHead,
   addMark,
@@ -19,7 +19,7 @@ import {
   type Signature,
   skipLines,
   wholeLines,
-} from "./tail.ts";
+} from "./tail/file.ts";
 import { type Chunk, createUploader, encodeBody } from "./upload.ts";
 
 /** Chunks in hand at once over all files: two buffers each, so that memory does not grow with the files. */

@@ -5,7 +5,7 @@
 import { constants, gzipSync, zstdCompressSync } from "node:zlib";
 import { type ChunkHeaders, formatChunkHeaders, HEADER, UPLOAD_PATH } from "./chunk.ts";
 import { type Config, readSecret } from "./config.ts";
-import { fetchWith } from "./serve.ts";
+import { fetchWith } from "./runtime.ts";
 import { backoff, describe } from "./service.ts";
 
 /** Bodies below this many bytes are not worth compressing. */

@@ -6,7 +6,7 @@ import {
   StatusRefusal,
   startSession,
   type Wire,
-} from "../lib/filexfer.ts";
+} from "../lib/target/filexfer.ts";
 
 const uint32 = (value: number) => {
   const bytes = Buffer.alloc(4);

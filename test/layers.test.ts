@@ -74,26 +74,26 @@ describe("imports", () => {
 
 describe("the one place where something dangerous happens", () => {
   test("only lib/durable.ts renames", () => {
-    expect(filesWith(/\b(rename|renameSync)\b\s*[,}(]/, "lib/durable.ts", "lib/remote.ts")).toEqual([]);
+    expect(filesWith(/\b(rename|renameSync)\b\s*[,}(]/, "lib/durable.ts", "lib/target/remote.ts")).toEqual([]);
   });
 
-  test("only lib/durable.ts syncs, and lib/commit.ts for the answer that waits for it", () => {
+  test("only lib/durable.ts syncs, and lib/store/store.ts for the answer that waits for it", () => {
     const sync = /\b(fsync|fsyncSync|fdatasync|fdatasyncSync)\b|\.(sync|datasync)\(\)/;
-    // lib/filexfer.ts names the extension with which a server is asked to sync a file of its own.
-    expect(filesWith(sync, "lib/durable.ts", "lib/commit.ts", "lib/filexfer.ts")).toEqual([]);
+    // lib/target/filexfer.ts names the extension with which a server is asked to sync a file of its own.
+    expect(filesWith(sync, "lib/durable.ts", "lib/store/store.ts", "lib/target/filexfer.ts")).toEqual([]);
   });
 
-  test("only lib/sftp.ts imports ssh2, only lib/mail.ts nodemailer", () => {
+  test("only lib/target/sftp.ts imports ssh2, only lib/mail/smtp.ts nodemailer", () => {
     const importers = (name: string) =>
       FILES.filter((file) =>
         importsOf(file).some((specifier) => specifier === name || specifier.startsWith(`${name}/`)),
       );
-    expect(importers("ssh2")).toEqual(["lib/sftp.ts"]);
-    expect(importers("nodemailer")).toEqual(["lib/mail.ts"]);
+    expect(importers("ssh2")).toEqual(["lib/target/sftp.ts"]);
+    expect(importers("nodemailer")).toEqual(["lib/mail/smtp.ts"]);
   });
 
-  test("only lib/serve.ts names Bun or Deno", () => {
-    expect(filesWith(/\b(Bun|Deno)\s*\.|\bglobalThis\b|["']bun(:|["'])/, "lib/serve.ts")).toEqual([]);
+  test("only lib/runtime.ts names Bun or Deno", () => {
+    expect(filesWith(/\b(Bun|Deno)\s*\.|\bglobalThis\b|["']bun(:|["'])/, "lib/runtime.ts")).toEqual([]);
   });
 
   test("only lib/service.ts ends the process, and lib/durable.ts where a test asks for it", () => {

@@ -3,7 +3,7 @@ import { readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { simpleParser } from "mailparser";
 import { SMTPServer, type SMTPServerOptions } from "smtp-server";
-import { type Mail, MailError, sendMail, verifyMail } from "../lib/mail.ts";
+import { type Mail, MailError, sendMail, verifyMail } from "../lib/mail/smtp.ts";
 import { onCleanup, selfSigned, tempFolder } from "./support.ts";
 
 const SIGNAL = new AbortController().signal;

@@ -5,7 +5,7 @@ import type { BrowserContextOptions, Page } from "playwright-core";
 import { formatChunkHeaders } from "../lib/chunk.ts";
 import { emptyLedger, formatRecord, readLedger } from "../lib/ledger.ts";
 import { pageHeaders, renderPage } from "../lib/page.ts";
-import { type Server, serve } from "../lib/serve.ts";
+import { type Server, serve } from "../lib/runtime.ts";
 import type { Status } from "../lib/status.ts";
 import { findViolations, noBrowser, useBrowser, visit } from "./browser.ts";
 import { host, NOW, samples, status } from "./page-samples.ts";

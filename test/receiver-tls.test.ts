@@ -2,7 +2,7 @@
 import { expect, test } from "bun:test";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
-import { fetchWith } from "../lib/serve.ts";
+import { fetchWith } from "../lib/runtime.ts";
 import { post } from "./sending.ts";
 import {
   accessLine,

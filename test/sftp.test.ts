@@ -3,8 +3,8 @@ import { mkdir, readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openTarget } from "../forwarder.ts";
 import { sections } from "../lib/config.ts";
-import { openContent, readChunks, Unreadable } from "../lib/content.ts";
-import { Refusal, type Target, TargetFault } from "../lib/target.ts";
+import { openContent, readChunks, Unreadable } from "../lib/target/content.ts";
+import { Refusal, type Target, TargetFault } from "../lib/target/target.ts";
 import { BACKENDS, type Backend, takeAway } from "./backends.ts";
 import { tempFolder } from "./support.ts";
 
@@ -17,7 +17,7 @@ async function* pieces(data: Uint8Array, size = 261_120): AsyncGenerator<Uint8Ar
   const block = Buffer.alloc(size);
   for (let at = 0; at < data.length; at += size) {
     const length = Math.min(size, data.length - at);
-    block.set(data.subarray(at, at + length)); // the same memory each time, as lib/content.ts does
+    block.set(data.subarray(at, at + length)); // the same memory each time, as lib/target/content.ts does
     yield block.subarray(0, length);
   }
 }

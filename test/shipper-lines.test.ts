@@ -6,7 +6,7 @@ import { afterEach, beforeAll, describe, expect, test } from "bun:test";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { IDLE_STREAM } from "../lib/chunk.ts";
-import type { Cursor } from "../lib/cursor.ts";
+import type { Cursor } from "../lib/tail/cursor.ts";
 import {
   createSender,
   expectArrives,

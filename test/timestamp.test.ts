@@ -1,7 +1,7 @@
 import { describe, expect, test } from "bun:test";
 import fc from "fast-check";
 import { parseWindow } from "../lib/batch.ts";
-import { createWindowFinder, windowOfArrival } from "../lib/timestamp.ts";
+import { createWindowFinder, windowOfArrival } from "../lib/store/window.ts";
 
 const find = createWindowFinder(20);
 const windowOf = (line: string, finder = find) => {

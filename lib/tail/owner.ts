@@ -3,8 +3,8 @@
  * copied or compressed.
  */
 import type { Sibling } from "./rotation.ts";
-import { type Family, liveStream, type Stream } from "./stream.ts";
-import { type LogFile, MARK_BYTES, matchesSignature } from "./tail.ts";
+import { type Family, liveStream, type Stream } from "./streams.ts";
+import { type LogFile, MARK_BYTES, matchesSignature } from "./file.ts";
 
 const COMPARE_BYTES = 64 * 1024;
 

@@ -6,7 +6,7 @@ import { getCiphers } from "node:crypto";
 import { connect as connectTcp } from "node:net";
 import type { Client, ClientChannel, ConnectConfig } from "ssh2";
 import ssh2 from "ssh2";
-import { type Config, readSecret } from "./config.ts";
+import { type Config, readSecret } from "../config.ts";
 import { type Answer, startSession, type Wire } from "./filexfer.ts";
 import { gatherWrites } from "./gather.ts";
 import { fingerprint, type HostKeyCheck, keyType, trustFingerprints, trustKnownHosts } from "./hostkey.ts";

@@ -7,10 +7,10 @@ import { fdatasync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
 import { promisify } from "node:util";
-import { dashedHost, listHosts } from "./batch.ts";
-import { exists, type FileSystem, openFileSystem, reached, syncData, syncFolder } from "./durable.ts";
+import { dashedHost, listHosts } from "../batch.ts";
+import { exists, type FileSystem, openFileSystem, reached, syncData, syncFolder } from "../durable.ts";
 import { type Chunk, type Outcome, openSender, type Sender, type StoreOptions } from "./sender.ts";
-import { createFaultLog, describe } from "./service.ts";
+import { createFaultLog, describe } from "../service.ts";
 
 /** From so many senders on, one sync of the whole file system costs less than one of each of their files. */
 const MANY_SENDERS = 8;

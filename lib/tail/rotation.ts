@@ -8,7 +8,7 @@
  */
 import { glob, readdir, realpath, stat } from "node:fs/promises";
 import { basename, dirname, extname, join, resolve } from "node:path";
-import { fileKey, kindOf } from "./tail.ts";
+import { fileKey, kindOf } from "./file.ts";
 
 const COMPRESSED = /\.(gz|zst)$/;
 /** Compressions that can't be read here: such a file is told of, not shipped. */

@@ -4,9 +4,9 @@
  */
 import { closeSync, existsSync, fstatSync, ftruncateSync, openSync, writeFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
-import { LEDGER } from "./batch.ts";
-import { writeDurably } from "./durable.ts";
-import { formatRecord, type Ledger, type LedgerRecord, snapshot } from "./ledger.ts";
+import { LEDGER } from "../batch.ts";
+import { writeDurably } from "../durable.ts";
+import { formatRecord, type Ledger, type LedgerRecord, snapshot } from "../ledger.ts";
 
 /** A ledger is rewritten when it is longer than this, and than eight times what it says. */
 const COMPACT_BYTES = 262_144;

@@ -13,7 +13,7 @@
 import { recover, skipOldFiles, wasShipped } from "./firstlook.ts";
 import { checkComplete, findOwner } from "./owner.ts";
 import { listSiblings, look, type Sibling } from "./rotation.ts";
-import { describe } from "./service.ts";
+import { describe } from "../service.ts";
 import {
   beginAfterTruncation,
   beginStream,
@@ -23,8 +23,8 @@ import {
   openStream,
   type ScanContext,
   type Stream,
-} from "./stream.ts";
-import { type LogFile, matchesSignature, openLog, UnfinishedFile } from "./tail.ts";
+} from "./streams.ts";
+import { type LogFile, matchesSignature, openLog, UnfinishedFile } from "./file.ts";
 
 /** A stream that was not seen for so long (ms) is forgotten, once everything of it is shipped. */
 const FORGET_AFTER_MS = 24 * 3_600_000;

@@ -8,7 +8,7 @@
 import { mkdir } from "node:fs/promises";
 import { join } from "node:path";
 import { z } from "zod";
-import { readIfExists, writeDurably } from "./durable.ts";
+import { readIfExists, writeDurably } from "../durable.ts";
 
 const mark = z.object({ end: z.number(), length: z.number(), hash: z.string() });
 

@@ -11,7 +11,7 @@ import { constants } from "node:fs";
 import { type FileHandle, open } from "node:fs/promises";
 import { Readable } from "node:stream";
 import { createGunzip, createZstdDecompress } from "node:zlib";
-import { OperatorError } from "./service.ts";
+import { OperatorError } from "../service.ts";
 
 const NEWLINE = 0x0a;
 

@@ -6,7 +6,7 @@
  * what a client writes into its user name or request is not. Formats that have none there are taken by the
  * first timestamp outside quotes; JSON lines by a value that is a timestamp and nothing else.
  */
-import { formatWindow } from "./batch.ts";
+import { formatWindow } from "../batch.ts";
 
 /** One object per window and zone: lines of one window have the same object. */
 export interface Window {

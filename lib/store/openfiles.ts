@@ -13,7 +13,7 @@ import {
   writeSync,
 } from "node:fs";
 import { join } from "node:path";
-import { reached, syncData } from "./durable.ts";
+import { reached, syncData } from "../durable.ts";
 
 /** An open file; `length` is what counts and what was written behind it. */
 export interface OpenFile {

@@ -5,7 +5,7 @@
 import { type FSWatcher, watch } from "node:fs";
 import { basename, dirname } from "node:path";
 import { siblingFolders } from "./rotation.ts";
-import type { Family } from "./stream.ts";
+import type { Family } from "./streams.ts";
 
 /** Something that one loop waits for and events ring; a ring while nobody waits is not lost. */
 export interface Bell {

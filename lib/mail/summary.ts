@@ -8,11 +8,11 @@
  */
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
-import { FAILED, folders, listHosts, parseBatchName, parseWindow } from "./batch.ts";
-import type { Config } from "./config.ts";
-import { exists } from "./durable.ts";
-import { type Ledger, readLedger, readSealed, type SealedBatch } from "./ledger.ts";
-import { readReportTail } from "./report.ts";
+import { FAILED, folders, listHosts, parseBatchName, parseWindow } from "../batch.ts";
+import type { Config } from "../config.ts";
+import { exists } from "../durable.ts";
+import { type Ledger, readLedger, readSealed, type SealedBatch } from "../ledger.ts";
+import { readReportTail } from "../report.ts";
 
 export const HOUR_MS = 3_600_000;
 /** Hours of the curve. */

@@ -3,7 +3,7 @@
  * sheets, scripts and remote pictures. Everything that comes from outside goes through `escapeHtml`.
  */
 import { hostname } from "node:os";
-import { VERSION } from "./service.ts";
+import { VERSION } from "../service.ts";
 
 /** What a mail says. */
 export interface MailText {

@@ -7,8 +7,8 @@
 import { createReadStream } from "node:fs";
 import { readdir, rm, stat, truncate } from "node:fs/promises";
 import { join } from "node:path";
-import { LEDGER, listBatches, parseBatchName, parseWindow, withState } from "./batch.ts";
-import { moveDurably, readIfExists, writeDurably } from "./durable.ts";
+import { LEDGER, listBatches, parseBatchName, parseWindow, withState } from "../batch.ts";
+import { moveDurably, readIfExists, writeDurably } from "../durable.ts";
 import {
   applyRecord,
   emptyLedger,
@@ -20,8 +20,8 @@ import {
   parseRecords,
   readSealed,
   snapshot,
-} from "./ledger.ts";
-import { type Log, OperatorError } from "./service.ts";
+} from "../ledger.ts";
+import { type Log, OperatorError } from "../service.ts";
 
 /** A line whose end has not come is kept in a file of its own, named so and with its stream behind it. */
 export const PIECE = `${LEDGER}-piece-`;

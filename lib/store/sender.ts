@@ -13,8 +13,8 @@
  */
 import { statSync } from "node:fs";
 import { join } from "node:path";
-import { dashedHost, formatBatchName, LEDGER, parseBatchName, withState } from "./batch.ts";
-import { makeFolder, moveDurably, reached } from "./durable.ts";
+import { dashedHost, formatBatchName, LEDGER, parseBatchName, withState } from "../batch.ts";
+import { makeFolder, moveDurably, reached } from "../durable.ts";
 import { Journal } from "./journal.ts";
 import {
   applyRecord,
@@ -23,13 +23,13 @@ import {
   type LedgerRecord,
   type OpenBatch,
   type Stream,
-} from "./ledger.ts";
-import { holdLock } from "./lock.ts";
+} from "../ledger.ts";
+import { holdLock } from "../lock.ts";
 import { type OpenFile, OpenFiles } from "./openfiles.ts";
 import { PIECE, type Recovered, recoverSender } from "./recover.ts";
-import { forgetSealed, nextPart, recordSealed } from "./sealed.ts";
-import type { Log } from "./service.ts";
-import { type FindWindow, STAMP_WITHIN, type Window, windowOfArrival } from "./timestamp.ts";
+import { forgetSealed, nextPart, recordSealed } from "../sealed.ts";
+import type { Log } from "../service.ts";
+import { type FindWindow, STAMP_WITHIN, type Window, windowOfArrival } from "./window.ts";
 
 /** What all senders of a process share. */
 export interface StoreOptions {

@@ -4,8 +4,8 @@
  */
 import { createHash } from "node:crypto";
 import type { FamilyState, StreamState } from "./cursor.ts";
-import type { FaultLog, Log } from "./service.ts";
-import { contentStart, type LogFile, MARK_BYTES, openLog, readMark, wholeLines } from "./tail.ts";
+import type { FaultLog, Log } from "../service.ts";
+import { contentStart, type LogFile, MARK_BYTES, openLog, readMark, wholeLines } from "./file.ts";
 
 /** A file's time of writing may lie so far (ms) behind the clock: the kernel takes the time of its last tick. */
 const CLOCK_TICK_MS = 10;

@@ -12,8 +12,8 @@ import {
   type ScanContext,
   type Stream,
   streamNames,
-} from "./stream.ts";
-import { type LogFile, openLog, UnfinishedFile } from "./tail.ts";
+} from "./streams.ts";
+import { type LogFile, openLog, UnfinishedFile } from "./file.ts";
 
 /** At the very first look, a rotated file written within this time (ms) may still get lines. */
 const STILL_WRITTEN_MS = 60_000;
