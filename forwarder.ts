@@ -17,7 +17,6 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { folders, listBatches, listHosts, parseBatchName } from "./lib/batch.ts";
 import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
-import { countLines } from "./lib/target/content.ts";
 import { findReported, Intents, type Ready } from "./lib/delivery.ts";
 import { exists, makeFolder, moveDurably, writeDurably } from "./lib/durable.ts";
 import { holdLock } from "./lib/lock.ts";
@@ -34,16 +33,17 @@ import {
 } from "./lib/report.ts";
 import { createProbe, deliverRound, type Item, type Refused, type RoundContext } from "./lib/round.ts";
 import {
-  backoff,
   createFaultLog,
-  describe,
   EXIT,
+  errorMessage,
   type FaultLog,
   formatDuration,
-  pause,
+  retryDelay,
   runScript,
   type Service,
+  wait,
 } from "./lib/service.ts";
+import { countLines } from "./lib/target/content.ts";
 import { openSftpTarget } from "./lib/target/sftp.ts";
 import { openFileTarget, Refusal, type Target, TargetFault } from "./lib/target/target.ts";
 
@@ -71,8 +71,8 @@ async function main(service: Service<"forwarder">): Promise<number> {
   for (let faulty = 0; !signal.aborted; ) {
     const { fault, sent } = await forwardOnce(forwarder);
     faulty = fault && sent === 0 ? faulty + 1 : 0;
-    if (faulty > 0) await pause(backoff(faulty, { min: 1000, max: 180_000 }), signal);
-    else await pause(fault ? AFTER_PROGRESS_MS : config.intervalSeconds * 1000, signal);
+    if (faulty > 0) await wait(retryDelay(faulty, { min: 1000, max: 180_000 }), signal);
+    else await wait(fault ? AFTER_PROGRESS_MS : config.intervalSeconds * 1000, signal);
   }
   return EXIT.done;
 }
@@ -224,7 +224,7 @@ async function deliverQueue(forwarder: Forwarder, target: Target, due: Item[], c
     if (fault) throw fault;
     const again = new Set(last ? [] : refused.map(({ item }) => item.batch));
     items = items.filter(({ batch, folder }) => again.has(batch) && folder !== failed);
-    if (items.length > 0) await pause(config.retryDelaySeconds * 1000, signal);
+    if (items.length > 0) await wait(config.retryDelaySeconds * 1000, signal);
     if (signal.aborted) return;
   }
 }
@@ -239,7 +239,7 @@ async function deliverManifests({ service, manifests, faults }: Forwarder, targe
       faults.recovered("manifest", "manifests are taken again");
     } catch (error) {
       if (!(error instanceof Refusal)) throw error;
-      faults.failed("manifest", "manifest refused", { hour, error: describe(error) });
+      faults.failed("manifest", "manifest refused", { hour, error: errorMessage(error) });
     }
   }
 }
@@ -262,8 +262,8 @@ async function tellFailures({ service }: Forwarder, refused: Refused[]): Promise
   for (const { item, error } of refused) {
     const { batch } = item;
     const count = await countLines(join(item.folder, batch)).catch(() => 0); // the reason says why
-    lines.push({ at: now(), batch, lines: count, status: "Failed", reason: describe(error) });
-    log.warn("batch refused", { batch, error: describe(error) });
+    lines.push({ at: now(), batch, lines: count, status: "Failed", reason: errorMessage(error) });
+    log.warn("batch refused", { batch, error: errorMessage(error) });
   }
   await appendReport(failReportPath(config.report), lines);
 }
@@ -274,7 +274,7 @@ async function putAside({ service, state }: Forwarder, { item, error }: Refused)
   const { failed } = folders(config.dir);
   const attempts = (state.failed[item.batch]?.attempts ?? 0) + 1;
   const distance = Math.min(MAX_DISTANCE_MS, config.intervalSeconds * 1000 * 2 ** Math.min(attempts - 1, 30));
-  state.failed[item.batch] = { attempts, nextAt: now() + distance, reason: describe(error) };
+  state.failed[item.batch] = { attempts, nextAt: now() + distance, reason: errorMessage(error) };
   if (item.folder === failed || (await exists(join(failed, item.batch)))) return; // there already
   await moveDurably(join(item.folder, item.batch), join(failed, item.batch));
   log.warn("batch moved to failed", { batch: item.batch });
@@ -289,7 +289,7 @@ async function keepState(
   const changed =
     sent + failures > 0 || state.ok === Boolean(fault) || state.fault?.kind !== fault?.kind || state.at === 0;
   if (fault) {
-    const text = describe(fault);
+    const text = errorMessage(fault);
     faults.failed(fault.kind, "delivery is held up", { kind: fault.kind, error: text, left });
     if (state.fault?.kind !== fault.kind) {
       const line: ReportLine = { at: now(), batch: "-", lines: 0, status: "Failed", reason: text };
@@ -308,7 +308,7 @@ async function keepState(
     await writeDurably(forwarderStatePath(config.dir), JSON.stringify(state));
     faults.recovered("state", "state saved again");
   } catch (error) {
-    faults.failed("state", "the state cannot be saved", { error: describe(error) });
+    faults.failed("state", "the state cannot be saved", { error: errorMessage(error) });
   }
 }
 
@@ -355,7 +355,7 @@ async function checkHost({ config, signal }: Service<"forwarder">, connect: bool
     try {
       await work();
     } catch (error) {
-      faults.push(`forwarder.${key}: ${describe(error)}`);
+      faults.push(`forwarder.${key}: ${errorMessage(error)}`);
     }
   };
   await attempt("dir", () => access(config.dir, constants.R_OK | constants.W_OK | constants.X_OK));

@@ -18,18 +18,18 @@ import { join } from "node:path";
 import { compareBatchNames, folders, LEDGER, listBatches, listHosts, parseBatchName } from "./lib/batch.ts";
 import { compressFile } from "./lib/compress.ts";
 import type { Config } from "./lib/config.ts";
-import { exists, reached, removeDurably, TEMP_SUFFIX } from "./lib/durable.ts";
+import { exists, failpoint, removeDurably, TEMP_SUFFIX } from "./lib/durable.ts";
 import { readLedger, SEALED } from "./lib/ledger.ts";
 import { holdLock } from "./lib/lock.ts";
 import { failReportPath, trimReport } from "./lib/report.ts";
 import { type Delivered, planPass, type Step } from "./lib/retention.ts";
+import { tryLock } from "./lib/runtime.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import { forgetSealed } from "./lib/sealed.ts";
-import { tryLock } from "./lib/runtime.ts";
 import {
   createProgress,
-  describe,
   EXIT,
+  errorMessage,
   formatBytes,
   type Log,
   OperatorError,
@@ -89,7 +89,7 @@ export async function housekeepOnce(context: HousekeepContext): Promise<Housekee
   const { config, log } = context;
   const needed = context.dryRun ? constants.R_OK : constants.R_OK | constants.W_OK;
   await access(config.dir, needed | constants.X_OK).catch((cause) => {
-    throw new OperatorError(`Cannot work in ${config.dir}: ${describe(cause)}`);
+    throw new OperatorError(`Cannot work in ${config.dir}: ${errorMessage(cause)}`);
   });
   const lock = context.dryRun ? undefined : await holdLock(join(config.dir, ".housekeep.lock"), config.dir);
   try {
@@ -162,13 +162,13 @@ async function deleteAll(steps: Step[], context: HousekeepContext, result: House
     const fields = { file: name, bytes, ...(action === "early" && { early: true }) };
     try {
       if (!dryRun) await removeDurably(join(folders(config.dir).sent, name));
-      reached("housekeep:deleted");
+      failpoint("housekeep:deleted");
       log.info(dryRun ? "would delete" : "deleted", fields);
       result.deleted++;
       result.freed += bytes;
     } catch (error) {
       result.faults++;
-      log.error("cannot delete", { ...fields, error: describe(error) });
+      log.error("cannot delete", { ...fields, error: errorMessage(error) });
     }
   }
 }
@@ -203,7 +203,7 @@ async function compressAll(steps: Step[], context: HousekeepContext, result: Hou
           continue;
         }
         result.faults++;
-        log.error("cannot compress", { ...fields, error: describe(error) });
+        log.error("cannot compress", { ...fields, error: errorMessage(error) });
       }
     }
   };

@@ -12,18 +12,20 @@
  */
 import { access, constants, stat } from "node:fs/promises";
 import { dirname } from "node:path";
-import { renderAlert } from "./lib/mail/alertmail.ts";
 import { type Config, readSecret } from "./lib/config.ts";
-import { makeFolder, reached } from "./lib/durable.ts";
+import { failpoint, makeFolder } from "./lib/durable.ts";
 import { judge } from "./lib/incident.ts";
 import { holdLock } from "./lib/lock.ts";
-import { MailError, sendMail, verifyMail } from "./lib/mail/smtp.ts";
+import { renderAlert } from "./lib/mail/alertmail.ts";
 import type { MailText } from "./lib/mail/mailpage.ts";
+import { MailError, sendMail, verifyMail } from "./lib/mail/smtp.ts";
+import { HOUR_MS, lastHourEnd, summariseHour } from "./lib/mail/summary.ts";
+import { renderSummary } from "./lib/mail/summarymail.ts";
 import { type MonitorState, type Notice, readState, saveState } from "./lib/notice.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
-  describe,
   EXIT,
+  errorMessage,
   formatDuration,
   type Log,
   OperatorError,
@@ -31,8 +33,6 @@ import {
   type Service,
 } from "./lib/service.ts";
 import { type LookContext, look } from "./lib/sight.ts";
-import { HOUR_MS, lastHourEnd, summariseHour } from "./lib/mail/summary.ts";
-import { renderSummary } from "./lib/mail/summarymail.ts";
 
 type Options = Config["monitor"];
 const MINUTE_MS = 60_000;
@@ -65,7 +65,7 @@ async function main(service: Service<"monitor">): Promise<number> {
 export async function checkOnce(context: MonitorContext): Promise<boolean> {
   const { config, now } = context;
   await makeFolder(dirname(config.stateFile)).catch((cause) => {
-    throw new OperatorError(`Cannot create the folder of ${config.stateFile}: ${describe(cause)}`);
+    throw new OperatorError(`Cannot create the folder of ${config.stateFile}: ${errorMessage(cause)}`);
   });
   const lock = await holdLock(`${config.stateFile}.lock`, "The monitor's state");
   try {
@@ -74,7 +74,7 @@ export async function checkOnce(context: MonitorContext): Promise<boolean> {
     const state = judge(before, sight, config, now());
     queueSummaries(state, { ...context, offset });
     await saveState(config.stateFile, state);
-    reached("monitor:queued");
+    failpoint("monitor:queued");
     await tell(state, context);
     const healthy = state.queue.every(({ mailed }) => mailed);
     if (healthy) await beat(context);
@@ -125,7 +125,7 @@ async function tell(state: MonitorState, context: MonitorContext): Promise<void>
     if (signal.aborted) return;
     if (!mailDue && !postDue) continue;
     const text = await render(notice, config).catch((error) =>
-      log.error("cannot make the account of an hour", { id: notice.id, error: describe(error) }),
+      log.error("cannot make the account of an hour", { id: notice.id, error: errorMessage(error) }),
     );
     if (!text) continue; // it stays in the queue, and holds up no other
     if (mailDue) mailDown = !(await mailNotice(notice, text, context));
@@ -151,13 +151,13 @@ async function mailNotice(
   const { id, at, references } = notice;
   try {
     const refused = await sendMail(config.mail, { id, at, references, ...text }, signal);
-    reached("monitor:accepted");
+    failpoint("monitor:accepted");
     notice.mailed = true;
     log.info("mail sent", { id, subject: text.subject });
     if (refused.length > 0) log.warn("recipients refused", { id, recipients: refused.join(",") });
     return true;
   } catch (error) {
-    log.error("mail not accepted", { id, error: describe(error) });
+    log.error("mail not accepted", { id, error: errorMessage(error) });
     return error instanceof MailError && error.permanent;
   }
 }
@@ -201,7 +201,7 @@ function withTimeout(signal: AbortSignal): AbortSignal {
 }
 
 function withoutUrl(error: unknown): string {
-  return describe(error).replace(/https?:\/\/\S+/g, "…");
+  return errorMessage(error).replace(/https?:\/\/\S+/g, "…");
 }
 
 // ---- flags
@@ -267,7 +267,7 @@ async function check({ config, signal }: Service<"monitor">, connect: boolean): 
     try {
       await work();
     } catch (error) {
-      faults.push(`monitor.${key}: ${what} (${describe(error)})`);
+      faults.push(`monitor.${key}: ${what} (${errorMessage(error)})`);
     }
   };
   faults.push(...checkSchedule(config.schedule).map((fault) => `monitor.schedule: ${fault}`));

@@ -17,7 +17,6 @@ import { type Context, Hono, type Next } from "hono";
 import { type Access, type Arrival, createAccess } from "./lib/access.ts";
 import { createIntake, type Intake } from "./lib/body.ts";
 import { HEADER, parseChunkHeaders, parseStreamHeaders, UPLOAD_PATH, WireError } from "./lib/chunk.ts";
-import { createStore, type Store, StoreError } from "./lib/store/store.ts";
 import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
 import { makeFolder } from "./lib/durable.ts";
 import { LEGACY_STREAM, parseLegacy } from "./lib/legacy.ts";
@@ -26,18 +25,19 @@ import { createMetrics, METRICS_TYPE, type Metrics } from "./lib/metrics.ts";
 import { pageHeaders, renderPage } from "./lib/page.ts";
 import { type ServeOptions, type Server, serve } from "./lib/runtime.ts";
 import {
-  describe,
   EXIT,
+  errorMessage,
   type Log,
   loop,
   OperatorError,
-  pause,
   runScript,
   type Service,
   UsageError,
   VERSION,
+  wait,
 } from "./lib/service.ts";
 import { createStatusReader, type Status } from "./lib/status.ts";
+import { createStore, type Store, StoreError } from "./lib/store/store.ts";
 import { createWindowFinder } from "./lib/store/window.ts";
 
 type ReceiverConfig = Config["receiver"];
@@ -64,7 +64,7 @@ async function main(service: Service<"receiver">): Promise<number> {
   const app = createApp(receiver);
   const servers = groups.map((group) => listen(service, group, app, tls));
   await loop(() => receiver.store.seal(), { everyMs: SEAL_EVERY_MS, signal });
-  await Promise.race([Promise.all(servers.map((server) => server.close())), pause(CLOSE_MS)]);
+  await Promise.race([Promise.all(servers.map((server) => server.close())), wait(CLOSE_MS)]);
   await receiver.store.close();
   log.info("receiver stopped");
   return EXIT.done;
@@ -82,7 +82,9 @@ function servedGroups({ config, configFile, flags }: Service<"receiver">): numbe
 
 /** One fault for each token and each file of `tls` that is not there. */
 function checkSecrets({ tokens = {}, tls }: ReceiverConfig): string[] {
-  const named = Object.entries(tokens).map(([host, token]) => [`tokens.${host}`, token]);
+  const named = Object.entries(tokens).flatMap(([host, refs]) =>
+    refs.map((token, index) => [refs.length > 1 ? `tokens.${host}[${index}]` : `tokens.${host}`, token]),
+  );
   const files = Object.entries(tls ?? {}).map(([key, file]) => [`tls.${key}`, { file }]);
   return secretFaults("receiver", Object.fromEntries([...named, ...files]));
 }
@@ -94,7 +96,7 @@ function readTls({ tls }: ReceiverConfig): ServeOptions["tls"] {
     try {
       return readFileSync(path, "utf8");
     } catch (error) {
-      throw new OperatorError(`Cannot read receiver.tls file ${path}: ${describe(error)}`);
+      throw new OperatorError(`Cannot read receiver.tls file ${path}: ${errorMessage(error)}`);
     }
   };
   const { cert, key, clientCa } = tls;
@@ -109,7 +111,7 @@ async function prepareFolder({ dir }: ReceiverConfig): Promise<void> {
     await writeFile(probe, "");
     await rm(probe, { force: true });
   } catch (error) {
-    throw new OperatorError(`Cannot write to receiver.dir ${dir}: ${describe(error)}`);
+    throw new OperatorError(`Cannot write to receiver.dir ${dir}: ${errorMessage(error)}`);
   }
 }
 
@@ -143,7 +145,7 @@ function listen(
     log.info("receiver listens", { address: config.listen, port: server.port, tls: tls !== undefined });
     return server;
   } catch (error) {
-    throw new OperatorError(`Cannot listen on ${config.listen} port ${port}: ${describe(error)}`);
+    throw new OperatorError(`Cannot listen on ${config.listen} port ${port}: ${errorMessage(error)}`);
   }
 }
 
@@ -251,7 +253,7 @@ export function createApp({ access, intake, store, metrics, status, log, signal 
 
   app.onError((error, c) => {
     if (!(error instanceof WireError || error instanceof StoreError)) {
-      log.error("request failed", { path: c.req.path, error: describe(error) });
+      log.error("request failed", { path: c.req.path, error: errorMessage(error) });
       return c.text("the receiver has a fault; see its log\n", 500);
     }
     metrics.refused(error.status);
@@ -270,7 +272,7 @@ async function checkReceiver({ config }: Service<"receiver">): Promise<string[]>
     try {
       await work();
     } catch (error) {
-      faults.push(describe(error));
+      faults.push(errorMessage(error));
     }
   };
   await attempt(() => prepareFolder(config));

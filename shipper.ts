@@ -16,25 +16,26 @@ import { access, constants, readdir } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { IDLE_STREAM } from "./lib/chunk.ts";
 import { type Config, readSecret } from "./lib/config.ts";
-import { type Cursor, type CursorFound, cursorPath, readCursor, writeCursor } from "./lib/tail/cursor.ts";
-import { makeFolder, moveDurably, reached } from "./lib/durable.ts";
-import { scanFamily } from "./lib/tail/family.ts";
+import { failpoint, makeFolder, moveDurably } from "./lib/durable.ts";
 import { holdLock } from "./lib/lock.ts";
-import { expandFiles, look, whyNotFollowed } from "./lib/tail/rotation.ts";
 import {
   createFaultLog,
   createProgress,
-  describe,
   EXIT,
+  errorMessage,
   type FaultLog,
   formatBytes,
   formatDuration,
   type Log,
   OperatorError,
-  pause,
   runScript,
   type Service,
+  wait,
 } from "./lib/service.ts";
+import { type Cursor, type CursorFound, cursorPath, readCursor, writeCursor } from "./lib/tail/cursor.ts";
+import { scanFamily } from "./lib/tail/family.ts";
+import { openLog } from "./lib/tail/file.ts";
+import { expandFiles, look, whyNotFollowed } from "./lib/tail/rotation.ts";
 import {
   beginAfterTruncation,
   beginStream,
@@ -48,10 +49,9 @@ import {
   type Stream,
   toState,
 } from "./lib/tail/streams.ts";
-import { openLog } from "./lib/tail/file.ts";
+import { type Bell, createWatch } from "./lib/tail/watch.ts";
 import { createTransfer, Refused, type Transfer, Truncated } from "./lib/transfer.ts";
 import { createUploader } from "./lib/upload.ts";
-import { type Bell, createWatch } from "./lib/tail/watch.ts";
 
 /** Pause after a folder could not be read, or the receiver not be asked where a file stands. */
 const FAULT_MS = 1000;
@@ -97,7 +97,7 @@ async function takeStateDir({ stateDir }: Config["shipper"], log: Log): Promise<
   } catch (error) {
     if (error instanceof OperatorError) throw error;
     const consequence = "shipping goes on; a restart asks the receiver where it stands";
-    log.error("cannot use state folder", { stateDir, error: describe(error), consequence });
+    log.error("cannot use state folder", { stateDir, error: errorMessage(error), consequence });
   }
 }
 
@@ -208,7 +208,7 @@ async function drainAll(shipper: Shipper): Promise<number> {
     while (!signal.aborted) {
       const pass = await shipOnce(shipper, family);
       if (pass.atEnd) return;
-      await pause(pass.waitMs ?? Math.min(1000, Math.max(10, family.scanAt - now())), signal);
+      await wait(pass.waitMs ?? Math.min(1000, Math.max(10, family.scanAt - now())), signal);
     }
   };
   await Promise.all([...shipper.families.values()].map(drainFamily));
@@ -252,7 +252,7 @@ async function followAll(shipper: Shipper): Promise<void> {
       loops.push(follow(shipper, family, watch.bellOf(family)).catch((error) => failed.abort(error)));
     }
     await watch.update();
-    await pause(NAMES_MS, either);
+    await wait(NAMES_MS, either);
     await watch.names.wait(config.pollSeconds * 1000, either);
   }
   watch.close();
@@ -266,8 +266,8 @@ async function follow(shipper: Shipper, family: Family, bell: Bell): Promise<voi
   while (!signal.aborted) {
     const started = now();
     const pass = await shipOnce(shipper, family);
-    if (pass.waitMs !== undefined) await pause(pass.waitMs, signal);
-    else if (pass.shipped) await pause(config.flushMs - (now() - started), signal);
+    if (pass.waitMs !== undefined) await wait(pass.waitMs, signal);
+    else if (pass.shipped) await wait(config.flushMs - (now() - started), signal);
     else await bell.wait(Math.max(10, family.scanAt - now()), signal);
   }
 }
@@ -349,7 +349,7 @@ function tellFault(shipper: Shipper, key: string, message: string, path: string,
   if (shipper.signal.aborted) return;
   if (error instanceof TypeError || error instanceof ReferenceError || error instanceof RangeError)
     throw error;
-  shipper.faults.failed(key, message, { path, error: describe(error) });
+  shipper.faults.failed(key, message, { path, error: errorMessage(error) });
 }
 
 /** Bytes that are still to be shipped, over all files. */
@@ -367,12 +367,12 @@ function lagOf(shipper: Shipper): number {
 async function beat(shipper: Shipper): Promise<void> {
   const { config, signal, now, transfer } = shipper;
   const everyMs = config.heartbeatSeconds * 1000;
-  await pause(Math.min(FIRST_BEAT_MS, everyMs), signal);
+  await wait(Math.min(FIRST_BEAT_MS, everyMs), signal);
   while (!signal.aborted) {
-    await pause(Math.min(1000, Math.max(50, transfer.heardAt + everyMs - now())), signal);
+    await wait(Math.min(1000, Math.max(50, transfer.heardAt + everyMs - now())), signal);
     if (transfer.inFlight > 0) continue; // its answer will do, and it is at another offset than we would say
     if (signal.aborted || (now() - transfer.heardAt < everyMs && transfer.lost === 0)) continue;
-    await pause((await beatOnce(shipper)) ?? 0, signal);
+    await wait((await beatOnce(shipper)) ?? 0, signal);
   }
 }
 
@@ -390,7 +390,7 @@ async function beatOnce(shipper: Shipper): Promise<number | undefined> {
 
 async function keepSaving(shipper: Shipper): Promise<void> {
   while (!shipper.signal.aborted) {
-    await pause(SAVE_EVERY_MS, shipper.signal);
+    await wait(SAVE_EVERY_MS, shipper.signal);
     if (shipper.transfer.moved || shipper.streamsChanged) await saveCursor(shipper);
   }
 }
@@ -409,12 +409,12 @@ async function saveNow(shipper: Shipper): Promise<void> {
   for (const [path, family] of shipper.families) state.families[path] = toState(family);
   try {
     await writeCursor(config.stateDir, state, keep);
-    reached("shipper:saved");
+    failpoint("shipper:saved");
     faults.recovered("cursor", "cursor is saved again", { stateDir: config.stateDir });
   } catch (error) {
     transfer.moved = true;
     shipper.streamsChanged ||= keep;
-    const fields = { stateDir: config.stateDir, error: describe(error) };
+    const fields = { stateDir: config.stateDir, error: errorMessage(error) };
     faults.failed("cursor", "cannot save cursor: shipping goes on", fields);
   }
 }
@@ -426,7 +426,7 @@ async function tell(shipper: Shipper): Promise<void> {
   let before = { ...sent };
   let progress: ReturnType<typeof createProgress> | undefined;
   for (let told = now(); !signal.aborted; ) {
-    await pause(1000, signal);
+    await wait(1000, signal);
     const lag = lagOf(shipper);
     if (lag > 16 * shipper.config.chunkBytes) {
       progress ??= createProgress("backlog", sent.bytes + lag);
@@ -489,7 +489,7 @@ async function check({ config, signal }: Service<"shipper">, connect: boolean): 
     try {
       await action();
     } catch (error) {
-      faults.push(`shipper.${key}: ${describe(error)}`);
+      faults.push(`shipper.${key}: ${errorMessage(error)}`);
     }
   };
   for (const path of await expandFiles(config.files, [])) {

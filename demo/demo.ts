@@ -9,7 +9,7 @@
 import { readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { readLedger } from "../lib/ledger.ts";
-import { pause } from "../lib/service.ts";
+import { wait as pause } from "../lib/service.ts";
 import { type HostRow, readPipeline } from "./pipeline.ts";
 import { createScreen, dim, red, type State } from "./screen.ts";
 import {

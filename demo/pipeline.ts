@@ -5,8 +5,8 @@
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { parseBatchName } from "../lib/batch.ts";
-import { readCursor } from "../lib/tail/cursor.ts";
 import { readLedger, readSealed } from "../lib/ledger.ts";
+import { readCursor } from "../lib/tail/cursor.ts";
 import { dashed } from "./account.ts";
 import type { Places } from "./fleet.ts";
 import { linesWithin, type Writer } from "./traffic.ts";

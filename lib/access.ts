@@ -4,9 +4,9 @@
  */
 import { createHash, timingSafeEqual } from "node:crypto";
 import { isIP } from "node:net";
-import { createMatcher, isLoopback, plainAddress } from "./host.ts";
 import { WireError } from "./chunk.ts";
 import { type Config, readSecret } from "./config.ts";
+import { createMatcher, isLoopback, plainAddress } from "./host.ts";
 
 /** Where a request came in: the address of the connection's other end, and the index of the port's group. */
 export interface Arrival {
@@ -60,8 +60,12 @@ export function createAccess(config: Config["receiver"]) {
     const shown = bearer(headers);
     if (shown === undefined) throw new WireError(401, "a bearer token is required");
     const own = tokens[host] ?? tokens["*"];
-    if (own && isSame(shown, readSecret(own))) return;
-    if (Object.values(tokens).some((ref) => isSame(shown, readSecret(ref)))) {
+    if (own?.some((ref) => isSame(shown, readSecret(ref)))) return;
+    if (
+      Object.values(tokens)
+        .flat()
+        .some((ref) => isSame(shown, readSecret(ref)))
+    ) {
       throw new WireError(403, `this token is not for host ${host}`);
     }
     throw new WireError(401, "the token is not known");
@@ -95,7 +99,12 @@ export function createAccess(config: Config["receiver"]) {
     const isKnownWay = !isForwarded || isProxy(plainAddress(arrival.peer));
     if (isKnownWay && isLoopback(clientAddress(headers, arrival))) return true;
     const shown = bearer(headers) ?? basicPassword(headers);
-    return shown !== undefined && Object.values(tokens ?? {}).some((ref) => isSame(shown, readSecret(ref)));
+    return (
+      shown !== undefined &&
+      Object.values(tokens ?? {})
+        .flat()
+        .some((ref) => isSame(shown, readSecret(ref)))
+    );
   }
 
   return { groupOf, authorise, checkLegacy, authoriseLegacy, mayWatch };

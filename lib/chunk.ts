@@ -1,37 +1,79 @@
 /**
  * The wire contract between shipper and receiver: one POST is one chunk, that is a stream and a range of
  * bytes of its source file. In the spirit of the IETF draft "Resumable Uploads for HTTP": offset in, offset
- * out, 409 on mismatch. Names of headers and their grammar stand here and nowhere else.
+ * out, 409 on mismatch. Names of headers, their grammar, and the question where streams stand are here and
+ * nowhere else.
  */
-import { isIP } from "node:net";
+import { createHash } from "node:crypto";
+import { parseHost } from "./host.ts";
 
 export const UPLOAD_PATH = "/upload";
+export const STREAMS_PATH = "/streams";
 
 export const HEADER = {
   host: "Log-Host",
   stream: "Log-Stream",
+  begin: "Log-Begin",
   offset: "Upload-Offset",
   end: "Upload-End",
+  mark: "Log-Mark",
+  from: "Log-From",
+  head: "Log-Head",
+  skipped: "Log-Skipped",
   lag: "Log-Lag",
+  through: "Log-Through",
+  shipper: "Log-Shipper",
   lost: "Log-Lost",
+  agent: "Log-Agent",
 } as const;
 
-/** The stream that a shipper names in a heartbeat when it has no file with a line yet. */
+/** The stream that a shipper of version 1.0 names in a heartbeat when it has no file with a line yet. */
 export const IDLE_STREAM = "heartbeat";
 
 /** How a body may be encoded on the way. */
 export type Encoding = "identity" | "gzip" | "zstd";
 
+/** What a sender tells of itself with every request; all of it is optional. */
+export interface SenderNews {
+  /** Bytes that the sender still has to ship after this request. */
+  lag?: number;
+  /** Every line that was in any followed file at this time of the sender's clock (ms since the epoch) is answered. */
+  through?: number;
+  /** Names one cursor of one shipper. */
+  shipper?: string;
+  /** Bytes that vanished before they could be read: total of this `shipper`; of version 1.0 since its last 200. */
+  lost?: number;
+  /** Name and version of the sender's program. */
+  agent?: string;
+}
+
 /** What the headers of one chunk say. Ranges are bytes of the source file, `end` exclusive. */
-export interface ChunkHeaders {
+export interface ChunkHeaders extends SenderNews {
   host: string;
   stream: string;
+  /** The stream's first chunk: `new`, or `again` for one that ships again what the receiver has lost. */
+  begin?: "new" | "again";
   offset: number;
   end: number;
-  /** Bytes that the sender still has to ship after this chunk. */
-  lag?: number;
-  /** Bytes that vanished before they could be read, counted since the last 200. */
-  lost?: number;
+  /** Of the bytes just before `end`; absent for a sender of version 1.0. */
+  mark?: string;
+  /** Of the bytes just before `offset`; absent at offset 0. */
+  from?: string;
+  /** Of the first bytes of the file. */
+  head?: string;
+  /** Lines that rules left out of this chunk. */
+  skipped?: number;
+}
+
+/** What a receiver knows of one stream, as `POST /streams` tells it. */
+export interface StreamStatus {
+  stream: string;
+  /** One past the last byte that is committed. */
+  offset: number;
+  head?: string | undefined;
+  mark?: string | undefined;
+  /** Every line before it lies in a batch that was moved to sent/; absent when that cannot be told. */
+  delivered?: number | undefined;
 }
 
 /** A request that breaks the contract; `status` is the answer. The message is for the sender's log. */
@@ -43,16 +85,55 @@ export class WireError extends Error {
   }
 }
 
+/** Longest run of bytes that a mark or a head speaks of; from so many on it is proof. */
+export const MARK_BYTES = 1024;
+
+/** A mark of the given bytes (their last or first `MARK_BYTES`, chosen by the caller): `<length>:<hash>`. */
+export function formatMark(bytes: Uint8Array): string {
+  const hash = createHash("sha256").update(bytes).digest("base64url").slice(0, 22);
+  return `${bytes.length}:${hash}`;
+}
+
+/** How many bytes a mark speaks of, or undefined when it is none. */
+export function parseMarkLength(mark: string): number | undefined {
+  const match = /^(0|[1-9]\d{0,3}):[A-Za-z0-9_-]{22}$/.exec(mark);
+  const length = Number(match?.[1]);
+  return match && length <= MARK_BYTES ? length : undefined;
+}
+
 /** The request headers of a chunk. */
 export function formatChunkHeaders(chunk: ChunkHeaders): Record<string, string> {
   return {
+    ...formatNews(chunk),
     [HEADER.host]: chunk.host,
     [HEADER.stream]: chunk.stream,
     [HEADER.offset]: String(chunk.offset),
     [HEADER.end]: String(chunk.end),
-    ...(chunk.lag !== undefined && { [HEADER.lag]: String(chunk.lag) }),
-    ...(chunk.lost !== undefined && chunk.lost > 0 && { [HEADER.lost]: String(chunk.lost) }),
+    ...(chunk.begin && { [HEADER.begin]: chunk.begin === "new" ? "1" : "again" }),
+    ...(chunk.mark !== undefined && { [HEADER.mark]: chunk.mark }),
+    ...(chunk.from !== undefined && { [HEADER.from]: chunk.from }),
+    ...(chunk.head !== undefined && { [HEADER.head]: chunk.head }),
+    ...(chunk.skipped && { [HEADER.skipped]: String(chunk.skipped) }),
   };
+}
+
+/** The request headers of what a sender tells of itself. */
+export function formatNews(news: SenderNews): Record<string, string> {
+  return {
+    ...(news.lag !== undefined && { [HEADER.lag]: String(news.lag) }),
+    ...(news.through !== undefined && { [HEADER.through]: formatThrough(news.through) }),
+    ...(news.shipper !== undefined && { [HEADER.shipper]: news.shipper }),
+    ...(news.lost !== undefined && news.lost > 0 && { [HEADER.lost]: String(news.lost) }),
+    ...(news.agent !== undefined && { [HEADER.agent]: news.agent }),
+  };
+}
+
+/** ISO 8601 with the offset of this machine's zone, whole seconds: `2026-11-28T14:03:09+01:00`. */
+function formatThrough(ms: number): string {
+  const east = -new Date(ms).getTimezoneOffset();
+  const local = new Date(Math.floor(ms / 1000) * 1000 + east * 60_000).toISOString().slice(0, 19);
+  const two = (n: number) => String(Math.floor(n)).padStart(2, "0");
+  return `${local}${east < 0 ? "-" : "+"}${two(Math.abs(east) / 60)}:${two(Math.abs(east) % 60)}`;
 }
 
 /** Reads and checks the headers of a chunk. Throws a WireError (400) that says which and what was expected. */
@@ -64,42 +145,84 @@ export function parseChunkHeaders(headers: Headers): ChunkHeaders {
     throw new WireError(400, `${HEADER.offset} and ${HEADER.end} are required`);
   }
   if (end < offset) throw new WireError(400, `${HEADER.end} is ${end}, before ${HEADER.offset} ${offset}`);
-  const lag = parseCount(headers, HEADER.lag);
-  const lost = parseCount(headers, HEADER.lost);
+  const begin = headers.get(HEADER.begin);
+  if (begin !== null && begin !== "1" && begin !== "again") {
+    throw new WireError(400, `${HEADER.begin} is neither 1 nor again`);
+  }
+  const mark = parseMark(headers, HEADER.mark);
+  const from = parseMark(headers, HEADER.from);
+  const head = parseMark(headers, HEADER.head);
+  const skipped = parseCount(headers, HEADER.skipped);
   return {
+    ...parseNews(headers),
     host,
     stream,
     offset,
     end,
-    ...(lag !== undefined && { lag }),
-    ...(lost !== undefined && { lost }),
+    ...(begin !== null && { begin: begin === "1" ? ("new" as const) : ("again" as const) }),
+    ...(mark !== undefined && { mark }),
+    ...(from !== undefined && { from }),
+    ...(head !== undefined && { head }),
+    ...(skipped !== undefined && { skipped }),
   };
 }
 
-/** The two headers that name a stream, as HEAD has them. Throws a WireError (400). */
-export function parseStreamHeaders(headers: Headers): { host: string; stream: string } {
-  const host = parseHost(headers.get(HEADER.host) ?? "");
-  if (host === undefined) throw new WireError(400, `${HEADER.host} is not an IP address or a host name`);
-  const stream = headers.get(HEADER.stream) ?? "";
-  if (!/^[A-Za-z0-9_-]{8,64}$/.test(stream)) {
-    throw new WireError(400, `${HEADER.stream} is not 8 to 64 of A-Z a-z 0-9 _ -`);
+/** What a sender tells of itself. Throws a WireError (400). */
+export function parseNews(headers: Headers): SenderNews {
+  const lag = parseCount(headers, HEADER.lag);
+  const lost = parseCount(headers, HEADER.lost);
+  const shipper = headers.get(HEADER.shipper);
+  if (shipper !== null && !/^[A-Za-z0-9_-]{16,64}$/.test(shipper)) {
+    throw new WireError(400, `${HEADER.shipper} is not 16 to 64 of A-Z a-z 0-9 _ -`);
   }
+  const through = parseThrough(headers.get(HEADER.through));
+  const agent = headers
+    .get(HEADER.agent)
+    ?.replace(/[^\x20-\x7e]/g, "?")
+    .slice(0, 64);
+  return {
+    ...(lag !== undefined && { lag }),
+    ...(lost !== undefined && { lost }),
+    ...(shipper !== null && { shipper }),
+    ...(through !== undefined && { through }),
+    ...(agent && { agent }),
+  };
+}
+
+function parseThrough(text: string | null): number | undefined {
+  if (text === null) return undefined;
+  const isTime = /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)$/.test(text);
+  const ms = isTime ? Date.parse(text) : Number.NaN;
+  if (Number.isNaN(ms)) throw new WireError(400, `${HEADER.through} is no ISO 8601 time with an offset`);
+  return ms;
+}
+
+/** The two headers that name a stream. Throws a WireError (400). */
+export function parseStreamHeaders(headers: Headers): { host: string; stream: string } {
+  const stream = headers.get(HEADER.stream) ?? "";
+  const host = parseHostHeader(headers);
+  if (!isStreamName(stream)) throw new WireError(400, `${HEADER.stream} is not 8 to 64 of A-Z a-z 0-9 _ -`);
   return { host, stream };
 }
 
-/**
- * A sender's name in its one spelling (lower case), or undefined when it is none: an IPv4 or IPv6 address
- * (without zone), or a host name by RFC 1123 section 2.1, at most 253 characters of labels of at most 63.
- * `sent` and `failed` are folders of ours and no hosts.
- */
-export function parseHost(text: string): string | undefined {
-  if (text.length === 0 || text.length > 253) return undefined;
-  const host = text.toLowerCase();
-  if (isIP(host) !== 0) return host.includes("%") ? undefined : host;
-  if (host === "sent" || host === "failed") return undefined;
-  const labels = host.split(".");
-  if (!labels.every((label) => /^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$/.test(label))) return undefined;
-  return /^\d+$/.test(labels.at(-1) ?? "") ? undefined : host; // 10.10.21.999 is a wrong address, not a name
+/** The sender's name in its one spelling. Throws a WireError (400). */
+export function parseHostHeader(headers: Headers): string {
+  const host = parseHost(headers.get(HEADER.host) ?? "");
+  if (host === undefined) throw new WireError(400, `${HEADER.host} is not an IP address or a host name`);
+  return host;
+}
+
+export function isStreamName(text: string): boolean {
+  return /^[A-Za-z0-9_-]{8,64}$/.test(text);
+}
+
+function parseMark(headers: Headers, name: string): string | undefined {
+  const mark = headers.get(name);
+  if (mark === null) return undefined;
+  if (parseMarkLength(mark) === undefined) {
+    throw new WireError(400, `${name} is not <length>:<hash> of at most ${MARK_BYTES} bytes`);
+  }
+  return mark;
 }
 
 /** A header of decimal digits up to 2^53 - 1, or undefined when it is absent. Throws a WireError (400). */
@@ -107,6 +230,6 @@ function parseCount(headers: Headers, name: string): number | undefined {
   const text = headers.get(name);
   if (text === null) return undefined;
   const value = /^\d{1,16}$/.test(text) ? Number(text) : Number.NaN;
-  if (!Number.isSafeInteger(value)) throw new WireError(400, `${name} is not a whole number of bytes`);
+  if (!Number.isSafeInteger(value)) throw new WireError(400, `${name} is not a whole number`);
   return value;
 }

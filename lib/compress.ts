@@ -11,7 +11,7 @@ import { join } from "node:path";
 import { pipeline } from "node:stream/promises";
 import { crc32, createGunzip, createGzip } from "node:zlib";
 import { withState } from "./batch.ts";
-import { moveDurably, reached, removeDurably, syncFile, TEMP_SUFFIX } from "./durable.ts";
+import { failpoint, moveDurably, removeDurably, syncFile, TEMP_SUFFIX } from "./durable.ts";
 
 /** Block size of the streams, in bytes. */
 const BLOCK = 1 << 18;
@@ -41,14 +41,14 @@ export async function compressFile(
   try {
     if (!(await holds(to, file, signal))) {
       await writeGzip(file, to, { signal, read });
-      reached("housekeep:renamed");
+      failpoint("housekeep:renamed");
     }
   } finally {
     await file.close();
   }
   const { size } = await lstat(to);
   await removeDurably(from); // safe: the .gz is on stable storage under its name, read back and compared
-  reached("housekeep:removed");
+  failpoint("housekeep:removed");
   return size;
 }
 
@@ -86,14 +86,14 @@ async function writeGzip(
       createWriteStream(temp, { flags: "wx", mode: 0o640 }), // wx: never through a symlink
       { signal },
     );
-    reached("housekeep:written");
+    failpoint("housekeep:written");
     await utimes(temp, mtimeMs / 1000, mtimeMs / 1000);
     await syncFile(temp);
     const inside = await readGzip(temp, signal);
     if (inside === undefined || !sameContent(inside, original)) {
       throw new Error(`Cannot write "${temp}": it reads back differently, expected ${original.bytes} bytes`);
     }
-    reached("housekeep:verified");
+    failpoint("housekeep:verified");
     await moveDurably(temp, to);
   } catch (error) {
     await rm(temp, { force: true }); // also when the disk is full: a part of a file helps nobody

@@ -6,8 +6,8 @@ import { readFileSync, statSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { hostname } from "node:os";
 import { z } from "zod";
-import { addressIsValid, isLoopback, overlaps, senderIsValid } from "./host.ts";
-import { parseHost } from "./chunk.ts";
+
+import { addressIsValid, isLoopback, overlaps, parseHost, senderIsValid } from "./host.ts";
 
 const secret = z
   .union([
@@ -15,6 +15,12 @@ const secret = z
     z.strictObject({ file: z.string().min(1) }),
   ])
   .describe('A secret: {"env": "NAME"} or {"file": "/path"}, never the value itself');
+
+/** One secret or several that are valid together: the old and the new one, while a fleet changes over. */
+const secrets = z
+  .union([secret, z.array(secret).min(1)])
+  .transform((refs) => (Array.isArray(refs) ? refs : [refs]))
+  .describe("A secret, or a list of secrets that are valid together");
 
 const path = z.string().min(1);
 const minutes = z.number().positive();
@@ -64,6 +70,7 @@ const shipper = z.strictObject({
     .nonnegative()
     .default(100)
     .describe("Under steady traffic one request per this many ms"),
+  inFlight: count.max(64).default(4).describe("Chunks of one file on their way at once"),
   pollSeconds: seconds.default(5).describe("How often files are looked at when no event tells of a change"),
   rotateWaitSeconds: z
     .number()
@@ -72,6 +79,9 @@ const shipper = z.strictObject({
     .describe("A rotated file is finished when it was quiet for so long"),
   heartbeatSeconds: seconds.default(60).describe("A sign of life when there is nothing to ship"),
   timeoutSeconds: seconds.default(30).describe("How long the receiver may take to answer one chunk"),
+  proxy: httpUrl
+    .optional()
+    .describe("HTTP proxy on the way to the receiver; those of the environment are not used"),
 });
 
 const group = z.strictObject({
@@ -102,17 +112,30 @@ const receiver = z
       .nonnegative()
       .default(120)
       .describe("A batch is sealed when its window is over and no line came for so long"),
+    sealLatestSeconds: seconds
+      .default(900)
+      .describe("A batch is sealed at the latest so long after its window and its first line"),
+    logFormat: z
+      .union([z.string().min(1), z.array(z.string().min(1)).min(1)])
+      .transform((formats) => (typeof formats === "string" ? [formats] : formats))
+      .optional()
+      .describe("nginx's log_format, as it stands in nginx.conf, or a list of them: where a line's time is"),
     timestampPattern: z
       .string()
       .refine(patternIsValid, "expected a regular expression with the timestamp as its first group")
       .optional()
-      .describe(
-        "For log formats whose timestamp is not found: a regular expression, the timestamp in group 1",
-      ),
+      .describe("Deprecated, use logFormat: a regular expression, the timestamp in group 1"),
     maxBodyBytes: count.default(16_777_216).describe("Largest body, before and after decompression"),
     maxBytesInFlight: count.default(67_108_864).describe("Bodies in memory at once; beyond it 503"),
     maxRequests: count.default(512).describe("Requests in hand at once; beyond it 503"),
     maxHosts: count.default(10_000).describe("Senders known at once; a further one gets 503"),
+    maxStreamsPerHost: count
+      .default(20_000)
+      .describe("Files of one sender known at once; a further one gets 503"),
+    maxWindowsPerHost: count
+      .default(1000)
+      .describe("Open batches of one sender; beyond it the one longest without a line is sealed"),
+    maxNamesPerHour: count.default(2000).describe("New batches of one sender in an hour; beyond it 503"),
     idleTimeoutSeconds: seconds
       .max(255)
       .default(30)
@@ -123,12 +146,16 @@ const receiver = z
         cert: path.describe("PEM file of the certificate chain"),
         key: path.describe("PEM file of its key"),
         clientCa: path.optional().describe("PEM file; clients must show a certificate signed by it"),
+        clientName: z.boolean().default(false).describe("A client certificate's name must be its Log-Host"),
       })
       .optional(),
     tokens: z
-      .record(z.union([z.literal("*"), host]), secret)
+      .record(z.union([z.literal("*"), host]), secrets)
       .optional()
-      .describe('Bearer token per sender; "*" is for the senders that have none of their own'),
+      .describe(
+        'Bearer token per sender, or a list of them; "*" is for the senders that have none of their own',
+      ),
+    viewToken: secret.optional().describe('Token for the status page and the metrics; default: tokens."*"'),
     trustedProxies: z
       .array(z.string().refine(addressIsValid, "expected an address or a CIDR range"))
       .default([])
@@ -177,7 +204,6 @@ const forwarder = z
       )
       .optional()
       .describe("Fingerprint of the server's host key, one or several"),
-    knownHosts: path.optional().describe("known_hosts file, instead of hostKey"),
     intervalSeconds: seconds.default(60).describe("How often the queue is looked at"),
     retries: count.default(3).describe("Tries of a file before it goes to failed/"),
     retryDelaySeconds: z.number().nonnegative().default(5).describe("Wait between the tries of one pass"),
@@ -185,6 +211,15 @@ const forwarder = z
     timeoutSeconds: seconds.default(30).describe("How long the server may take for one answer"),
     compress: z.enum(["none", "gzip"]).default("none").describe("gzip sends <batch>.log.gz"),
     manifest: z.boolean().default(false).describe("Put a manifest beside the batches of each delivered hour"),
+    knownHosts: path.optional().describe("known_hosts file, instead of hostKey"),
+    upload: z
+      .enum(["rename", "direct"])
+      .default("rename")
+      .describe("direct writes the final name at once, for servers that cannot rename"),
+    digest: z
+      .boolean()
+      .default(false)
+      .describe("Put a digest (sha256sum -c) beside the batches of each hour"),
     report: path.default("/var/lib/log-rt-sync/linecount-report.log").describe("One line per delivery"),
   })
   .superRefine((config, context) => {
@@ -217,6 +252,10 @@ const mail = z.strictObject({
     .describe("Mail server: smtp://[USER@]HOST[:PORT], smtps://… or file:///FOLDER for .eml files"),
   password: secret.optional().describe("Password of the user in smtp"),
   ca: path.optional().describe("PEM file of the CA that signed the mail server's certificate"),
+  tls: z
+    .enum(["auto", "required"])
+    .default("auto")
+    .describe("required: no mail without TLS and a certificate that is trusted"),
   from: address.describe("Sender of every mail"),
   to: z.array(address).min(1).describe("Receivers of every mail"),
   subjectPrefix: z.string().default("[log-rt-sync]").describe("First word of every subject"),
@@ -248,6 +287,10 @@ const monitor = z.strictObject({
     .default("/var/lib/log-rt-sync/monitor.json")
     .describe("What was told already, so that no mail comes twice or never"),
   schedule: schedule.default("* * * * *").describe("For --watch: when to check"),
+  ca: path.optional().describe("PEM file of the CA of receivers and webhook; default: the system's CAs"),
+  cert: path.optional().describe("PEM file of a client certificate for receivers and webhook"),
+  key: path.optional().describe("PEM file of the client certificate's key"),
+  page: httpUrl.optional().describe("Address of the status page, for the mails"),
   webhook: httpUrl.optional().describe("Each mail also goes there as a JSON POST"),
   heartbeatUrl: httpUrl.optional().describe("Called after each healthy run"),
 });
@@ -271,15 +314,8 @@ const housekeep = z
       .min(8, "expected at least 8: the monitor looks back a week")
       .default(90)
       .describe("Report lines are kept for so long"),
-    forgetAfterDays: minutes
-      .default(30)
-      .describe(
-        "Records of senders not heard of for so long go; no less than the receiver's forgetAfterDays",
-      ),
-    parallel: count
-      .max(64)
-      .optional()
-      .describe("Files compressed at once; default: one less than the cores, at most 8"),
+    forgetAfterDays: minutes.default(30).describe("Records of senders not heard of for so long go"),
+    parallel: count.max(64).optional().describe("Files compressed at once"),
     schedule: schedule.default("*/10 * * * *").describe("For --watch: when to run"),
   })
   .refine((config) => config.compressAfterHours <= config.deleteAfterHours, {

@@ -15,7 +15,7 @@ import { createHash } from "node:crypto";
 import { utimesSync } from "node:fs";
 import { join } from "node:path";
 import { SENT } from "./batch.ts";
-import { moveAllDurably, reached, readIfExists, writeDurably } from "./durable.ts";
+import { failpoint, moveAllDurably, readIfExists, writeDurably } from "./durable.ts";
 import { appendReport, readReportTail } from "./report.ts";
 import { OperatorError } from "./service.ts";
 import { Refusal, type Target, TargetFault, tempName } from "./target/target.ts";
@@ -188,10 +188,10 @@ export async function commitGroup(group: Ready[], context: CommitContext): Promi
   const fresh = group.filter(({ renamed }) => !renamed);
   const fit = await each(fresh, (ready) => meetExisting(target, ready));
   await intents.add([...settled, ...fit]);
-  reached("forward:intent");
+  failpoint("forward:intent");
   const published = await each(fit, async (ready) => ready.renamed || target.publish(ready.remote));
   if (outcome.refused.length > 0) await intents.cancel(...outcome.refused.map(({ ready }) => ready.batch));
-  reached("forward:renamed");
+  failpoint("forward:renamed");
 
   const done = new Set([...settled, ...published]);
   const delivered = group.filter((ready) => done.has(ready));
@@ -202,13 +202,13 @@ export async function commitGroup(group: Ready[], context: CommitContext): Promi
       .filter(({ reported }) => !reported)
       .map(({ batch, lines }) => ({ at, batch, lines, status: "Sent" })),
   );
-  reached("forward:reported");
+  failpoint("forward:reported");
   await context.record?.(delivered);
   for (const { folder, batch } of delivered) utimesSync(join(folder, batch), at / 1000, at / 1000);
   await moveAllDurably(
     delivered.map(({ folder, batch }) => ({ from: join(folder, batch), to: join(dir, SENT, batch) })),
   );
-  reached("forward:moved");
+  failpoint("forward:moved");
   intents.forget(delivered.map(({ batch }) => batch));
   outcome.sent = delivered;
   return outcome;

@@ -13,7 +13,7 @@ import { loadSyncFs } from "./runtime.ts";
 /** The ending of every temp file of ours; housekeeping removes stale ones by it. */
 export const TEMP_SUFFIX = ".tmp";
 
-/** Named steps at which a test may stop the process; see {@link reached}. */
+/** Named steps at which a test may stop the process; see {@link failpoint}. */
 const stopAt = process.env.LOG_RT_SYNC_STOP_AT;
 let stopCount = Number(process.env.LOG_RT_SYNC_STOP_COUNT ?? 1);
 
@@ -21,7 +21,7 @@ let stopCount = Number(process.env.LOG_RT_SYNC_STOP_COUNT ?? 1);
  * The seam for fault tests: ends the process with SIGKILL when it comes to the step that the environment
  * variable `LOG_RT_SYNC_STOP_AT` names, the `LOG_RT_SYNC_STOP_COUNT`-th time (1 when absent).
  */
-export function reached(step: string): void {
+export function failpoint(step: string): void {
   if (stopAt === step && --stopCount <= 0) process.kill(process.pid, "SIGKILL");
 }
 
@@ -35,7 +35,7 @@ export async function writeDurably(path: string, data: string | Uint8Array, mode
   } finally {
     await file.close();
   }
-  reached("durable:written");
+  failpoint("durable:written");
   await rename(temp, path);
   await syncFolder(dirname(path));
 }

@@ -2,7 +2,23 @@
  * Addresses of senders and peers: what is one, what matches an entry of the config, which one is this machine.
  */
 import { BlockList, isIP } from "node:net";
-import { parseHost } from "./chunk.ts";
+
+/**
+ * A sender's name in its one spelling (lower case), or undefined when it is none: an IPv4 or IPv6 address
+ * (without zone), or a host name by RFC 1123 section 2.1, at most 253 characters of labels of at most 63.
+ * `sent` and `failed` are folders of ours and no hosts.
+ */
+export function parseHost(text: string): string | undefined {
+  if (text.length === 0 || text.length > 253) return undefined;
+  const host = plainAddress(text);
+  if (isIP(host) === 6)
+    return host.includes("%") ? undefined : new URL(`http://[${host}]`).hostname.slice(1, -1);
+  if (isIP(host) === 4) return host;
+  if (host === "sent" || host === "failed") return undefined;
+  const labels = host.split(".");
+  if (!labels.every((label) => /^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$/.test(label))) return undefined;
+  return /^\d+$/.test(labels.at(-1) ?? "") ? undefined : host; // 10.10.21.999 is a wrong address, not a name
+}
 
 /** Whether an address to listen on or a peer is this machine itself. */
 export function isLoopback(address: string): boolean {

@@ -62,8 +62,44 @@ export interface SealedBatch {
   at: number;
 }
 
+/** One cursor of a shipper that spoke for this sender: two that alternate are two machines under one name. */
+export interface ShipperSeen {
+  id: string;
+  /** Bytes that vanished before they could be read, as it told: its total. */
+  lost: number;
+  /** When it was last heard, and from which address. */
+  heardAt: number;
+  peer: string;
+}
+
+/** What a sender tells of itself and what is counted of its lines; a ledger of version 1.0 has none of it. */
+export interface SenderFacts {
+  /** Name and version of its program, and the address it last came from. */
+  agent?: string;
+  peer?: string;
+  /** The newest `Log-Through`, capped to the receiver's clock; with it every line up to then is stored. ms since the epoch. */
+  through?: number;
+  /** Bytes that it still has to ship, as it told last. */
+  lag?: number;
+  /** Offset from UTC of its newest line's timestamp, in minutes. */
+  zone?: number;
+  /** Totals since the ledger began: lines left out by rules, lines without timestamp, lines of a clock that is ahead. */
+  skipped?: number;
+  untimed?: number;
+  ahead?: number;
+  /** Bytes that were acknowledged and are gone from this disk (removed by hand, damaged): total. */
+  gone?: number;
+  /** The last 8 shippers, newest last. */
+  shippers?: ShipperSeen[];
+  /** Two shippers alternate under this name; until then (ms) no hour of this host is complete. */
+  contestedUntil?: number;
+  /** What was shipped again after the receiver's folder was lost: bytes, total. */
+  again?: number;
+}
+
 /** What is known of one sender. */
 export interface Ledger {
+  facts: SenderFacts;
   /** When anything, also a heartbeat, was last heard. */
   heardAt: number;
   /** When the last line came; 0 for never. */
@@ -92,7 +128,15 @@ export interface LedgerRecord {
 }
 
 export function emptyLedger(): Ledger {
-  return { heardAt: 0, lineAt: 0, lost: 0, streams: new Map(), open: new Map(), minutes: new Map() };
+  return {
+    facts: {},
+    heardAt: 0,
+    lineAt: 0,
+    lost: 0,
+    streams: new Map(),
+    open: new Map(),
+    minutes: new Map(),
+  };
 }
 
 /** A record as its line: CRC-32 in hex, the JSON, `\n`. */

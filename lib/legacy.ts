@@ -2,7 +2,8 @@
  * The original Python shipper's form: `{"log": "<lines>", "host": "<ip>"}`, with an empty line after every line.
  * It has no offsets, so what it repeats is taken again; a fleet moves over from it host by host.
  */
-import { parseHost, WireError } from "./chunk.ts";
+import { WireError } from "./chunk.ts";
+import { parseHost } from "./host.ts";
 
 /** Names what came in this form in the ledger; shorter than a stream of the wire may be. */
 export const LEGACY_STREAM = "legacy";

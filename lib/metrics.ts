@@ -3,8 +3,9 @@
  * on counters. What is in the ledgers comes from the status, so that it survives a restart; the rest is
  * counted since the start.
  */
-import type { Outcome } from "./store/sender.ts";
+
 import type { Status } from "./status.ts";
+import type { Outcome } from "./store/sender.ts";
 
 /** Upper bounds of the histogram of commits, in seconds. */
 const COMMIT_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5];

@@ -4,7 +4,7 @@
  */
 import { randomBytes } from "node:crypto";
 import { readIfExists, writeDurably } from "./durable.ts";
-import { describe } from "./service.ts";
+import { errorMessage } from "./service.ts";
 
 /** Beyond so many notices in the queue, changes join the last one: the queue stays small in a long outage. */
 const QUEUE_LIMIT = 100;
@@ -124,7 +124,7 @@ export async function readState(path: string, now: number): Promise<{ state: Mon
       since: now,
     };
     enqueue(fresh, { id: `note-${fresh.instance}-${now}`, at: now, changes: [change], references: [] });
-    return { state: fresh, fault: describe(error) };
+    return { state: fresh, fault: errorMessage(error) };
   }
 }
 

@@ -13,7 +13,7 @@ import { open } from "node:fs/promises";
 import { join } from "node:path";
 import { appendDurably, readIfExists, writeDurably } from "./durable.ts";
 import { tryLock } from "./runtime.ts";
-import { pause } from "./service.ts";
+import { wait } from "./service.ts";
 
 /** The outcome of one attempt. */
 export interface ReportLine {
@@ -139,7 +139,7 @@ async function underLock<T>(path: string, work: () => Promise<T>): Promise<T> {
   while (!lock) {
     if (Date.now() > deadline)
       throw new Error(`Cannot write "${path}": ${path}.lock is held by another process`);
-    await pause(20);
+    await wait(20);
     lock = await tryLock(`${path}.lock`);
   }
   try {

@@ -6,10 +6,10 @@ import { join } from "node:path";
 import { Readable } from "node:stream";
 import { folders, withState } from "./batch.ts";
 import type { Config } from "./config.ts";
-import { openContent, Unreadable } from "./target/content.ts";
 import { commitGroup, type Intents, type Ready, settleRename } from "./delivery.ts";
-import { exists, reached } from "./durable.ts";
-import { createProgress, describe } from "./service.ts";
+import { exists, failpoint } from "./durable.ts";
+import { createProgress, errorMessage } from "./service.ts";
+import { openContent, Unreadable } from "./target/content.ts";
 import { Refusal, type Target, TargetFault, tempName } from "./target/target.ts";
 
 /** Batches that are committed together at most. */
@@ -168,7 +168,7 @@ async function upload(
   const remote = gzip ? withState(batch, "compressed") : batch;
   const { chunks, measured } = openContent(join(folder, batch), { gzip, hash: config.manifest, onBytes });
   await target.upload(remote, chunks, onWritten);
-  reached("forward:uploaded");
+  failpoint("forward:uploaded");
   return { ...measured, remote, batch, folder, content, at };
 }
 
@@ -211,7 +211,7 @@ async function blame(
     await probe();
     return "file";
   } catch (cause) {
-    return cause instanceof TargetFault ? cause : new TargetFault("server", describe(error), { cause });
+    return cause instanceof TargetFault ? cause : new TargetFault("server", errorMessage(error), { cause });
   }
 }
 

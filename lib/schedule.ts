@@ -1,7 +1,7 @@
 /** `--watch`: calls a pass by a cron expression, one at a time, until the signal is aborted. */
 import { Cron, CronPattern } from "croner";
 import { ConfigError } from "./config.ts";
-import { describe, type Log, pause } from "./service.ts";
+import { errorMessage, type Log, wait } from "./service.ts";
 
 /** The longest that a timer can wait: some 24 days. */
 const LONGEST_MS = 2 ** 31 - 1;
@@ -13,7 +13,7 @@ export function checkSchedule(schedule: string): string[] {
     new CronPattern(schedule, undefined, { mode: MODE });
     return [];
   } catch (error) {
-    return [`${schedule}: expected a cron expression such as */10 * * * * (${describe(error)})`];
+    return [`${schedule}: expected a cron expression such as */10 * * * * (${errorMessage(error)})`];
   }
 }
 
@@ -30,10 +30,10 @@ export async function followSchedule(
   const faults = checkSchedule(schedule);
   if (faults.length > 0) throw new ConfigError(faults.map((fault) => `${where}: ${fault}`));
   const job = new Cron(schedule, { protect: true, mode: MODE }, async () => {
-    await pass().catch((error) => signal.aborted || log.error("pass failed", { error: describe(error) }));
+    await pass().catch((error) => signal.aborted || log.error("pass failed", { error: errorMessage(error) }));
   });
   log.info("following the schedule", { schedule, next: job.nextRun()?.toISOString() });
-  while (!signal.aborted) await pause(LONGEST_MS, signal);
+  while (!signal.aborted) await wait(LONGEST_MS, signal);
   job.stop();
-  while (job.isBusy()) await pause(20);
+  while (job.isBusy()) await wait(20);
 }

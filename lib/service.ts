@@ -114,7 +114,7 @@ function explain(error: unknown, log: Log): number {
     process.stderr.write(`${error.message}\n`);
     return EXIT.failed;
   }
-  log.error("stopped by an error", { error: describe(error) });
+  log.error("stopped by an error", { error: errorMessage(error) });
   if (error instanceof Error && error.stack) process.stderr.write(`${error.stack}\n`);
   return EXIT.failed;
 }
@@ -183,10 +183,10 @@ function formatFields(fields: Fields = {}): string {
 }
 
 /** The text of an error with its causes, in one line. */
-export function describe(error: unknown): string {
+export function errorMessage(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   const text = error.message || (error as NodeJS.ErrnoException).code || error.name;
-  return error.cause === undefined ? text : `${text}: ${describe(error.cause)}`;
+  return error.cause === undefined ? text : `${text}: ${errorMessage(error.cause)}`;
 }
 
 /** How often a fault that lasts is told again. */
@@ -225,7 +225,7 @@ export function createFaultLog(log: Log, now: () => number = Date.now) {
 export type FaultLog = ReturnType<typeof createFaultLog>;
 
 /** Waits `ms`, or less when the signal is aborted; never throws. */
-export function pause(ms: number, signal?: AbortSignal): Promise<void> {
+export function wait(ms: number, signal?: AbortSignal): Promise<void> {
   if (signal?.aborted || ms <= 0) return Promise.resolve();
   return new Promise((resolve) => {
     const done = () => {
@@ -239,7 +239,7 @@ export function pause(ms: number, signal?: AbortSignal): Promise<void> {
 }
 
 /** Waiting time before try number `attempt` (from 1): doubles from `min` to `max`, with jitter of one half. */
-export function backoff(attempt: number, { min = 500, max = 30_000 } = {}): number {
+export function retryDelay(attempt: number, { min = 500, max = 30_000 } = {}): number {
   const full = Math.min(max, min * 2 ** Math.min(attempt - 1, 30));
   return full / 2 + Math.random() * (full / 2);
 }
@@ -251,7 +251,7 @@ export async function loop(
 ): Promise<void> {
   while (!signal.aborted) {
     await pass();
-    await pause(everyMs, signal);
+    await wait(everyMs, signal);
   }
 }
 

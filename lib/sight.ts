@@ -8,9 +8,9 @@ import { join } from "node:path";
 import { folders, listBatches, listHosts } from "./batch.ts";
 import type { Config } from "./config.ts";
 import { readLedger } from "./ledger.ts";
-import { readForwarderState } from "./report.ts";
-import { describe, formatDuration, pause } from "./service.ts";
 import { commonOffset, zoneOffset } from "./mail/summary.ts";
+import { readForwarderState } from "./report.ts";
+import { errorMessage, formatDuration, wait } from "./service.ts";
 
 type Options = Config["monitor"];
 const MINUTE_MS = 60_000;
@@ -76,7 +76,7 @@ export async function look(context: LookContext): Promise<{ sight: Sight; offset
     sight.faults.push({
       key: "folder",
       title: "Folder cannot be read",
-      text: `${config.dir}: ${describe(error)}`,
+      text: `${config.dir}: ${errorMessage(error)}`,
     });
   }
   return { sight, offset: commonOffset(offsets, now()) };
@@ -143,7 +143,7 @@ async function askReceivers({ config, signal }: LookContext): Promise<Fault[]> {
       const { origin, host } = new URL(url);
       let text = "";
       for (let tries = 0; tries < HEALTH_TRIES; tries++) {
-        if (tries > 0) await pause(HEALTH_PAUSE_MS, signal);
+        if (tries > 0) await wait(HEALTH_PAUSE_MS, signal);
         try {
           const answer = await fetch(`${origin}/healthz`, {
             signal: AbortSignal.any([signal, AbortSignal.timeout(HTTP_TIMEOUT_MS)]),
@@ -151,7 +151,7 @@ async function askReceivers({ config, signal }: LookContext): Promise<Fault[]> {
           if (answer.ok) return undefined;
           text = `/healthz answers ${answer.status}: ${(await answer.text()).slice(0, 200).trim()}`;
         } catch (error) {
-          text = `it does not answer: ${describe(error)}`;
+          text = `it does not answer: ${errorMessage(error)}`;
         }
       }
       return { key: `receiver ${origin}`, title: `Receiver ${host} not well`, text };

@@ -5,12 +5,12 @@
  */
 import { stat, statfs } from "node:fs/promises";
 import { join } from "node:path";
-import { createMatcher } from "./host.ts";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName } from "./batch.ts";
 import { type Config, sections } from "./config.ts";
+import { createMatcher } from "./host.ts";
 import { createLedgerReader, emptyLedger, HISTORY_MINUTES, type Ledger } from "./ledger.ts";
 import { type ForwarderState, readForwarderState } from "./report.ts";
-import { describe, VERSION } from "./service.ts";
+import { errorMessage, VERSION } from "./service.ts";
 
 /**
  * How a sender is doing. `ok`: lines come; `quiet`: it is heard of, but sends no lines; `silent`: it is not
@@ -127,7 +127,7 @@ export async function collectStatus(
     () => undefined,
   );
   const forwarder = await readForwarderState(dir).catch((error): Status["forwarder"] => {
-    return { at: 0, fault: { kind: "local", text: describe(error), since: now } };
+    return { at: 0, fault: { kind: "local", text: errorMessage(error), since: now } };
   });
   return {
     version: VERSION,

@@ -5,9 +5,8 @@
  */
 import { type ChunkHeaders, IDLE_STREAM } from "./chunk.ts";
 import type { Config } from "./config.ts";
-import { reached } from "./durable.ts";
+import { failpoint } from "./durable.ts";
 import type { FaultLog, Log } from "./service.ts";
-import { type Family, nameStream, type Stream } from "./tail/streams.ts";
 import {
   addHead,
   addMark,
@@ -20,6 +19,7 @@ import {
   skipLines,
   wholeLines,
 } from "./tail/file.ts";
+import { type Family, nameStream, type Stream } from "./tail/streams.ts";
 import { type Chunk, createUploader, encodeBody } from "./upload.ts";
 
 /** Chunks in hand at once over all files: two buffers each, so that memory does not grow with the files. */
@@ -108,7 +108,7 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
             // Before the buffers and the file go to somebody else, nobody may still read into them.
             await ahead.catch(() => {});
           }
-          reached("shipper:answered");
+          failpoint("shipper:answered");
           if (offset === chunk.end) {
             stream.offset = offset;
             stream.signature = { ...stream.signature, marks };
@@ -186,7 +186,7 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     const lost = lostInFlight ? 0 : transfer.lost;
     if (lost > 0) lostInFlight = true;
     transfer.inFlight++;
-    reached("shipper:sending");
+    failpoint("shipper:sending");
     const answer = await uploader
       .send({ ...chunk, lag: Math.max(0, lag() - (chunk.end - chunk.offset)), lost })
       .finally(() => {

@@ -6,7 +6,7 @@ import { constants, gzipSync, zstdCompressSync } from "node:zlib";
 import { type ChunkHeaders, formatChunkHeaders, HEADER, UPLOAD_PATH } from "./chunk.ts";
 import { type Config, readSecret } from "./config.ts";
 import { fetchWith } from "./runtime.ts";
-import { backoff, describe } from "./service.ts";
+import { errorMessage, retryDelay } from "./service.ts";
 
 /** Bodies below this many bytes are not worth compressing. */
 const COMPRESS_FROM = 1024;
@@ -65,7 +65,7 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
   /** A fault's pause grows with the number of faults in a row, over all streams. */
   function refused(status: number, reason: string, pace: { min: number; max: number } = REFUSED): Answer {
     refusals++;
-    return { kind: "refused", waitMs: backoff(refusals, pace), status, reason };
+    return { kind: "refused", waitMs: retryDelay(refusals, pace), status, reason };
   }
 
   return {
@@ -95,7 +95,7 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
         return answer.kind === "refused" && after !== undefined ? { ...answer, waitMs: after } : answer;
       } catch (error) {
         if (signal.aborted) throw error;
-        return refused(0, describe(error), isCertificateFault(error) ? REFUSED : AWAY);
+        return refused(0, errorMessage(error), isCertificateFault(error) ? REFUSED : AWAY);
       }
     },
 
@@ -169,5 +169,5 @@ function isPassing(status: number): boolean {
 }
 
 function isCertificateFault(error: unknown): boolean {
-  return /cert|self.signed|ssl|tls/i.test(`${(error as NodeJS.ErrnoException).code} ${describe(error)}`);
+  return /cert|self.signed|ssl|tls/i.test(`${(error as NodeJS.ErrnoException).code} ${errorMessage(error)}`);
 }

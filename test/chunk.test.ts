@@ -1,13 +1,7 @@
 import { describe, expect, test } from "bun:test";
 import fc from "fast-check";
-import {
-  type ChunkHeaders,
-  formatChunkHeaders,
-  HEADER,
-  parseChunkHeaders,
-  parseHost,
-  WireError,
-} from "../lib/chunk.ts";
+import { type ChunkHeaders, formatChunkHeaders, HEADER, parseChunkHeaders, WireError } from "../lib/chunk.ts";
+import { parseHost } from "../lib/host.ts";
 
 const good = { host: "10.0.0.1", stream: "stream-0001", offset: 0, end: 10 };
 

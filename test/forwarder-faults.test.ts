@@ -4,8 +4,8 @@ import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { readdir, rm } from "node:fs/promises";
 import { connect, createServer, type Socket } from "node:net";
 import { join } from "node:path";
-import { fingerprint, keyType, trustFingerprints, trustKnownHostsText } from "../lib/target/hostkey.ts";
 import { readForwarderState } from "../lib/report.ts";
+import { fingerprint, keyType, trustFingerprints, trustKnownHostsText } from "../lib/target/hostkey.ts";
 import { type Backend, makeSite, remoteFiles, type Site, startOpenSsh, takeAway } from "./backends.ts";
 import { PACKAGES } from "./servers.ts";
 import {

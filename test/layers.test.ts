@@ -74,7 +74,9 @@ describe("imports", () => {
 
 describe("the one place where something dangerous happens", () => {
   test("only lib/durable.ts renames", () => {
-    expect(filesWith(/\b(rename|renameSync)\b\s*[,}(]/, "lib/durable.ts", "lib/target/remote.ts")).toEqual([]);
+    expect(filesWith(/\b(rename|renameSync)\b\s*[,}(]/, "lib/durable.ts", "lib/target/remote.ts")).toEqual(
+      [],
+    );
   });
 
   test("only lib/durable.ts syncs, and lib/store/store.ts for the answer that waits for it", () => {

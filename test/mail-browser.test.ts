@@ -1,9 +1,9 @@
 import { describe, expect, test } from "bun:test";
 import { renderAlert } from "../lib/mail/alertmail.ts";
 import type { MailText } from "../lib/mail/mailpage.ts";
-import type { Change } from "../lib/notice.ts";
 import type { HourRow } from "../lib/mail/summary.ts";
 import { renderSummary } from "../lib/mail/summarymail.ts";
+import type { Change } from "../lib/notice.ts";
 import { findViolations, noBrowser, useBrowser, visit } from "./browser.ts";
 
 const NOW = Date.parse("2026-11-22T10:52:31Z");

@@ -49,6 +49,7 @@ function options(smtp: string, more: object = {}) {
     to: ["ops@example.com"],
     subjectPrefix: "[log-rt-sync]",
     timeoutSeconds: 5,
+    tls: "auto" as const,
     ...more,
   };
 }

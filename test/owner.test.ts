@@ -2,10 +2,10 @@ import { expect, test } from "bun:test";
 import { unlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { gzipSync } from "node:zlib";
+import { openLog, readMark } from "../lib/tail/file.ts";
 import { findOwner } from "../lib/tail/owner.ts";
 import { look } from "../lib/tail/rotation.ts";
 import { createFamily, type Stream } from "../lib/tail/streams.ts";
-import { openLog, readMark } from "../lib/tail/file.ts";
 import { accessLine, tempFolder } from "./support.ts";
 
 test("findOwner() knows an archive whose original went away after the folder was listed", async () => {

@@ -1,7 +1,8 @@
 /** The mail of what changed, as a pure function; the subject has its fact first, for a phone's lock screen. */
-import { COLOR, escapeHtml, footer, formatClock, formatTime, type MailText, page } from "./mailpage.ts";
+
 import type { Change, Notice, Status } from "../notice.ts";
 import { formatBytes, formatDuration } from "../service.ts";
+import { COLOR, escapeHtml, footer, formatClock, formatTime, type MailText, page } from "./mailpage.ts";
 
 /** Beyond so many names a list says how many more there are. */
 const NAMES = 3;

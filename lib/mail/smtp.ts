@@ -7,9 +7,9 @@
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createTransport, type SendMailOptions, type Transporter } from "nodemailer";
-import { isLoopback } from "../host.ts";
 import { type Config, readSecret } from "../config.ts";
 import { makeFolder, writeDurably } from "../durable.ts";
+import { isLoopback } from "../host.ts";
 
 type Options = Config["monitor"]["mail"];
 

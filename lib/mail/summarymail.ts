@@ -1,6 +1,7 @@
 /** The mail of an hour, as a pure function: figures, a curve of 24 hours, a row per sender, and the sum. */
-import { COLOR, escapeHtml, footer, heading, type MailText, page, sentence } from "./mailpage.ts";
+
 import { formatBytes } from "../service.ts";
+import { COLOR, escapeHtml, footer, heading, type MailText, page, sentence } from "./mailpage.ts";
 import type { HourRow, HourSummary } from "./summary.ts";
 
 /** Height of the curve's tallest bar in pixels. */

@@ -13,7 +13,7 @@ import {
   writeSync,
 } from "node:fs";
 import { join } from "node:path";
-import { reached, syncData } from "../durable.ts";
+import { failpoint, syncData } from "../durable.ts";
 
 /** An open file; `length` is what counts and what was written behind it. */
 export interface OpenFile {
@@ -60,7 +60,7 @@ export class OpenFiles {
       file.length += written;
       at += written;
     }
-    reached("commit:written");
+    failpoint("commit:written");
   }
 
   /** Reads `bytes.length` bytes from `position`. Throws when the file ends before. */

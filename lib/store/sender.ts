@@ -14,8 +14,7 @@
 import { statSync } from "node:fs";
 import { join } from "node:path";
 import { dashedHost, formatBatchName, LEDGER, parseBatchName, withState } from "../batch.ts";
-import { makeFolder, moveDurably, reached } from "../durable.ts";
-import { Journal } from "./journal.ts";
+import { failpoint, makeFolder, moveDurably } from "../durable.ts";
 import {
   applyRecord,
   countMinute,
@@ -25,10 +24,11 @@ import {
   type Stream,
 } from "../ledger.ts";
 import { holdLock } from "../lock.ts";
-import { type OpenFile, OpenFiles } from "./openfiles.ts";
-import { PIECE, type Recovered, recoverSender } from "./recover.ts";
 import { forgetSealed, nextPart, recordSealed } from "../sealed.ts";
 import type { Log } from "../service.ts";
+import { Journal } from "./journal.ts";
+import { type OpenFile, OpenFiles } from "./openfiles.ts";
+import { PIECE, type Recovered, recoverSender } from "./recover.ts";
 import { type FindWindow, STAMP_WITHIN, type Window, windowOfArrival } from "./window.ts";
 
 /** What all senders of a process share. */
@@ -376,7 +376,7 @@ export class Sender {
     const part = withState(name, "open");
     if (batch) await this.#recordSealed(name, part, batch);
     await moveDurably(join(this.folder, part), join(this.folder, name));
-    reached("seal:renamed");
+    failpoint("seal:renamed");
     this.#finishing.delete(name);
     // Not synced: `.ledger-sealed` says the same, and the next commit's sync covers it.
     this.#journal.append({ closed: [name] }, this.ledger);
@@ -392,7 +392,7 @@ export class Sender {
       this.broken = true;
       throw error;
     }
-    reached("seal:recorded");
+    failpoint("seal:recorded");
     this.#finishing.add(name);
     this.ledger.open.delete(name);
     this.#batches.delete(parseBatchName(name)?.window ?? "");

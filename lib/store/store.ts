@@ -8,9 +8,9 @@ import { readdir } from "node:fs/promises";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { dashedHost, listHosts } from "../batch.ts";
-import { exists, type FileSystem, openFileSystem, reached, syncData, syncFolder } from "../durable.ts";
+import { exists, type FileSystem, failpoint, openFileSystem, syncData, syncFolder } from "../durable.ts";
+import { createFaultLog, errorMessage } from "../service.ts";
 import { type Chunk, type Outcome, openSender, type Sender, type StoreOptions } from "./sender.ts";
-import { createFaultLog, describe } from "../service.ts";
 
 /** From so many senders on, one sync of the whole file system costs less than one of each of their files. */
 const MANY_SENDERS = 8;
@@ -102,11 +102,11 @@ export function createStore(options: CommitOptions) {
       failed,
       how,
     );
-    reached("commit:synced");
+    failpoint("commit:synced");
     const ledgers = attemptAll(going(), failed, ({ sender }) => ({ sender, fd: sender.append() }));
-    reached("commit:appended");
+    failpoint("commit:appended");
     await syncAll(ledgers, failed, how);
-    reached("commit:recorded");
+    failpoint("commit:recorded");
     for (const { sender } of going()) sender.apply();
     for (const sender of failed.keys()) sender.rollBack();
     answer(waiting, failed, performance.now() - started);
@@ -118,7 +118,7 @@ export function createStore(options: CommitOptions) {
     const grown = touched.find(({ sender }) => sender.isGrown)?.sender;
     await grown?.compact().catch((error) => {
       grown.broken = true;
-      faults.failed(grown.host, "ledger not rewritten", { host: grown.host, error: describe(error) });
+      faults.failed(grown.host, "ledger not rewritten", { host: grown.host, error: errorMessage(error) });
     });
   }
 
@@ -137,7 +137,7 @@ export function createStore(options: CommitOptions) {
     for (const { sender, outcome, resolve, reject } of waiting) {
       const error = failed.get(sender);
       if (error !== undefined || !outcome) {
-        faults.failed(sender.host, "chunk not stored", { host: sender.host, error: describe(error) });
+        faults.failed(sender.host, "chunk not stored", { host: sender.host, error: errorMessage(error) });
         reject(storeError(error ?? new Error("the folder is looked at anew; try again")));
       } else {
         faults.recovered(sender.host, "chunks are stored again", { host: sender.host });
@@ -170,7 +170,7 @@ export function createStore(options: CommitOptions) {
       return sender;
     } catch (error) {
       if (error instanceof StoreError) throw error;
-      faults.failed(host, "sender cannot be opened", { host, error: describe(error) });
+      faults.failed(host, "sender cannot be opened", { host, error: errorMessage(error) });
       throw storeError(error);
     }
   }
@@ -229,12 +229,15 @@ export function createStore(options: CommitOptions) {
             log.info("batch sealed", { batch: name, lines: batch?.lines, bytes: batch?.bytes });
             faults.recovered(name, "batch sealed after all", { batch: name });
           } catch (error) {
-            faults.failed(name, "batch not sealed", { batch: name, error: describe(error) });
+            faults.failed(name, "batch not sealed", { batch: name, error: errorMessage(error) });
           }
         }
         if (!sender.isUntidy()) continue;
         await turn(() => sender.tidy()).catch((error) => {
-          faults.failed(sender.folder, "ledger not tidied", { host: sender.host, error: describe(error) });
+          faults.failed(sender.folder, "ledger not tidied", {
+            host: sender.host,
+            error: errorMessage(error),
+          });
         });
       }
       return sealed;
@@ -306,5 +309,5 @@ async function syncAll(
 function storeError(error: unknown): StoreError {
   const { code } = (error ?? {}) as NodeJS.ErrnoException;
   const status = ["ENOSPC", "EDQUOT", "EROFS", "EIO"].includes(code ?? "") ? 507 : 503;
-  return new StoreError(status, `not stored: ${code ?? describe(error)}`, error);
+  return new StoreError(status, `not stored: ${code ?? errorMessage(error)}`, error);
 }

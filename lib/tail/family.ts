@@ -10,10 +10,12 @@
  *
  * Files still being written by somebody else (copied, compressed) are left for the next look.
  */
+
+import { errorMessage } from "../service.ts";
+import { type LogFile, matchesSignature, openLog, UnfinishedFile } from "./file.ts";
 import { recover, skipOldFiles, wasShipped } from "./firstlook.ts";
 import { checkComplete, findOwner } from "./owner.ts";
 import { listSiblings, look, type Sibling } from "./rotation.ts";
-import { describe } from "../service.ts";
 import {
   beginAfterTruncation,
   beginStream,
@@ -24,7 +26,6 @@ import {
   type ScanContext,
   type Stream,
 } from "./streams.ts";
-import { type LogFile, matchesSignature, openLog, UnfinishedFile } from "./file.ts";
 
 /** A stream that was not seen for so long (ms) is forgotten, once everything of it is shipped. */
 const FORGET_AFTER_MS = 24 * 3_600_000;
@@ -183,7 +184,10 @@ async function claim(
     file = await openLog(found.path);
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return false;
-    context.faults.failed(found.path, "cannot read log file", { path: found.path, error: describe(error) });
+    context.faults.failed(found.path, "cannot read log file", {
+      path: found.path,
+      error: errorMessage(error),
+    });
     return true;
   }
   let keep = false;
@@ -219,7 +223,7 @@ async function claim(
     if (context.now() - found.mtimeMs < UNFINISHED_MS) return false;
     context.log.warn("rotated file is damaged: not shipped unless it changes", {
       path: file.path,
-      error: describe(error),
+      error: errorMessage(error),
     });
     family.ignored.add(asSeen);
     return true;

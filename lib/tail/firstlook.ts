@@ -2,6 +2,8 @@
  * The first look at a family: at the very first start only the live file is ours; after the loss of the cursor
  * the receiver knows how far each file was shipped.
  */
+
+import { type LogFile, openLog, UnfinishedFile } from "./file.ts";
 import { findOwner } from "./owner.ts";
 import type { Sibling } from "./rotation.ts";
 import {
@@ -13,7 +15,6 @@ import {
   type Stream,
   streamNames,
 } from "./streams.ts";
-import { type LogFile, openLog, UnfinishedFile } from "./file.ts";
 
 /** At the very first look, a rotated file written within this time (ms) may still get lines. */
 const STILL_WRITTEN_MS = 60_000;

@@ -2,9 +2,10 @@
  * Which stream a file belongs to, by its bytes: the same file under another name has another inode when it was
  * copied or compressed.
  */
+
+import { type LogFile, MARK_BYTES, matchesSignature } from "./file.ts";
 import type { Sibling } from "./rotation.ts";
 import { type Family, liveStream, type Stream } from "./streams.ts";
-import { type LogFile, MARK_BYTES, matchesSignature } from "./file.ts";
 
 const COMPARE_BYTES = 64 * 1024;
 

@@ -3,8 +3,8 @@
  * streams of one live file and its rotated siblings. Here a stream begins, gets its name, is opened, and is done.
  */
 import { createHash } from "node:crypto";
-import type { FamilyState, StreamState } from "./cursor.ts";
 import type { FaultLog, Log } from "../service.ts";
+import type { FamilyState, StreamState } from "./cursor.ts";
 import { contentStart, type LogFile, MARK_BYTES, openLog, readMark, wholeLines } from "./file.ts";
 
 /** A file's time of writing may lie so far (ms) behind the clock: the kernel takes the time of its last tick. */
@@ -194,7 +194,7 @@ export async function openStream(family: Family, stream: Stream): Promise<LogFil
   return undefined;
 }
 
-/** False for a rotated file whose end was reached, and that nobody has written to since. */
+/** False for a rotated file whose end was failpoint, and that nobody has written to since. */
 export function mayHaveGrown(stream: Stream): boolean {
   return stream.file !== undefined || stream.endSeenAt === undefined || stream.endSeenAt !== stream.size;
 }

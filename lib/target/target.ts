@@ -5,9 +5,9 @@
  */
 import { rm, stat } from "node:fs/promises";
 import { join } from "node:path";
-import { readChunks } from "./content.ts";
 import { makeFolder, moveDurably, TEMP_SUFFIX, writeStream } from "../durable.ts";
 import type { FaultKind } from "../report.ts";
+import { readChunks } from "./content.ts";
 
 /**
  * An open target. What it throws is a TargetFault when the target itself is at fault, and a Refusal when it
