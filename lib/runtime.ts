@@ -89,10 +89,15 @@ function serveOnBun(runtime: BunRuntime, options: ServeOptions): Server {
     }),
     fetch: (request: Request, self: BunServer) => {
       self.timeout(request, seconds);
-      return options.fetch(request, self.requestIP(request)?.address ?? "");
+      return options.fetch(withUrl(request), self.requestIP(request)?.address ?? "");
     },
   });
   return { port: server.port, close: () => server.stop() };
+}
+
+/** A request without a Host, as health checks send it by HTTP/1.0, has only a path for an URL. */
+function withUrl(request: Request): Request {
+  return request.url.startsWith("/") ? new Request(`http://localhost${request.url}`, request) : request;
 }
 
 /**
@@ -111,7 +116,7 @@ function serveNamed(runtime: BunRuntime, options: ServeOptions): Server {
     fetch: (request: Request, self: BunServer) => {
       const client = clients.get(self.requestIP(request)?.port ?? 0);
       if (!client) return new Response(null, { status: 403 });
-      return options.fetch(request, client.peer, client.names);
+      return options.fetch(withUrl(request), client.peer, client.names);
     },
   });
   const { cert, key, clientCa } = options.tls as Tls;
