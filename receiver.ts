@@ -12,8 +12,9 @@
  */
 import { createPrivateKey, X509Certificate } from "node:crypto";
 import { readFileSync, statSync } from "node:fs";
-import { readFile, rm, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { access, constants, readFile, rm, statfs, writeFile } from "node:fs/promises";
+import { createServer } from "node:net";
+import { dirname, join } from "node:path";
 import { type Context, Hono, type Next } from "hono";
 import { dashedHost, folders, listBatches, parseBatchName } from "./lib/batch.ts";
 import {
@@ -46,6 +47,7 @@ import {
   EXIT,
   errorMessage,
   type FaultLog,
+  formatBytes,
   type Log,
   loop,
   OperatorError,
@@ -770,11 +772,66 @@ function isReadByOthers(file: string): boolean {
   return ((statSync(file, { throwIfNoEntry: false })?.mode ?? 0) & 0o004) !== 0;
 }
 
-/** What only this host can tell, for `--check`. */
-async function checkReceiver({ config }: Service<"receiver">): Promise<string[]> {
-  const faults = findFaults(config);
-  await prepareFolder(config).catch((error) => faults.unshift(errorMessage(error)));
+/** What only this host can tell, for `--check`: creates nothing. */
+async function checkReceiver({ config, configFile, now }: Service<"receiver">): Promise<string[]> {
+  const faults: string[] = [];
+  const said: string[] = [];
+  const say = (kind: string, text: string) => said.push(`${kind.padEnd(5)} ${text}\n`);
+  const checks = {
+    fault: (text: string) => faults.push(text),
+    warn: (text: string) => say("warn", text),
+    step: async (name: string, work: () => Promise<string>) => {
+      try {
+        say("ok", `${name}: ${await work()}`);
+      } catch (error) {
+        checks.fault(`${name}: ${errorMessage(error)}`);
+      }
+    },
+  };
+  const monitor = await readMonitorSection(configFile);
+  for (const fault of findFaults(config)) checks.fault(fault);
+  for (const warning of findWarnings(config, configFile, monitor.fault)) checks.warn(warning);
+  await checks.step(`folder ${config.dir}`, () => checkFolder(config.dir));
+  for (const { port } of config.groups) {
+    await checks.step(`port ${config.listen}:${port}`, () => checkPort(config, port, now()));
+  }
+  const { tls, logFormat = [] } = config;
+  if (tls)
+    await checks.step(`certificate ${tls.cert}`, async () => `valid until ${certificateEnd(readTls(tls))}`);
+  for (const format of logFormat) {
+    await checks.step("logFormat", async () => {
+      const { variable, example } = compileFormat(format);
+      return `$${variable} of a line such as ${example(new Date(now()))}`;
+    });
+  }
+  if (faults.length === 0) process.stdout.write(said.join(""));
   return faults;
+}
+
+/** The folder, or the one that it will be made in, can be written to. */
+async function checkFolder(dir: string): Promise<string> {
+  let folder = dir;
+  while (!(await exists(folder)) && folder !== dirname(folder)) folder = dirname(folder);
+  await access(folder, constants.W_OK | constants.X_OK);
+  const { bavail, bsize } = await statfs(folder);
+  return `${folder === dir ? "" : "will be made, "}${formatBytes(bavail * bsize)} free`;
+}
+
+/** A port that can be listened on, or that a receiver of this folder listens on. */
+async function checkPort({ listen, dir }: ReceiverConfig, port: number, now: number): Promise<string> {
+  const state = join(dir, `.receiver-${port}.json`);
+  const seen = statSync(state, { throwIfNoEntry: false })?.mtimeMs ?? 0;
+  if (port !== 0 && now - seen < 3 * STATE_EVERY_MS) return "a receiver listens there";
+  const server = createServer();
+  const bound = new Promise<void>((resolve, reject) =>
+    server.once("error", reject).listen(port, listen, resolve),
+  );
+  try {
+    await bound;
+  } finally {
+    server.close();
+  }
+  return "free";
 }
 
 // ---- until the store has its own
