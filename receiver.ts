@@ -791,7 +791,7 @@ async function checkReceiver({ config, configFile, now }: Service<"receiver">): 
   const monitor = await readMonitorSection(configFile);
   for (const fault of findFaults(config)) checks.fault(fault);
   for (const warning of findWarnings(config, configFile, monitor.fault)) checks.warn(warning);
-  await checks.step(`folder ${config.dir}`, () => checkFolder(config.dir));
+  await checks.step(`receiver.dir ${config.dir}`, () => checkFolder(config.dir));
   for (const { port } of config.groups) {
     await checks.step(`port ${config.listen}:${port}`, () => checkPort(config, port, now()));
   }
@@ -813,7 +813,8 @@ async function checkFolder(dir: string): Promise<string> {
   let folder = dir;
   while (!(await exists(folder)) && folder !== dirname(folder)) folder = dirname(folder);
   await access(folder, constants.W_OK | constants.X_OK);
-  const { bavail, bsize } = await statfs(folder);
+  const { bavail, blocks, bsize } = await statfs(folder);
+  if (blocks === 0) throw new Error(`${folder} is no place for files`); // /proc takes no folder, also of root
   return `${folder === dir ? "" : "will be made, "}${formatBytes(bavail * bsize)} free`;
 }
 
