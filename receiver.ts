@@ -1,32 +1,51 @@
 /**
  * receiver: takes chunks of log lines over HTTP and files them in batches, one per sender and window.
  *
- * Promise: 200 means that the lines are on stable storage, once. The order of a commit, in lib/store/sender.ts:
- *   1. the lines are written at the committed length of their `.part`, and synced
- *   2. one ledger record (stream at offset, batch at length) is appended, and synced
- *   3. 200
- * A crash before the end of 2 leaves lines that the ledger does not count: the next start cuts them off, and the
- * shipper, that had no answer, sends the chunk again. A crash after 2 leaves a chunk whose repeat starts at an
- * offset that is committed already: 409, and the shipper goes on from there. So nothing is lost or doubled.
- * A batch is sealed (its name recorded as used up, then `.part` renamed) when its window is over and quiet.
+ * Promise: 200 means that the lines are on stable storage, once. What a request passes, in this order:
+ *   1. admitted by its headers alone: host, token or address, the port's group
+ *   2. its body read and decoded within limits, of each sender and of all together; then it has a place
+ *   3. the store appends it to its journal and syncs that (lib/store/)
+ *   4. the answer: 200, or where the stream stands
+ * A crash before the end of 3 leaves nothing that counts: the shipper, that had no answer, sends the chunk again. A
+ * crash after it leaves a chunk whose repeat starts at an offset that is committed: 409, and the shipper goes on from
+ * there. So nothing is lost or doubled. Sealing and forgetting are the store's, once a second, by the same rules.
  */
-import { readFileSync } from "node:fs";
-import { rm, writeFile } from "node:fs/promises";
+import { createPrivateKey, X509Certificate } from "node:crypto";
+import { readFileSync, statSync } from "node:fs";
+import { readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type Context, Hono, type Next } from "hono";
-import { type Access, type Arrival, createAccess } from "./lib/access.ts";
-import { createIntake, type Intake } from "./lib/body.ts";
-import { HEADER, parseChunkHeaders, parseStreamHeaders, UPLOAD_PATH, WireError } from "./lib/chunk.ts";
-import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
-import { makeFolder } from "./lib/durable.ts";
-import { LEGACY_STREAM, parseLegacy } from "./lib/legacy.ts";
-import { holdLock } from "./lib/lock.ts";
-import { createMetrics, METRICS_TYPE, type Metrics } from "./lib/metrics.ts";
-import { pageHeaders, renderPage } from "./lib/page.ts";
-import { type ServeOptions, type Server, serve } from "./lib/runtime.ts";
+import { dashedHost, folders, listBatches, parseBatchName } from "./lib/batch.ts";
 import {
+  HEADER,
+  isStreamName,
+  parseChunkHeaders,
+  parseHostHeader,
+  parseNews,
+  parseStreamHeaders,
+  STREAMS_PATH,
+  UPLOAD_PATH,
+  WireError,
+} from "./lib/chunk.ts";
+import {
+  type Config,
+  ConfigError,
+  parseConfig,
+  readSecret,
+  type SecretRef,
+  secretFaults,
+} from "./lib/config.ts";
+import { exists, makeFolder, writeDurably } from "./lib/durable.ts";
+import { isLoopback, parseHost } from "./lib/host.ts";
+import { readLedger } from "./lib/ledger.ts";
+import { holdLock } from "./lib/lock.ts";
+import { pageHeaders, renderPage } from "./lib/page.ts";
+import { type Server, serve, type Tls } from "./lib/runtime.ts";
+import {
+  createFaultLog,
   EXIT,
   errorMessage,
+  type FaultLog,
   type Log,
   loop,
   OperatorError,
@@ -36,35 +55,57 @@ import {
   VERSION,
   wait,
 } from "./lib/service.ts";
+import { writeState } from "./lib/state.ts";
 import { createStatusReader, type Status } from "./lib/status.ts";
-import { createStore, type Store, StoreError } from "./lib/store/store.ts";
-import { createWindowFinder } from "./lib/store/window.ts";
+import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
+import { Intake } from "./lib/store/intake.ts";
+import { createStore as createOldStore, StoreError } from "./lib/store/store.ts";
+import { compileFormat, createWindowFinder } from "./lib/store/window.ts";
 
 type ReceiverConfig = Config["receiver"];
+type MonitorConfig = Config["monitor"];
 
 /** Syncs that wait for the disk at once: the file system writes its journal once for all of them. */
 const SYNCS_AT_ONCE = 16;
 const SEAL_EVERY_MS = 1000;
+/** How often the state file is written at least, and `.forget` looked for. */
+const STATE_EVERY_MS = 10_000;
+const FORGET_EVERY_MS = 30_000;
 const RETRY_AFTER_SECONDS = "1";
 /** Makes a browser ask for a token, which goes into the field of the password. RFC 7617 wants the realm. */
 const BROWSER_LOGIN = 'Basic realm="log-rt-sync"';
 /** How long open connections may take to end after SIGTERM; what is in hand is answered long before. */
 const CLOSE_MS = 2000;
+/** A token that can be guessed: fewer signs than 96 bits in base64. */
+const SHORT_TOKEN = 16;
 
 async function main(service: Service<"receiver">): Promise<number> {
   const { config, log, now, signal } = service;
+  if (service.flags.forget !== undefined) return leaveForget(service, String(service.flags.forget));
   const groups = servedGroups(service);
-  const faults = checkSecrets(config); // else every sender would be refused, without an end
+  const faults = findFaults(config); // else every sender would be refused, without an end
   if (faults.length > 0) throw new ConfigError(faults.map((fault) => `${service.configFile}: ${fault}`));
-  const tls = readTls(config);
   await prepareFolder(config);
   await lockGroups(config, groups);
-  const receiver = createReceiver(config, { log, now, signal });
+  const monitor = await readMonitorSection(service.configFile);
+  for (const warning of findWarnings(config, service.configFile, monitor.fault))
+    log.warn("config", { warning });
+  const receiver = createReceiver(config, { log, now, signal, monitor: monitor.section });
   await receiver.store.start((host) => groups.includes(Math.max(0, receiver.access.groupOf(host))));
   const app = createApp(receiver);
-  const servers = groups.map((group) => listen(service, group, app, tls));
-  await loop(() => receiver.store.seal(), { everyMs: SEAL_EVERY_MS, signal });
-  await Promise.race([Promise.all(servers.map((server) => server.close())), wait(CLOSE_MS)]);
+  const ports = groups.map((group) => new Port(receiver, group, app));
+  for (const port of ports) port.listen();
+  const state = new StateFile(receiver, ports);
+  await loop(
+    async () => {
+      await receiver.store.seal();
+      for (const port of ports) await port.renew();
+      await receiver.takeForgets();
+      await state.write();
+    },
+    { everyMs: SEAL_EVERY_MS, signal },
+  );
+  await Promise.race([Promise.all(ports.map((port) => port.close())), wait(CLOSE_MS)]);
   await receiver.store.close();
   log.info("receiver stopped");
   return EXIT.done;
@@ -78,29 +119,6 @@ function servedGroups({ config, configFile, flags }: Service<"receiver">): numbe
   if (own.length > 0) return own;
   const ports = config.groups.map((group) => group.port).join(", ");
   throw new UsageError(`No group has port ${flags.port}: ${configFile} has groups of ports ${ports}`);
-}
-
-/** One fault for each token and each file of `tls` that is not there. */
-function checkSecrets({ tokens = {}, tls }: ReceiverConfig): string[] {
-  const named = Object.entries(tokens).flatMap(([host, refs]) =>
-    refs.map((token, index) => [refs.length > 1 ? `tokens.${host}[${index}]` : `tokens.${host}`, token]),
-  );
-  const files = Object.entries(tls ?? {}).map(([key, file]) => [`tls.${key}`, { file }]);
-  return secretFaults("receiver", Object.fromEntries([...named, ...files]));
-}
-
-/** Throws an OperatorError when a file of `tls` cannot be read. */
-function readTls({ tls }: ReceiverConfig): ServeOptions["tls"] {
-  if (!tls) return undefined;
-  const read = (path: string) => {
-    try {
-      return readFileSync(path, "utf8");
-    } catch (error) {
-      throw new OperatorError(`Cannot read receiver.tls file ${path}: ${errorMessage(error)}`);
-    }
-  };
-  const { cert, key, clientCa } = tls;
-  return { cert: read(cert), key: read(key), ...(clientCa && { clientCa: read(clientCa) }) };
 }
 
 /** Throws an OperatorError when the folder cannot be made or written to. */
@@ -124,159 +142,669 @@ async function lockGroups({ dir, groups }: ReceiverConfig, own: number[]): Promi
   }
 }
 
-type App = ReturnType<typeof createApp>;
+// ---- one port
 
-function listen(
-  { config, log }: Service<"receiver">,
-  group: number,
-  app: App,
-  tls: ServeOptions["tls"],
-): Server {
-  const port = config.groups[group]?.port ?? 0;
-  try {
-    const server = serve({
-      hostname: config.listen,
-      port,
-      maxBodyBytes: config.maxBodyBytes,
-      idleTimeoutSeconds: config.idleTimeoutSeconds,
-      ...(tls && { tls }),
-      fetch: (request, peer) => app.fetch(request, { peer, group }),
-    });
-    log.info("receiver listens", { address: config.listen, port: server.port, tls: tls !== undefined });
-    return server;
-  } catch (error) {
-    throw new OperatorError(`Cannot listen on ${config.listen} port ${port}: ${errorMessage(error)}`);
+/** The listening port of a group. A renewed certificate is taken up by new connections. */
+class Port {
+  readonly #receiver: Receiver;
+  readonly #group: number;
+  readonly #app: App;
+  readonly #faults: FaultLog;
+  #server: Server | undefined;
+  /** Change times of the files of `tls` that are in use. */
+  #stamp = "";
+  port = 0;
+
+  constructor(receiver: Receiver, group: number, app: App) {
+    this.#receiver = receiver;
+    this.#group = group;
+    this.#app = app;
+    this.#faults = createFaultLog(receiver.log, receiver.now);
+    this.port = receiver.config.groups[group]?.port ?? 0;
+  }
+
+  /** Throws an OperatorError. */
+  listen(): void {
+    const { listen, tls } = this.#receiver.config;
+    this.#stamp = stampOf(tls);
+    this.#serve(readTls(tls));
+    this.#receiver.log.info("receiver listens", { address: listen, port: this.port, tls: tls !== undefined });
+  }
+
+  #serve(tls: Tls | undefined): void {
+    const { config } = this.#receiver;
+    try {
+      this.#server = serve({
+        hostname: config.listen,
+        port: this.port,
+        maxBodyBytes: config.maxBodyBytes,
+        idleTimeoutSeconds: config.idleTimeoutSeconds,
+        ...(tls && { tls }),
+        fetch: (request, peer, names) =>
+          this.#app.fetch(request, { peer, group: this.#group, ...(names && { names }) }),
+      });
+      this.port = this.#server.port;
+    } catch (error) {
+      throw new OperatorError(`Cannot listen on ${config.listen} port ${this.port}: ${errorMessage(error)}`);
+    }
+  }
+
+  /** Looks whether the certificate changed; a pair that does not fit (the key comes a moment later) is waited for. */
+  async renew(): Promise<void> {
+    const { tls } = this.#receiver.config;
+    const { log, now } = this.#receiver;
+    const stamp = stampOf(tls);
+    if (!tls || stamp === this.#stamp) return;
+    try {
+      const next = readTls(tls);
+      const old = this.#server;
+      const closed = old?.close(); // connections that are open keep what they have
+      closed?.catch(() => {});
+      for (let tries = 1; ; tries++) {
+        try {
+          this.#serve(next);
+          break;
+        } catch (error) {
+          if (tries === 20) throw error;
+          await wait(50);
+        }
+      }
+      this.#stamp = stamp;
+      log.info("certificate renewed", { port: this.port, until: certificateEnd(next) });
+      this.#faults.recovered("tls", "certificate is valid again");
+    } catch (error) {
+      this.#faults.failed("tls", "renewed certificate not taken up", {
+        error: errorMessage(error),
+        at: now(),
+      });
+    }
+  }
+
+  close(): Promise<void> {
+    return this.#server?.close() ?? Promise.resolve();
   }
 }
 
+function stampOf(tls: ReceiverConfig["tls"]): string {
+  const stamp = (file: string) => {
+    const stat = statSync(file, { throwIfNoEntry: false });
+    return stat ? `${stat.mtimeMs} ${stat.ino} ${stat.size}` : "gone";
+  };
+  return tls ? [tls.cert, tls.key, tls.clientCa].map((file) => file && stamp(file)).join(", ") : "";
+}
+
+/** Throws an OperatorError when a file of `tls` cannot be read, or is no pair with the other. */
+function readTls(tls: ReceiverConfig["tls"]): Tls | undefined {
+  if (!tls) return undefined;
+  const read = (path: string) => {
+    try {
+      return readFileSync(path, "utf8");
+    } catch (error) {
+      throw new OperatorError(`Cannot read receiver.tls file ${path}: ${errorMessage(error)}`);
+    }
+  };
+  const [cert, key] = [read(tls.cert), read(tls.key)];
+  let isPair: boolean;
+  try {
+    isPair = new X509Certificate(cert).checkPrivateKey(createPrivateKey(key));
+  } catch (error) {
+    throw new OperatorError(`Cannot use receiver.tls ${tls.cert} and ${tls.key}: ${errorMessage(error)}`);
+  }
+  if (!isPair) throw new OperatorError(`receiver.tls: ${tls.key} is not the key of ${tls.cert}`);
+  return { cert, key, clientNames: tls.clientName, ...(tls.clientCa && { clientCa: read(tls.clientCa) }) };
+}
+
+function certificateEnd(tls: Tls | undefined): string {
+  return tls ? new Date(new X509Certificate(tls.cert).validTo).toISOString() : "";
+}
+
+// ---- the receiver
+
 /** What the app works with: who may come in, what is stored, what is told. */
-export interface Receiver {
+export class Receiver {
+  config: ReceiverConfig;
   access: Access;
-  intake: Intake;
-  store: Store;
-  metrics: Metrics;
-  status: () => Promise<Status>;
+  readonly intake: Intake;
+  readonly store: Store;
+  readonly refusals: Refusals;
+  readonly counts = new Counts();
+  readonly log: Log;
+  readonly now: () => number;
+  readonly signal: AbortSignal;
+  readonly startedAt: number;
+  readonly status: () => Promise<Status>;
+  readonly #monitor: MonitorConfig | undefined;
+  #forgetsAt = Number.NEGATIVE_INFINITY;
+
+  constructor(config: ReceiverConfig, { log, now, signal, monitor }: ReceiverOptions) {
+    this.config = config;
+    this.log = log;
+    this.now = now;
+    this.signal = signal;
+    this.#monitor = monitor;
+    this.startedAt = now();
+    this.access = new Access(config, { log, now, expected: monitor?.expected ?? [] });
+    this.intake = new Intake(config);
+    this.refusals = new Refusals(log, now);
+    this.store = createStore(this.#storeOptions(config));
+    this.status = createStatusReader(config, {
+      now,
+      ledgerOf: (host) => this.store.senders.get(host)?.ledger,
+    });
+  }
+
+  #storeOptions(config: ReceiverConfig) {
+    const findWindow = createWindowFinder(config.windowMinutes, config);
+    return { ...config, findWindow, log: this.log, now: this.now };
+  }
+
+  /** Takes up a config while running. Gives the keys that can't change before a restart. */
+  configure(next: ReceiverConfig): string[] {
+    const fixed = ["listen", "dir", "prefix", "windowMinutes", "idleTimeoutSeconds"] as const;
+    const kept = fixed.filter((key) => next[key] !== this.config[key]) as string[];
+    const ports = ({ groups }: ReceiverConfig) => groups.map((group) => group.port).join();
+    if (ports(next) !== ports(this.config)) kept.push("groups");
+    if (JSON.stringify(next.tls) !== JSON.stringify(this.config.tls)) kept.push("tls");
+    const { listen, dir, prefix, windowMinutes, idleTimeoutSeconds, tls, groups } = this.config;
+    const same = { listen, dir, prefix, windowMinutes, idleTimeoutSeconds, tls };
+    this.config = { ...next, ...same, ...(kept.includes("groups") && { groups }) };
+    const { log, now } = this;
+    this.access = new Access(this.config, { log, now, expected: this.#monitor?.expected ?? [] });
+    this.intake.limits = this.config;
+    this.store.configure(this.#storeOptions(this.config));
+    return kept;
+  }
+
+  /** Forgets the hosts that `--forget` named. */
+  async takeForgets(): Promise<void> {
+    if (this.now() - this.#forgetsAt < FORGET_EVERY_MS) return;
+    this.#forgetsAt = this.now();
+    for (const host of this.store.senders.keys()) {
+      if (!(await exists(join(folders(this.config.dir).host(host), FORGET)))) continue;
+      await this.store.forget(host);
+      this.log.info("host forgotten", { host });
+    }
+  }
+}
+
+interface ReceiverOptions {
   log: Log;
+  now: () => number;
   signal: AbortSignal;
+  monitor?: MonitorConfig | undefined;
 }
 
 /** The receiver without its ports. Nothing is on disk before the store is started or a chunk comes. */
-export function createReceiver(
-  config: ReceiverConfig,
-  { log, now, signal }: { log: Log; now: () => number; signal: AbortSignal },
-): Receiver {
-  const metrics = createMetrics();
-  const findWindow = createWindowFinder(config.windowMinutes, config.timestampPattern);
-  const intake = createIntake(config);
-  const store = createStore({
-    ...config,
-    ...{ findWindow, log, now },
-    inHand: () => intake.requests,
-    onCommit: metrics.commit,
-  });
-  const status = createStatusReader(config, {
-    now,
-    ledgerOf: (host) => store.senders.get(host)?.ledger,
-  });
-  return { access: createAccess(config), intake, store, metrics, status, log, signal };
+export function createReceiver(config: ReceiverConfig, options: ReceiverOptions): Receiver {
+  return new Receiver(config, options);
 }
 
+type App = ReturnType<typeof createApp>;
+type HttpContext = Context<{ Bindings: Arrival }>;
+
 /** The HTTP side: one app for all ports; the server tells by which a request came. */
-export function createApp({ access, intake, store, metrics, status, log, signal }: Receiver) {
+export function createApp(receiver: Receiver) {
+  const { store, intake } = receiver;
   const app = new Hono<{ Bindings: Arrival }>();
 
-  app.use(async (_, next) => {
-    if (signal.aborted) throw new WireError(503, "shutting down");
+  app.use(async (c, next) => {
+    c.header("Cache-Control", "no-store");
+    c.header("X-Content-Type-Options", "nosniff");
+    if (receiver.signal.aborted) throw new WireError(503, "shutting down", "shutting down");
     await next();
   });
 
-  app.get("/healthz", (c) => c.json({ status: "ok", version: VERSION }));
+  app.get("/healthz", (c) => {
+    const fault = store.health();
+    return c.json({ status: fault ?? "ok", version: VERSION }, fault === undefined ? 200 : 503);
+  });
 
-  // Hono answers HEAD with what GET would, without the body.
+  // For shippers of version 1.0. Hono answers HEAD with what GET would, without the body.
   app.get(UPLOAD_PATH, async (c) => {
-    const { headers } = c.req.raw;
-    const { host, stream } = parseStreamHeaders(headers);
-    access.authorise(host, headers, c.env);
-    const offset = await store.committed(host, stream);
-    return offset === undefined ? c.body(null, 404) : c.body(null, 200, { [HEADER.offset]: String(offset) });
+    const { host, stream } = parseStreamHeaders(c.req.raw.headers);
+    receiver.access.authorise(host, c.req.raw.headers, c.env);
+    const [found] = await store.streams(host, [stream], {}, c.env.peer);
+    return found ? c.body(null, 200, { [HEADER.offset]: String(found.offset) }) : c.body(null, 404);
   });
 
   app.post(UPLOAD_PATH, (c) => {
     const type = (c.req.header("Content-Type") ?? "").split(";")[0]?.trim().toLowerCase();
-    if (type === "text/plain") return takeChunk(c);
-    if (type === "application/json") return takeLegacy(c);
-    throw new WireError(415, `Content-Type ${JSON.stringify(type)} is not known; expected text/plain`);
+    if (type === "text/plain") return takeChunk(receiver, c);
+    if (type === "application/json") return takeLegacy(receiver, c);
+    const shown = JSON.stringify(type?.slice(0, 60));
+    throw new WireError(415, `Content-Type ${shown} is not known; expected text/plain`);
   });
 
-  async function takeChunk(c: Context<{ Bindings: Arrival }>): Promise<Response> {
+  app.post(STREAMS_PATH, async (c) => {
     const { headers } = c.req.raw;
-    const chunk = parseChunkHeaders(headers);
-    access.authorise(chunk.host, headers, c.env);
-    return intake.take(c.req.raw, async (body) => {
-      const range = chunk.end - chunk.offset;
-      if (body.length > range)
-        throw new WireError(400, `body has ${body.length} bytes, its range only ${range}`);
-      const outcome = await store.commit({ ...chunk, body });
-      metrics.chunk(chunk.host, body.length, outcome);
-      const { conflict, lines, offset } = outcome;
-      c.header(HEADER.offset, String(offset));
-      return conflict ? c.text(`stream ${chunk.stream} is at ${offset}\n`, 409) : c.json({ lines, offset });
+    const host = parseHostHeader(headers);
+    const news = parseNews(headers);
+    const peer = receiver.access.authorise(host, headers, c.env);
+    return intake.take(host, c.req.raw, async ({ body }) => {
+      const names = parseNames(body, receiver.config.maxStreamsPerHost);
+      return c.json({ host, streams: await store.streams(host, names, news, peer) });
     });
-  }
+  });
 
-  async function takeLegacy(c: Context<{ Bindings: Arrival }>): Promise<Response> {
-    const { headers } = c.req.raw;
-    access.checkLegacy(headers, c.env);
-    return intake.take(c.req.raw, async (json) => {
-      const { host, body } = parseLegacy(json);
-      access.authoriseLegacy(host, headers, c.env);
-      const outcome = await store.commit({ host, stream: LEGACY_STREAM, body });
-      metrics.chunk(host, body.length, outcome);
-      return c.text(`OK - ${outcome.lines} lines`);
-    });
-  }
-
+  const watchersOnly = async (c: HttpContext, next: Next) => {
+    if (!receiver.access.mayWatch(c.req.raw.headers, c.env))
+      throw new WireError(401, "a token is required", "no token for the page");
+    await next();
+  };
   app.use("/", watchersOnly);
   app.use("/metrics", watchersOnly);
-  app.get("/", async (c) => c.body(renderPage(await status()), 200, pageHeaders));
+  app.get("/", async (c) => c.body(renderPage(await receiver.status()), 200, pageHeaders));
   app.get("/metrics", async (c) =>
-    c.body(metrics.render(await status(), intake), 200, { "Content-Type": METRICS_TYPE }),
+    c.body(renderMetrics(receiver, await receiver.status()), 200, { "Content-Type": METRICS_TYPE }),
   );
 
-  async function watchersOnly(c: Context<{ Bindings: Arrival }>, next: Next): Promise<void> {
-    if (!access.mayWatch(c.req.raw.headers, c.env))
-      throw new WireError(401, "a token is required, or loopback");
-    await next();
+  app.notFound((c) => c.text("there is nothing here\n", 404));
+  app.onError((error, c) => answerError(receiver, error, c));
+  return app;
+}
+
+/** One chunk: admitted, read, stored, answered. */
+async function takeChunk({ access, intake, store, counts }: Receiver, c: HttpContext): Promise<Response> {
+  const { headers } = c.req.raw;
+  const chunk = parseChunkHeaders(headers);
+  const peer = access.authorise(chunk.host, headers, c.env);
+  return intake.take(chunk.host, c.req.raw, async ({ body, encoded }) => {
+    const range = chunk.end - chunk.offset;
+    if (body.length > range)
+      throw new WireError(400, `body has ${body.length} bytes, its range only ${range}`);
+    const started = performance.now();
+    const outcome = await store.commit({ ...chunk, body, peer, ...(encoded && { encoded }) });
+    counts.chunk(chunk.host, body.length, outcome, performance.now() - started);
+    const { kind, lines, offset, mark } = outcome;
+    if (kind === "unknown")
+      return c.text(`stream ${chunk.stream} is not known, and this is not its beginning\n`, 409);
+    c.header(HEADER.offset, String(offset));
+    if (kind === "stored") return c.json({ lines, offset });
+    if (mark !== undefined && chunk.mark !== undefined) c.header(HEADER.mark, mark); // 1.0 has no marks
+    return c.text(`receiver has stream ${chunk.stream} up to byte ${offset}\n`, 409);
+  });
+}
+
+/** The stream names that a question is about; undefined for all. Throws a WireError (400, 413). */
+function parseNames(body: Uint8Array, most: number): string[] | undefined {
+  if (body.length === 0) return undefined;
+  const { streams } = parseJson(body) as { streams?: unknown };
+  if (!Array.isArray(streams) || !streams.every((name) => typeof name === "string" && isStreamName(name)))
+    throw new WireError(400, 'expected {"streams": ["<name>", …]}');
+  if (streams.length > most) throw new WireError(413, `a question is about ${most} streams at most`);
+  return streams;
+}
+
+function parseJson(bytes: Uint8Array): object {
+  try {
+    const value = JSON.parse(Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length).toString());
+    return Object(value);
+  } catch (error) {
+    throw new WireError(400, `body is no JSON: ${(error as Error).message.slice(0, 80)}`);
+  }
+}
+
+/** Names what came in the original's form in the ledger; shorter than a stream of the wire may be. */
+const LEGACY_STREAM = "legacy";
+
+/** The original Python shipper's form: `{"log": "<lines>", "host": "<ip>"}`, an empty line after every line. */
+async function takeLegacy({ access, intake, store, counts }: Receiver, c: HttpContext): Promise<Response> {
+  const { headers } = c.req.raw;
+  const peer = access.checkLegacy(headers, c.env);
+  return intake.take(peer, c.req.raw, async ({ body: json }) => {
+    const { log, host: name } = parseJson(json) as { log?: unknown; host?: unknown };
+    const host = typeof name === "string" ? parseHost(name) : undefined;
+    if (typeof log !== "string" || host === undefined)
+      throw new WireError(400, 'expected {"log": "<lines>", "host": "<address>"}');
+    access.authoriseLegacy(host, peer, c.env);
+    const lines = log.split("\n").filter((line) => line !== "" && line !== "\r");
+    const body = Buffer.from(lines.map((line) => `${line}\n`).join(""));
+    const started = performance.now();
+    const outcome = await store.commit({ host, stream: LEGACY_STREAM, body, peer });
+    counts.chunk(host, body.length, outcome, performance.now() - started);
+    return c.text(`OK - ${outcome.lines} lines`);
+  });
+}
+
+/** What a refused or failed request is answered; a fault of ours says nothing of itself to strangers. */
+function answerError(receiver: Receiver, error: Error, c: HttpContext): Response {
+  const { log, refusals, access } = receiver;
+  if (!(error instanceof WireError || error instanceof StoreError)) {
+    log.error("request failed", { path: printable(c.req.path), error: printable(errorMessage(error)) });
+    return c.text("the receiver has a fault; see its log\n", 500);
+  }
+  const { status } = error;
+  const host = parseHost(c.req.header(HEADER.host) ?? "") ?? "";
+  const reason = error instanceof WireError ? error.reason : status === 403 ? "name taken" : "not stored";
+  refusals.note({
+    status,
+    reason,
+    host,
+    peer: access.clientAddress(c.req.raw.headers, c.env),
+    text: error.message,
+  });
+  if (status === 401)
+    c.header("WWW-Authenticate", [UPLOAD_PATH, STREAMS_PATH].includes(c.req.path) ? "Bearer" : BROWSER_LOGIN);
+  if (status === 503) c.header("Retry-After", RETRY_AFTER_SECONDS);
+  return c.text(`${error.message}\n`, status as 400);
+}
+
+// ---- what is told
+
+/** `.receiver-<port>.json`: that this receiver runs, and whom it refuses, for the monitor and the page. */
+class StateFile {
+  readonly #receiver: Receiver;
+  readonly #ports: Port[];
+  readonly #faults: FaultLog;
+  #at = Number.NEGATIVE_INFINITY;
+  #health: string | undefined;
+
+  constructor(receiver: Receiver, ports: Port[]) {
+    this.#receiver = receiver;
+    this.#ports = ports;
+    this.#faults = createFaultLog(receiver.log, receiver.now);
   }
 
-  app.notFound((c) => c.text(`there is no ${c.req.method} ${c.req.path}\n`, 404));
-
-  app.onError((error, c) => {
-    if (!(error instanceof WireError || error instanceof StoreError)) {
-      log.error("request failed", { path: c.req.path, error: errorMessage(error) });
-      return c.text("the receiver has a fault; see its log\n", 500);
+  /** Every ten seconds, and when something changed. */
+  async write(): Promise<void> {
+    const { config, refusals, store, startedAt, now } = this.#receiver;
+    const health = store.health();
+    if (!refusals.changed && health === this.#health && now() - this.#at < STATE_EVERY_MS) return;
+    refusals.changed = false;
+    this.#health = health;
+    this.#at = now();
+    const ports = this.#ports.map(({ port }) => port).sort((a, b) => a - b);
+    const state = {
+      version: 1,
+      at: this.#at,
+      startedAt,
+      ports,
+      ...(health !== undefined && { health }),
+      refused: refusals.list(),
+      pressed: refusals.pressed(),
+    };
+    try {
+      await writeState(join(config.dir, `.receiver-${ports[0]}.json`), state);
+      this.#faults.recovered("state", "state file is written again");
+    } catch (error) {
+      this.#faults.failed("state", "state file not written", { error: errorMessage(error) });
     }
-    metrics.refused(error.status);
-    if (error.status === 401)
-      c.header("WWW-Authenticate", c.req.path === UPLOAD_PATH ? "Bearer" : BROWSER_LOGIN);
-    if (error.status === 503) c.header("Retry-After", RETRY_AFTER_SECONDS);
-    return c.text(`${error.message}\n`, error.status as 400);
+  }
+}
+
+/** Upper bounds of the histogram of commits, in seconds. */
+const COMMIT_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5];
+const PREFIX = "log_rt_sync_receiver_";
+const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
+
+type Count = { lines: number; bytes: number; chunks: number; duplicates: number };
+
+/** What is counted since the start. */
+class Counts {
+  readonly hosts = new Map<string, Count>();
+  readonly buckets = COMMIT_SECONDS.map(() => 0);
+  seconds = 0;
+  commits = 0;
+
+  chunk(host: string, bytes: number, { kind, lines }: Outcome, ms: number): void {
+    const count = this.hosts.get(host) ?? { lines: 0, bytes: 0, chunks: 0, duplicates: 0 };
+    this.hosts.set(host, count);
+    if (kind === "stored") {
+      count.chunks++;
+      count.lines += lines;
+      count.bytes += bytes;
+    } else count.duplicates++;
+    this.commits++;
+    this.seconds += ms / 1000;
+    for (const [i, bound] of COMMIT_SECONDS.entries()) {
+      if (ms / 1000 <= bound) this.buckets[i] = (this.buckets[i] ?? 0) + 1;
+    }
+  }
+}
+
+type Sample = [labels: Record<string, string>, value: number];
+type Row = [name: string, type: "gauge" | "counter" | "histogram", help: string, samples: Sample[]];
+
+/**
+ * Prometheus' text format 0.0.4; names by its guide: one prefix, base units, `_total` on counters. What is in the
+ * ledgers survives a restart; the rest is counted since the start.
+ */
+function renderMetrics({ counts, intake, refusals, store }: Receiver, status: Status): string {
+  const counted = (key: keyof Count): Sample[] =>
+    [...counts.hosts].map(([host, count]) => [{ host }, count[key]]);
+  const told = (value: (host: Status["hosts"][number]) => number): Sample[] =>
+    status.hosts.map((host) => [{ host: host.host }, value(host)]);
+  const facts = (key: "skipped" | "untimed" | "ahead" | "gone"): Sample[] =>
+    [...store.senders].map(([host, { ledger }]) => [{ host }, ledger.facts[key] ?? 0]);
+  const one = (value: number): Sample[] => [[{}, value]];
+  const refused = [...refusals.counts.values()].map(
+    ({ status: code, reason, count }): Sample => [{ status: String(code), reason }, count],
+  );
+  const { disk } = status;
+  const rows: Row[] = [
+    ["build_info", "gauge", "Version that runs", [[{ version: VERSION }, 1]]],
+    ["start_time_seconds", "gauge", "When it started", one(status.startedAt / 1000)],
+    ["lines_total", "counter", "Lines stored since the start", counted("lines")],
+    ["bytes_total", "counter", "Bytes of lines stored since the start", counted("bytes")],
+    ["chunks_total", "counter", "Chunks taken since the start", counted("chunks")],
+    ["duplicates_total", "counter", "Chunks answered 409", counted("duplicates")],
+    ["refused_total", "counter", "Requests refused, by status and reason", refused],
+    ["last_seen_timestamp_seconds", "gauge", "When a sender was heard of", told((h) => h.heardAt / 1000)],
+    ["last_line_timestamp_seconds", "gauge", "When its last line came", told((h) => h.lineAt / 1000)],
+    ["lag_bytes", "gauge", "Bytes that a sender still has to ship", told((h) => h.lag)],
+    ["lost_bytes_total", "counter", "Bytes that vanished before they were read", told((h) => h.lost)],
+    [
+      "gone_bytes_total",
+      "counter",
+      "Bytes that were acknowledged and vanished from this disk",
+      facts("gone"),
+    ],
+    ["skipped_lines_total", "counter", "Lines that rules of the sender left out", facts("skipped")],
+    ["untimed_lines_total", "counter", "Lines without a timestamp", facts("untimed")],
+    ["ahead_lines_total", "counter", "Lines of a clock that is ahead", facts("ahead")],
+    ["undelivered_bytes", "gauge", "Bytes in batches that still take lines", openBytes(store)],
+    ["open_batches", "gauge", "Batches that still take lines", told((h) => h.open)],
+    ["sealed_batches", "gauge", "Sealed batches that wait for the forwarder", told((h) => h.waiting)],
+    ["failed_batches", "gauge", "Batches in failed/", told((h) => h.failed)],
+    ["requests_in_flight", "gauge", "Requests in hand", one(intake.requests)],
+    ["bytes_in_flight", "gauge", "Bytes of bodies in hand", one(intake.bytes)],
+    ["disk_free_bytes", "gauge", "Free space of dir", disk ? one(disk.free) : []],
+    ["disk_size_bytes", "gauge", "Size of dir's disk", disk ? one(disk.total) : []],
+  ];
+  return rows.map(formatRow).join("") + formatCommits(counts);
+}
+
+function openBytes(store: Store): Sample[] {
+  return [...store.senders].map(([host, { ledger }]) => {
+    const bytes = [...ledger.open.values()].reduce((sum, batch) => sum + batch.bytes, 0);
+    return [{ host }, bytes];
   });
-  return app;
+}
+
+function formatRow([name, type, help, samples]: Row): string {
+  const rows = samples.map(([labels, value]) => `${PREFIX}${name}${formatLabels(labels)} ${value}\n`);
+  return rows.length === 0
+    ? ""
+    : `# HELP ${PREFIX}${name} ${help}.\n# TYPE ${PREFIX}${name} ${type}\n${rows.join("")}`;
+}
+
+function formatLabels(labels: Record<string, string>): string {
+  const quote = (text: string) => text.replace(/[\\"]/g, "\\$&").replace(/\n/g, "\\n");
+  const pairs = Object.entries(labels).map(([name, value]) => `${name}="${quote(value)}"`);
+  return pairs.length > 0 ? `{${pairs.join(",")}}` : "";
+}
+
+function formatCommits({ buckets, seconds, commits }: Counts): string {
+  const name = `${PREFIX}commit_duration_seconds`;
+  const rows = buckets.map((n, i) => `${name}_bucket{le="${COMMIT_SECONDS[i]}"} ${n}\n`).join("");
+  const head = `# HELP ${name} From a whole body to stable storage.\n# TYPE ${name} histogram\n`;
+  return `${head}${rows}${name}_bucket{le="+Inf"} ${commits}\n${name}_sum ${seconds}\n${name}_count ${commits}\n`;
+}
+
+// ---- --forget
+
+const FORGET = ".forget";
+
+/** Leaves a mark that the running receiver, or the next one, takes. Throws an OperatorError when it is too early. */
+async function leaveForget({ config, log, now }: Service<"receiver">, name: string): Promise<number> {
+  const host = parseHost(name);
+  if (host === undefined) throw new UsageError(`"${printable(name)}" is not an IP address or a host name`);
+  const folder = folders(config.dir).host(host);
+  const ledger = await readLedger(folder);
+  if (!ledger) throw new OperatorError(`Host ${host} is not known in ${config.dir}`);
+  const failed = await listBatches(folders(config.dir).failed, "sealed");
+  const waiting = [
+    ...(await listBatches(folder, "open", "sealed")),
+    ...failed.filter((batch) => parseBatchName(batch)?.host === dashedHost(host)),
+  ];
+  if (waiting.length > 0)
+    throw new OperatorError(
+      `Host ${host} is not forgotten: ${waiting.length} of its batches wait, as ${waiting[0]}`,
+    );
+  const minutes = Math.round((now() - ledger.heardAt) / 60_000);
+  if (minutes < 60)
+    throw new OperatorError(
+      `Host ${host} is not forgotten: it was heard ${minutes} minutes ago, less than an hour`,
+    );
+  await writeDurably(join(folder, FORGET), "");
+  log.info("host will be forgotten within a minute by a running receiver, else at its start", { host });
+  return EXIT.done;
+}
+
+// ---- --check
+
+/** The monitor's section when there is one; a fault in it is only told. */
+async function readMonitorSection(file: string): Promise<{ section?: MonitorConfig; fault?: string }> {
+  try {
+    const text = await readFile(file, "utf8");
+    if (!("monitor" in JSON.parse(text.replace(/^\uFEFF/, "")))) return {};
+    return { section: parseConfig(text, "monitor", file) };
+  } catch (error) {
+    return { fault: errorMessage(error) };
+  }
+}
+
+/** What is wrong with the config beyond its form: tokens, certificate, logFormat, names that are too long. */
+function findFaults(config: ReceiverConfig): string[] {
+  const { tokens = {}, tls, viewToken, logFormat = [], groups } = config;
+  const secrets = Object.entries(tokens).flatMap(([host, refs]) =>
+    refs.map((token, index) => [refs.length > 1 ? `tokens.${host}[${index}]` : `tokens.${host}`, token]),
+  );
+  const { clientName, ...files } = tls ?? {};
+  const named = Object.entries(files).map(([key, file]) => [`tls.${key}`, { file }]);
+  const unreadable = secretFaults(
+    "receiver",
+    Object.fromEntries([...secrets, ...named, ...(viewToken ? [["viewToken", viewToken]] : [])]),
+  );
+  const formats = logFormat.flatMap((format, index) => {
+    try {
+      compileFormat(format);
+      return [];
+    } catch (error) {
+      return [`receiver.logFormat${logFormat.length > 1 ? `[${index}]` : ""}: ${errorMessage(error)}`];
+    }
+  });
+  const most = longestHost(config);
+  const long = groups.flatMap(({ senders }) => senders.filter((sender) => sender.length > most));
+  const names = long.map(
+    (name) =>
+      `receiver.groups: ${name} is longer than ${most} characters, the most that file names have room for`,
+  );
+  const pair: string[] = [];
+  if (tls && !unreadable.some((fault) => fault.includes(".tls."))) {
+    try {
+      readTls(tls);
+    } catch (error) {
+      pair.push(`receiver.tls: ${errorMessage(error)}`);
+    }
+  }
+  if (clientName && !tls?.clientCa) pair.push("receiver.tls.clientName: needs clientCa");
+  return [...unreadable, ...formats, ...names, ...pair];
+}
+
+/** What works, and should not stay so. */
+function findWarnings(config: ReceiverConfig, configFile: string, monitorFault?: string): string[] {
+  const { tokens, tls, listen, viewToken, timestampPattern, logFormat = [] } = config;
+  const warnings: string[] = [];
+  const secrets = Object.entries(tokens ?? {}).flatMap(([host, refs]) =>
+    refs.map((ref) => ({ name: `tokens.${host}`, ref })),
+  );
+  if (viewToken) secrets.push({ name: "viewToken", ref: viewToken });
+  for (const { name, ref } of secrets) {
+    if (readSecretOrNone(ref).length < SHORT_TOKEN)
+      warnings.push(
+        `receiver.${name}: shorter than ${SHORT_TOKEN} characters; make one with: openssl rand -base64 32`,
+      );
+    if ("file" in ref && isReadByOthers(ref.file))
+      warnings.push(`receiver.${name}: others may read ${ref.file}; chmod 640 it`);
+  }
+  if (isReadByOthers(configFile)) warnings.push(`others may read ${configFile}; chmod 640 it`);
+  if (tokens && !tls && !isLoopback(listen))
+    warnings.push(
+      `receiver.tokens: go to ${listen} without TLS, so whoever is on the way reads them; set tls`,
+    );
+  if (timestampPattern !== undefined)
+    warnings.push(
+      "receiver.timestampPattern: goes with the next version; set logFormat, nginx's own directive",
+    );
+  for (const format of logFormat) {
+    const { pick, doubtful, variable } = compileFormat(format);
+    if (pick === "only")
+      warnings.push(
+        `receiver.logFormat: a client can write a time into ${doubtful.join(", ")} on both sides of $${variable}; put the time first, or quotes around them. A line with two times there goes with the line before it`,
+      );
+  }
+  if (monitorFault) warnings.push(`monitor: its thresholds are not used: ${monitorFault}`);
+  return warnings;
+}
+
+function readSecretOrNone(ref: SecretRef): string {
+  try {
+    return readSecret(ref);
+  } catch {
+    return "x".repeat(SHORT_TOKEN); // told as a fault
+  }
+}
+
+function isReadByOthers(file: string): boolean {
+  return ((statSync(file, { throwIfNoEntry: false })?.mode ?? 0) & 0o004) !== 0;
 }
 
 /** What only this host can tell, for `--check`. */
 async function checkReceiver({ config }: Service<"receiver">): Promise<string[]> {
-  const faults: string[] = [];
-  const attempt = async (work: () => unknown) => {
-    try {
-      await work();
-    } catch (error) {
-      faults.push(errorMessage(error));
-    }
+  const faults = findFaults(config);
+  await prepareFolder(config).catch((error) => faults.unshift(errorMessage(error)));
+  return faults;
+}
+
+// ---- until the store has its own
+interface Outcome {
+  kind: "stored" | "conflict" | "unknown";
+  lines: number;
+  offset: number;
+  mark?: string;
+}
+type OldChunk = Parameters<ReturnType<typeof createOldStore>["commit"]>[0];
+type Store = ReturnType<typeof createStore>;
+function createStore(options: Omit<Parameters<typeof createOldStore>[0], "inHand" | "onCommit">) {
+  const old = createOldStore({ ...options, inHand: () => 1, onCommit: () => {} });
+  return {
+    ...old,
+    async commit(chunk: OldChunk & { peer: string; encoded?: unknown; mark?: string }): Promise<Outcome> {
+      const { conflict, lines, offset } = await old.commit(chunk);
+      return { kind: conflict ? "conflict" : "stored", lines, offset };
+    },
+    async streams(host: string, names: string[] | undefined, _news: object, _peer: string) {
+      const all = names ?? [...(old.senders.get(host)?.ledger.streams.keys() ?? [])];
+      const found = await Promise.all(
+        all.map(async (stream) => ({ stream, offset: await old.committed(host, stream) })),
+      );
+      return found.flatMap(({ stream, offset }) => (offset === undefined ? [] : [{ stream, offset }]));
+    },
+    configure(_: object) {},
+    async forget(_: string) {},
+    health: (): string | undefined => undefined,
   };
-  await attempt(() => prepareFolder(config));
-  return [...faults, ...checkSecrets(config)];
 }
 
 if (import.meta.main) {
@@ -284,7 +812,10 @@ if (import.meta.main) {
     {
       name: "receiver",
       about: "Takes log lines from shippers over HTTP and files them in batches, one per sender and window.",
-      flags: { "port=N": "serve the group of this port alone, as one process of several" },
+      flags: {
+        "port=N": "serve the group of this port alone, as one process of several",
+        "forget=HOST": "forget a host that is gone: its streams and names, once nothing of it waits",
+      },
       callsAtOnce: SYNCS_AT_ONCE,
       check: checkReceiver,
     },

@@ -76,14 +76,25 @@ export interface StreamStatus {
   delivered?: number | undefined;
 }
 
-/** A request that breaks the contract; `status` is the answer. The message is for the sender's log. */
+/**
+ * A request that breaks the contract; `status` is the answer. The message is for the sender's log, the reason, one of
+ * few, for the receiver's.
+ */
 export class WireError extends Error {
   readonly status: number;
-  constructor(status: number, message: string) {
+  readonly reason: string;
+  constructor(status: number, message: string, reason = REASONS[status] ?? "refused") {
     super(message);
     this.status = status;
+    this.reason = reason;
   }
 }
+
+const REASONS: Record<number, string> = {
+  400: "malformed request",
+  413: "too long",
+  415: "unknown type or encoding",
+};
 
 /** Longest run of bytes that a mark or a head speaks of; from so many on it is proof. */
 export const MARK_BYTES = 1024;

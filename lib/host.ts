@@ -11,13 +11,24 @@ import { BlockList, isIP } from "node:net";
 export function parseHost(text: string): string | undefined {
   if (text.length === 0 || text.length > 253) return undefined;
   const host = plainAddress(text);
-  if (isIP(host) === 6)
-    return host.includes("%") ? undefined : new URL(`http://[${host}]`).hostname.slice(1, -1);
+  if (isIP(host) === 6) return host.includes("%") ? undefined : canonicalIpv6(host);
   if (isIP(host) === 4) return host;
   if (host === "sent" || host === "failed") return undefined;
   const labels = host.split(".");
   if (!labels.every((label) => /^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$/.test(label))) return undefined;
   return /^\d+$/.test(labels.at(-1) ?? "") ? undefined : host; // 10.10.21.999 is a wrong address, not a name
+}
+
+/** RFC 5952, by the URL parser, which does not take all that is one; an IPv4 address in hexadecimal is one of IPv4. */
+function canonicalIpv6(address: string): string | undefined {
+  const hex = address.replace(/(\d+)\.(\d+)\.(\d+)\.(\d+)$/, (_, a, b, c, d) =>
+    [a * 256 + Number(b), c * 256 + Number(d)].map((n) => n.toString(16)).join(":"),
+  );
+  const host = URL.parse(`http://[${hex}]`)?.hostname.slice(1, -1);
+  const mapped = /^::ffff:([0-9a-f]{1,4}):([0-9a-f]{1,4})$/.exec(host ?? "");
+  if (!mapped) return host;
+  const [high = 0, low = 0] = mapped.slice(1).map((n) => Number.parseInt(n, 16));
+  return [high >> 8, high & 255, low >> 8, low & 255].join(".");
 }
 
 /** Whether an address to listen on or a peer is this machine itself. */
@@ -29,6 +40,12 @@ export function isLoopback(address: string): boolean {
 /** An IPv4 address that came over an IPv6 socket, in its IPv4 form. */
 export function plainAddress(address: string): string {
   return address.toLowerCase().replace(/^::ffff:(?=\d+\.)/, "");
+}
+
+/** The address of a hop of `X-Forwarded-For`, or of a Host header: some proxies write a port behind it. */
+export function clientOfHop(hop: string): string {
+  const [, bracketed, withPort] = /^\[([^\]]*)\](?::\d+)?$|^([\d.]+):\d+$/.exec(hop.trim()) ?? [];
+  return plainAddress(bracketed ?? withPort ?? hop.trim());
 }
 
 /**

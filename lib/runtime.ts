@@ -3,7 +3,17 @@
  * of the system that `node:` does not have (file locks, syncfs). Everything else is `node:` imports and web standards.
  */
 import { closeSync, openSync } from "node:fs";
+import { connect } from "node:net";
 import { platform, release } from "node:os";
+import { createServer, type TLSSocket } from "node:tls";
+
+/** PEM texts of a server; with `clientCa` a client must show a certificate, with `clientNames` its names are told. */
+export interface Tls {
+  cert: string;
+  key: string;
+  clientCa?: string;
+  clientNames?: boolean;
+}
 
 /** What `serve` needs; `port` 0 takes a free one. */
 export interface ServeOptions {
@@ -13,8 +23,9 @@ export interface ServeOptions {
   maxBodyBytes: number;
   /** Seconds without a byte after which a connection is closed. */
   idleTimeoutSeconds: number;
-  tls?: { cert: string; key: string; clientCa?: string };
-  fetch: (request: Request, peer: string) => Response | Promise<Response>;
+  tls?: Tls;
+  /** `names`: what the client's certificate is for, with `clientNames`. */
+  fetch: (request: Request, peer: string, names?: string[]) => Response | Promise<Response>;
 }
 
 /** A listening server. `close` stops accepting and ends when the requests in hand are answered. */
@@ -28,7 +39,8 @@ interface BunRuntime {
   serve(options: object): { port: number; stop(force?: boolean): Promise<void> };
 }
 interface BunServer {
-  requestIP(request: Request): { address: string } | null;
+  requestIP(request: Request): { address: string; port: number } | null;
+  timeout(request: Request, seconds: number): void;
 }
 interface DenoRuntime {
   serve(
@@ -56,13 +68,18 @@ export function serve(options: ServeOptions): Server {
   return deno ? serveOnDeno(deno, options) : serveOnBun(bun as BunRuntime, options);
 }
 
+/** A connection that has not sent a byte of a request for so long is closed; one in mid-request has its own time. */
+const SILENT_SECONDS = 10;
+
 function serveOnBun(runtime: BunRuntime, options: ServeOptions): Server {
   const { tls } = options;
+  if (tls?.clientCa && tls.clientNames) return serveNamed(runtime, options);
+  const seconds = Math.min(255, Math.max(1, Math.round(options.idleTimeoutSeconds)));
   const server = runtime.serve({
     hostname: options.hostname,
     port: options.port,
     maxRequestBodySize: options.maxBodyBytes,
-    idleTimeout: Math.min(255, Math.max(1, Math.round(options.idleTimeoutSeconds))),
+    idleTimeout: Math.min(SILENT_SECONDS, seconds),
     ...(tls && {
       tls: {
         cert: tls.cert,
@@ -70,10 +87,73 @@ function serveOnBun(runtime: BunRuntime, options: ServeOptions): Server {
         ...(tls.clientCa && { ca: tls.clientCa, requestCert: true, rejectUnauthorized: true }),
       },
     }),
-    fetch: (request: Request, self: BunServer) =>
-      options.fetch(request, self.requestIP(request)?.address ?? ""),
+    fetch: (request: Request, self: BunServer) => {
+      self.timeout(request, seconds);
+      return options.fetch(withUrl(request), self.requestIP(request)?.address ?? "");
+    },
   });
   return { port: server.port, close: () => server.stop() };
+}
+
+/** A request without a Host, as health checks send it by HTTP/1.0, has only a path for an URL. */
+function withUrl(request: Request): Request {
+  return request.url.startsWith("/") ? new Request(`http://localhost${request.url}`, request) : request;
+}
+
+/**
+ * Bun's server does not tell a request's client certificate; its TLS sockets do. So they stand in front, and pass the
+ * bytes on to a server on loopback, which knows a connection, and whose it is, by its port: no other is answered.
+ */
+function serveNamed(runtime: BunRuntime, options: ServeOptions): Server {
+  const clients = new Map<number, { peer: string; names: string[] }>();
+  const sockets = new Set<TLSSocket>();
+  const seconds = Math.max(1, options.idleTimeoutSeconds);
+  const inner = runtime.serve({
+    hostname: "127.0.0.1",
+    port: 0,
+    maxRequestBodySize: options.maxBodyBytes,
+    idleTimeout: Math.min(255, Math.round(seconds) + SILENT_SECONDS),
+    fetch: (request: Request, self: BunServer) => {
+      const client = clients.get(self.requestIP(request)?.port ?? 0);
+      if (!client) return new Response(null, { status: 403 });
+      return options.fetch(withUrl(request), client.peer, client.names);
+    },
+  });
+  const { cert, key, clientCa } = options.tls as Tls;
+  const context = { cert, key, ca: clientCa, requestCert: true, rejectUnauthorized: true };
+  const front = createServer({ ...context, handshakeTimeout: SILENT_SECONDS * 1000 }, (socket) => {
+    const client = { peer: socket.remoteAddress ?? "", names: namesOf(socket) };
+    const back = connect(inner.port, "127.0.0.1", () => {
+      clients.set(back.localPort as number, client);
+      socket.pipe(back).pipe(socket);
+    });
+    const end = () => {
+      clients.delete(back.localPort as number);
+      sockets.delete(socket);
+      socket.destroy();
+      back.destroy();
+    };
+    sockets.add(socket);
+    socket.setTimeout((seconds + SILENT_SECONDS) * 1000, end);
+    for (const one of [socket, back]) one.on("error", end).on("close", end);
+  });
+  front.on("tlsClientError", () => {}); // without a certificate that fits: cut off
+  front.listen(options.port, options.hostname);
+  const address = front.address();
+  const port = typeof address === "object" && address ? address.port : options.port;
+  const close = async () => {
+    front.close();
+    await inner.stop();
+    for (const socket of sockets) socket.destroy();
+  };
+  return { port, close };
+}
+
+/** The common name and the alternative names of a client's certificate, in lower case. */
+function namesOf(socket: TLSSocket): string[] {
+  const { subject, subjectaltname = "" } = socket.getPeerCertificate();
+  const others = subjectaltname.split(", ").map((name) => name.replace(/^(?:DNS|IP Address):/, ""));
+  return [subject?.CN, ...others].flatMap((name) => (name ? [String(name).toLowerCase()] : []));
 }
 
 function serveOnDeno(runtime: DenoRuntime, options: ServeOptions): Server {

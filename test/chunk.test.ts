@@ -27,7 +27,7 @@ describe("formatChunkHeaders() and parseChunkHeaders()", () => {
       {
         host: fc.oneof(
           fc.ipV4(),
-          fc.ipV6().map((host) => host.toLowerCase()),
+          fc.ipV6().map((host) => parseHost(host) ?? "::"),
           fc.constant("web-1.example"),
         ),
         stream: fc.stringMatching(/^[A-Za-z0-9_-]{8,64}$/),
@@ -70,6 +70,24 @@ describe("parseHost()", () => {
       "3com": "3com",
     };
     for (const [text, host] of Object.entries(hosts)) expect(parseHost(text)).toBe(host);
+  });
+
+  test("knows one address in each of its notations", () => {
+    const hosts = {
+      "2001:0db8:0:0:0:0:0:1": "2001:db8::1",
+      "2001:DB8::0.0.0.1": "2001:db8::1",
+      "::ffff:10.10.21.181": "10.10.21.181",
+      "::FFFF:0a0a:15b5": "10.10.21.181",
+      "0:0:0:0:0:ffff:10.10.21.181": "10.10.21.181",
+      "::0:0:0:0:0.0.0.0": "::",
+    };
+    for (const [text, host] of Object.entries(hosts)) expect(parseHost(text)).toBe(host);
+    fc.assert(
+      fc.property(fc.ipV6(), (text) => {
+        const host = parseHost(text) ?? "";
+        expect(parseHost(host)).toBe(host);
+      }),
+    );
   });
 
   test("refuses everything that could be another place on the disk", () => {

@@ -39,7 +39,10 @@ async function scrape(): Promise<{ text: string; families: Map<string, Family> }
   await send("http://x", LINE + LINE);
   await send("http://x", LINE, { host: "2001:db8::1" });
   await send("http://x", LINE, { host: "no/host" });
-  const answer = await app.fetch(new Request("http://x/metrics"), arrival);
+  const answer = await app.fetch(
+    new Request("http://x/metrics", { headers: { Host: "127.0.0.1" } }),
+    arrival,
+  );
   expect(answer.headers.get("Content-Type")).toBe("text/plain; version=0.0.4; charset=utf-8");
   const text = await answer.text();
   return { text, families: new Map(parse(text).map((family) => [family.name, family])) };
@@ -59,7 +62,7 @@ describe("/metrics", () => {
     expect(value("bytes_total", host)).toBe(2 * LINE.length);
     expect(value("chunks_total", host)).toBe(1);
     expect(value("duplicates_total", host)).toBe(1);
-    expect(value("refused_total", { status: "400" })).toBe(1);
+    expect(value("refused_total", { status: "400", reason: "malformed request" })).toBe(1);
     expect(value("last_seen_timestamp_seconds", host)).toBe(1_800_000_000);
     expect(value("last_line_timestamp_seconds", host)).toBe(1_800_000_000);
     expect(value("lag_bytes", host)).toBe(5000);

@@ -67,7 +67,8 @@ function talk(
 /** 4 GiB of zeros as 16 members or frames of 256 MiB: 4 MB of gzip, less of zstd. */
 async function bomb(kind: "gzip" | "zstd"): Promise<Uint8Array<ArrayBuffer>> {
   const params = { [constants.ZSTD_c_compressionLevel]: 1 };
-  const stream = kind === "gzip" ? createGzip({ level: 9 }) : createZstdCompress({ params });
+  const stream =
+    kind === "gzip" ? createGzip({ level: 9 }) : createZstdCompress({ params, pledgedSrcSize: 256 << 20 });
   const parts: Buffer[] = [];
   stream.on("data", (part) => parts.push(part));
   const ended = new Promise((resolve) => stream.on("end", resolve));

@@ -138,7 +138,7 @@ describe("POST /upload", () => {
   });
 
   test.each([0, 200, 255, 256, 300, 65_791, 65_792, 1_114_200, 3_000_000])(
-    "reads zstd of %d bytes, whether its frames tell their length or not, and several of them",
+    "reads zstd of %d bytes whose frames tell their length, and several of them; one that does not tell gets 400",
     async (length) => {
       const { send, read } = await open();
       const text = LINE.repeat(Math.ceil(length / LINE.length));
@@ -146,14 +146,19 @@ describe("POST /upload", () => {
       stream.end(text);
       const silent = Buffer.concat((await Array.fromAsync(stream)) as Buffer[]);
       const telling = zstdCompressSync(text, { pledgedSrcSize: text.length });
+      const headers = { "Content-Encoding": "zstd" };
       let offset = 0;
-      for (const body of [telling, silent, Buffer.concat([telling, silent, telling])]) {
-        const headers = { "Content-Encoding": "zstd" };
+      for (const body of [telling, Buffer.concat([telling, telling])]) {
         const answer = await send(new Uint8Array(body), { offset, end: offset + 3 * text.length, headers });
         expect(answer.status).toBe(200);
         offset += 3 * text.length;
       }
-      if (text) expect(await read(`${NAME}.log.part`)).toBe(text.repeat(5));
+      for (const body of [silent, Buffer.concat([telling, silent])]) {
+        const answer = await send(new Uint8Array(body), { offset, end: offset + 3 * text.length, headers });
+        expect(answer.status).toBe(400);
+        expect(await answer.text()).toContain("length");
+      }
+      if (text) expect(await read(`${NAME}.log.part`)).toBe(text.repeat(3));
     },
   );
 
@@ -530,21 +535,64 @@ describe("who may come in", () => {
     expect((await send(LINE, via("10.0.0.5"), { peer: "8.8.8.8" })).status).toBe(403);
   });
 
-  test("status page and metrics are for loopback and tokens, /healthz for everyone", async () => {
-    process.env.RECEIVER_TEST_TOKEN = "own";
-    const { fetch } = await open({ tokens: { "*": { env: "RECEIVER_TEST_TOKEN" } } });
-    const get = (path: string, peer: string, headers: Record<string, string> = {}) =>
-      fetch(new Request(URL + path, { headers }), { peer }).then((answer) => answer.status);
-    for (const path of ["/", "/metrics"]) {
-      expect(await get(path, "127.0.0.1")).toBe(200);
-      expect(await get(path, "10.0.0.9")).toBe(401);
-      expect(await get(path, "127.0.0.1", { "X-Forwarded-For": "10.0.0.9" })).toBe(401);
-      expect(await get(path, "10.0.0.9", { Authorization: "Bearer own" })).toBe(200);
-      expect(await get(path, "10.0.0.9", { Authorization: `Basic ${btoa("me:own")}` })).toBe(200);
-      expect(await get(path, "10.0.0.9", { Authorization: `Basic ${btoa("me:wrong")}` })).toBe(401);
-    }
-    expect(await get("/healthz", "10.0.0.9")).toBe(200);
-    expect(await get("/nothing", "10.0.0.9")).toBe(404);
+  describe("status page and metrics", () => {
+    const watch = async (options: object) => {
+      const { fetch } = await open(options);
+      return (path: string, peer: string, headers: Record<string, string> = {}) =>
+        fetch(new Request(URL + path, { headers: { Host: "127.0.0.1:5001", ...headers } }), { peer }).then(
+          (answer) => answer.status,
+        );
+    };
+    const basic = (token: string) => ({ Authorization: `Basic ${btoa(`me:${token}`)}` });
+    const shown = (token: string) => ({ Authorization: `Bearer ${token}` });
+
+    test('take the token of "*", never a single host\'s, also from loopback', async () => {
+      process.env.RECEIVER_TEST_TOKEN = "everyone's";
+      process.env.RECEIVER_TEST_OWN = "own";
+      const tokens = { "*": { env: "RECEIVER_TEST_TOKEN" }, "10.0.0.1": { env: "RECEIVER_TEST_OWN" } };
+      const get = await watch({ tokens });
+      for (const path of ["/", "/metrics"]) {
+        for (const peer of ["127.0.0.1", "10.0.0.9"]) {
+          expect(await get(path, peer)).toBe(401);
+          expect(await get(path, peer, shown("own"))).toBe(401);
+          expect(await get(path, peer, basic("wrong"))).toBe(401);
+          expect(await get(path, peer, shown("everyone's"))).toBe(200);
+          expect(await get(path, peer, basic("everyone's"))).toBe(200);
+        }
+      }
+      expect(await get("/healthz", "10.0.0.9")).toBe(200);
+      expect(await get("/nothing", "10.0.0.9")).toBe(404);
+    });
+
+    test("take viewToken alone when there is one", async () => {
+      process.env.RECEIVER_TEST_TOKEN = "everyone's";
+      process.env.RECEIVER_TEST_VIEW = "view";
+      const get = await watch({
+        tokens: { "*": { env: "RECEIVER_TEST_TOKEN" } },
+        viewToken: { env: "RECEIVER_TEST_VIEW" },
+      });
+      expect(await get("/metrics", "10.0.0.9", shown("view"))).toBe(200);
+      expect(await get("/metrics", "10.0.0.9", shown("everyone's"))).toBe(401);
+    });
+
+    test("are for loopback where no token is, with a Host of this machine and no sign of a proxy", async () => {
+      const get = await watch({});
+      expect(await get("/", "127.0.0.1")).toBe(200);
+      expect(await get("/", "::1", { Host: "localhost:5001" })).toBe(200);
+      expect(await get("/", "127.0.0.1", { Host: "[::1]:5001" })).toBe(200);
+      expect(await get("/", "10.0.0.9")).toBe(401);
+      for (const headers of [
+        { Host: "evil.example" },
+        { Host: "" },
+        { "X-Forwarded-For": "127.0.0.1" },
+        { Forwarded: "for=127.0.0.1" },
+        { Via: "1.1 proxy" },
+        { "X-Real-IP": "127.0.0.1" },
+      ])
+        expect({ headers, status: await get("/", "127.0.0.1", headers as never) }).toMatchObject({
+          status: 401,
+        });
+    });
   });
 });
 

@@ -147,7 +147,7 @@ describe("createWindowFinder()", () => {
   });
 
   test("takes the first group of a pattern, in either form", () => {
-    const finder = createWindowFinder(20, "^\\w+ <(.*?)>");
+    const finder = createWindowFinder(20, { timestampPattern: "^\\w+ <(.*?)>" });
     expect(windowOf(`GET <22/Nov/2026:06:20:01 +0600> ${other}`, finder)).toBe("26112206_20-39");
     expect(windowOf("GET <2026-11-22T06:20:01Z>", finder)).toBe("26112206_20-39");
     expect(windowOf("GET <yesterday>", finder)).toBeUndefined();

@@ -161,7 +161,9 @@ export class Sender {
     const { findWindow, windowMinutes } = this.#options;
     const { body } = chunk;
     let previous: Window | undefined =
-      stream.window === undefined ? undefined : { name: stream.window, endsAt: stream.windowEnd ?? 0 };
+      stream.window === undefined
+        ? undefined
+        : { name: stream.window, endsAt: stream.windowEnd ?? 0, zone: 0 };
     let pos = 0;
     let lines = 0;
     if (stream.piece !== undefined) {

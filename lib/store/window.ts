@@ -1,10 +1,10 @@
 /**
- * Which window a line belongs to: finds the timestamp by its place in the line, on bytes alone.
+ * Which window a line belongs to, by the time in its place, on bytes alone.
  *
- * nginx escapes quotes inside its fields, so the first `"` of a line opens the request. `$time_local` stands
- * before it and `$remote_user` before that: the last timestamp before the first quote is the real one, and
- * what a client writes into its user name or request is not. Formats that have none there are taken by the
- * first timestamp outside quotes; JSON lines by a value that is a timestamp and nothing else.
+ * With `logFormat` the place is compiled from nginx's own directive. nginx escapes quotes and tabs inside its
+ * variables, so those of the format cut a line into segments that no client can move; of the times in the time's own
+ * segment it is the first, the last, or at a fixed distance from an end, by what the variables beside it can hold.
+ * Without, the rules know what begins like nginx's or Apache's formats, ISO 8601 at the head of a line, and JSON.
  */
 import { formatWindow } from "../batch.ts";
 
@@ -14,74 +14,90 @@ export interface Window {
   name: string;
   /** When it is over, milliseconds since the epoch, by the zone that the line shows. */
   endsAt: number;
+  /** That zone, in minutes east of UTC. */
+  zone: number;
 }
 
 /** The window of the line `bytes[start, end)`, or undefined when the line has no timestamp. */
 export type FindWindow = (bytes: Uint8Array, start: number, end: number) => Window | undefined;
 
-/** How far into a line its timestamp is looked for, in bytes. */
-export const STAMP_WITHIN = 65_536;
+/** How far into a line its timestamp is looked for, in bytes; nginx's default buffers make lines of 85 KB. */
+export const STAMP_WITHIN = 262_144;
 
-const QUOTE = 0x22;
-const BRACKET = 0x5b;
-const BACKSLASH = 0x5c;
-const BRACE = 0x7b;
-const LETTER_T = 0x54;
+const [TAB, SPACE, QUOTE, BRACKET, BACKSLASH, LETTER_T] = [0x09, 0x20, 0x22, 0x5b, 0x5c, 0x54];
+const [OPEN_BRACE, CLOSE_BRACE, CLOSE_BRACKET] = [0x7b, 0x7d, 0x5d];
 const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"].map(
   (name) => (name.charCodeAt(0) << 16) | (name.charCodeAt(1) << 8) | name.charCodeAt(2),
 );
-/** Keys whose value is taken before that of others, in JSON lines. */
-const TIME_KEYS = new Set(["time", "timestamp", "@timestamp", "time_iso8601", "time_local", "ts", "date"]);
-
-/** Length of `22/Nov/2026:06:20:01 +0600`. */
-const LOCAL_LENGTH = 26;
+/** Keys of a time in JSON lines, in lower case. */
+const TIME_KEYS = new Set(
+  [
+    "time",
+    "timestamp",
+    "@timestamp",
+    "@time",
+    "time_iso8601",
+    "time_local",
+    "ts",
+    "t",
+    "date",
+    "datetime",
+  ].concat(["when", "eventtime", "event_time", "start_time", "starttime", "log_time"]),
+);
 /** Windows kept to be found again; lines of more windows than this at a time are slower, not wrong. */
 const KEPT_WINDOWS = 4096;
 
-/**
- * Makes a finder for windows of `windowMinutes`. With `pattern`, a regular expression whose group 1 is the
- * timestamp in either form, only that is looked for, on the line read as latin1.
- */
-export function createWindowFinder(windowMinutes: number, pattern?: string): FindWindow {
-  const windows = new Map<string, Window>();
-  let lastSlot = -1;
-  let lastZone = 0;
-  let last: Window | undefined;
+/** The forms that nginx writes, each of a fixed length. */
+const LENGTH = { time_local: 26, time_iso8601: 25, msec: 14 } as const;
+type TimeVariable = keyof typeof LENGTH;
+
+/** Reads times and gives the window of each, the same object for the same window. */
+class Calendar {
+  readonly #minutes: number;
+  readonly #windows = new Map<string, Window>();
+  #slot = -1;
+  #zone = 0;
+  #last: Window | undefined;
+
+  constructor(windowMinutes: number) {
+    this.#minutes = windowMinutes;
+  }
 
   /** The window of a date, or undefined when there is no such date; `zone` is minutes east of UTC. */
-  function windowOf(y: number, mo: number, d: number, h: number, mi: number, zone: number) {
-    const slot = (((y * 12 + mo) * 32 + d) * 24 + h) * 60 + mi - (mi % windowMinutes);
-    if (slot === lastSlot && zone === lastZone) return last;
+  #windowOf(y: number, mo: number, d: number, h: number, mi: number, zone: number): Window | undefined {
+    const minutes = this.#minutes;
+    const slot = (((y * 12 + mo) * 32 + d) * 24 + h) * 60 + mi - (mi % minutes);
+    if (slot === this.#slot && zone === this.#zone) return this.#last;
     if (d < 1 || d > new Date(Date.UTC(y, mo, 0)).getUTCDate()) return undefined;
     const key = `${slot} ${zone}`;
-    let window = windows.get(key);
+    let window = this.#windows.get(key);
     if (!window) {
-      if (windows.size >= KEPT_WINDOWS) windows.clear();
-      const end = Date.UTC(y, mo - 1, d, h, mi - (mi % windowMinutes) + windowMinutes);
-      window = { name: formatWindow(y, mo, d, h, mi, windowMinutes), endsAt: end - zone * 60_000 };
-      windows.set(key, window);
+      if (this.#windows.size >= KEPT_WINDOWS) this.#windows.clear();
+      const end = Date.UTC(y, mo - 1, d, h, mi - (mi % minutes) + minutes);
+      window = { name: formatWindow(y, mo, d, h, mi, minutes), endsAt: end - zone * 60_000, zone };
+      this.#windows.set(key, window);
     }
-    lastSlot = slot;
-    lastZone = zone;
-    last = window;
+    this.#slot = slot;
+    this.#zone = zone;
+    this.#last = window;
     return window;
   }
 
-  /** `22/Nov/2026:06:20:01 +0600` at `at`, nginx's `$time_local`. */
-  function local(b: Uint8Array, at: number, end: number): Window | undefined {
-    if (at + LOCAL_LENGTH > end) return undefined;
-    if (b[at + 2] !== 0x2f || b[at + 6] !== 0x2f || b[at + 11] !== 0x3a || b[at + 14] !== 0x3a)
+  /** `22/Nov/2026:06:20:01 +0600` at `at`. */
+  local(b: Uint8Array, at: number, end: number): Window | undefined {
+    if (at + LENGTH.time_local > end || b[at + 2] !== 0x2f || b[at + 6] !== 0x2f || b[at + 11] !== 0x3a)
       return undefined;
-    if (b[at + 17] !== 0x3a || b[at + 20] !== 0x20) return undefined;
+    if (b[at + 14] !== 0x3a || b[at + 17] !== 0x3a || b[at + 20] !== SPACE) return undefined;
     const name = ((b[at + 3] as number) << 16) | ((b[at + 4] as number) << 8) | (b[at + 5] as number);
-    const month = MONTHS.indexOf(name) + 1;
     const zone = zoneAt(b, at + 21, two(b, at + 24));
-    return timeOf(b, two(b, at + 7) * 100 + two(b, at + 9), month, two(b, at), at + 12, zone);
+    const year = two(b, at + 7) * 100 + two(b, at + 9);
+    return this.#timeOf(b, year, MONTHS.indexOf(name) + 1, two(b, at), at + 12, zone);
   }
 
-  /** `2026-11-22T06:20:01` with an optional fraction and a zone at `at`; all of it up to `end` when `whole`. */
-  function iso(b: Uint8Array, at: number, end: number, whole: boolean): Window | undefined {
-    if (at + 20 > end || b[at + 4] !== 0x2d || b[at + 7] !== 0x2d || b[at + 10] !== LETTER_T)
+  /** `2026-11-22T06:20:01`, also with a blank for the T, with an optional fraction and a zone; up to `end` when `whole`. */
+  iso(b: Uint8Array, at: number, end: number, whole: boolean): Window | undefined {
+    const mark = b[at + 10];
+    if (at + 20 > end || b[at + 4] !== 0x2d || b[at + 7] !== 0x2d || (mark !== LETTER_T && mark !== SPACE))
       return undefined;
     if (b[at + 13] !== 0x3a || b[at + 16] !== 0x3a) return undefined;
     let next = at + 19;
@@ -89,6 +105,7 @@ export function createWindowFinder(windowMinutes: number, pattern?: string): Fin
       do next++;
       while (next < end && isDigit(b[next]));
     }
+    if (mark === SPACE && b[next] === SPACE) next++;
     let zone = 0;
     if (b[next] === 0x5a) next++;
     else {
@@ -98,116 +115,455 @@ export function createWindowFinder(windowMinutes: number, pattern?: string): Fin
       next += 5 + colon;
     }
     if (next > end || (next < end && (whole || isWord(b[next])))) return undefined;
-    return timeOf(b, two(b, at) * 100 + two(b, at + 2), two(b, at + 5), two(b, at + 8), at + 11, zone);
+    return this.#timeOf(b, two(b, at) * 100 + two(b, at + 2), two(b, at + 5), two(b, at + 8), at + 11, zone);
+  }
+
+  /** `1774720796.103` at `at`, in this machine's own zone. */
+  msec(b: Uint8Array, at: number, end: number): Window | undefined {
+    if (at + LENGTH.msec > end || b[at + 10] !== 0x2e || isDigit(b[at - 1]) || b[at] === 0x30)
+      return undefined;
+    if (at + LENGTH.msec < end && (isDigit(b[at + 14]) || b[at + 14] === 0x2e)) return undefined;
+    let value = 0;
+    for (let i = 0; i < 10; i++)
+      value = value * 10 + (isDigit(b[at + i]) ? (b[at + i] as number) - 48 : Number.NaN);
+    if (Number.isNaN(value) || ![11, 12, 13].every((i) => isDigit(b[at + i]))) return undefined;
+    const date = new Date(value * 1000);
+    const [hour, minute] = [date.getHours(), date.getMinutes()];
+    const zone = -date.getTimezoneOffset();
+    return this.#windowOf(date.getFullYear(), date.getMonth() + 1, date.getDate(), hour, minute, zone);
   }
 
   /** The window of a date whose time `06:20:01` stands at `at`. A number that is none came in as NaN. */
-  function timeOf(b: Uint8Array, y: number, mo: number, d: number, at: number, zone: number) {
+  #timeOf(b: Uint8Array, y: number, mo: number, d: number, at: number, zone: number): Window | undefined {
     const hour = two(b, at);
     const minute = two(b, at + 3);
     const ok = y >= 2000 && y <= 2099 && mo >= 1 && mo <= 12 && d <= 31 && hour <= 23 && minute <= 59; // false for NaN
     if (!ok || !(two(b, at + 6) <= 60) || Number.isNaN(zone)) return undefined;
-    return windowOf(y, mo, d, hour, minute, zone);
+    return this.#windowOf(y, mo, d, hour, minute, zone);
   }
 
-  /** The timestamp whose mark, a bracket or the T of ISO 8601, is at `i`. */
-  function at(b: Uint8Array, i: number, start: number, end: number): Window | undefined {
-    if (b[i] === BRACKET)
-      return i + LOCAL_LENGTH + 1 < end && b[i + LOCAL_LENGTH + 1] === 0x5d
-        ? local(b, i + 1, end)
-        : undefined;
-    const from = i - 10;
-    if (from < start || b[i - 3] !== 0x2d || (from > start && isWord(b[from - 1]))) return undefined;
-    return iso(b, from, end, false);
+  read(variable: TimeVariable, b: Uint8Array, at: number, end: number): Window | undefined {
+    if (variable === "time_local") return this.local(b, at, end);
+    return variable === "msec" ? this.msec(b, at, end) : this.iso(b, at, Math.min(at + 25, end), true);
   }
 
-  // A native search is faster than a loop here; what it found is kept, so that lines without quotes are not
-  // searched to the end of the buffer again and again.
-  let searched: Uint8Array | undefined;
-  let searchedFrom = 0;
-  let quoteAt = 0;
-
-  /** The first quote at or behind `start`; the buffer's length when there is none. */
-  function nextQuote(b: Uint8Array, start: number): number {
-    if (b !== searched || start < searchedFrom || start > quoteAt) {
-      const found = b.indexOf(QUOTE, start);
-      searched = b;
-      searchedFrom = start;
-      quoteAt = found < 0 ? b.length : found;
-    }
-    return quoteAt;
+  /** A text that is a time and nothing else, also in brackets. */
+  whole(b: Uint8Array, start: number, end: number): Window | undefined {
+    if (b[start] === BRACKET && b[end - 1] === CLOSE_BRACKET) return this.whole(b, start + 1, end - 1);
+    const isLocal = end - start === LENGTH.time_local && b[start + 2] === 0x2f;
+    return isLocal ? this.local(b, start, end) : this.iso(b, start, end, true);
   }
+}
 
-  function inText(b: Uint8Array, start: number, end: number): Window | undefined {
-    const quote = nextQuote(b, start);
-    if (quote < end && quote - 29 >= start && b[quote - 29] === BRACKET && b[quote - 2] === 0x5d) {
-      const found = local(b, quote - 28, end); // nginx's combined format: nothing can stand nearer to the quote
-      if (found) return found;
+// ---- logFormat
+
+/** Where the time of a format is, compiled from the text of the format once. */
+export interface Place {
+  variable: TimeVariable;
+  /** Text before the first variable. */
+  prefix: Uint8Array;
+  /** Quotes and tabs of the whole format, and those before the time; undefined with `escape=none`. */
+  delimiters: { all: number; before: number } | undefined;
+  /** Text of the format beside the time, within its segment. */
+  lead: Uint8Array;
+  tail: Uint8Array;
+  /** Which of the times in the segment it is; `start` and `end`: at a fixed distance from that end. */
+  pick: "start" | "end" | "first" | "last" | "only";
+  /** For `only`: the variables on both sides that a client can write a time into. */
+  doubtful: string[];
+  /** A line of this format, for people and for a trial of the place. */
+  example: (now: Date) => string;
+}
+
+interface Piece {
+  variable?: string;
+  text: string;
+}
+
+/** Variables that cannot hold a time: what nginx makes itself, and `$host`; see {@link holdsTime}. */
+const OWN = new RegExp(
+  `^(?:${[
+    "remote_addr|remote_port|realip_remote_(?:addr|port)|proxy_protocol_(?:server_)?(?:addr|port)|binary_remote_addr",
+    "server_(?:addr|port|name|protocol)|scheme|https|http2|http3|status|request_(?:time|length|id|method|completion)",
+    "body_bytes_sent|bytes_(?:sent|received)|connection(?:_requests|_time|s_\\w+)?|pipe|pid|hostname|nginx_version",
+    "msec|time_local|time_iso8601|gzip_ratio|is_args|limit_(?:rate|req_status|conn_status)|tcpinfo_\\w+|geoip2?_\\w+",
+    "upstream_(?!http_|cookie_|trailer_)\\w+|ssl_(?:protocol|cipher|curve|session_id|session_reused|early_data|server_name)",
+    "remote_user|host",
+  ].join("|")})$`,
+);
+
+/** Whether a client can write a time of this form there. `$remote_user` ends at a colon, `$host` has no slash. */
+function holdsTime(name: string, time: TimeVariable): boolean {
+  if (time === "msec" && /^(?:remote_user|host|ssl_server_name)$/.test(name)) return true;
+  return !OWN.test(name);
+}
+
+/** Compiles a format: a whole `log_format …;` or the text between its quotes. Throws an Error that says what it lacks. */
+export function compileFormat(text: string): Place {
+  const { escaping, format } = readDirective(text);
+  const pieces: Piece[] = [];
+  let end = 0;
+  for (const match of format.matchAll(/\$(?:\{(\w+)\}|(\w+))/g)) {
+    const name = match[1] ?? match[2] ?? "";
+    pieces.push({ text: format.slice(end, match.index) }, { variable: name, text: "" });
+    end = match.index + match[0].length;
+  }
+  pieces.push({ text: format.slice(end) });
+  const places = pieces.flatMap(({ variable }, index) =>
+    variable !== undefined && variable in LENGTH ? [placeAt(pieces, index, escaping)] : [],
+  );
+  const rank = ({ pick, variable }: Place) => (pick === "only" ? 2 : 0) + (variable === "msec" ? 1 : 0);
+  const best = places.sort((a, b) => rank(a) - rank(b))[0];
+  if (!best) throw new Error("has no time: expected $time_local, $time_iso8601 or $msec in it");
+  return best;
+}
+
+/** The escaping and the text of a directive as nginx puts it together from its quoted parts, without comments. */
+function readDirective(text: string): { escaping: string; format: string } {
+  const unquote = (part: string) =>
+    part.replace(/\\(["'\\tnr])/g, (_, sign: string) => ({ t: "\t", n: "\n", r: "\r" })[sign] ?? sign);
+  if (!/^\s*log_format\s/.test(text)) {
+    const [, escaping = "default", format = ""] = /^(?:escape=(\w+)\s+)?([\s\S]*)$/.exec(text) ?? [];
+    return { escaping, format: unquote(format) };
+  }
+  const words = text.matchAll(/#[^\n]*|"((?:[^"\\]|\\[\s\S])*)"|'((?:[^'\\]|\\[\s\S])*)'|;|[^\s;]+/g);
+  const [, , ...parts] = [...words].filter(([word]) => !word.startsWith("#") && word !== ";");
+  const [, escaping] = /^escape=(\w+)$/.exec(parts[0]?.[0] ?? "") ?? [];
+  if (escaping !== undefined) parts.shift();
+  return {
+    escaping: escaping ?? "default",
+    format: parts.map(([word, double, single]) => unquote(double ?? single ?? word)).join(""),
+  };
+}
+
+/** The place of the time variable that is the piece `index`. */
+function placeAt(pieces: Piece[], index: number, escaping: string): Place {
+  const variable = pieces[index]?.variable as TimeVariable;
+  const isFree = escaping === "none";
+  const cut = (text: string) => (isFree ? [text] : splitAtDelimiters(text));
+  const before = pieces.slice(0, index);
+  const after = pieces.slice(index + 1);
+  const segmentBefore = lastSegment(before, cut);
+  const segmentAfter = lastSegment(after.toReversed(), (text) => cut(text).reverse());
+  const unsafe = (names: string[]) => names.filter((name) => holdsTime(name, variable));
+  const [left, right] = [unsafe(segmentBefore.variables), unsafe(segmentAfter.variables)];
+  const count = (some: Piece[]) => some.reduce((sum, { text }) => sum + cut(text).length - 1, 0);
+  const pick = () => {
+    if (segmentBefore.variables.length === 0) return "start";
+    if (segmentAfter.variables.length === 0) return "end";
+    if (left.length === 0) return "first";
+    return right.length === 0 ? "last" : "only";
+  };
+  return {
+    variable,
+    prefix: Buffer.from(pieces[0]?.text ?? ""),
+    delimiters: isFree ? undefined : { all: count(pieces), before: count(before) },
+    lead: Buffer.from(segmentBefore.text),
+    tail: Buffer.from(segmentAfter.text),
+    pick: pick(),
+    doubtful: [...left, ...right].map((name) => `$${name}`),
+    example: (now) => pieces.map(({ variable: name, text }) => (name ? exampleOf(name, now) : text)).join(""),
+  };
+}
+
+/** What of the pieces is in the last segment: its variables, and the text behind the last of them. */
+function lastSegment(
+  pieces: Piece[],
+  cut: (text: string) => string[],
+): { variables: string[]; text: string } {
+  const variables: string[] = [];
+  let text: string | undefined;
+  for (const piece of pieces.toReversed()) {
+    if (piece.variable !== undefined) {
+      variables.push(piece.variable);
+      text ??= "";
+      continue;
     }
-    let first: Window | undefined;
-    let latest: Window | undefined;
-    let i = start;
-    for (; i < end; i++) {
-      const byte = b[i];
-      if (byte === QUOTE) break;
-      if (byte === BRACKET || byte === LETTER_T) {
-        latest = at(b, i, start, end) ?? latest;
-        first ??= latest;
-      }
+    const parts = cut(piece.text);
+    text ??= parts.at(-1) ?? "";
+    if (parts.length > 1) break;
+  }
+  return { variables, text: text ?? "" };
+}
+
+/** The parts of a text between its quotes and tabs; those behind a backslash are none. */
+function splitAtDelimiters(text: string): string[] {
+  return text.replace(/\\[\s\S]|["\t]/g, (sign) => (sign.length === 1 ? "\0" : sign)).split("\0");
+}
+
+function exampleOf(name: string, now: Date): string {
+  const iso = now.toISOString().slice(0, 19);
+  const [year, month, day, time] = [iso.slice(0, 4), now.getUTCMonth(), iso.slice(8, 10), iso.slice(11)];
+  const monthName = new Date(Date.UTC(2000, month)).toUTCString().slice(8, 11);
+  const examples: Record<string, string> = {
+    time_local: `${day}/${monthName}/${year}:${time} +0000`,
+    time_iso8601: `${iso}+00:00`,
+    msec: (now.getTime() / 1000).toFixed(3),
+    remote_addr: "192.0.2.1",
+    request: "GET / HTTP/1.1",
+    status: "200",
+  };
+  return examples[name] ?? "-";
+}
+
+/** Finds the time of a line by the places of one format or several. */
+function findByFormats(calendar: Calendar, places: Place[]): FindWindow {
+  const [only] = places;
+  if (only && places.length === 1) {
+    // combined and its like: the time stands just before the first quote
+    if (only.pick === "end" && only.delimiters?.before === 0 && only.delimiters.all > 0) {
+      const back = only.tail.length + LENGTH[only.variable];
+      const quotes = new QuoteSearch();
+      return (b, start, end) => {
+        const to = quotes.first(b, start, end);
+        return matches(b, start, end, only.prefix)
+          ? timeAt(calendar, only, b, to - back, start, to)
+          : undefined;
+      };
     }
-    if (i >= end) return first; // no quotes: nothing marks the place, so the first counts
-    if (latest) return latest;
-    for (let quoted = false; i < end; i++) {
-      const byte = b[i];
-      if (byte === QUOTE) quoted = !quoted;
-      else if (quoted && byte === BACKSLASH) i++;
-      else if (!quoted && (byte === BRACKET || byte === LETTER_T)) {
-        const found = at(b, i, start, end);
-        if (found) return found;
+    return (b, start, end) =>
+      matches(b, start, end, only.prefix) ? findAt(calendar, only, b, start, end) : undefined;
+  }
+  return (b, start, end) => {
+    let count = -1;
+    for (const place of places) {
+      if (!matches(b, start, end, place.prefix)) continue;
+      if (place.delimiters) {
+        if (count < 0) count = countDelimiters(b, start, end);
+        if (count === place.delimiters.all) return findAt(calendar, place, b, start, end);
+      } else {
+        const found = findAt(calendar, place, b, start, end);
+        if (found) return found; // nothing else tells a line of a format whose variables are not escaped
       }
     }
     return undefined;
-  }
+  };
+}
 
-  function whole(b: Uint8Array, start: number, end: number): Window | undefined {
-    if (b[start] === BRACKET && b[end - 1] === 0x5d) return whole(b, start + 1, end - 1);
-    return end - start === LOCAL_LENGTH && b[start + 2] === 0x2f
-      ? local(b, start, end)
-      : iso(b, start, end, true);
-  }
-
-  function inJson(b: Uint8Array, start: number, end: number): Window | undefined {
-    let first: Window | undefined;
-    let keyStart = start;
-    let keyEnd = start;
-    for (let i = start; i < end; i++) {
-      if (b[i] !== QUOTE) continue;
-      const open = i + 1;
-      for (i = open; i < end && b[i] !== QUOTE; i++) if (b[i] === BACKSLASH) i++;
-      let next = i + 1;
-      while (b[next] === 0x20) next++;
-      if (b[next] === 0x3a) {
-        keyStart = open;
-        keyEnd = i;
-      } else if (i < end && i - open >= 20 && i - open <= 48) {
-        const found = whole(b, open, i);
-        if (found && TIME_KEYS.has(latin1(b, keyStart, keyEnd))) return found;
-        first ??= found;
-      }
+/** The window by one place, or undefined when no time, or more than one, stands there. */
+function findAt(calendar: Calendar, place: Place, b: Uint8Array, start: number, end: number) {
+  const { delimiters, pick } = place;
+  let from = start;
+  let to = end;
+  if (delimiters) {
+    const { all, before } = delimiters;
+    if (before <= all - before) {
+      for (let i = 0; i < before && from <= end; i++) from = nextDelimiter(b, from, end) + 1;
+      if (all > before && pick !== "start") to = nextDelimiter(b, from, end);
+    } else {
+      for (let i = all; i > before && to >= start; i--) to = previousDelimiter(b, start, to);
+      if (before > 0 && pick !== "end") from = previousDelimiter(b, start, to) + 1;
     }
-    return first;
+    if (from > end || to < start) return undefined;
   }
+  if (pick === "end")
+    return timeAt(calendar, place, b, to - place.tail.length - LENGTH[place.variable], from, to);
+  if (pick === "start") return timeAt(calendar, place, b, from + place.lead.length, from, to);
+  return searchTime(calendar, place, b, from, to);
+}
 
-  if (pattern !== undefined) {
-    const regexp = new RegExp(pattern);
-    return (bytes, start, end) => {
-      const text = regexp.exec(latin1(bytes, start, Math.min(end, start + STAMP_WITHIN)))?.[1];
-      return text ? whole(Buffer.from(text, "latin1"), 0, text.length) : undefined;
-    };
+/** The first time of a segment, the last, or the only one. */
+function searchTime(calendar: Calendar, place: Place, b: Uint8Array, from: number, to: number) {
+  const last = to - LENGTH[place.variable];
+  const step = place.pick === "last" ? -1 : 1;
+  let found: Window | undefined;
+  for (let at = step > 0 ? from : last; at >= from && at <= last; at += step) {
+    if (b[at + 10] !== 0x2e && b[at + 2] !== 0x2f && b[at + 4] !== 0x2d) continue;
+    const one = timeAt(calendar, place, b, at, from, to);
+    if (!one) continue;
+    if (place.pick !== "only") return one;
+    if (found && found !== one) return undefined;
+    found = one;
   }
+  return found;
+}
+
+/** The window of the time at `at`, when the text of the format stands around it. */
+function timeAt(calendar: Calendar, place: Place, b: Uint8Array, at: number, from: number, to: number) {
+  const { variable, lead, tail } = place;
+  const after = at + LENGTH[variable];
+  if (at < from || after > to || !matches(b, at - lead.length, to, lead) || !matches(b, after, to, tail))
+    return undefined;
+  return variable === "time_local" ? calendar.local(b, at, to) : calendar.read(variable, b, at, to);
+}
+
+function matches(b: Uint8Array, at: number, end: number, text: Uint8Array): boolean {
+  if (at < 0 || at + text.length > end) return false;
+  for (let i = 0; i < text.length; i++) if (b[at + i] !== text[i]) return false;
+  return true;
+}
+
+/** Place of the first quote or tab at or behind `from` that no backslash precedes; `end` when there is none. */
+function nextDelimiter(b: Uint8Array, from: number, end: number): number {
+  for (let i = from; i < end; i++) {
+    const byte = b[i];
+    if (byte === QUOTE || byte === TAB) return i;
+    if (byte === BACKSLASH) i++;
+  }
+  return end;
+}
+
+/** Place of the last one before `to`; `start - 1` when there is none. */
+function previousDelimiter(b: Uint8Array, start: number, to: number): number {
+  for (let i = to - 1; i >= start; i--) {
+    if (b[i] !== QUOTE && b[i] !== TAB) continue;
+    let first = i;
+    while (first > start && b[first - 1] === BACKSLASH) first--;
+    if ((i - first) % 2 === 0) return i;
+    i = first;
+  }
+  return start - 1;
+}
+
+function countDelimiters(b: Uint8Array, start: number, end: number): number {
+  let count = 0;
+  for (let at = nextDelimiter(b, start, end); at < end; at = nextDelimiter(b, at + 1, end)) count++;
+  return count;
+}
+
+/**
+ * The first quote of a line. A native search is faster than a loop here; what it found is kept, so that lines without
+ * quotes are not searched to the end of the buffer again and again.
+ */
+class QuoteSearch {
+  #bytes: Uint8Array | undefined;
+  #from = 0;
+  #at = 0;
+
+  first(b: Uint8Array, start: number, end: number): number {
+    if (b !== this.#bytes || start < this.#from || start > this.#at) {
+      const found = b.indexOf(QUOTE, start);
+      this.#bytes = b;
+      this.#from = start;
+      this.#at = found < 0 ? b.length : found;
+    }
+    return Math.min(this.#at, end);
+  }
+}
+
+// ---- without logFormat
+
+/** The rules for formats that nobody described. */
+function findByRules(calendar: Calendar): FindWindow {
+  const quotes = new QuoteSearch();
+  return (b, start, lineEnd) => {
+    const end = Math.min(lineEnd, start + STAMP_WITHIN);
+    const head = b[start] === 0x32 ? calendar.iso(b, start, end, false) : undefined; // 2026-…
+    if (head) return head;
+    const quote = quotes.first(b, start, end);
+    let brace = quote - 1;
+    while (brace > start && b[brace] === SPACE) brace--;
+    const found = b[brace] === OPEN_BRACE && brace >= start ? findInJson(calendar, b, brace, end) : undefined;
+    return (
+      found ??
+      (firstSign(b, start, end) === OPEN_BRACE ? undefined : findInText(calendar, b, start, end, quote))
+    );
+  };
+}
+
+function firstSign(b: Uint8Array, start: number, end: number): number | undefined {
+  let at = start;
+  while (at < end && (b[at] === SPACE || b[at] === TAB)) at++;
+  return b[at];
+}
+
+/** The last time before the first quote, else the first one outside quotes. */
+function findInText(
+  calendar: Calendar,
+  b: Uint8Array,
+  start: number,
+  end: number,
+  quote: number,
+): Window | undefined {
+  if (quote < end && quote - 29 >= start && b[quote - 29] === BRACKET && b[quote - 2] === CLOSE_BRACKET) {
+    const found = calendar.local(b, quote - 28, end); // nginx's combined format: nothing can stand nearer to the quote
+    if (found) return found;
+  }
+  let first: Window | undefined;
+  let latest: Window | undefined;
+  let i = start;
+  for (; i < quote; i++) {
+    const byte = b[i];
+    if (byte !== BRACKET && byte !== LETTER_T) continue;
+    latest = timeAtMark(calendar, b, i, start, end) ?? latest;
+    first ??= latest;
+  }
+  if (i >= end) return first; // no quotes: nothing marks the place, so the first counts
+  if (latest) return latest;
+  for (let quoted = false; i < end; i++) {
+    const byte = b[i];
+    if (byte === BACKSLASH) i++;
+    else if (byte === QUOTE) quoted = !quoted;
+    else if (!quoted && (byte === BRACKET || byte === LETTER_T)) {
+      const found = timeAtMark(calendar, b, i, start, end);
+      if (found) return found;
+    }
+  }
+  return undefined;
+}
+
+/** The time whose mark, a bracket or the T of ISO 8601, is at `i`. */
+function timeAtMark(
+  calendar: Calendar,
+  b: Uint8Array,
+  i: number,
+  start: number,
+  end: number,
+): Window | undefined {
+  if (b[i] === BRACKET) {
+    const close = i + LENGTH.time_local + 1;
+    if (close < end && b[close] === CLOSE_BRACKET) return calendar.local(b, i + 1, end);
+    return b[i + 11] === SPACE ? calendar.iso(b, i + 1, end, false) : undefined;
+  }
+  const from = i - 10;
+  if (from < start || b[i - 3] !== 0x2d || (from > start && isWord(b[from - 1]))) return undefined;
+  return calendar.iso(b, from, end, false);
+}
+
+/** The value of the first key of a time at the first level of the object that begins at `start`. */
+function findInJson(calendar: Calendar, b: Uint8Array, start: number, end: number): Window | undefined {
+  let depth = 0;
+  let key = "";
+  for (let i = start; i < end; i++) {
+    const byte = b[i];
+    if (byte === OPEN_BRACE || byte === BRACKET) depth++;
+    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth--;
+    if (byte !== QUOTE) continue;
+    const open = i + 1;
+    for (i = open; i < end && b[i] !== QUOTE; i++) if (b[i] === BACKSLASH) i++;
+    if (depth !== 1 || i >= end) continue;
+    let next = i + 1;
+    while (b[next] === SPACE) next++;
+    if (b[next] === 0x3a) key = i - open <= 16 ? latin1(b, open, i).toLowerCase() : "";
+    else if (i - open >= 20 && i - open <= 48 && TIME_KEYS.has(key)) {
+      const found = calendar.whole(b, open, i);
+      if (found) return found;
+    }
+  }
+  return undefined;
+}
+
+// ---- all of them
+
+/** How lines show their time: formats of nginx, or the expression of before; neither: by rules. */
+export interface TimeOptions {
+  logFormat?: string[] | undefined;
+  /** A regular expression whose group 1 is the timestamp, on the line read as latin1. Deprecated. */
+  timestampPattern?: string | undefined;
+}
+
+/** Makes a finder for windows of `windowMinutes`. Throws an Error for a format without a time. */
+export function createWindowFinder(
+  windowMinutes: number,
+  { logFormat, timestampPattern }: TimeOptions = {},
+): FindWindow {
+  const calendar = new Calendar(windowMinutes);
+  if (logFormat) return findByFormats(calendar, logFormat.map(compileFormat));
+  if (timestampPattern === undefined) return findByRules(calendar);
+  const regexp = new RegExp(timestampPattern);
   return (bytes, start, end) => {
-    const limit = Math.min(end, start + STAMP_WITHIN);
-    return bytes[start] === BRACE ? inJson(bytes, start, limit) : inText(bytes, start, limit);
+    const text = regexp.exec(latin1(bytes, start, Math.min(end, start + STAMP_WITHIN)))?.[1];
+    return text ? calendar.whole(Buffer.from(text, "latin1"), 0, text.length) : undefined;
   };
 }
 
@@ -215,16 +571,10 @@ export function createWindowFinder(windowMinutes: number, pattern?: string): Fin
 export function windowOfArrival(now: number, windowMinutes: number): Window {
   const at = new Date(now);
   const minute = at.getMinutes();
-  const name = formatWindow(
-    at.getFullYear(),
-    at.getMonth() + 1,
-    at.getDate(),
-    at.getHours(),
-    minute,
-    windowMinutes,
-  );
+  const [year, month, day, hour] = [at.getFullYear(), at.getMonth() + 1, at.getDate(), at.getHours()];
+  const name = formatWindow(year, month, day, hour, minute, windowMinutes);
   const past = (minute % windowMinutes) * 60_000 + at.getSeconds() * 1000 + at.getMilliseconds();
-  return { name, endsAt: now - past + windowMinutes * 60_000 };
+  return { name, endsAt: now - past + windowMinutes * 60_000, zone: -at.getTimezoneOffset() };
 }
 
 /** Two decimal digits as a number, NaN when they are none. */

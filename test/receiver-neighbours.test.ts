@@ -1,0 +1,254 @@
+/**
+ * One bad neighbour stops nobody: attacks on real sockets with a good sender beside them, each bounded in time, and
+ * what the log and the state file say of them.
+ */
+import { describe, expect, test } from "bun:test";
+import { chmod, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { connect, type Socket } from "node:net";
+import { join } from "node:path";
+import { HEADER } from "../lib/chunk.ts";
+import { type Post, post } from "./sending.ts";
+import { accessLine, freePort, onCleanup, startScript, tempFolder, until, writeConfig } from "./support.ts";
+
+const LINE = accessLine(1);
+const GOOD = "a-good-token-of-24-signs";
+const BAD = "a-stolen-token-of-24-sign";
+
+async function setUp(options: object = {}, { tokens = {} as Record<string, object> } = {}) {
+  const folder = await tempFolder();
+  const dir = join(folder, "data");
+  const port = await freePort();
+  await writeFile(join(folder, "good"), `${GOOD}\n`, { mode: 0o600 });
+  await writeFile(join(folder, "bad"), `${BAD}\n`, { mode: 0o600 });
+  const receiver = {
+    dir,
+    groups: [{ port, senders: ["*"] }],
+    tokens: {
+      "10.0.0.1": { file: join(folder, "good") },
+      "10.0.0.2": { file: join(folder, "bad") },
+      ...tokens,
+    },
+    ...options,
+  };
+  const config = await writeConfig(folder, { receiver });
+  const running = startScript("receiver", config);
+  await running.says("receiver listens");
+  const url = `http://127.0.0.1:${port}`;
+  const send = (body: string, request: Post & { token?: string } = {}) =>
+    fetch(
+      post(url, body, {
+        ...request,
+        headers: { Authorization: `Bearer ${request.token ?? GOOD}`, ...request.headers },
+      }),
+    );
+  /** Sends so many chunks one after the other as the good sender, and gives the longest time of one in ms. */
+  let offset = 0;
+  const good = async (chunks: number) => {
+    let worst = 0;
+    for (let i = 0; i < chunks; i++) {
+      const started = performance.now();
+      const answer = await send(LINE, { offset });
+      await answer.bytes();
+      expect(answer.status).toBe(200);
+      offset += LINE.length;
+      worst = Math.max(worst, performance.now() - started);
+    }
+    return worst;
+  };
+  const state = async () => JSON.parse(await readFile(join(dir, `.receiver-${port}.json`), "utf8"));
+  return { folder, dir, port, url, send, good, state, receiver: running, config };
+}
+
+/** A connection that sends bytes as they are and stays. */
+function hang(port: number, bytes: string): Promise<Socket> {
+  return new Promise((resolve, reject) => {
+    const socket = connect(port, "127.0.0.1", () => socket.write(bytes, () => resolve(socket)));
+    socket.on("error", reject);
+    onCleanup(() => socket.destroy());
+  });
+}
+
+function head(host: string, token: string, length: number, stream = "stream-0001"): string {
+  return [
+    "POST /upload HTTP/1.1",
+    "Host: x",
+    "Content-Type: text/plain",
+    `Authorization: Bearer ${token}`,
+    `${HEADER.host}: ${host}`,
+    `${HEADER.stream}: ${stream}`,
+    `${HEADER.offset}: 0`,
+    `${HEADER.end}: ${length}`,
+    `Content-Length: ${length}`,
+    "\r\n",
+  ].join("\r\n");
+}
+
+describe("a sender with a token of its own", () => {
+  test("that announces bodies which do not come takes no place of others, and is told of its own limit", async () => {
+    const { port, good, send, receiver, state } = await setUp();
+    const before = await good(20);
+    for (let i = 0; i < 600; i++) await hang(port, head("10.0.0.2", BAD, 100_000, `stream-${1000 + i}`));
+    const during = await good(50);
+    expect(during).toBeLessThan(Math.max(2000, 3 * before));
+    const own = await send(LINE, { host: "10.0.0.2", token: BAD, stream: "one-more-stream" });
+    expect(own.status).toBe(503);
+    expect(own.headers.get("Retry-After")).toBe("1");
+    expect(await own.text()).toContain("this sender");
+    await until("the state file names who is pressed", async () =>
+      (await state()).pressed.some(({ host }: { host: string }) => host === "10.0.0.2"),
+    );
+    expect(await receiver.stop()).toBe(0);
+  });
+
+  test("that sends a byte now and then is cut off, and gives its places back", async () => {
+    const { port, good, send } = await setUp({ idleTimeoutSeconds: 2, maxRequests: 4 });
+    const slow = await hang(port, head("10.0.0.2", BAD, 600));
+    const drip = setInterval(() => slow.write("x"), 200);
+    onCleanup(() => clearInterval(drip));
+    expect((await send(LINE, { host: "10.0.0.2", token: BAD })).status).toBe(503);
+    await good(5);
+    await until("the slow one is cut off", async () => {
+      const answer = await send(LINE, { host: "10.0.0.2", token: BAD });
+      return answer.status === 200;
+    });
+  });
+});
+
+describe("a stranger", () => {
+  test("who guesses tokens costs one look-up, however many there are", async () => {
+    const folder = await tempFolder();
+    const tokens: Record<string, object> = {};
+    for (let i = 0; i < 2000; i++) {
+      const file = join(folder, `t${i}`);
+      await writeFile(file, `token-of-host-number-${i}-long-enough`);
+      tokens[`10.1.${i >> 8}.${i & 255}`] = { file };
+    }
+    const { good, send } = await setUp({}, { tokens });
+    await good(5);
+    const started = performance.now();
+    const guesses = Array.from({ length: 400 }, (_, i) => send(LINE, { token: `guess-${i}` }));
+    expect(await good(20)).toBeLessThan(2000);
+    const statuses = await Promise.all(guesses.map(async (answer) => (await answer).status));
+    expect(new Set(statuses)).toEqual(new Set([401]));
+    expect(performance.now() - started).toBeLessThan(4000); // 10 ms each when every file is looked at
+  });
+
+  test("is in the log once a minute by address and reason, and in the state file with the count", async () => {
+    const { send, receiver, state } = await setUp();
+    for (let i = 0; i < 50; i++) await send(LINE, { token: `guess-${i}` });
+    await send(LINE, { host: "10.0.0.2" });
+    const row = await until("the state file has the refusals", async () =>
+      (await state()).refused.find(
+        ({ reason, count }: { reason: string; count: number }) => reason === "unknown token" && count === 50,
+      ),
+    );
+    expect(row).toMatchObject({ peer: "127.0.0.1", host: "10.0.0.1", reason: "unknown token", count: 50 });
+    const lines = receiver.output.split("\n").filter((line) => line.includes("request refused"));
+    expect(lines.length).toBe(2);
+    expect(lines[0]).toMatch(
+      / warn request refused peer=127\.0\.0\.1 reason="unknown token" status=401 host=10\.0\.0\.1 times=1$/,
+    );
+    expect(receiver.output).not.toContain("guess");
+    expect(receiver.output).not.toContain(GOOD);
+  });
+
+  test("learns nothing of hosts and ports: every answer without a token is 401", async () => {
+    const { send, url } = await setUp();
+    for (const host of ["10.0.0.1", "10.9.9.9", "constructor", "web-1.example"])
+      expect((await send(LINE, { host, token: "none-of-them" })).status).toBe(401);
+    expect((await fetch(`${url}/metrics`, { headers: { Host: "elsewhere.example" } })).status).toBe(401);
+  });
+});
+
+describe("names", () => {
+  test('the holder of "*" may not use one whose files would be those of a host that is named, or of an address', async () => {
+    const folder = await tempFolder();
+    await writeFile(join(folder, "all"), "everyone's-token-of-27-signs");
+    const { send, dir } = await setUp(
+      {},
+      { tokens: { "*": { file: join(folder, "all") }, "web-1.example": { file: join(folder, "all") } } },
+    );
+    const token = "everyone's-token-of-27-signs";
+    for (const host of [
+      "10-0-0-1",
+      "10.0.0-1",
+      "10-7-7-7",
+      "web.1.example",
+      "2001-db8--1",
+      "web-1-example",
+    ]) {
+      const answer = await send(LINE, { host, token });
+      expect({ host, status: answer.status }).toEqual({ host, status: 403 });
+    }
+    for (const host of ["constructor", "prototype", "hasownproperty", "10.7.7.7", "web-2.example"]) {
+      const answer = await send(LINE, { host, token });
+      expect({ host, status: answer.status }).toEqual({ host, status: 200 });
+    }
+    for (const host of ["__proto__", "a".repeat(60), `${"a.".repeat(120)}aa`]) {
+      const answer = await send(LINE, { host, token });
+      expect({ host, status: answer.status }).toEqual({ host, status: host.length === 60 ? 200 : 400 });
+    }
+    for (const host of ["::ffff:10.0.0.1", "::ffff:0a00:0001"])
+      expect((await send(LINE, { host, token })).status).toBe(403); // it has a token of its own
+    expect((await readdir(dir)).filter((name) => !name.startsWith("."))).not.toContain("10-0-0-1");
+  });
+});
+
+describe("tokens", () => {
+  test("a file that vanishes gives 401, told once, and works again when it is back; others do not notice", async () => {
+    const { folder, send, good, receiver } = await setUp();
+    const file = join(folder, "bad");
+    const request = { host: "10.0.0.2", token: BAD };
+    expect((await send(LINE, request)).status).toBe(200);
+    await rm(file);
+    for (let i = 0; i < 5; i++) expect((await send(LINE, request)).status).toBe(401);
+    await good(5);
+    expect(receiver.output.split("token cannot be read").length).toBe(2);
+    await writeFile(file, BAD, { mode: 0o600 });
+    expect((await send(LINE, { ...request, offset: LINE.length })).status).toBe(200);
+  });
+
+  test("old and new one are valid together", async () => {
+    const folder = await tempFolder();
+    const files = await Promise.all(
+      ["the-old-token-of-22-signs", "the-new-token-of-22-signs"].map(async (token, i) => {
+        await writeFile(join(folder, `${i}`), token);
+        return { file: join(folder, `${i}`) };
+      }),
+    );
+    const { send } = await setUp({}, { tokens: { "10.0.0.3": files } });
+    const request = { host: "10.0.0.3" };
+    expect((await send(LINE, { ...request, token: "the-old-token-of-22-signs" })).status).toBe(200);
+    const offset = LINE.length;
+    expect((await send(LINE, { ...request, offset, token: "the-new-token-of-22-signs" })).status).toBe(200);
+    expect((await send(LINE, { ...request, token: GOOD })).status).toBe(403);
+  });
+
+  test("short ones, one that others may read, and tokens without TLS to other machines are warned of at the start", async () => {
+    const folder = await tempFolder();
+    const file = join(folder, "short");
+    await writeFile(file, "short");
+    await chmod(file, 0o644);
+    const { receiver } = await setUp({ listen: "0.0.0.0" }, { tokens: { "10.0.0.9": { file } } });
+    for (const text of ["shorter than 16", `others may read ${file}`, "without TLS"])
+      expect(receiver.output).toContain(text);
+    expect(receiver.output).not.toContain("tokens.10.0.0.1:");
+  });
+});
+
+test("a health check without a Host is answered, and every answer may not be kept by a cache", async () => {
+  const { port, url } = await setUp();
+  const socket = await hang(port, "GET /healthz HTTP/1.0\r\n\r\n");
+  let text = "";
+  socket.on("data", (data) => {
+    text += data;
+  });
+  await until("an answer", () => text.includes("\r\n\r\n"));
+  expect(text).toMatch(/^HTTP\/1\.[01] 200 /);
+  expect(text.toLowerCase()).toContain("cache-control: no-store");
+  for (const path of ["/healthz", "/", "/metrics", "/nothing", "/upload"]) {
+    const answer = await fetch(url + path);
+    expect({ path, cache: answer.headers.get("Cache-Control") }).toEqual({ path, cache: "no-store" });
+    expect(answer.headers.get("X-Content-Type-Options")).toBe("nosniff");
+  }
+});
