@@ -1,26 +1,38 @@
 /**
  * Forwarder: every sealed batch becomes exactly one complete file on the client's SFTP server, or in a folder.
  *
- * For each batch, oldest window first: upload to `<name>.tmp`, compare the size, put the intention to rename
- * on disk, rename onto `<name>`, write the report line, move the batch to sent/. A crash before the intention
- * means that the upload starts again from nothing. After it, both remote names tell whether the rename has
- * happened (lib/delivery.ts); the steps that follow are repeated until they change nothing.
+ * For each batch, oldest window first: upload to `<name>.tmp`, compare the size, put the intention to rename on disk,
+ * rename onto `<name>`, write the report line, note it for the digest, move the batch to sent/. A crash or a cut
+ * anywhere repeats steps that then change nothing: the final name with the batch's content is a delivery; under
+ * neither name, or only a temp file of an earlier connection, proves nothing, and the batch is uploaded anew. So
+ * `Sent` is written only behind a rename that was answered, or a file that was seen.
  *
- * A server that is down, refuses the login or has no room is not the fault of a file: the cycle ends, the
- * queue stays as it is, the next try comes after a growing pause. A file that the server refuses while it
- * takes others goes to failed/ after `retries` tries and is tried from there, ever less often; by `--once`
- * each time.
+ * A server that is down, refuses the login or has no room is not the fault of a file: the cycle ends, the queue stays
+ * as it is, the next try comes after a growing pause. A file that the server refuses while it takes others goes to
+ * failed/ after `retries` tries and is tried from there, ever less often; by `--once` each time.
  */
-import { constants, lstatSync } from "node:fs";
+import { constants, lstatSync, utimesSync } from "node:fs";
 import { access } from "node:fs/promises";
 import { dirname, join } from "node:path";
+import { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
-import { folders, listBatches, listHosts, parseBatchName } from "./lib/batch.ts";
+import { createGunzip } from "node:zlib";
+import { z } from "zod";
+import { dashedHost, folders, listBatches, listHosts, parseBatchName, withState } from "./lib/batch.ts";
 import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
-import { findReported, Intents, type Ready } from "./lib/delivery.ts";
-import { exists, makeFolder, moveDurably, writeDurably } from "./lib/durable.ts";
+import {
+  exists,
+  failpoint,
+  makeFolder,
+  moveAllDurably,
+  moveDurably,
+  removeDurably,
+  TEMP_SUFFIX,
+  writeDurably,
+  writeStream,
+} from "./lib/durable.ts";
+import { parseHost } from "./lib/host.ts";
 import { holdLock } from "./lib/lock.ts";
-import { Manifests } from "./lib/manifest.ts";
 import {
   appendReport,
   FAULT_KINDS,
@@ -31,9 +43,9 @@ import {
   readForwarderState,
   readReportTail,
 } from "./lib/report.ts";
-import { createProbe, deliverRound, type Item, type Refused, type RoundContext } from "./lib/round.ts";
 import {
   createFaultLog,
+  createProgress,
   EXIT,
   errorMessage,
   type FaultLog,
@@ -43,16 +55,28 @@ import {
   type Service,
   wait,
 } from "./lib/service.ts";
-import { countLines } from "./lib/target/content.ts";
+import { readState, writeState } from "./lib/state.ts";
 import { openSftpTarget } from "./lib/target/sftp.ts";
-import { openFileTarget, Refusal, type Target, TargetFault } from "./lib/target/target.ts";
+import {
+  measure,
+  openContent,
+  openFileTarget,
+  Refusal,
+  readChunks,
+  type Target,
+  TargetFault,
+  tempName,
+  Unreadable,
+} from "./lib/target/target.ts";
 
 type Settings = Config["forwarder"];
 
 /** A line that breaks again and again, but lets batches through, is worth a prompt return. */
 const AFTER_PROGRESS_MS = 200;
 /** A file in failed/ is tried again after one interval, then two, four, …, at most so many ms. */
-const MAX_DISTANCE_MS = 3_600_000;
+const MAX_RETRY_MS = 3_600_000;
+/** Batches that are committed together at most. */
+const GROUP = 64;
 
 async function main(service: Service<"forwarder">): Promise<number> {
   const { config, configFile, flags, signal } = service;
@@ -81,12 +105,8 @@ async function main(service: Service<"forwarder">): Promise<number> {
 export interface Forwarder {
   service: Service<"forwarder">;
   intents: Intents;
-  state: ForwarderState;
+  state: ForwarderState & { later: Record<string, number> };
   faults: FaultLog;
-  /** Batches that the server had no room for: they come last, so that one large file does not hold up all. */
-  deferred: Set<string>;
-  /** Only when manifests are wanted. */
-  manifests?: Manifests;
 }
 
 /** Reads what earlier processes left behind. The caller holds the lock of the folder. */
@@ -94,14 +114,40 @@ export async function createForwarder(service: Service<"forwarder">): Promise<Fo
   const { config, log, now } = service;
   const { sent, failed } = folders(config.dir);
   for (const folder of [sent, failed, dirname(config.report)]) await makeFolder(folder);
+  const forgotten = (path: string, reason: string) =>
+    log.warn("a damaged file is begun anew", { path, reason });
+  const fresh = { version: 1 as const, at: 0, ok: true, failed: {}, later: {} };
+  const state = await readForwarderState(config.dir).catch((error) => {
+    forgotten(forwarderStatePath(config.dir), errorMessage(error));
+    return undefined;
+  });
   return {
     service,
-    intents: await Intents.load(config.dir),
-    state: (await readForwarderState(config.dir)) ?? { version: 1, at: 0, ok: true, failed: {} },
+    intents: await Intents.load(config.dir, forgotten),
+    state: { ...fresh, ...state },
     faults: createFaultLog(log, now),
-    deferred: new Set(),
-    ...(config.manifest && { manifests: await Manifests.load(config.dir) }),
   };
+}
+
+/** One batch on its way from the queue to sent/: every step takes it and changes it. */
+export interface Delivery {
+  /** Its name, and the folder that it waits in. */
+  batch: string;
+  folder: string;
+  /** Its name at the target. */
+  remote: string;
+  /** Of the local file until it is uploaded, then what the target has. */
+  bytes: number;
+  lines: number;
+  sha256: string;
+  /** `gone`: the operator took it away meanwhile. */
+  step: "queued" | "uploaded" | "renamed" | "sent" | "refused" | "gone";
+  /** When the upload began, milliseconds since the epoch. */
+  at: number;
+  /** Has its report line already. */
+  reported: boolean;
+  /** Why it was refused. */
+  error?: unknown;
 }
 
 /** What one pass over the queue came to. */
@@ -125,11 +171,10 @@ export async function forwardOnce(forwarder: Forwarder): Promise<Cycle> {
     const { due, waiting, left } = await listQueue(forwarder);
     cycle.left = left;
     await forwarder.intents.keepOnly(waiting);
-    if (due.length > 0 || (await forwarder.manifests?.due(config.dir, now()))?.length) {
+    if (due.length > 0) {
       const target = await openTarget(config, signal);
       try {
         await deliverQueue(forwarder, target, due, cycle);
-        if (!cycle.fault) await deliverManifests(forwarder, target);
       } finally {
         target.close();
       }
@@ -138,7 +183,7 @@ export async function forwardOnce(forwarder: Forwarder): Promise<Cycle> {
     cycle.fault = asFault(error, config);
   }
   cycle.left -= cycle.sent;
-  if (!signal.aborted) await keepState(forwarder, cycle);
+  if (!signal.aborted) await saveState(forwarder, cycle);
   if (cycle.sent + cycle.failures > 0) {
     const { sent, lines, failures, left } = cycle;
     log.info("cycle done", { sent, lines, failures, left, ms: now() - started });
@@ -148,8 +193,8 @@ export async function forwardOnce(forwarder: Forwarder): Promise<Cycle> {
 
 /** Opens the configured target. Throws a TargetFault when it cannot be reached. */
 export async function openTarget(config: Settings, signal: AbortSignal): Promise<Target> {
-  if (config.target.startsWith("file:")) return openFileTarget(fileURLToPath(config.target));
-  return openSftpTarget(config, signal);
+  if (!config.target.startsWith("file:")) return openSftpTarget(config, signal);
+  return openFileTarget(fileURLToPath(config.target), { direct: config.upload === "direct" });
 }
 
 /** An error as the fault that holds up all batches; one that is no fault of the world is thrown on. */
@@ -157,16 +202,17 @@ function asFault(error: unknown, config: Settings): TargetFault {
   if (error instanceof TargetFault) return error;
   if (error instanceof ConfigError) return new TargetFault("login", error.message); // a secret that went away
   if ((error as NodeJS.ErrnoException).code === undefined) throw error;
-  return new TargetFault("local", `Cannot work in ${config.dir} or beside ${config.report}`, {
-    cause: error,
-  });
+  const text = `Cannot work in ${config.dir} or beside ${config.report}`;
+  return new TargetFault("local", text, { cause: error });
 }
 
+// ---- the queue
+
 /** What is to be sent now, in order; the names of all that wait, and how many files they are. */
-async function listQueue({ service, state, deferred }: Forwarder) {
+async function listQueue({ service, state }: Forwarder) {
   const { config, flags, now } = service;
   const all = folders(config.dir);
-  const queue: (Item & { key: string })[] = [];
+  const queue: (Delivery & { key: string })[] = [];
   const names = new Set<string>(); // of a name that is there twice, the one in failed/ has to wait
   const add = (folder: string, batches: string[]) => {
     let rank = 0;
@@ -178,116 +224,530 @@ async function listQueue({ service, state, deferred }: Forwarder) {
       const info = lstatSync(join(folder, batch), { throwIfNoEntry: false });
       if (!info || names.has(batch)) continue; // moved away meanwhile
       names.add(batch);
-      const key = `${deferred.has(batch) ? 1 : 0} ${window} ${String(rank).padStart(9, "0")} ${batch}`;
-      queue.push({ batch, folder, bytes: info.size, key });
+      const padded = (n: number) => String(n).padStart(9, "0");
+      const key = `${padded(state.later[batch] ?? 0)} ${window} ${padded(rank)} ${batch}`;
+      queue.push({ ...newDelivery(config, batch, folder, info.size), key });
     }
   };
   for (const host of await listHosts(config.dir)) {
-    add(all.host(host), await listBatches(all.host(host), "sealed"));
+    if (parseHost(host) === host) add(all.host(host), await listSealed(service, all.host(host), host));
   }
-  const failed = await listBatches(all.failed, "sealed");
+  const failed = await listSealed(service, all.failed);
   const waiting = new Set([...names, ...failed]);
   const left = names.size + failed.length;
-  for (const batch of Object.keys(state.failed)) if (!waiting.has(batch)) delete state.failed[batch];
-  const isDue = (batch: string) => flags.once || (state.failed[batch]?.nextAt ?? 0) <= now();
+  for (const record of [state.failed, state.later]) {
+    for (const batch of Object.keys(record)) if (!waiting.has(batch)) delete record[batch];
+  }
+  const isDue = (batch: string) => {
+    const wait = (state.failed[batch]?.nextAt ?? 0) - now();
+    return flags.once || wait <= 0 || wait > MAX_RETRY_MS; // further away: by a clock that was wrong
+  };
   add(all.failed, failed.filter(isDue));
-  // Oldest window first; within a window one batch of each host, then the second of each.
+  // What held up others comes last; else oldest window first, and within a window one batch of each host in turn.
   queue.sort((a, b) => (a.key < b.key ? -1 : 1));
-  return { due: queue as Item[], waiting, left };
+  return { due: queue as Delivery[], waiting, left };
 }
 
-/** Delivers the items; what is refused is tried `retries` times and then put aside. */
-async function deliverQueue(forwarder: Forwarder, target: Target, due: Item[], cycle: Cycle): Promise<void> {
-  const { service, intents, manifests, deferred } = forwarder;
-  const { config, signal, now } = service;
-  if (due.length === 0) return;
-  const context: RoundContext = {
-    config,
-    target,
-    intents,
-    reported: intents.size > 0 ? await findReported(config.report) : new Set(),
-    now,
-    signal,
-    ...(manifests && { record: (sent: Ready[]) => manifests.record(sent, now()) }),
-    onSent: (sent) => tellSent(forwarder, sent, cycle),
-  };
+function newDelivery({ compress }: Settings, batch: string, folder: string, bytes: number): Delivery {
+  const remote = compress === "gzip" ? withState(batch, "compressed") : batch;
+  return { batch, folder, remote, bytes, lines: 0, sha256: "", step: "queued", at: 0, reported: false };
+}
+
+/** The sealed batches of a folder; `host`: its folder, in which what carries another name is not ours. */
+async function listSealed({ log }: Service<"forwarder">, folder: string, host?: string): Promise<string[]> {
+  const isOurs = (name: string) => host === undefined || parseBatchName(name)?.host === dashedHost(host);
+  const names = (await listBatches(folder, "sealed", "compressed")).filter(isOurs);
+  const packed = names.filter((name) => parseBatchName(name)?.state === "compressed");
+  if (packed.length === 0) return names;
+  for (const name of packed) {
+    await unpack(folder, name).catch((error) => {
+      log.warn("a batch that was moved back cannot be unpacked", { batch: name, error: errorMessage(error) });
+    });
+  }
+  return (await listBatches(folder, "sealed")).filter(isOurs);
+}
+
+/** A batch that was moved back from sent/ after it was compressed. Removed only when the unpacked one is on disk. */
+async function unpack(folder: string, name: string): Promise<void> {
+  const [from, to] = [join(folder, name), join(folder, withState(name, "sealed"))];
+  if (!(await exists(to))) {
+    const source = Readable.from(readChunks(from), { objectMode: false });
+    const gunzip = createGunzip();
+    source.on("error", (error) => gunzip.destroy(error));
+    await writeStream(to + TEMP_SUFFIX, source.pipe(gunzip));
+    await moveDurably(to + TEMP_SUFFIX, to);
+  }
+  await removeDurably(from);
+}
+
+/** Delivers the queue; what is refused is tried `retries` times and then put aside. */
+async function deliverQueue(
+  forwarder: Forwarder,
+  target: Target,
+  due: Delivery[],
+  cycle: Cycle,
+): Promise<void> {
+  const { service, intents } = forwarder;
+  const { config, signal } = service;
   const { failed } = folders(config.dir);
-  for (let attempt = 1, items = due; items.length > 0; attempt++) {
-    const { refused, fault, noRoom } = await deliverRound(items, context);
+  await intents.matchReport(config.report);
+  for (let attempt = 1, deliveries = due; deliveries.length > 0; attempt++) {
+    const pass = new DeliveryPass(forwarder, target, cycle);
+    await pass.run(deliveries);
     await intents.flush();
-    for (const batch of noRoom) deferred.add(batch);
     if (signal.aborted) return;
+    const refused = deliveries.filter(({ step }) => step === "refused");
     cycle.failures += refused.length;
-    await tellFailures(forwarder, refused);
-    const last = attempt >= config.retries;
-    for (const one of refused) if (last || one.item.folder === failed) await putAside(forwarder, one);
-    if (fault) throw fault;
-    const again = new Set(last ? [] : refused.map(({ item }) => item.batch));
-    items = items.filter(({ batch, folder }) => again.has(batch) && folder !== failed);
-    if (items.length > 0) await wait(config.retryDelaySeconds * 1000, signal);
+    await reportFailures(forwarder, refused);
+    const isLast = (one: Delivery) =>
+      attempt >= config.retries || one.folder === failed || one.error instanceof NameTaken;
+    for (const one of refused) if (isLast(one)) await putAside(forwarder, one);
+    if (pass.fault) throw pass.fault;
+    deliveries = refused.filter((one) => !isLast(one));
+    for (const one of deliveries) one.step = "queued";
+    if (deliveries.length > 0) await wait(config.retryDelaySeconds * 1000, signal);
     if (signal.aborted) return;
   }
 }
 
-/** Puts the manifests of hours that are over and delivered; one that is refused is tried again next time. */
-async function deliverManifests({ service, manifests, faults }: Forwarder, target: Target): Promise<void> {
-  const { config, log, now, signal } = service;
-  for (const hour of (await manifests?.due(config.dir, now())) ?? []) {
-    if (signal.aborted) return;
+// ---- one try of each batch
+
+/** The name is taken at the target by something else: no try will change that. */
+class NameTaken extends Refusal {
+  override name = "NameTaken";
+}
+
+/**
+ * `parallel` uploads at a time over one connection, while what is uploaded is committed in groups. Here it is decided
+ * whose fault a failure is: a file's own, or the target's, which ends the pass.
+ */
+class DeliveryPass {
+  /** The fault that ended the pass early. */
+  fault: TargetFault | undefined;
+  readonly #forwarder: Forwarder;
+  readonly #target: Target;
+  readonly #cycle: Cycle;
+  readonly #probe: () => Promise<void>;
+  /** Uploaded, and waiting to be committed. */
+  readonly #ready: Delivery[] = [];
+  #committing: Promise<void> | undefined;
+  #bug: { error: unknown } | undefined;
+  #onBytes = (_: number) => {};
+
+  constructor(forwarder: Forwarder, target: Target, cycle: Cycle) {
+    this.#forwarder = forwarder;
+    this.#target = target;
+    this.#cycle = cycle;
+    this.#probe = createProbe(target);
+  }
+
+  /** Tries each once, in order; those that held up others before come behind all others, each alone. */
+  async run(deliveries: Delivery[]): Promise<void> {
+    const { config } = this.#forwarder.service;
+    const { later } = this.#forwarder.state;
+    const progress = createProgress(
+      "forwarder",
+      deliveries.reduce((sum, { bytes }) => sum + bytes, 0),
+    );
+    let read = 0;
+    this.#onBytes = (bytes) => {
+      read += bytes;
+      progress.show(read);
+    };
+    const alone = deliveries.filter(({ batch }) => later[batch]);
+    const others = deliveries.filter(({ batch }) => !later[batch]).values(); // one queue for all workers
     try {
-      log.info("manifest delivered", { name: await manifests?.deliver(hour, target, now()) });
-      faults.recovered("manifest", "manifests are taken again");
+      await this.#settle(Array.from({ length: config.parallel }, () => this.#work(others)));
+      for (const one of alone) await this.#settle([this.#work([one].values())]);
+    } finally {
+      progress.end();
+    }
+  }
+
+  async #settle(work: Promise<void>[]): Promise<void> {
+    const ends = await Promise.allSettled(work);
+    while (this.#committing) await this.#committing;
+    for (const end of ends) if (end.status === "rejected") throw end.reason;
+    if (this.#bug) throw this.#bug.error;
+  }
+
+  /** While the target puts one file on stable storage, the next one is written. */
+  async #work(queue: Iterable<Delivery>): Promise<void> {
+    let last: Promise<void> | undefined;
+    for (const one of queue) {
+      if (this.fault || this.#bug || this.#forwarder.service.signal.aborted) break;
+      const written = Promise.withResolvers<void>();
+      const delivered = this.#deliver(one, written.resolve);
+      delivered.catch(() => {}).finally(written.resolve); // looked at when its turn comes
+      await written.promise;
+      await last;
+      last = delivered;
+    }
+    await last;
+  }
+
+  async #deliver(one: Delivery, onWritten: () => void): Promise<void> {
+    try {
+      await this.#upload(one, onWritten);
+      this.#ready.push(one);
+      const committed = this.#commitReady();
+      if (this.#ready.length >= GROUP) await committed;
     } catch (error) {
-      if (!(error instanceof Refusal)) throw error;
-      faults.failed("manifest", "manifest refused", { hour, error: errorMessage(error) });
+      await this.#fail(one, error);
+    }
+  }
+
+  /** Hands over what is ready in groups, one group at a time: the more is ready meanwhile, the larger. */
+  #commitReady(): Promise<void> {
+    const run = async () => {
+      while (this.#ready.length > 0 && !this.#bug) await this.#commit(this.#ready.splice(0, GROUP));
+    };
+    this.#committing ??= run()
+      .catch((error) => {
+        this.#bug = { error };
+      })
+      .finally(() => {
+        this.#committing = undefined;
+      });
+    return this.#committing;
+  }
+
+  /** Brings a batch so far that its temp file is complete on the target, or finds that it was delivered before. */
+  async #upload(one: Delivery, onWritten: () => void): Promise<void> {
+    const { service, intents } = this.#forwarder;
+    const { config, log, now } = service;
+    one.at = now();
+    await checkUnsent(config.dir, one.batch);
+    const intent = intents.get(one.batch);
+    if (intent?.reported) {
+      const { remote, bytes, lines, sha256 } = intent; // its rename was answered: the line stands behind it
+      Object.assign(one, { remote, bytes, lines, sha256, step: "renamed", reported: true });
+      return;
+    }
+    const open = () =>
+      openContent(join(one.folder, one.batch), { gzip: config.compress === "gzip", onBytes: this.#onBytes });
+    if (intent || this.#target.direct) {
+      const found = await this.#target.look(one.remote);
+      if (found && !(this.#target.direct && intent)) {
+        Object.assign(one, await measure(open().chunks));
+        await checkSame(this.#target, one, found).catch((error) => {
+          // an account that may not read: our intention and the size are the best proof there is
+          const isBlind = error instanceof Refusal && !(error instanceof NameTaken);
+          if (!isBlind || !intent || found.bytes !== one.bytes) throw error;
+        });
+        one.step = "renamed";
+        return;
+      }
+      if (!found && intent)
+        log.warn("the target has the batch under neither name: it is uploaded again", { batch: one.batch });
+    }
+    if (this.#target.direct) await intents.add([one], now()); // what is under the name from now on may be half of it
+    const { chunks, measured } = open();
+    await this.#target.upload(one.remote, chunks, onWritten);
+    Object.assign(one, measured, { step: "uploaded" });
+    failpoint("forward:uploaded");
+  }
+
+  /** From "the temp file is complete on the target" to "the batch is in sent/", with the syncs shared by the group. */
+  async #commit(group: Delivery[]): Promise<void> {
+    const { service, intents } = this.#forwarder;
+    const { config, now } = service;
+    const each = (list: Delivery[], work: (one: Delivery) => Promise<void>) =>
+      Promise.all(list.map((one) => work(one).catch((error) => this.#fail(one, error))));
+    const fresh = () => group.filter(({ step }) => step === "uploaded");
+    try {
+      if (!this.#target.direct) await each(fresh(), (one) => this.#meetExisting(one));
+      await intents.add(
+        group.filter(({ step }) => step !== "refused"),
+        now(),
+      );
+      failpoint("forward:intent");
+      await each(fresh(), async (one) => {
+        await this.#target.publish(one.remote, one.bytes);
+        one.step = "renamed";
+      });
+      const refused = group.filter(({ step }) => step === "refused");
+      if (refused.length > 0) await intents.cancel(...refused.map(({ batch }) => batch));
+      failpoint("forward:renamed");
+
+      const renamed = group.filter(({ step }) => step === "renamed");
+      const at = now();
+      const lines = renamed.filter(({ reported }) => !reported);
+      await appendReport(
+        config.report,
+        lines.map(({ batch, lines }) => ({ at, batch, lines, status: "Sent" })),
+      );
+      failpoint("forward:reported");
+      await this.#moveToSent(renamed, at);
+    } catch (error) {
+      this.fault ??= recordFault(error, config);
+    }
+  }
+
+  /** A batch that the operator took away or put into sent/ himself meanwhile is told, and is nobody's fault. */
+  async #moveToSent(renamed: Delivery[], at: number): Promise<void> {
+    const { service, intents } = this.#forwarder;
+    const { sent } = folders(service.config.dir);
+    const moves: { from: string; to: string }[] = [];
+    for (const one of renamed) {
+      const [from, to] = [join(one.folder, one.batch), join(sent, one.batch)];
+      const reason = !(await exists(from))
+        ? "it is not in the queue any more"
+        : (await exists(to)) && "sent/ has it";
+      if (reason) {
+        service.log.warn("batch delivered, but not moved to sent", { batch: one.batch, reason });
+        one.step = "gone";
+        continue;
+      }
+      utimesSync(from, at / 1000, at / 1000); // retention counts from the delivery
+      moves.push({ from, to });
+    }
+    await moveAllDurably(moves);
+    failpoint("forward:moved");
+    intents.forget(renamed.map(({ batch }) => batch));
+    for (const one of renamed) this.#logSent(one);
+  }
+
+  /**
+   * A file that has the name already, with no intention of ours: the operator moved a delivered batch back to the
+   * queue, or the name is someone else's. The same content is a delivery; another one is never overwritten.
+   */
+  async #meetExisting(one: Delivery): Promise<void> {
+    const found = await this.#target.look(one.remote);
+    if (!found) return;
+    try {
+      await checkSame(this.#target, one, found);
+      one.step = "renamed";
+      this.#forwarder.service.log.info("the target has the batch already", { batch: one.batch });
+    } finally {
+      await this.#target.remove(tempName(one.remote)).catch(() => {}); // some servers delete nothing
+    }
+  }
+
+  #logSent(one: Delivery): void {
+    const { service, state } = this.#forwarder;
+    const { batch, lines, bytes, at } = one;
+    this.#cycle.sent++;
+    this.#cycle.lines += lines;
+    state.lastSentAt = service.now();
+    delete state.failed[batch];
+    delete state.later[batch];
+    if (one.step !== "renamed") return;
+    one.step = "sent";
+    service.log.info("batch delivered", { batch, lines, bytes, ms: service.now() - at });
+  }
+
+  /**
+   * Whose fault a failure is: the file's, the target's, or nobody's, because the batch was moved away meanwhile. After
+   * a refusal a small file of another name is tried: when that is refused, too, it was not the name. What is neither
+   * is a bug, and ends the process.
+   */
+  async #fail(one: Delivery, error: unknown): Promise<void> {
+    const { later } = this.#forwarder.state;
+    const fault = await this.#classifyError(error, one).catch((bug) => {
+      this.#bug ??= { error: bug };
+      throw bug;
+    });
+    if (fault === "nobody") one.step = "gone";
+    else if (fault === "file") Object.assign(one, { step: "refused", error });
+    else {
+      this.fault ??= fault;
+      if (one.step === "queued" && (fault.kind === "server" || fault.kind === "connection"))
+        later[one.batch] = (later[one.batch] ?? 0) + 1;
+    }
+  }
+
+  async #classifyError(error: unknown, one: Delivery): Promise<"file" | "nobody" | TargetFault> {
+    if (error instanceof TargetFault) return error;
+    if (error instanceof NameTaken) return "file";
+    if (error instanceof Unreadable) return (await exists(join(one.folder, one.batch))) ? "file" : "nobody";
+    if (!(error instanceof Refusal)) return recordFault(error, this.#forwarder.service.config);
+    try {
+      await this.#probe();
+      return "file";
+    } catch (cause) {
+      if (!(cause instanceof Refusal || cause instanceof TargetFault)) throw cause;
+      return cause instanceof TargetFault ? cause : new TargetFault("server", errorMessage(error), { cause });
     }
   }
 }
 
-/** Counts and tells a delivery. */
-function tellSent({ service, state, deferred }: Forwarder, sent: Ready, cycle: Cycle): void {
-  const { batch, lines, bytes, at } = sent;
-  cycle.sent++;
-  cycle.lines += lines;
-  state.lastSentAt = service.now();
-  delete state.failed[batch];
-  deferred.delete(batch);
-  service.log.info("batch delivered", { batch, lines, bytes, ms: service.now() - at });
+/** A fault of the local disk holds up all batches, like a fault of the target. What is no fault is thrown on. */
+function recordFault(error: unknown, { dir, report }: Settings): TargetFault {
+  if (error instanceof TargetFault) return error;
+  if ((error as NodeJS.ErrnoException).code === undefined) throw error;
+  return new TargetFault("local", `Cannot record deliveries in ${dir} or ${report}`, { cause: error });
 }
 
+/** A name is delivered once: sent/ must not hold it, also not compressed. */
+async function checkUnsent(dir: string, batch: string): Promise<void> {
+  for (const name of [batch, withState(batch, "compressed")]) {
+    const path = join(folders(dir).sent, name);
+    if (await exists(path))
+      throw new NameTaken(`"${path}" says that it was delivered already; remove one of the two`);
+  }
+}
+
+/** Throws when the file at the target has other content than the batch. */
+async function checkSame(
+  target: Target,
+  { remote, bytes, sha256, batch, folder }: Delivery,
+  found: { bytes: number; modifiedAt?: number },
+): Promise<void> {
+  const same = found.bytes === bytes && (await measure(target.read(remote, bytes + 1))).sha256 === sha256;
+  if (same) return;
+  const time = (ms: number | undefined) => (ms ? new Date(ms).toISOString() : "an unknown time");
+  const sealed = lstatSync(join(folder, batch), { throwIfNoEntry: false })?.mtimeMs;
+  throw new NameTaken(
+    `"${remote}" is on the target already, with other content: ${found.bytes} bytes of ${time(found.modifiedAt)} there, ${bytes} bytes of ${time(sealed)} here. When the one there is not wanted, remove it there; then: forwarder --once`,
+  );
+}
+
+/**
+ * Asks whether the target takes files at all, to the rename; those who ask at the same time share the answer. What it
+ * leaves at a server that deletes nothing does no harm: the next one has another name.
+ */
+export function createProbe(target: Target): () => Promise<void> {
+  let asking: Promise<void> | undefined;
+  const ask = async () => {
+    const name = `log-rt-sync-probe-${crypto.randomUUID().slice(0, 8)}`;
+    const content = Buffer.from("log-rt-sync looks whether files are taken here; this one may be deleted\n");
+    await target.upload(name, Readable.from([content]));
+    await target.publish(name, content.length).catch(async (error) => {
+      await target.remove(tempName(name)).catch(() => {});
+      if (!(error instanceof Refusal)) throw error;
+      const hint = 'A server that can\'t rename takes files with "upload": "direct"';
+      throw new TargetFault("server", `The server refuses every rename. ${hint}`, { cause: error });
+    });
+    await target.remove(name).catch((error) => {
+      if (!(error instanceof Refusal)) throw error;
+    });
+  };
+  return () => {
+    asking ??= ask().finally(() => {
+      asking = undefined;
+    });
+    return asking;
+  };
+}
+
+// ---- intentions
+
+const intentSchema = z.object({
+  remote: z.string(),
+  bytes: z.number(),
+  lines: z.number(),
+  sha256: z.string().default(""),
+  /** When it was written; one of an older version has no time. */
+  at: z.number().optional(),
+});
+type Intent = z.infer<typeof intentSchema> & { reported?: boolean };
+
+/** Which renames may have been sent: by batch name, owned by the one forwarder that holds the lock. */
+class Intents {
+  readonly #path: string;
+  readonly #open: Map<string, Intent>;
+  /** Whether the file still has what is forgotten here. */
+  #stale = false;
+
+  private constructor(path: string, open: Record<string, Intent>) {
+    this.#path = path;
+    this.#open = new Map(Object.entries(open));
+  }
+
+  /** Reads what an earlier process left. Without them nothing is lost: a file that is there is compared. */
+  static async load(dir: string, forgotten: (path: string, reason: string) => void): Promise<Intents> {
+    const path = join(dir, ".forwarder-intents.json");
+    const schema = z.object({ version: z.literal(1), intents: z.record(z.string(), intentSchema) });
+    const found = await readState(path, schema, 1);
+    if (found.state === "ok") return new Intents(path, found.value.intents);
+    if (found.state === "damaged") forgotten(path, found.reason);
+    if (found.state === "newer") forgotten(path, `it is of version ${found.version}`);
+    return new Intents(path, {});
+  }
+
+  get(batch: string): Intent | undefined {
+    return this.#open.get(batch);
+  }
+
+  /** Finds which of them have their `Sent` line since: those are delivered. */
+  async matchReport(report: string): Promise<void> {
+    if (this.#open.size === 0) return;
+    for (const { batch, at, status } of await readReportTail(report)) {
+      const intent = this.#open.get(batch);
+      if (intent && status === "Sent" && intent.at !== undefined && at >= intent.at - (intent.at % 1000))
+        intent.reported = true;
+    }
+  }
+
+  /** Adds intentions; on stable storage when it returns. */
+  async add(group: Delivery[], at: number): Promise<void> {
+    if (group.length === 0) return;
+    for (const { batch, remote, bytes, lines, sha256 } of group)
+      this.#open.set(batch, { remote, bytes, lines, sha256, at });
+    await this.#save();
+  }
+
+  /** Takes back intentions of renames that the target refused; on stable storage when it returns. */
+  async cancel(...batches: string[]): Promise<void> {
+    for (const batch of batches) this.#open.delete(batch);
+    await this.#save();
+  }
+
+  /** Forgets those of batches that are in sent/. Saved with the next group, or by `flush`: groups share a save. */
+  forget(batches: string[]): void {
+    for (const batch of batches) this.#stale = this.#open.delete(batch) || this.#stale;
+  }
+
+  /** Forgets what is no longer in the queue; on stable storage when it returns. */
+  async keepOnly(queue: Set<string>): Promise<void> {
+    this.forget([...this.#open.keys()].filter((batch) => !queue.has(batch)));
+    await this.flush();
+  }
+
+  async flush(): Promise<void> {
+    if (this.#stale) await this.#save();
+  }
+
+  async #save(): Promise<void> {
+    await writeState(this.#path, { version: 1, intents: Object.fromEntries(this.#open) });
+    this.#stale = false;
+  }
+}
+
+// ---- what is told
+
 /** One line in `.fail` and in the log per refused try. */
-async function tellFailures({ service }: Forwarder, refused: Refused[]): Promise<void> {
+async function reportFailures({ service }: Forwarder, refused: Delivery[]): Promise<void> {
   const { config, log, now } = service;
   const lines: ReportLine[] = [];
-  for (const { item, error } of refused) {
-    const { batch } = item;
-    const count = await countLines(join(item.folder, batch)).catch(() => 0); // the reason says why
-    lines.push({ at: now(), batch, lines: count, status: "Failed", reason: errorMessage(error) });
-    log.warn("batch refused", { batch, error: errorMessage(error) });
+  for (const { batch, folder, error } of refused) {
+    const reason = errorMessage(error);
+    const measured = await measure(readChunks(join(folder, batch))).catch(() => undefined); // the reason says why
+    lines.push({ at: now(), batch, lines: measured?.lines ?? 0, status: "Failed", reason });
+    log.warn("batch refused", { batch, error: reason });
   }
   await appendReport(failReportPath(config.report), lines);
 }
 
-/** Moves a batch to failed/, where it is tried again after a growing distance. */
-async function putAside({ service, state }: Forwarder, { item, error }: Refused): Promise<void> {
+/** Moves a batch to failed/, where it is tried again after a growing delay. */
+async function putAside({ service, state }: Forwarder, { batch, folder, error }: Delivery): Promise<void> {
   const { config, now, log } = service;
   const { failed } = folders(config.dir);
-  const attempts = (state.failed[item.batch]?.attempts ?? 0) + 1;
-  const distance = Math.min(MAX_DISTANCE_MS, config.intervalSeconds * 1000 * 2 ** Math.min(attempts - 1, 30));
-  state.failed[item.batch] = { attempts, nextAt: now() + distance, reason: errorMessage(error) };
-  if (item.folder === failed || (await exists(join(failed, item.batch)))) return; // there already
-  await moveDurably(join(item.folder, item.batch), join(failed, item.batch));
-  log.warn("batch moved to failed", { batch: item.batch });
+  const attempts = (state.failed[batch]?.attempts ?? 0) + 1;
+  const delay = Math.min(MAX_RETRY_MS, config.intervalSeconds * 1000 * 2 ** Math.min(attempts - 1, 30));
+  state.failed[batch] = { attempts, nextAt: now() + delay, reason: errorMessage(error) };
+  if (folder === failed || (await exists(join(failed, batch)))) return; // there already
+  if (!(await exists(join(folder, batch)))) return; // taken away meanwhile
+  await moveDurably(join(folder, batch), join(failed, batch));
+  log.warn("batch moved to failed", { batch });
 }
 
 /** Tells and keeps what has changed: a fault that began or ended, deliveries, files in failed/. */
-async function keepState(
-  { service, state, faults }: Forwarder,
-  { fault, left, sent, failures }: Cycle,
-): Promise<void> {
+async function saveState({ service, state, faults }: Forwarder, cycle: Cycle): Promise<void> {
+  const { fault, left, sent, failures } = cycle;
   const { config, now } = service;
-  const changed =
-    sent + failures > 0 || state.ok === Boolean(fault) || state.fault?.kind !== fault?.kind || state.at === 0;
+  const began = state.ok === Boolean(fault) || state.fault?.kind !== fault?.kind || state.at === 0;
   if (fault) {
     const text = errorMessage(fault);
     faults.failed(fault.kind, "delivery is held up", { kind: fault.kind, error: text, left });
@@ -302,7 +762,7 @@ async function keepState(
     delete state.fault;
   }
   state.ok = !fault;
-  if (!changed) return;
+  if (!began && !fault && sent + failures === 0) return;
   state.at = now();
   try {
     await writeDurably(forwarderStatePath(config.dir), JSON.stringify(state));
@@ -361,7 +821,6 @@ async function checkHost({ config, signal }: Service<"forwarder">, connect: bool
   await attempt("dir", () => access(config.dir, constants.R_OK | constants.W_OK | constants.X_OK));
   await attempt("report", () => access(dirname(config.report), constants.W_OK | constants.X_OK));
   faults.push(...checkSecrets(config));
-  if (config.knownHosts) await attempt("knownHosts", () => access(config.knownHosts ?? "", constants.R_OK));
   if (connect && faults.length === 0) {
     await attempt("target", async () => {
       const target = await openTarget(config, signal);

@@ -210,8 +210,6 @@ const forwarder = z
     parallel: count.max(64).default(4).describe("Files at a time over the one connection"),
     timeoutSeconds: seconds.default(30).describe("How long the server may take for one answer"),
     compress: z.enum(["none", "gzip"]).default("none").describe("gzip sends <batch>.log.gz"),
-    manifest: z.boolean().default(false).describe("Put a manifest beside the batches of each delivered hour"),
-    knownHosts: path.optional().describe("known_hosts file, instead of hostKey"),
     upload: z
       .enum(["rename", "direct"])
       .default("rename")
@@ -223,7 +221,7 @@ const forwarder = z
     report: path.default("/var/lib/log-rt-sync/linecount-report.log").describe("One line per delivery"),
   })
   .superRefine((config, context) => {
-    if (config.target.startsWith("sftp:") && !config.hostKey && !config.knownHosts) {
+    if (config.target.startsWith("sftp:") && !config.hostKey) {
       const { hostname: name, port } = new URL(config.target);
       context.addIssue({
         code: "custom",
@@ -378,12 +376,22 @@ export function parseConfig<S extends Section>(text: string, section: S, file = 
   throw new ConfigError(faults);
 }
 
+/** Keys of earlier versions, and what stands in their place. */
+const GONE: Record<string, string> = {
+  "forwarder.manifest": 'gone; "digest": true puts a file for sha256sum -c beside the batches of each hour',
+  "forwarder.knownHosts": "gone; hostKey takes the fingerprints: ssh-keygen -lf KNOWN_HOSTS shows them",
+};
+
 /** One line per fault: where, what is wrong, what was found. */
 function explainIssue(issue: z.core.$ZodIssue, where: string, json: object): string[] {
   const keys = [where.split(": ").at(-1) ?? "", ...issue.path.map(String)];
   const at = [where, ...issue.path.map(String)].join(".");
   if (issue.code === "unrecognized_keys") {
-    return issue.keys.map((key) => `${at}.${key}: unknown key; see config.example.json for the known ones`);
+    const section = where.split(": ").at(-1);
+    return issue.keys.map(
+      (key) =>
+        `${at}.${key}: ${GONE[`${section}.${key}`] ?? "unknown key; see config.example.json for the known ones"}`,
+    );
   }
   let found: unknown = json;
   for (const key of keys) found = (found as Record<string, unknown> | undefined)?.[key];

@@ -112,14 +112,18 @@ export async function writeFully(file: FileHandle, data: Uint8Array, position: n
 }
 
 /**
- * Writes a stream to the file at `path`, from nothing, on stable storage when it returns. Gives the number of
- * bytes written and the size that the file then has. The name itself is not synced: it is a temp name.
+ * Writes a stream to the file at `path`, from nothing, on stable storage when it returns; its mode follows the umask.
+ * Gives the number of bytes written and the size that the file then has. The name itself is not synced: it is a temp
+ * name. In a folder that others may write to, a link that waits there is not followed, and a file that was put in the
+ * place of ours meanwhile is not taken for it.
  */
 export async function writeStream(
   path: string,
   chunks: AsyncIterable<Uint8Array>,
 ): Promise<{ written: number; size: number }> {
-  const file = await open(path, "w", 0o640);
+  await rm(path, { force: true });
+  const { O_WRONLY, O_CREAT, O_EXCL, O_NOFOLLOW } = constants;
+  const file = await open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0o666);
   try {
     let written = 0;
     for await (const chunk of chunks) {
@@ -127,7 +131,10 @@ export async function writeStream(
       written += chunk.length;
     }
     await file.sync();
-    return { written, size: (await file.stat()).size };
+    const [ours, named] = [await file.stat(), lstatSync(path, { throwIfNoEntry: false })];
+    if (named?.ino !== ours.ino || named.dev !== ours.dev)
+      throw Object.assign(new Error(`"${path}" was replaced while it was written`), { code: "EEXIST" });
+    return { written, size: ours.size };
   } finally {
     await file.close();
   }

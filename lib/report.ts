@@ -112,6 +112,8 @@ export interface ForwarderState {
   lastSentAt?: number;
   /** The files in failed/: how often tried there, when again, and why it failed last. */
   failed: Record<string, { attempts: number; nextAt: number; reason: string }>;
+  /** Batches at which the connection was cut or room was lacking, and how often: they come last, each alone. */
+  later?: Record<string, number>;
 }
 
 /** Where the forwarder's state is. */
@@ -125,10 +127,12 @@ export async function readForwarderState(dir: string): Promise<ForwarderState | 
   const text = await readIfExists(path);
   if (text === undefined) return undefined;
   try {
-    return JSON.parse(text) as ForwarderState;
+    const state = JSON.parse(text) as ForwarderState | null;
+    if (typeof state?.failed === "object") return state;
   } catch (cause) {
     throw new Error(`Cannot read "${path}": it is no JSON`, { cause });
   }
+  throw new Error(`Cannot read "${path}": it has no list of what failed`);
 }
 
 const LOCK_PATIENCE_MS = 30_000;

@@ -3,8 +3,14 @@ import { mkdir, readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openTarget } from "../forwarder.ts";
 import { sections } from "../lib/config.ts";
-import { openContent, readChunks, Unreadable } from "../lib/target/content.ts";
-import { Refusal, type Target, TargetFault } from "../lib/target/target.ts";
+import {
+  openContent,
+  Refusal,
+  readChunks,
+  type Target,
+  TargetFault,
+  Unreadable,
+} from "../lib/target/target.ts";
 import { BACKENDS, type Backend, takeAway } from "./backends.ts";
 import { tempFolder } from "./support.ts";
 
@@ -45,7 +51,7 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("$name", ({ start }) => {
       const data = noise(bytes);
       await target.upload("a.log", pieces(data));
       expect(await readdir(backend.folder)).toEqual(["a.log.tmp"]);
-      await target.publish("a.log");
+      await target.publish("a.log", 1);
       expect(await readdir(backend.folder)).toEqual(["a.log"]);
       expect(Buffer.compare(await readFile(join(backend.folder, "a.log")), data)).toBe(0);
       await target.remove("a.log");
@@ -55,7 +61,7 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("$name", ({ start }) => {
   test("upload() begins from nothing when a longer temp file is there", async () => {
     await target.upload("a.log", pieces(noise(100_000)));
     await target.upload("a.log", pieces(noise(10)));
-    expect(await target.size("a.log.tmp")).toBe(10);
+    expect((await target.look("a.log.tmp"))?.bytes).toBe(10);
     await target.remove("a.log.tmp");
   });
 
@@ -63,21 +69,21 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("$name", ({ start }) => {
     const names = Array.from({ length: 40 }, (_, i) => `batch-${i}.log`);
     const data = names.map((_, i) => noise(i * 9_999).map((byte) => byte ^ i));
     await Promise.all(names.map((name, i) => target.upload(name, pieces(data[i] as Uint8Array))));
-    await Promise.all(names.map((name) => target.publish(name)));
+    await Promise.all(names.map((name) => target.publish(name, 1)));
     for (const [i, name] of names.entries()) {
       expect(Buffer.compare(await readFile(join(backend.folder, name)), data[i] as Uint8Array)).toBe(0);
     }
     await takeAway(backend);
   });
 
-  test("size() is undefined for no file, read() gives the content back, remove() of no file is no error", async () => {
-    expect(await target.size("absent")).toBeUndefined();
+  test("look() is undefined for no file, read() gives the content back, remove() of no file is no error", async () => {
+    expect(await target.look("absent")).toBeUndefined();
     await target.remove("absent");
     const data = noise(200_000);
     await target.upload("a.log", pieces(data));
-    await target.publish("a.log");
+    await target.publish("a.log", 1);
     const read: Uint8Array[] = [];
-    for await (const chunk of target.read("a.log")) read.push(Uint8Array.from(chunk));
+    for await (const chunk of target.read("a.log", data.length + 1)) read.push(Uint8Array.from(chunk));
     expect(Buffer.compare(Buffer.concat(read), data)).toBe(0);
     await takeAway(backend);
   });
@@ -87,7 +93,7 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("$name", ({ start }) => {
     expect(await target.upload("folder.log", pieces(noise(9))).catch((error) => error)).toBeInstanceOf(
       Refusal,
     );
-    expect(await target.publish("absent").catch((error) => error)).toBeInstanceOf(Refusal);
+    expect(await target.publish("absent", 1).catch((error) => error)).toBeInstanceOf(Refusal);
     await takeAway(backend);
     await target.upload("a.log", pieces(noise(9)));
     await takeAway(backend);
@@ -106,7 +112,7 @@ describe.each(BACKENDS.filter(({ skip, name }) => !skip && name !== "file://"))(
     const inHand = target.upload("a.log", pieces(noise(20_000_000)));
     target.close();
     expect(await inHand.catch((error) => error)).toBeInstanceOf(TargetFault);
-    expect(await target.size("a.log").catch((error) => error)).toBeInstanceOf(TargetFault);
+    expect(await target.look("a.log").catch((error) => error)).toBeInstanceOf(TargetFault);
   });
 
   test("the signal ends it", async () => {
@@ -125,15 +131,15 @@ describe("openContent()", () => {
     const path = join(await tempFolder(), "a.log");
     const text = "a line\n".repeat(100_000);
     await writeFile(path, `${text}no line break`);
-    const plain = openContent(path, { hash: true });
+    const plain = openContent(path);
     expect(await sizeOf(plain.chunks)).toBe(text.length + 13);
     expect(plain.measured).toEqual({
       bytes: text.length + 13,
       lines: 100_000,
       sha256: new Bun.CryptoHasher("sha256").update(`${text}no line break`).digest("hex"),
     });
-    const first = openContent(path, { gzip: true, hash: true });
-    const second = openContent(path, { gzip: true, hash: true });
+    const first = openContent(path, { gzip: true });
+    const second = openContent(path, { gzip: true });
     const packed = await collect(first.chunks);
     expect(Buffer.from(Bun.gunzipSync(packed)).toString()).toBe(`${text}no line break`);
     await sizeOf(second.chunks);

@@ -1,98 +1,100 @@
 /**
- * The only ssh2: logs in to a server whose key is trusted, and opens one SFTP channel on one connection. Every
- * wait ends: by an answer, by the timeout, by the signal, or with the connection.
+ * The only ssh2: logs in to a server whose key is trusted, opens one SFTP channel, and makes a Target of it. Every
+ * wait ends: by an answer, by its time limit, by the signal, or with the connection.
+ *
+ * Servers differ, and a habit of one must not be taken for the fault of a file: sizes are asked by name after CLOSE
+ * (object stores know a file only then), a missing file may be "denied", extensions may be offered and refused.
  */
-import { getCiphers } from "node:crypto";
-import { connect as connectTcp } from "node:net";
-import type { Client, ClientChannel, ConnectConfig } from "ssh2";
+import { createHash } from "node:crypto";
+import { connect as connectTcp, type Socket } from "node:net";
+import { posix } from "node:path";
+import type { AuthenticationType, Client, ConnectConfig, FileEntryWithStats, SFTPWrapper, Stats } from "ssh2";
 import ssh2 from "ssh2";
 import { type Config, readSecret } from "../config.ts";
-import { type Answer, startSession, type Wire } from "./filexfer.ts";
-import { gatherWrites } from "./gather.ts";
-import { fingerprint, type HostKeyCheck, keyType, trustFingerprints, trustKnownHosts } from "./hostkey.ts";
-import { remoteTarget } from "./remote.ts";
-import { type Target, TargetFault } from "./target.ts";
+import { BLOCK_BYTES, Refusal, type RemoteFile, type Target, TargetFault, tempName } from "./target.ts";
 
-/** Modern first. AES-GCM runs in the runtime's native crypto; Bun's has no ChaCha20, and ssh2 insists on it. */
-const ALGORITHMS = {
-  kex: [
-    "curve25519-sha256",
-    "curve25519-sha256@libssh.org",
-    "ecdh-sha2-nistp256",
-    "ecdh-sha2-nistp384",
-    "ecdh-sha2-nistp521",
-    "diffie-hellman-group-exchange-sha256",
-    "diffie-hellman-group16-sha512",
-    "diffie-hellman-group18-sha512",
-    "diffie-hellman-group14-sha256",
-  ],
-  serverHostKey: [
-    "ssh-ed25519",
-    "ecdsa-sha2-nistp256",
-    "ecdsa-sha2-nistp384",
-    "ecdsa-sha2-nistp521",
-    "rsa-sha2-512",
-    "rsa-sha2-256",
-  ],
-  cipher: [
-    "aes128-gcm@openssh.com",
-    "aes256-gcm@openssh.com",
-    "aes128-ctr",
-    "aes192-ctr",
-    "aes256-ctr",
-    ...(getCiphers().includes("chacha20") ? ["chacha20-poly1305@openssh.com"] : []),
-  ],
-  hmac: [
-    "hmac-sha2-256-etm@openssh.com",
-    "hmac-sha2-512-etm@openssh.com",
-    "hmac-sha2-256",
-    "hmac-sha2-512",
-    "hmac-sha1",
-  ],
-  compress: ["none"],
+/** Bytes of one file on their way at once: as much as OpenSSH's sftp sends and its server's window takes. */
+const WINDOW_BYTES = 2 * 1024 * 1024;
+/** The largest write that every server takes (draft-ietf-secsh-filexfer-02 section 3); ssh2 splits what is larger. */
+const USUAL_BYTES = 31_952;
+const READ_BYTES = 31_952;
+/** A slow disk or line: what closes, syncs or renames a file, and what is on its way, gets a second more for so many bytes. */
+const SLOW_DISK = 4 * 1024 * 1024;
+const SLOW_LINE = 65_536;
+/** A connection on which bytes come but no answer is given up after so many times the limit. */
+const PATIENCE = 10;
+/** Of a server's own words so many characters are told. */
+const TOLD_CHARACTERS = 200;
+/** Pages of a listing that are read at most, to look for one name. */
+const LISTING_PAGES = 1000;
+
+/** Weak algorithms that ssh2 still offers; its others are taken. */
+const WEAK = {
+  kex: ["diffie-hellman-group-exchange-sha1", "diffie-hellman-group14-sha1", "diffie-hellman-group1-sha1"],
+  serverHostKey: ["ssh-dss", "ssh-rsa"],
+  cipher: ["3des-cbc", "aes128-cbc", "aes192-cbc", "aes256-cbc", "blowfish-cbc", "cast128-cbc", "arcfour"],
+  hmac: ["hmac-md5", "hmac-md5-96", "hmac-sha1-96", "hmac-ripemd160", "hmac-sha2-256-96", "hmac-sha2-512-96"],
 };
 
-/** Logs in and opens the SFTP channel. Throws a TargetFault that says which of the steps failed. */
-export async function openSftpTarget(config: Config["forwarder"], signal: AbortSignal): Promise<Target> {
-  const server = await serverOf(config);
-  const client = await logIn(server, signal);
-  const wire = watchConnection(client, server, signal);
-  try {
-    const channel = await wire.ask<ClientChannel>((answer) => client.subsys("sftp", answer));
-    channel.on("error", wire.lost).on("close", wire.lost).on("end", wire.lost);
-    channel.stderr.resume(); // what nobody reads would hold up the channel
-    const session = await startSession(channel, wire);
-    const close = () => wire.end(new TargetFault("connection", "The connection is closed"));
-    return remoteTarget(session, server.folder, close);
-  } catch (cause) {
-    if (cause instanceof TargetFault) throw cause;
-    const text = `${server.at} gives no SFTP to "${server.login.username}"`;
-    wire.end(new TargetFault("server", text, { cause }));
-    throw new TargetFault("server", text, { cause });
+const STATUS = { eof: 1, noSuchFile: 2, permissionDenied: 3, failure: 4, unsupported: 8 } as const;
+
+/** A status other than OK (draft section 7). */
+class StatusRefusal extends Refusal {
+  readonly status: number;
+  constructor(what: string, status: number, cause: Error) {
+    super(`Cannot ${what}`, { cause: new Error(plainText(cause.message)) });
+    this.status = status;
   }
 }
 
-interface Server {
+/** A server's words as one short line without signs of control. */
+function plainText(text: string): string {
+  const line = text
+    .slice(0, 4 * TOLD_CHARACTERS)
+    .replace(/[\p{C}\u2028\u2029]+/gu, " ")
+    .trim();
+  return line.length > TOLD_CHARACTERS ? `${line.slice(0, TOLD_CHARACTERS)}…` : line;
+}
+
+/** Logs in and opens the SFTP channel. Throws a TargetFault that says which of the steps failed. */
+export async function openSftpTarget(config: Config["forwarder"], signal: AbortSignal): Promise<Target> {
+  const server = serverOf(config);
+  const { client, socket } = await logIn(server, signal);
+  const connection = new Connection(client, socket, server, signal);
+  try {
+    const sftp = await connection.ask<SFTPWrapper>("start SFTP", (done) => client.sftp(done));
+    sftp.on("error", connection.lost).on("close", connection.lost).on("end", connection.lost);
+    return new SftpTarget(sftp, connection, server.folder, config.upload === "direct");
+  } catch (cause) {
+    const fault =
+      cause instanceof TargetFault && cause.kind !== "connection"
+        ? cause
+        : new TargetFault("server", `${server.at} gives no SFTP to "${server.login.username}"`, { cause });
+    connection.end(fault);
+    throw signal.aborted ? cause : fault;
+  }
+}
+
+// ---- login
+
+interface ServerAddress {
   host: string;
   port: number;
   /** `host:port`, for messages. */
   at: string;
   folder: string;
   timeoutMs: number;
+  hostKeys: string[];
   login: ConnectConfig;
-  trusts: HostKeyCheck;
+  /** What we have to log in with, by the names that servers use. */
+  methods: AuthenticationType[];
 }
 
-async function serverOf(config: Config["forwarder"]): Promise<Server> {
+function serverOf(config: Config["forwarder"]): ServerAddress {
   const url = new URL(config.target);
   const host = url.hostname.replace(/^\[|\]$/g, "");
   const port = Number(url.port || 22);
-  const { password, privateKey, passphrase, agent, hostKey, knownHosts = "" } = config;
-  const trusts = hostKey
-    ? trustFingerprints(hostKey)
-    : await trustKnownHosts(knownHosts, host, port).catch((cause) => {
-        throw new TargetFault("host key", `Cannot read "${knownHosts}"`, { cause });
-      });
+  const { password, privateKey, passphrase, agent, hostKey = [] } = config;
   return {
     host,
     port,
@@ -100,106 +102,142 @@ async function serverOf(config: Config["forwarder"]): Promise<Server> {
     // as in curl: /~/in is in the login's home, /in at the root that the server shows
     folder: decodeURIComponent(url.pathname).replace(/^\/~(\/|$)/, "./") || "/",
     timeoutMs: config.timeoutSeconds * 1000,
-    trusts,
+    hostKeys: hostKey.map((text) => text.replace(/=+$/, "")),
     login: {
       username: decodeURIComponent(url.username),
-      ...(password && { password: readSecret(password), tryKeyboard: true }),
+      ...(password && { password: readSecret(password) }),
       ...(privateKey && { privateKey: readSecret(privateKey) }),
       ...(passphrase && { passphrase: readSecret(passphrase) }),
       ...(agent && { agent }),
     },
+    methods: [
+      ...(privateKey ? (["publickey"] as const) : []),
+      ...(agent ? (["agent"] as const) : []),
+      ...(password ? (["password", "keyboard-interactive"] as const) : []),
+    ],
   };
 }
 
-// ---- login
+/** `SHA256:…` as ssh-keygen -l prints it. */
+function fingerprint(key: Uint8Array): string {
+  return `SHA256:${createHash("sha256").update(key).digest("base64").replace(/=+$/, "")}`;
+}
 
-type Outcome =
-  | { client: Client }
-  | { refusedKey: Uint8Array }
-  | { error: Error & { level?: string }; offers: string[] };
+/** The type that a host key's wire form begins with, for example `ssh-ed25519`. */
+function keyType(key: Buffer): string {
+  return key.length < 4 ? "" : key.toString("latin1", 4, 4 + key.readUInt32BE(0));
+}
 
-/** Types of host key that a server is known to have a trusted one of: the next login asks for those at once. */
-const trustedTypes = new Map<string, string[]>();
+/** What is seen of a login on its way, for the words in which it failed. */
+interface LoginTrace {
+  refusedKey?: string;
+  /** The methods that the server takes, as it said last. */
+  takes: string[];
+  partly: boolean;
+  expired: boolean;
+  /** What the server offers of each kind of algorithm. */
+  offers: string[];
+}
 
-/**
- * Connects until the server shows a trusted key: it has several (Ed25519, ECDSA, RSA), the operator may have
- * listed any one of them, and the server shows the first type that we ask for.
- */
-async function logIn(server: Server, signal: AbortSignal): Promise<Client> {
-  const shown: string[] = [];
-  let types: string[] = trustedTypes.get(server.at) ?? ALGORITHMS.serverHostKey;
-  while (types.length > 0) {
-    let outcome = await connect(server, types, signal);
-    if ("error" in outcome && disagreement(outcome.error)) {
-      if (shown.length > 0) break; // the server has no key of the types that are left
-      outcome = await connect(server, types, signal, true);
-    }
-    if ("client" in outcome) {
-      trustedTypes.set(server.at, types);
-      return outcome.client;
-    }
-    trustedTypes.delete(server.at);
-    if ("error" in outcome) throw loginFault(server, outcome.error, outcome.offers);
-    const type = keyType(outcome.refusedKey);
-    shown.push(`${type} ${fingerprint(outcome.refusedKey)}`);
-    types = types.filter((algorithm) => !usesKey(algorithm, type));
+/** One login. Listening to what the server offers slows every packet down, so it is done only to explain a failure. */
+async function logIn(
+  server: ServerAddress,
+  signal: AbortSignal,
+): Promise<{ client: Client; socket: Socket }> {
+  const trace: LoginTrace = { takes: [], partly: false, expired: false, offers: [] };
+  try {
+    return await connect(server, trace, signal, false);
+  } catch (error) {
+    if (!disagreement(error as Error)) throw loginFault(server, trace, error as Error);
+    const again = await connect(server, trace, signal, true).catch((second: Error) => second);
+    if (again instanceof Error) throw loginFault(server, trace, again);
+    return again;
   }
-  const text = `Refused the host key of ${server.at}: it shows ${shown.join(", ")}, not what hostKey or knownHosts lists. If the server's owner has changed the key, change the config; else someone may stand between`;
-  throw new TargetFault("host key", text);
 }
 
-/** `rsa-sha2-512` is a signature by a key of type `ssh-rsa`. */
-function usesKey(algorithm: string, type: string): boolean {
-  return algorithm === type || (type === "ssh-rsa" && algorithm.startsWith("rsa-"));
-}
-
-/** One try to log in. `listen` collects what the server offers, which slows every packet down. */
-function connect(server: Server, types: string[], signal: AbortSignal, listen = false): Promise<Outcome> {
-  const { host, port, timeoutMs, login, trusts } = server;
-  return new Promise((resolve) => {
+function connect(
+  server: ServerAddress,
+  trace: LoginTrace,
+  signal: AbortSignal,
+  listen: boolean,
+): Promise<{ client: Client; socket: Socket }> {
+  const { host, port, timeoutMs, login, hostKeys } = server;
+  return new Promise((resolve, reject) => {
     const client = new ssh2.Client();
-    const socket = gatherWrites(connectTcp({ host, port, noDelay: true }));
-    const offers: string[] = [];
-    let refusedKey: Uint8Array | undefined;
-    const settle = (outcome: Outcome) => {
+    const socket = connectTcp({ host, port, noDelay: true });
+    const settle = () => {
       signal.removeEventListener("abort", onAbort);
       clearTimeout(timer);
       client.removeListener("close", onClose);
-      if (!("client" in outcome)) socket.destroy();
-      resolve(outcome);
     };
-    const failed = (error: Error) => settle(refusedKey ? { refusedKey } : { error, offers });
+    const failed = (error: Error) => {
+      settle();
+      socket.destroy();
+      reject(error);
+    };
     const onAbort = () => failed(new Error("stopped"));
     const onClose = () => failed(new Error("the server closed the connection"));
     const timer = setTimeout(() => failed(new Error(`no login within ${timeoutMs} ms`)), timeoutMs);
     signal.addEventListener("abort", onAbort, { once: true });
-    client.on("error", failed); // stays: a late error of a connection that was given up must find a listener
-    client.on("close", onClose);
-    client.on("ready", () => settle({ client }));
-    client.on("keyboard-interactive", (_name, _text, _language, prompts, answer) =>
-      answer(prompts.map(() => login.password ?? "")),
-    );
+    socket.on("error", () => {}); // ssh2 tells it, unless the connection was given up before
+    client.on("error", failed).on("close", onClose); // a late error must find a listener: it stays
+    client.on("change password", () => {
+      trace.expired = true;
+      failed(Object.assign(new Error("the password has expired"), { level: "client-authentication" }));
+    });
+    client.on("ready", () => {
+      settle();
+      resolve({ client, socket });
+    });
     const options = {
       sock: socket,
       ...login,
       readyTimeout: timeoutMs,
-      keepaliveInterval: Math.max(1000, timeoutMs / 3),
-      keepaliveCountMax: 3,
-      algorithms: { ...ALGORITHMS, serverHostKey: types },
-      hostVerifier: (key: Uint8Array) => {
-        if (!trusts(key)) refusedKey = Uint8Array.from(key);
-        return refusedKey === undefined;
+      keepaliveInterval: 0, // answers and their time limits tell of life; some servers answer no keepalive
+      algorithms: Object.fromEntries(Object.entries(WEAK).map(([kind, remove]) => [kind, { remove }])),
+      authHandler: createAuthHandler(server, trace),
+      hostVerifier: (key: Buffer) => {
+        if (!hostKeys.includes(fingerprint(key))) trace.refusedKey = `${keyType(key)} ${fingerprint(key)}`;
+        return trace.refusedKey === undefined;
       },
-      ...(listen && { debug: (text: string) => offers.push(text) }),
+      ...(listen && { debug: (text: string) => trace.offers.push(text) }),
     };
     if (signal.aborted) return onAbort();
     try {
-      client.connect(options as ConnectConfig);
+      client.connect(options as unknown as ConnectConfig);
     } catch (error) {
       // thrown for a private key that cannot be read
       failed(Object.assign(error as Error, { level: "client-authentication" }));
     }
   });
+}
+
+/**
+ * The methods that we have, each once, those that the server asks for first; after a partial success (key *and*
+ * password) its new list is followed. "none" is asked first: the answer to it says what the server takes.
+ */
+function createAuthHandler({ methods, login }: ServerAddress, trace: LoginTrace) {
+  const left: AuthenticationType[] = [...methods];
+  let asked = false;
+  return (takes: AuthenticationType[] | null, partly: boolean | null) => {
+    if (takes && takes.length > 0) trace.takes = takes;
+    if (partly) trace.partly = true;
+    if (!asked) {
+      asked = true;
+      return "none";
+    }
+    const wireName = (method: string) => (method === "agent" ? "publickey" : method);
+    const at = left.findIndex((method) => !takes || takes.includes(wireName(method) as AuthenticationType));
+    const [method] = at < 0 ? [] : left.splice(at, 1);
+    if (method !== "keyboard-interactive") return method ?? false;
+    return {
+      type: method,
+      username: login.username,
+      prompt: (
+        ...[, , , prompts, finish]: [string, string, string, unknown[], (answers: string[]) => void]
+      ) => finish(prompts.map(() => String(login.password ?? ""))),
+    };
+  };
 }
 
 /** What could not be agreed on: `key exchange algorithm`, `C->S cipher`, … */
@@ -208,78 +246,446 @@ function disagreement(error: Error): string | undefined {
 }
 
 /** What went wrong before the login was done, in words that say whom to ask. */
-function loginFault(server: Server, error: Error & { level?: string }, offers: string[]): TargetFault {
+function loginFault(
+  server: ServerAddress,
+  trace: LoginTrace,
+  error: Error & { level?: string },
+): TargetFault {
+  const { at, host, port, login, methods } = server;
+  if (trace.refusedKey) {
+    const text = `Refused the host key of ${at}: it shows ${trace.refusedKey}, which hostKey does not list. See all of its keys with: ssh-keyscan -p ${port} ${host} | ssh-keygen -lf -   If the server's owner has changed the key, change the config; else someone may stand between`;
+    return new TargetFault("host key", text);
+  }
+  const who = `Cannot log in at ${at} as "${login.username}"`;
+  if (trace.expired)
+    return new TargetFault("login", `${who}: its password has expired; the server's owner sets a new one`);
   if (error.level === "client-authentication" || error.level === "agent") {
-    return new TargetFault("login", `Cannot log in at ${server.at} as "${server.login.username}"`, {
-      cause: error,
-    });
+    if (trace.takes.length === 0) return new TargetFault("login", who, { cause: error });
+    const offered = methods.map((method) => (method === "agent" ? "publickey (agent)" : method)).join(", ");
+    const partly = trace.partly ? "a part was accepted; for the rest " : "";
+    const key = login.privateKey
+      ? publicHalf(String(login.privateKey), login.passphrase as string | undefined)
+      : "";
+    const text = `${who}: all authentication methods failed: we have ${offered}; ${partly}the server takes ${trace.takes.map(plainText).join(", ")}${key}`;
+    return new TargetFault("login", text, { cause: error });
   }
   const topic = disagreement(error);
-  if (!topic) return new TargetFault("connection", `Cannot connect to ${server.at}`, { cause: error });
+  if (!topic) return new TargetFault("connection", `Cannot connect to ${at}`, { cause: error });
   // ssh2 names two of the topics otherwise in what it lists
   const listed = topic.replace("key exchange algorithm", "KEX method").replace("host key", "Host key");
-  const offer = offers.find((text) => text.startsWith(`Handshake: (remote) ${listed}: `))?.split(": ")[2];
-  const text = `Cannot agree with ${server.at} on a ${topic}: it offers only ${offer ?? "others"}`;
+  const offer = trace.offers
+    .find((text) => text.startsWith(`Handshake: (remote) ${listed}: `))
+    ?.split(": ")[2];
+  const text = `Cannot agree with ${at} on a ${topic}: it offers only ${plainText(offer ?? "others")}`;
   return new TargetFault("connection", text, { cause: error });
 }
 
-// ---- channel
+/** The line that has to stand in the account's authorized_keys; it is no secret. */
+function publicHalf(privateKey: string, passphrase: string | undefined): string {
+  const key = ssh2.utils.parseKey(privateKey, passphrase);
+  if (key instanceof Error) return "";
+  return `. The line for its authorized_keys: ${key.type} ${key.getPublicSSH().toString("base64")}`;
+}
 
-/** The connection as the wire of requests; `end` ends it with a fault that all of them are rejected with. */
-function watchConnection(
-  client: Client,
-  { at, timeoutMs }: Server,
-  signal: AbortSignal,
-): Wire & { end(fault: TargetFault): void } {
-  const inHand = new Set<(fault: TargetFault) => void>();
-  let lastAnswer = 0;
-  let over: TargetFault | undefined;
-  const end = (fault: TargetFault) => {
-    if (over) return;
-    over = fault;
-    clearInterval(watch);
-    signal.removeEventListener("abort", onAbort);
-    client.destroy();
-    for (const reject of inHand) reject(fault);
-    inHand.clear();
-  };
-  const lost = (cause?: unknown) =>
-    end(
-      new TargetFault(
-        "connection",
-        `The connection to ${at} was lost`,
-        cause instanceof Error ? { cause } : {},
-      ),
-    );
-  const onAbort = () => lost(new Error("stopped"));
-  const watch = setInterval(
-    () => {
-      // ssh2 also sends keep-alives, but a server may answer those while its disk hangs
-      if (inHand.size > 0 && Date.now() - lastAnswer > timeoutMs)
-        lost(new Error(`no answer for ${timeoutMs} ms`));
-    },
-    Math.min(1000, timeoutMs / 4),
-  );
-  signal.addEventListener("abort", onAbort, { once: true });
-  client.on("error", lost).on("close", lost).on("end", lost);
-  if (signal.aborted) onAbort();
+// ---- connection
 
-  const ask = <T>(send: (answer: Answer<T>) => unknown): Promise<T> =>
-    new Promise((resolve, reject) => {
-      if (over) return reject(over);
-      if (inHand.size === 0) lastAnswer = Date.now();
-      inHand.add(reject);
-      const answer: Answer<T> = (error, value) => {
-        if (!inHand.delete(reject)) return; // ended already
-        lastAnswer = Date.now();
-        if (error) reject(error);
-        else resolve(value as T);
+type Done<T> = (error?: Error | null, value?: T) => void;
+
+interface Request {
+  what: string;
+  startedAt: number;
+  limitMs: number;
+  reject: (fault: TargetFault) => void;
+}
+
+/** The connection and its requests, which all end: by their answer, or with the fault that ended the connection. */
+class Connection {
+  readonly #client: Client;
+  readonly #server: ServerAddress;
+  readonly #signal: AbortSignal;
+  readonly #inFlight = new Set<Request>();
+  readonly #watch: ReturnType<typeof setInterval>;
+  #lastByteAt = Date.now();
+  #lastAnswerAt = Date.now();
+  #over: TargetFault | undefined;
+  /** Bytes of writes that are not answered. */
+  bytes = 0;
+
+  constructor(client: Client, socket: Socket, server: ServerAddress, signal: AbortSignal) {
+    this.#client = client;
+    this.#server = server;
+    this.#signal = signal;
+    this.#watch = setInterval(() => this.#checkLimits(), Math.min(1000, server.timeoutMs / 4));
+    signal.addEventListener("abort", this.#onAbort, { once: true });
+    socket.on("data", () => {
+      this.#lastByteAt = Date.now();
+    });
+    client.on("error", this.lost).on("close", this.lost).on("end", this.lost);
+    if (signal.aborted) this.#onAbort();
+  }
+
+  /** Sends one request; what `send` is given takes its answer. `slowBytes` allow it more time. */
+  ask<T>(what: string, send: (done: Done<T>) => unknown, slowBytes = 0): Promise<T> {
+    return new Promise((resolve, reject) => {
+      if (this.#over) return reject(this.#over);
+      const limitMs = this.#server.timeoutMs + (1000 * slowBytes) / SLOW_DISK;
+      const request: Request = { what, startedAt: Date.now(), limitMs, reject };
+      this.#inFlight.add(request);
+      const done: Done<T> = (error, value) => {
+        if (!this.#inFlight.delete(request)) return; // ended already
+        this.#lastAnswerAt = Date.now();
+        if (!error) return resolve(value as T);
+        const status = (error as { code?: unknown }).code;
+        if (typeof status === "number") return reject(new StatusRefusal(what, status, error));
+        if (what === "start SFTP") return reject(error);
+        this.lost(error); // an answer that is none of this protocol, or no connection any more
+        reject(this.#over);
       };
       try {
-        send(answer);
-      } catch (bug) {
-        answer(bug as Error);
+        send(done);
+      } catch (error) {
+        const isMissing = /not support/.test((error as Error).message); // an extension that is not offered
+        done(isMissing ? Object.assign(error as Error, { code: STATUS.unsupported }) : null);
+        if (!isMissing) reject(error);
       }
     });
-  return { ask, lost, end };
+  }
+
+  #checkLimits(): void {
+    const now = Date.now();
+    for (const { what, startedAt, limitMs } of this.#inFlight) {
+      const limit = limitMs + (1000 * this.bytes) / SLOW_LINE;
+      const sinceAnswer = now - Math.max(startedAt, this.#lastAnswerAt);
+      const sinceByte = now - Math.max(startedAt, this.#lastAnswerAt, this.#lastByteAt);
+      if (sinceByte <= limit && sinceAnswer <= PATIENCE * limit) continue;
+      this.lost(new Error(`no answer for ${Math.round(limitMs)} ms to: ${what}`));
+      return;
+    }
+  }
+
+  readonly #onAbort = (): void => this.lost(new Error("stopped"));
+
+  /** Ends the connection because of what happened on it. */
+  readonly lost = (cause?: unknown): void => {
+    const options = cause instanceof Error ? { cause } : {};
+    this.end(new TargetFault("connection", `The connection to ${this.#server.at} was lost`, options));
+  };
+
+  /** Ends the connection; all that is in flight, and all that comes, is rejected with the fault. */
+  end(fault: TargetFault): void {
+    if (this.#over) return;
+    this.#over = fault;
+    clearInterval(this.#watch);
+    this.#signal.removeEventListener("abort", this.#onAbort);
+    this.#client.destroy();
+    for (const { reject } of this.#inFlight) reject(fault);
+    this.#inFlight.clear();
+  }
+}
+
+// ---- files
+
+class SftpTarget implements Target {
+  readonly direct: boolean;
+  readonly #sftp: SFTPWrapper;
+  readonly #connection: Connection;
+  readonly #folder: string;
+  /** The most bytes that one write may have; a hint for speed, nothing depends on it. */
+  readonly #writeBytes: number;
+  // Until the server refuses: its config may forbid what it offers.
+  #syncs = true;
+  #renamesAsPosix = true;
+
+  constructor(sftp: SFTPWrapper, connection: Connection, folder: string, direct: boolean) {
+    this.#sftp = sftp;
+    this.#connection = connection;
+    this.#folder = folder;
+    this.direct = direct;
+    const { _maxWriteLen: most = USUAL_BYTES } = sftp as unknown as { _maxWriteLen?: number };
+    this.#writeBytes = Math.max(1024, Math.min(BLOCK_BYTES, most));
+  }
+
+  #path(name: string): string {
+    return posix.join(this.#folder, name);
+  }
+
+  async upload(name: string, chunks: AsyncIterable<Uint8Array>, onWritten = () => {}): Promise<void> {
+    const written = this.direct ? name : tempName(name);
+    const path = this.#path(written);
+    const handle = await this.#create(written, path);
+    let closed = false; // a handle's number is given to the next file: never close it twice
+    try {
+      const bytes = await this.#writeAll(path, handle, chunks);
+      onWritten();
+      // Not one after the other: the server keeps the order, and each answer is looked at.
+      const early = this.#ask<Stats>(`look at "${path}"`, (done) => this.#sftp.fstat(handle, done)).catch(
+        ifRefused,
+      );
+      const synced = this.#sync(path, handle, bytes);
+      closed = true;
+      const close = this.#close(path, handle, bytes);
+      const [stats] = await Promise.all([early, noRoom(synced), noRoom(close)]);
+      // What the open file said counts only where names are told to nobody: object stores say 0, or nothing.
+      const found = await this.look(written);
+      const size = found?.bytes ?? (this.#isBlind ? stats?.size : undefined);
+      if (size === bytes || (size === undefined && this.direct)) return; // direct: an importer may take it at once
+      const seen =
+        size === undefined ? "it is not there after CLOSE" : `its size is ${size}, expected ${bytes}`;
+      throw new Refusal(`Cannot upload "${path}": ${seen}`);
+    } catch (error) {
+      if (!closed) await this.#close(path, handle).catch(() => {});
+      await this.remove(written).catch(() => {}); // gives back the room that it takes
+      throw error;
+    }
+  }
+
+  async #create(name: string, path: string): Promise<Buffer> {
+    const open = () => this.#ask<Buffer>(`create "${path}"`, (done) => this.#sftp.open(path, "w", done));
+    try {
+      return await open();
+    } catch (error) {
+      if (!(error instanceof StatusRefusal)) throw error;
+      if (error.status === STATUS.noSuchFile) throw await this.#missingFolder(error);
+      // Some servers let no file be written over (ProFTPD's AllowOverwrite): what a cut left must go first.
+      if (!this.direct) await this.remove(name).catch(() => {});
+      return open();
+    }
+  }
+
+  /** Which part of the folder's path is not there, and what is beside it. */
+  async #missingFolder(cause: StatusRefusal): Promise<Error> {
+    const parts = this.#folder.split("/").filter((part) => part !== "" && part !== ".");
+    let above = this.#folder.startsWith("/") ? "/" : ".";
+    for (const part of parts) {
+      const path = posix.join(above, part);
+      const found = await this.#ask<Stats>(`look at "${path}"`, (done) => this.#sftp.stat(path, done)).catch(
+        ifRefused,
+      );
+      if (found) {
+        above = path;
+        continue;
+      }
+      const beside = await this.#list(above, 1).catch(() => []);
+      const names = beside.map(({ filename }) => filename).filter((name) => !name.startsWith("."));
+      const shown = names.length > 0 ? `; there is: ${names.slice(0, 10).map(plainText).join(", ")}` : "";
+      return new TargetFault(
+        "server",
+        `The folder "${this.#folder}" is not there: no "${part}" in "${above}"${shown}`,
+        { cause },
+      );
+    }
+    return cause;
+  }
+
+  /**
+   * Writes with a bounded number of bytes on the way; gives the number written. A block belongs to its write until
+   * that is answered: ssh2 sends what is larger than the server takes in parts, and reads the later ones only then.
+   */
+  async #writeAll(path: string, handle: Buffer, chunks: AsyncIterable<Uint8Array>): Promise<number> {
+    const free = Array.from({ length: Math.max(2, Math.floor(WINDOW_BYTES / this.#writeBytes)) }, takeBlock);
+    const total = free.length;
+    let position = 0;
+    let failure: unknown;
+    let wakeup = () => {};
+    const send = (block: Buffer, length: number) => {
+      const at = position;
+      position += length;
+      this.#connection.bytes += length;
+      this.#ask<void>(`write "${path}"`, (done) => this.#sftp.write(handle, block, 0, length, at, done))
+        .catch((error) => {
+          failure ??= error;
+        })
+        .finally(() => {
+          this.#connection.bytes -= length;
+          free.push(block);
+          wakeup();
+        });
+    };
+    const waitFor = async (count: number) => {
+      while (free.length < count) {
+        await new Promise<void>((resolve) => {
+          wakeup = resolve;
+        });
+      }
+    };
+    let block: Buffer | undefined;
+    let length = 0;
+    try {
+      for await (const chunk of chunks) {
+        for (let from = 0; from < chunk.length && !failure; ) {
+          if (!block && free.length === 0) await waitFor(1);
+          block ??= free.pop() as Buffer;
+          const part = chunk.subarray(from, from + this.#writeBytes - length);
+          block.set(part, length);
+          from += part.length;
+          length += part.length;
+          if (length < this.#writeBytes) continue;
+          send(block, length);
+          block = undefined;
+          length = 0;
+        }
+        if (failure) break;
+      }
+      if (block && length > 0 && !failure) send(block, length);
+      else if (block) free.push(block);
+      block = undefined;
+    } finally {
+      if (block) free.push(block);
+      await waitFor(total);
+      giveBlocks(free);
+    }
+    if (failure) await noRoom(Promise.reject(failure));
+    return position;
+  }
+
+  #close(path: string, handle: Buffer, slowBytes = 0): Promise<void> {
+    return this.#ask(`close "${path}"`, (done) => this.#sftp.close(handle, done), slowBytes);
+  }
+
+  async #sync(path: string, handle: Buffer, bytes: number): Promise<void> {
+    if (!this.#syncs) return;
+    try {
+      await this.#ask<void>(`sync "${path}"`, (done) => this.#sftp.ext_openssh_fsync(handle, done), bytes);
+    } catch (error) {
+      if (!isNotOffered(error)) throw error;
+      this.#syncs = false;
+    }
+  }
+
+  async publish(name: string, bytes: number): Promise<void> {
+    if (this.direct) return;
+    const [from, to] = [this.#path(tempName(name)), this.#path(name)];
+    const what = `rename "${from}" to "${to}"`;
+    if (this.#renamesAsPosix) {
+      try {
+        return await this.#ask<void>(what, (done) => this.#sftp.ext_openssh_rename(from, to, done), bytes);
+      } catch (error) {
+        if (!isNotOffered(error)) throw error;
+        this.#renamesAsPosix = false;
+      }
+    }
+    await this.#ask<void>(what, (done) => this.#sftp.rename(from, to, done), bytes);
+  }
+
+  /** Set once the server has said neither yes nor no about a name. */
+  #isBlind = false;
+
+  /** A missing file is "denied" or a "failure" at some servers: it is there only if it can be opened or listed. */
+  async look(name: string): Promise<RemoteFile | undefined> {
+    const path = this.#path(name);
+    const what = `look at "${path}"`;
+    try {
+      return remoteFile(await this.#ask<Stats>(what, (done) => this.#sftp.stat(path, done)));
+    } catch (error) {
+      if (!(error instanceof StatusRefusal)) throw error;
+      if (error.status === STATUS.noSuchFile) return undefined;
+    }
+    const handle = await this.#ask<Buffer>(what, (done) => this.#sftp.open(path, "r", done)).catch(ifRefused);
+    if (handle) {
+      const stats = await this.#ask<Stats>(what, (done) => this.#sftp.fstat(handle, done)).catch(ifRefused);
+      await this.#close(path, handle).catch(ifRefused);
+      if (stats?.size) return remoteFile(stats);
+    }
+    const listed = await this.#list(this.#folder).catch(ifRefused);
+    const entry = listed?.find(({ filename }) => filename === name);
+    if (entry) return remoteFile(entry.attrs);
+    if (handle) throw new Refusal(`Cannot ${what}: it is there, and the server does not say its size`);
+    this.#isBlind = true;
+    return undefined;
+  }
+
+  async #list(folder: string, pages = LISTING_PAGES): Promise<FileEntryWithStats[]> {
+    const what = `list "${folder}"`;
+    const handle = await this.#ask<Buffer>(what, (done) => this.#sftp.opendir(folder, done));
+    const entries: FileEntryWithStats[] = [];
+    try {
+      for (let page = 0; page < pages; page++) {
+        const more = await this.#ask<FileEntryWithStats[] | false>(what, (done) =>
+          this.#sftp.readdir(handle, done as Done<FileEntryWithStats[]>),
+        ).catch((error) => {
+          if (error instanceof StatusRefusal && error.status === STATUS.eof) return false as const;
+          throw error;
+        });
+        if (!more || more.length === 0) break;
+        entries.push(...more);
+      }
+    } finally {
+      await this.#ask(what, (done) => this.#sftp.close(handle, done)).catch(ifRefused);
+    }
+    return entries;
+  }
+
+  async *read(name: string, most: number): AsyncIterable<Uint8Array> {
+    const path = this.#path(name);
+    const handle = await this.#ask<Buffer>(`read "${path}"`, (done) => this.#sftp.open(path, "r", done));
+    const block = Buffer.alloc(READ_BYTES);
+    try {
+      for (let position = 0; position < most; ) {
+        const bytes = await this.#ask<number>(`read "${path}"`, (done) =>
+          this.#sftp.read(handle, block, 0, Math.min(READ_BYTES, most - position), position, done),
+        );
+        if (!bytes) return;
+        yield block.subarray(0, bytes);
+        position += bytes;
+      }
+    } finally {
+      await this.#close(path, handle).catch(() => {});
+    }
+  }
+
+  async remove(name: string): Promise<void> {
+    const path = this.#path(name);
+    await this.#ask<void>(`remove "${path}"`, (done) => this.#sftp.unlink(path, done)).catch((error) => {
+      if (!(error instanceof StatusRefusal) || error.status !== STATUS.noSuchFile) throw error;
+    });
+  }
+
+  close(): void {
+    this.#connection.end(new TargetFault("connection", "The connection is closed"));
+  }
+
+  #ask<T>(what: string, send: (done: Done<T>) => unknown, slowBytes?: number): Promise<T> {
+    return this.#connection.ask(what, send, slowBytes);
+  }
+}
+
+/** An extension that the server does not offer, or that its config forbids (sftp-server -P). */
+function isNotOffered(error: unknown): boolean {
+  if (!(error instanceof StatusRefusal)) return false;
+  return error.status === STATUS.unsupported || error.status === STATUS.permissionDenied;
+}
+
+function remoteFile({ size, mtime }: { size: number; mtime: number }): RemoteFile {
+  return { bytes: size, ...(mtime > 0 && { modifiedAt: mtime * 1000 }) };
+}
+
+function ifRefused(error: unknown): undefined {
+  if (error instanceof StatusRefusal) return undefined;
+  throw error;
+}
+
+/**
+ * A refused write, sync or close is never the name's fault: the disk is full, a quota is used up, or the disk is
+ * broken. SFTP 3 has no status that says which.
+ */
+async function noRoom<T>(work: Promise<T>): Promise<T> {
+  try {
+    return await work;
+  } catch (cause) {
+    if (!(cause instanceof StatusRefusal)) throw cause;
+    const text = "The server takes no more data: no room, a quota, or a broken disk";
+    throw new TargetFault("server", text, { cause });
+  }
+}
+
+/** Blocks to write from, used again: fresh memory for each file costs more than copying. */
+const spare: Buffer[] = [];
+const SPARE_BLOCKS = 64;
+
+function takeBlock(): Buffer {
+  return spare.pop() ?? Buffer.allocUnsafeSlow(BLOCK_BYTES);
+}
+
+function giveBlocks(blocks: Buffer[]): void {
+  for (const block of blocks) if (spare.length < SPARE_BLOCKS) spare.push(block);
 }

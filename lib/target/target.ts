@@ -1,35 +1,51 @@
 /**
- * Where batches go. One interface for `sftp://` and `file://`, one set of rules for both: a file is written
- * whole under a temp name and gets its own name by one rename. Which of a target's refusals concern one file
- * and which concern all of them is decided here and in sftp.ts, the layers that know.
+ * Where batches go. One interface for `sftp://` and `file://`, one set of rules for both: a file is written whole
+ * under a temp name and gets its own name by one rename; or, with `direct`, it is written under its name. Which of
+ * a target's refusals concern one file and which concern all of them is decided here and in sftp.ts, the layers
+ * that know; whoever calls decides what is tried again.
  */
+import { createHash } from "node:crypto";
+import { closeSync, openSync, readSync } from "node:fs";
 import { rm, stat } from "node:fs/promises";
 import { join } from "node:path";
+import { Readable } from "node:stream";
+import { createGzip } from "node:zlib";
 import { makeFolder, moveDurably, TEMP_SUFFIX, writeStream } from "../durable.ts";
 import type { FaultKind } from "../report.ts";
-import { readChunks } from "./content.ts";
 
 /**
  * An open target. What it throws is a TargetFault when the target itself is at fault, and a Refusal when it
  * answered no and the name may be the reason. Every wait ends after the configured timeout.
  */
 export interface Target {
+  /** Files are written under their own name, without a rename. */
+  readonly direct: boolean;
   /**
-   * Writes `chunks` to the temp name of `name`, from nothing. When it returns, the temp file has the size of
-   * what was written, compared, and is on stable storage as far as the target offers that. `onWritten` is called
-   * when only that is left to wait for: the next file may be begun.
+   * Writes `chunks` under the temp name of `name` (`direct`: under the name), from nothing. When it returns, the
+   * file has the size of what was written, compared, and is on stable storage as far as the target offers that.
+   * `onWritten` is called when only that is left to wait for: the next file may be begun.
    */
   upload(name: string, chunks: AsyncIterable<Uint8Array>, onWritten?: () => void): Promise<void>;
-  /** Renames the temp file to `name`. The caller has looked that there is no such file: some targets replace it. */
-  publish(name: string): Promise<void>;
-  /** Size of the file in bytes, or undefined when there is none. */
-  size(name: string): Promise<number | undefined>;
-  /** The file's content. */
-  read(name: string): AsyncIterable<Uint8Array>;
+  /**
+   * Renames the temp file of `bytes` bytes to `name`. The caller has looked that there is no such file: some targets
+   * replace it. With `direct` there is nothing to do.
+   */
+  publish(name: string, bytes: number): Promise<void>;
+  /** The file of this name, or undefined when there is none. */
+  look(name: string): Promise<RemoteFile | undefined>;
+  /** The file's content, of which no more than `most` bytes are read. */
+  read(name: string, most: number): AsyncIterable<Uint8Array>;
   /** Removes the file; one that is gone already is no error. */
   remove(name: string): Promise<void>;
-  /** Ends the connection; everything in hand is rejected. Never throws. */
+  /** Ends the connection; everything in flight is rejected. Never throws. */
   close(): void;
+}
+
+/** What a target tells of a file. */
+export interface RemoteFile {
+  bytes: number;
+  /** Milliseconds since the epoch, by the target's clock; some targets don't say. */
+  modifiedAt?: number;
 }
 
 /** The name under which a file is written before it has its own. */
@@ -52,31 +68,37 @@ export class Refusal extends Error {
   override name = "Refusal";
 }
 
-/** A local or mounted folder, which is made when it is missing. Throws a TargetFault when it cannot be made. */
-export async function openFileTarget(folder: string): Promise<Target> {
-  await makeFolder(folder).catch((error) => {
-    throw new TargetFault("server", `Cannot create the folder "${folder}"`, { cause: error });
+// ---- a local or mounted folder
+
+/** A folder, which is made when it is missing. Throws a TargetFault when it cannot be made. */
+export async function openFileTarget(folder: string, { direct = false } = {}): Promise<Target> {
+  await makeFolder(folder).catch((cause) => {
+    throw new TargetFault("server", `Cannot create the folder "${folder}"`, { cause });
   });
   const path = (name: string) => join(folder, name);
+  const written = (name: string) => path(direct ? name : tempName(name));
   return {
-    upload: (name, chunks) => writeWhole(path(tempName(name)), chunks),
-    publish: (name) => told(`rename to "${path(name)}"`, moveDurably(path(tempName(name)), path(name))),
-    size: (name) => told(`look at "${path(name)}"`, sizeOf(path(name))),
-    read: (name) => readChunks(path(name)),
-    remove: (name) => told(`remove "${path(name)}"`, rm(path(name), { force: true })),
+    direct,
+    upload: (name, chunks) => writeWhole(written(name), chunks),
+    publish: async (name) => {
+      if (!direct) await wrapError(`rename to "${path(name)}"`, moveDurably(written(name), path(name)));
+    },
+    look: (name) => wrapError(`look at "${path(name)}"`, lookAt(path(name))),
+    read: (name, most) => atMost(readChunks(path(name)), most),
+    remove: (name) => wrapError(`remove "${path(name)}"`, rm(path(name), { force: true })),
     close: () => {},
   };
 }
 
 async function writeWhole(path: string, chunks: AsyncIterable<Uint8Array>): Promise<void> {
-  const { written, size } = await told(`write "${path}"`, writeStream(path, chunks));
+  const { written, size } = await wrapError(`write "${path}"`, writeStream(path, chunks));
   if (size !== written)
     throw new Refusal(`Cannot upload "${path}": its size is ${size}, expected ${written}`);
 }
 
-async function sizeOf(path: string): Promise<number | undefined> {
+async function lookAt(path: string): Promise<RemoteFile | undefined> {
   return stat(path).then(
-    ({ size }) => size,
+    ({ size, mtimeMs }) => ({ bytes: size, modifiedAt: mtimeMs }),
     (error: NodeJS.ErrnoException) => {
       if (error.code === "ENOENT") return undefined;
       throw error;
@@ -98,13 +120,128 @@ const FAULTS = new Set([
 ]);
 
 /** Names what was tried, and tells a fault of the target from a refusal. */
-async function told<T>(what: string, work: Promise<T>): Promise<T> {
+async function wrapError<T>(what: string, work: Promise<T>): Promise<T> {
   try {
     return await work;
-  } catch (error) {
-    const { code } = error as NodeJS.ErrnoException;
-    if (!code) throw error; // not the target's: the batch could not be read
-    if (FAULTS.has(code)) throw new TargetFault("server", `Cannot ${what}`, { cause: error });
-    throw new Refusal(`Cannot ${what}`, { cause: error });
+  } catch (cause) {
+    const { code } = cause as NodeJS.ErrnoException;
+    if (!code) throw cause; // not the target's: the batch could not be read
+    if (FAULTS.has(code)) throw new TargetFault("server", `Cannot ${what}`, { cause });
+    throw new Refusal(`Cannot ${what}`, { cause });
   }
+}
+
+// ---- the bytes of a batch on their way out
+
+/** A local file could not be read; the cause says why. */
+export class Unreadable extends Error {
+  override name = "Unreadable";
+}
+
+/** Bytes that are read at once: OpenSSH's server takes no larger write. */
+export const BLOCK_BYTES = 261_120;
+/** Blocks that were read into, to be used again: fresh memory for each file costs more than reading it. */
+const blocks: Buffer[] = [];
+const KEPT_BLOCKS = 8;
+
+/**
+ * The content of a local file in pieces; each piece is only valid until the next one is asked for. Throws
+ * Unreadable. Read in place: the page cache is faster than the way through the thread pool.
+ */
+export async function* readChunks(path: string): AsyncGenerator<Uint8Array> {
+  const attempt = <T>(work: () => T): T => {
+    try {
+      return work();
+    } catch (cause) {
+      throw new Unreadable(`Cannot read "${path}"`, { cause });
+    }
+  };
+  const fd = attempt(() => openSync(path, "r"));
+  const block = blocks.pop() ?? Buffer.allocUnsafeSlow(BLOCK_BYTES);
+  try {
+    for (;;) {
+      const bytes = attempt(() => readSync(fd, block, 0, block.length, null));
+      if (bytes === 0) return;
+      yield block.subarray(0, bytes);
+    }
+  } finally {
+    if (blocks.length < KEPT_BLOCKS) blocks.push(block);
+    closeSync(fd);
+  }
+}
+
+/** Ends a content after `most` bytes, whatever comes behind them. */
+export async function* atMost(chunks: AsyncIterable<Uint8Array>, most: number): AsyncGenerator<Uint8Array> {
+  let left = most;
+  for await (const chunk of chunks) {
+    yield chunk.subarray(0, left);
+    left -= chunk.length;
+    if (left <= 0) return;
+  }
+}
+
+/** What is known of a content after it was read to its end. */
+export interface Measured {
+  /** Bytes that were given out, after compression. */
+  bytes: number;
+  /** `\n` in the batch itself. */
+  lines: number;
+  /** SHA-256 of the bytes that were given out, in hex. */
+  sha256: string;
+}
+
+/**
+ * Opens a batch for sending: `chunks` can be read to its end once, then `measured` is complete. The same batch always
+ * gives the same bytes. `onBytes` is told how many bytes of the batch were read, each time.
+ */
+export function openContent(
+  path: string,
+  { gzip = false, onBytes = (_: number) => {} } = {},
+): { chunks: AsyncIterable<Uint8Array>; measured: Measured } {
+  const measured: Measured = { bytes: 0, lines: 0, sha256: "" };
+  const raw = measureLines(readChunks(path), measured, onBytes);
+  return { measured, chunks: measureBytes(gzip ? compress(raw) : raw, measured) };
+}
+
+/** Reads a content to its end, for its measures. */
+export async function measure(chunks: AsyncIterable<Uint8Array>): Promise<Measured> {
+  const measured: Measured = { bytes: 0, lines: 0, sha256: "" };
+  for await (const _ of measureBytes(
+    measureLines(chunks, measured, () => {}),
+    measured,
+  ));
+  return measured;
+}
+
+async function* measureLines(
+  chunks: AsyncIterable<Uint8Array>,
+  measured: Measured,
+  onBytes: (n: number) => void,
+) {
+  for await (const chunk of chunks) {
+    for (let at = chunk.indexOf(0x0a); at >= 0; at = chunk.indexOf(0x0a, at + 1)) measured.lines++;
+    onBytes(chunk.length);
+    yield chunk;
+  }
+}
+
+async function* measureBytes(chunks: AsyncIterable<Uint8Array>, measured: Measured) {
+  const sha256 = createHash("sha256");
+  for await (const chunk of chunks) {
+    sha256.update(chunk);
+    measured.bytes += chunk.length;
+    yield chunk;
+  }
+  measured.sha256 = sha256.digest("hex");
+}
+
+/** gzip without a name or a time in its header. */
+async function* compress(chunks: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
+  const copies = async function* () {
+    for await (const chunk of chunks) yield Buffer.from(chunk); // zlib reads it after the block is filled again
+  };
+  const source = Readable.from(copies(), { objectMode: false });
+  const gzip = createGzip();
+  source.on("error", (error) => gzip.destroy(error));
+  yield* source.pipe(gzip) as AsyncIterable<Uint8Array>;
 }
