@@ -224,7 +224,7 @@ const unpackZstd = promisify(zstdDecompress) as (
   options: ZstdOptions,
 ) => Promise<Uint8Array>;
 
-function busy(what: string): WireError {
+export function busy(what: string): WireError {
   return new WireError(503, `too many ${what}`, `too many ${what}`);
 }
 
