@@ -61,7 +61,7 @@ import {
 import { writeState } from "./lib/state.ts";
 import { createStatusReader, type Status } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
-import { busy, Intake } from "./lib/store/intake.ts";
+import { busy, Intake, release } from "./lib/store/intake.ts";
 import { createStore as createOldStore, StoreError } from "./lib/store/store.ts";
 import { compileFormat, createWindowFinder } from "./lib/store/window.ts";
 
@@ -892,8 +892,12 @@ function createStore(options: Omit<Parameters<typeof createOldStore>[0], "inHand
   const old = createOldStore({ ...options, inHand: () => 1, onCommit: () => {} });
   return {
     ...old,
-    async commit(chunk: OldChunk & { peer: string; encoded?: unknown; mark?: string }): Promise<Outcome> {
+    async commit(
+      chunk: OldChunk & { peer: string; encoded?: { bytes: Uint8Array }; mark?: string },
+    ): Promise<Outcome> {
       const { conflict, lines, offset } = await old.commit(chunk);
+      if (chunk.body.length > 65_536) release(chunk.body);
+      if (chunk.encoded) release(chunk.encoded.bytes);
       return { kind: conflict ? "conflict" : "stored", lines, offset };
     },
     async streams(host: string, names: string[] | undefined, _news: object, _peer: string) {
