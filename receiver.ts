@@ -11,7 +11,7 @@
  * there. So nothing is lost or doubled. Sealing and forgetting are the store's, once a second, by the same rules.
  */
 import { createPrivateKey, X509Certificate } from "node:crypto";
-import { closeSync, existsSync, openSync, readFileSync, statSync } from "node:fs";
+import { closeSync, openSync, readFileSync, statSync } from "node:fs";
 import { access, constants, readFile, rm, statfs, writeFile } from "node:fs/promises";
 import { createServer } from "node:net";
 import { dirname, join } from "node:path";
@@ -264,8 +264,12 @@ const DESCRIPTORS_EVERY_MS = 250;
 
 /** Looks now and then whether descriptors become scarce; the system gives the lowest free number, so one tells. */
 function watchDescriptors(ports: Port[], { log, signal }: Receiver): void {
-  const limits = existsSync("/proc/self/limits") ? readFileSync("/proc/self/limits", "utf8") : "";
-  const most = Number(/^Max open files\s+(\d+)/m.exec(limits)?.[1] ?? Number.POSITIVE_INFINITY);
+  let most: number;
+  try {
+    most = Number(/^Max open files\s+(\d+)/m.exec(readFileSync("/proc/self/limits", "utf8"))?.[1]);
+  } catch {
+    return; // not Linux, or not permitted, as by Deno
+  }
   let lowest = 0;
   const look = async () => {
     try {
