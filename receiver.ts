@@ -31,6 +31,7 @@ import {
 import {
   type Config,
   ConfigError,
+  loadConfig,
   parseConfig,
   readSecret,
   type SecretRef,
@@ -60,7 +61,7 @@ import {
 import { writeState } from "./lib/state.ts";
 import { createStatusReader, type Status } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
-import { busy, Intake } from "./lib/store/intake.ts";
+import { busy, Intake, release } from "./lib/store/intake.ts";
 import { createStore as createOldStore, StoreError } from "./lib/store/store.ts";
 import { compileFormat, createWindowFinder } from "./lib/store/window.ts";
 
@@ -99,6 +100,7 @@ async function main(service: Service<"receiver">): Promise<number> {
   const app = createApp(receiver);
   const ports = groups.map((group) => new Port(receiver, group, app));
   for (const port of ports) port.listen();
+  process.on("SIGHUP", () => void reload(service, receiver));
   const state = new StateFile(receiver, ports);
   await loop(
     async () => {
@@ -113,6 +115,19 @@ async function main(service: Service<"receiver">): Promise<number> {
   await receiver.store.close();
   log.info("receiver stopped");
   return EXIT.done;
+}
+
+/** Takes up the config file as it is now; a faulty one is told, and the old one stays. */
+async function reload({ configFile, log }: Service<"receiver">, receiver: Receiver): Promise<void> {
+  try {
+    const next = await loadConfig(configFile, "receiver");
+    const faults = findFaults(next);
+    if (faults.length > 0) throw new ConfigError(faults);
+    const kept = receiver.configure(next);
+    log.info("config read again", { ...(kept.length > 0 && { needRestart: kept.join(", ") }) });
+  } catch (error) {
+    log.error("config not taken up, the old one stays", { error: errorMessage(error) });
+  }
 }
 
 /** Indexes of the groups that this process serves: all, or the one of `--port`. */
@@ -877,8 +892,12 @@ function createStore(options: Omit<Parameters<typeof createOldStore>[0], "inHand
   const old = createOldStore({ ...options, inHand: () => 1, onCommit: () => {} });
   return {
     ...old,
-    async commit(chunk: OldChunk & { peer: string; encoded?: unknown; mark?: string }): Promise<Outcome> {
+    async commit(
+      chunk: OldChunk & { peer: string; encoded?: { bytes: Uint8Array }; mark?: string },
+    ): Promise<Outcome> {
       const { conflict, lines, offset } = await old.commit(chunk);
+      if (chunk.body.length > 65_536) release(chunk.body);
+      if (chunk.encoded) release(chunk.encoded.bytes);
       return { kind: conflict ? "conflict" : "stored", lines, offset };
     },
     async streams(host: string, names: string[] | undefined, _news: object, _peer: string) {

@@ -1,6 +1,7 @@
 /** What the receiver says of its config when it starts, and what `--forget` refuses. */
 import { describe, expect, test } from "bun:test";
 import { existsSync } from "node:fs";
+import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { moveDurably } from "../lib/durable.ts";
 import { post } from "./sending.ts";
@@ -75,4 +76,37 @@ test("--forget refuses a host that is not known, has batches, or was heard in th
     output: expect.stringContaining("less than an hour"),
   });
   expect(existsSync(join(receiver.dir, "10.0.0.1", ".forget"))).toBe(false);
+});
+
+test("SIGHUP takes up senders and tokens; a faulty config is told and the old one stays, as what needs a restart", async () => {
+  const { folder, port, receiver } = await section();
+  const token = join(folder, "token");
+  await writeFile(token, "a-token-of-22-letters-", { mode: 0o600 });
+  const config = await writeConfig(folder, { receiver });
+  const running = startScript("receiver", config);
+  await running.says("receiver listens");
+  let offset = 0;
+  const send = async (headers: Record<string, string> = {}) => {
+    const answer = await fetch(post(`http://127.0.0.1:${port}`, accessLine(1), { offset, headers }));
+    if (answer.status === 200) offset += accessLine(1).length;
+    return answer.status;
+  };
+  const reload = async (next: object, says: string) => {
+    await writeConfig(folder, { receiver: next });
+    running.process.kill("SIGHUP");
+    await running.says(says);
+  };
+  const shown = { Authorization: "Bearer a-token-of-22-letters-" };
+  expect(await send()).toBe(200);
+  await reload({ ...receiver, groups: [] }, "config not taken up");
+  expect(await send()).toBe(200);
+  await reload({ ...receiver, tokens: { "*": { file: token } } }, "config read again");
+  expect(await send()).toBe(401);
+  expect(await send(shown)).toBe(200);
+  const moved = { dir: join(folder, "other"), groups: [{ port: port + 1, senders: ["*"] }] };
+  await reload({ ...receiver, ...moved }, "needRestart");
+  expect(running.output).toContain('needRestart="dir, groups"');
+  expect(await send()).toBe(200);
+  expect(existsSync(moved.dir)).toBe(false);
+  expect(await running.stop()).toBe(0);
 });
