@@ -711,6 +711,7 @@ class Intents {
   readonly #open: Map<string, Intent>;
   /** Whether the file still has what is forgotten here. */
   #stale = false;
+  #saving = Promise.resolve();
 
   private constructor(path: string, open: Record<string, Intent>) {
     this.#path = path;
@@ -771,9 +772,14 @@ class Intents {
     if (this.#stale) await this.#save();
   }
 
-  async #save(): Promise<void> {
-    await writeState(this.#path, { version: 1, intents: Object.fromEntries(this.#open) });
-    this.#stale = false;
+  /** One at a time: uploads that run side by side save, too. */
+  #save(): Promise<void> {
+    const save = async () => {
+      await writeState(this.#path, { version: 1, intents: Object.fromEntries(this.#open) });
+      this.#stale = false;
+    };
+    this.#saving = this.#saving.catch(() => {}).then(save);
+    return this.#saving;
   }
 }
 
