@@ -59,7 +59,7 @@ import { writeState } from "./lib/state.ts";
 import { createStatusReader, type Status } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
 import { Intake } from "./lib/store/intake.ts";
-import { createStore as createOldStore, StoreError } from "./lib/store/store.ts";
+import { createStore, type Outcome, type Store, StoreError } from "./lib/store/store.ts";
 import { compileFormat, createWindowFinder } from "./lib/store/window.ts";
 
 type ReceiverConfig = Config["receiver"];
@@ -295,7 +295,8 @@ export class Receiver {
 
   #storeOptions(config: ReceiverConfig) {
     const findWindow = createWindowFinder(config.windowMinutes, config);
-    return { ...config, findWindow, log: this.log, now: this.now };
+    const isListed = (host: string) => this.access.isNamed(host);
+    return { ...config, findWindow, isListed, log: this.log, now: this.now };
   }
 
   /** Takes up a config while running. Gives the keys that can't change before a restart. */
@@ -775,36 +776,6 @@ async function checkReceiver({ config }: Service<"receiver">): Promise<string[]>
   const faults = findFaults(config);
   await prepareFolder(config).catch((error) => faults.unshift(errorMessage(error)));
   return faults;
-}
-
-// ---- until the store has its own
-interface Outcome {
-  kind: "stored" | "conflict" | "unknown";
-  lines: number;
-  offset: number;
-  mark?: string;
-}
-type OldChunk = Parameters<ReturnType<typeof createOldStore>["commit"]>[0];
-type Store = ReturnType<typeof createStore>;
-function createStore(options: Omit<Parameters<typeof createOldStore>[0], "inHand" | "onCommit">) {
-  const old = createOldStore({ ...options, inHand: () => 1, onCommit: () => {} });
-  return {
-    ...old,
-    async commit(chunk: OldChunk & { peer: string; encoded?: unknown; mark?: string }): Promise<Outcome> {
-      const { conflict, lines, offset } = await old.commit(chunk);
-      return { kind: conflict ? "conflict" : "stored", lines, offset };
-    },
-    async streams(host: string, names: string[] | undefined, _news: object, _peer: string) {
-      const all = names ?? [...(old.senders.get(host)?.ledger.streams.keys() ?? [])];
-      const found = await Promise.all(
-        all.map(async (stream) => ({ stream, offset: await old.committed(host, stream) })),
-      );
-      return found.flatMap(({ stream, offset }) => (offset === undefined ? [] : [{ stream, offset }]));
-    },
-    configure(_: object) {},
-    async forget(_: string) {},
-    health: (): string | undefined => undefined,
-  };
 }
 
 if (import.meta.main) {
