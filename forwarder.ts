@@ -21,6 +21,15 @@ import { z } from "zod";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName, withState } from "./lib/batch.ts";
 import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
 import {
+  Digests,
+  findMissing,
+  formatHour,
+  formatVerified,
+  lookAtHosts,
+  readList,
+  verifyFolder,
+} from "./lib/digest.ts";
+import {
   exists,
   failpoint,
   makeFolder,
@@ -50,12 +59,15 @@ import {
   errorMessage,
   type FaultLog,
   formatDuration,
+  OperatorError,
   retryDelay,
   runScript,
   type Service,
+  UsageError,
   wait,
 } from "./lib/service.ts";
 import { readState, writeState } from "./lib/state.ts";
+import { formatTable } from "./lib/table.ts";
 import { openSftpTarget } from "./lib/target/sftp.ts";
 import {
   measure,
@@ -75,12 +87,18 @@ type Settings = Config["forwarder"];
 const AFTER_PROGRESS_MS = 200;
 /** A file in failed/ is tried again after one interval, then two, four, …, at most so many ms. */
 const MAX_RETRY_MS = 3_600_000;
+const HOUR_MS = 3_600_000;
+/** How much of the report's end tells of an hour without digests. */
+const REPORT_BYTES = 32 * 1024 * 1024;
 /** Batches that are committed together at most. */
 const GROUP = 64;
 
 async function main(service: Service<"forwarder">): Promise<number> {
   const { config, configFile, flags, signal } = service;
   if (flags.status) return printStatus(service);
+  if (flags.hour) return printHours(service, String(flags.hour));
+  if (flags.resend) return resend(service, String(flags.resend));
+  if (flags["test-file"]) return putTestFile(service);
   const faults = checkSecrets(config); // better at the start than at night
   if (faults.length > 0) throw new ConfigError(faults.map((fault) => `${configFile}: ${fault}`));
   await makeFolder(config.dir);
@@ -107,6 +125,8 @@ export interface Forwarder {
   intents: Intents;
   state: ForwarderState & { later: Record<string, number> };
   faults: FaultLog;
+  /** Only when digests are wanted. */
+  digests?: Digests;
 }
 
 /** Reads what earlier processes left behind. The caller holds the lock of the folder. */
@@ -126,6 +146,7 @@ export async function createForwarder(service: Service<"forwarder">): Promise<Fo
     intents: await Intents.load(config.dir, forgotten),
     state: { ...fresh, ...state },
     faults: createFaultLog(log, now),
+    ...(config.digest && { digests: await Digests.open(config.dir, forgotten) }),
   };
 }
 
@@ -171,13 +192,20 @@ export async function forwardOnce(forwarder: Forwarder): Promise<Cycle> {
     const { due, waiting, left } = await listQueue(forwarder);
     cycle.left = left;
     await forwarder.intents.keepOnly(waiting);
-    if (due.length > 0) {
-      const target = await openTarget(config, signal);
-      try {
+    let target: Target | undefined;
+    try {
+      if (due.length > 0) {
+        target = await openTarget(config, signal);
         await deliverQueue(forwarder, target, due, cycle);
-      } finally {
-        target.close();
       }
+      await forwarder.digests?.write(now());
+      if (forwarder.digests?.pending.length && !signal.aborted) {
+        target ??= await openTarget(config, signal);
+        await deliverDigests(forwarder, forwarder.digests, target);
+        cycle.left += forwarder.digests.pending.length;
+      }
+    } finally {
+      target?.close();
     }
   } catch (error) {
     cycle.fault = asFault(error, config);
@@ -249,7 +277,7 @@ async function listQueue({ service, state }: Forwarder) {
 }
 
 function newDelivery({ compress }: Settings, batch: string, folder: string, bytes: number): Delivery {
-  const remote = compress === "gzip" ? withState(batch, "compressed") : batch;
+  const remote = compress === "gzip" && parseBatchName(batch) ? withState(batch, "compressed") : batch;
   return { batch, folder, remote, bytes, lines: 0, sha256: "", step: "queued", at: 0, reported: false };
 }
 
@@ -419,13 +447,14 @@ class DeliveryPass {
     one.at = now();
     await checkUnsent(config.dir, one.batch);
     const intent = intents.get(one.batch);
+    const open = () =>
+      openContent(join(one.folder, one.batch), { gzip: config.compress === "gzip", onBytes: this.#onBytes });
     if (intent?.reported) {
       const { remote, bytes, lines, sha256 } = intent; // its rename was answered: the line stands behind it
       Object.assign(one, { remote, bytes, lines, sha256, step: "renamed", reported: true });
+      if (sha256 === "") Object.assign(one, await measure(open().chunks)); // by an older version
       return;
     }
-    const open = () =>
-      openContent(join(one.folder, one.batch), { gzip: config.compress === "gzip", onBytes: this.#onBytes });
     if (intent || this.#target.direct) {
       const found = await this.#target.look(one.remote);
       if (found && !(this.#target.direct && intent)) {
@@ -478,6 +507,9 @@ class DeliveryPass {
         lines.map(({ batch, lines }) => ({ at, batch, lines, status: "Sent" })),
       );
       failpoint("forward:reported");
+      const noted = renamed.map(({ remote, sha256, lines }) => ({ name: remote, sha256, lines }));
+      await this.#forwarder.digests?.note(noted, at);
+      failpoint("forward:listed");
       await this.#moveToSent(renamed, at);
     } catch (error) {
       this.fault ??= recordFault(error, config);
@@ -631,6 +663,36 @@ export function createProbe(target: Target): () => Promise<void> {
   };
 }
 
+/** Puts digests that wait at the target, each a batch like any other; one that is refused is tried again next time. */
+async function deliverDigests(
+  { service, faults }: Forwarder,
+  digests: Digests,
+  target: Target,
+): Promise<void> {
+  const { config, log, signal } = service;
+  for (const name of [...digests.pending]) {
+    if (signal.aborted) return;
+    try {
+      const one = newDelivery(config, name, join(config.dir, ".digest"), 0);
+      Object.assign(one, { remote: name }, await measure(readChunks(digests.pathOf(name))));
+      const found = await target.look(name);
+      const isHalf = target.direct && found && found.bytes < one.bytes;
+      if (found && !isHalf) await checkSame(target, one, found);
+      else {
+        await target.upload(name, readChunks(digests.pathOf(name)));
+        failpoint("forward:digest");
+        await target.publish(name, one.bytes);
+      }
+      await digests.delivered(name);
+      log.info("digest delivered", { name });
+      faults.recovered("digest", "digests are taken again");
+    } catch (error) {
+      if (!(error instanceof Refusal || error instanceof Unreadable)) throw error;
+      faults.failed("digest", "digest refused", { name, error: errorMessage(error) });
+    }
+  }
+}
+
 // ---- intentions
 
 const intentSchema = z.object({
@@ -649,6 +711,7 @@ class Intents {
   readonly #open: Map<string, Intent>;
   /** Whether the file still has what is forgotten here. */
   #stale = false;
+  #saving = Promise.resolve();
 
   private constructor(path: string, open: Record<string, Intent>) {
     this.#path = path;
@@ -709,9 +772,14 @@ class Intents {
     if (this.#stale) await this.#save();
   }
 
-  async #save(): Promise<void> {
-    await writeState(this.#path, { version: 1, intents: Object.fromEntries(this.#open) });
-    this.#stale = false;
+  /** One at a time: uploads that run side by side save, too. */
+  #save(): Promise<void> {
+    const save = async () => {
+      await writeState(this.#path, { version: 1, intents: Object.fromEntries(this.#open) });
+      this.#stale = false;
+    };
+    this.#saving = this.#saving.catch(() => {}).then(save);
+    return this.#saving;
   }
 }
 
@@ -772,35 +840,191 @@ async function saveState({ service, state, faults }: Forwarder, cycle: Cycle): P
   }
 }
 
-/** `--status`: the queue by host, what failed and why, the last success and the rate. */
-async function printStatus({ config, now }: Service<"forwarder">): Promise<number> {
+// ---- flags that look, or do one thing
+
+/** `--status`: the queue by host, what failed and why, the last success and the rate; 1 when something is wrong. */
+async function printStatus({ config, flags, now }: Service<"forwarder">): Promise<number> {
   const all = folders(config.dir);
-  const print = (text: string) => process.stdout.write(`${text}\n`);
   const state = await readForwarderState(config.dir);
-  const rows: [string, string, string][] = [["host", "waiting", "oldest"]];
-  for (const host of await listHosts(config.dir)) {
-    const batches = await listBatches(all.host(host), "sealed");
-    rows.push([host, String(batches.length), batches[0] ?? "-"]);
+  const isWanted = (host: string) => !flags.host || host === flags.host;
+  const hosts: { host: string; waiting: number; oldest?: string }[] = [];
+  for (const host of (await listHosts(config.dir)).filter(isWanted)) {
+    const [oldest, ...more] = await listBatches(all.host(host), "sealed");
+    hosts.push({ host, waiting: oldest ? 1 + more.length : 0, ...(oldest && { oldest }) });
   }
-  const width = Math.max(...rows.map(([host]) => host.length));
-  for (const [host, waiting, oldest] of rows)
-    print(`${host.padEnd(width)}  ${waiting.padStart(7)}  ${oldest}`);
-  for (const batch of await listBatches(all.failed, "sealed")) {
-    const failure = state?.failed[batch];
-    const again = failure ? `, next try in ${formatDuration(Math.max(0, failure.nextAt - now()))}` : "";
-    print(`failed: ${batch}: ${failure?.reason ?? "moved there by hand"}${again}`);
-  }
+  const failed = (await listBatches(all.failed, "sealed"))
+    .filter((batch) => !flags.host || parseBatchName(batch)?.host === dashedHost(String(flags.host)))
+    .map((batch) => ({ batch, reason: "moved there by hand", ...state?.failed[batch] }));
   const sent = (await readReportTail(config.report)).filter(({ status }) => status === "Sent");
-  const last = sent.at(-1);
-  const lastHour = sent.filter(({ at }) => at > now() - 3_600_000);
-  const lines = lastHour.reduce((sum, one) => sum + one.lines, 0);
-  print(last ? `last success: ${last.batch}, ${formatDuration(now() - last.at)} ago` : "last success: never");
-  print(`last hour: ${lastHour.length} batches, ${lines} lines`);
-  if (state?.fault) {
-    const { kind, text, since } = state.fault;
-    print(`held up for ${formatDuration(now() - since)} (${kind}): ${text}`);
+  const recent = sent.filter(({ at }) => at > now() - 3_600_000);
+  const lastHour = { batches: recent.length, lines: recent.reduce((sum, { lines }) => sum + lines, 0) };
+  const lastSent = sent.at(-1);
+  const fault = state?.fault;
+  const ok = failed.length === 0 && !fault;
+  const status = { ok, hosts, failed, lastSent, lastHour, fault };
+  process.stdout.write(flags.json ? `${JSON.stringify(status)}\n` : formatStatus(status, now()));
+  return ok ? EXIT.done : EXIT.failed;
+}
+
+function formatStatus(
+  status: {
+    hosts: { host: string; waiting: number; oldest?: string }[];
+    failed: { batch: string; reason: string; nextAt?: number }[];
+    lastSent: ReportLine | undefined;
+    lastHour: { batches: number; lines: number };
+    fault: ForwarderState["fault"];
+  },
+  now: number,
+): string {
+  const { hosts, failed, lastSent, lastHour, fault } = status;
+  const rows = hosts.map(({ host, waiting, oldest = "-" }) => [host, String(waiting), oldest]);
+  const ago = (at: number) => formatDuration(Math.max(0, now - at));
+  const lines = [
+    ...(fault ? [`held up for ${ago(fault.since)} (${fault.kind}): ${fault.text}`] : []),
+    ...failed.map(({ batch, reason, nextAt }) => {
+      const again = nextAt === undefined ? "" : `, next try in ${formatDuration(Math.max(0, nextAt - now))}`;
+      return `failed: ${batch}: ${reason}${again}`;
+    }),
+    formatTable(["host", "waiting", "oldest"], rows, [1]).trimEnd(),
+    lastSent ? `last success: ${lastSent.batch}, ${ago(lastSent.at)} ago` : "last success: never",
+    `last hour: ${lastHour.batches} batches, ${lastHour.lines} lines`,
+  ];
+  return `${lines.join("\n")}\n`;
+}
+
+/** `--hour`: what of a time was delivered, per host; 0 when all of it is. */
+async function printHours({ config, flags, now }: Service<"forwarder">, span: string): Promise<number> {
+  const rows: HourRow[] = [];
+  for (const hour of hoursOf(span)) rows.push(...(await readHour(config, hour, now())));
+  const complete = rows.every(({ missing }) => missing.length === 0);
+  if (flags.json) process.stdout.write(`${JSON.stringify({ complete, rows })}\n`);
+  else {
+    const cells = rows.map((row) => [
+      `20${row.hour.slice(0, 2)}-${row.hour.slice(2, 4)}-${row.hour.slice(4, 6)}T${row.hour.slice(6)}`,
+      row.host,
+      String(row.batches),
+      String(row.lines),
+      String(row.late),
+      row.source,
+      row.missing.length === 0 ? "complete" : row.missing.join("; "),
+    ]);
+    const heads = ["hour", "host", "batches", "lines", "late parts", "by", "state"];
+    process.stdout.write(formatTable(heads, cells, [2, 3, 4]));
+    process.stdout.write(complete ? "complete\n" : "not complete\n");
   }
+  return complete ? EXIT.done : EXIT.failed;
+}
+
+/** `2026-11-27T14` or `2026-11-27T14/2026-11-27T18` (the second one exclusive) as `yyMMddHH` each. */
+function hoursOf(span: string): string[] {
+  const [from = "", to] = span.split("/").map((text) => {
+    const at = /^20\d\d-\d\d-\d\dT\d\d$/.test(text) ? Date.parse(`${text}:00Z`) : Number.NaN;
+    if (Number.isNaN(at))
+      throw new UsageError(`--hour ${span}: expected 2026-11-27T14 or 2026-11-27T14/2026-11-27T18`);
+    return at;
+  });
+  const first = Number(from);
+  const end = to ?? first + HOUR_MS;
+  if (end <= first || end - first > 31 * 24 * HOUR_MS)
+    throw new UsageError(`--hour ${span}: expected an end behind the beginning, 31 days at most`);
+  return Array.from({ length: (end - first) / HOUR_MS }, (_, i) => formatHour(first + i * HOUR_MS, 0));
+}
+
+interface HourRow {
+  hour: string;
+  host: string;
+  batches: number;
+  lines: number;
+  late: number;
+  /** What the numbers are from: the list that digests are made of, or the report. */
+  source: "digest" | "report";
+  missing: string[];
+}
+
+async function readHour({ dir, report }: Settings, hour: string, now: number): Promise<HourRow[]> {
+  const listed = await readList(dir, hour);
+  const source = listed.size > 0 ? "digest" : "report";
+  const delivered = new Map([...listed.values()].map(({ name, lines }) => [name, lines]));
+  if (source === "report") {
+    for (const { batch, lines, status } of await readReportTail(report, REPORT_BYTES))
+      if (status === "Sent" && parseBatchName(batch)?.window.startsWith(hour)) delivered.set(batch, lines);
+  }
+  const seen = await lookAtHosts(dir, now);
+  const missing = findMissing(seen, hour, now);
+  const names = new Map(seen.hosts.map(({ host }) => [dashedHost(host), host]));
+  const hosts = new Map<string, HourRow>();
+  const rowOf = (host: string) => {
+    const row = hosts.get(host) ?? { hour, host, batches: 0, lines: 0, late: 0, source, missing: [] };
+    hosts.set(host, row);
+    return row;
+  };
+  for (const { host } of seen.hosts) rowOf(host);
+  for (const [batch, lines] of delivered) {
+    const { host = "", part = 1 } = parseBatchName(batch) ?? {};
+    const row = rowOf(names.get(host) ?? host);
+    row.batches++;
+    row.lines += lines;
+    if (part > 1) row.late++;
+  }
+  for (const { host, reason } of missing) rowOf(host).missing.push(reason);
+  return [...hosts.values()].sort((a, b) => (a.host < b.host ? -1 : 1));
+}
+
+/** `--resend`: moves delivered batches back into their host's folder; the forwarder unpacks and delivers them again. */
+async function resend({ config }: Service<"forwarder">, text: string): Promise<number> {
+  const all = folders(config.dir);
+  const hosts = new Map((await listHosts(config.dir)).map((host) => [dashedHost(host), host]));
+  const found = (await listBatches(all.sent, "sealed", "compressed")).filter((name) => name.includes(text));
+  let left = 0;
+  for (const name of found) {
+    const host = hosts.get(parseBatchName(name)?.host ?? "");
+    const to = host && join(all.host(host), name);
+    const waits =
+      to && ((await exists(to)) || (await exists(join(all.host(host), withState(name, "sealed")))));
+    const reason = !to
+      ? "its host has no folder any more"
+      : waits
+        ? "it waits in the queue already"
+        : undefined;
+    if (to && !reason) await moveDurably(join(all.sent, name), to);
+    if (reason) left++;
+    process.stdout.write(`${name}: ${reason ?? "back in the queue"}\n`);
+  }
+  if (found.length === 0) process.stdout.write(`nothing in ${all.sent} has "${text}" in its name\n`);
+  else process.stdout.write("delivered again by the running forwarder, or by: forwarder --once\n");
+  return found.length > left && left === 0 ? EXIT.done : EXIT.failed;
+}
+
+/** `--test-file`: puts one file there, marked, for the client to see. */
+async function putTestFile({ config, signal, now }: Service<"forwarder">): Promise<number> {
+  const name = `log-rt-sync-test-${new Date(now()).toISOString().slice(0, 19).replace(/\D/g, "")}.txt`;
+  const content = Buffer.from(
+    "A test of log-rt-sync. Its batches will appear beside this file, which may be deleted.\n",
+  );
+  const target = await openTarget(config, signal).catch(asOperatorError);
+  try {
+    await target.upload(name, Readable.from([content])).catch(asOperatorError);
+    await target.publish(name, content.length).catch(asOperatorError);
+  } finally {
+    target.close();
+  }
+  process.stdout.write(`${name} is in ${config.target}\n`);
   return EXIT.done;
+}
+
+function asOperatorError(error: unknown): never {
+  throw error instanceof TargetFault || error instanceof Refusal
+    ? new OperatorError(errorMessage(error))
+    : error;
+}
+
+/** `--verify`: checks a delivered folder by its digests. */
+async function verify(folder: string): Promise<number> {
+  const verified = await verifyFolder(folder).catch((error) => {
+    throw new OperatorError(`Cannot verify ${folder}: ${errorMessage(error)}`);
+  });
+  process.stdout.write(formatVerified(verified));
+  return verified.findings.length === 0 ? EXIT.done : EXIT.failed;
 }
 
 /** One fault for each secret that is not there. */
@@ -839,7 +1063,17 @@ if (import.meta.main) {
     {
       name: "forwarder",
       about: "Delivers sealed batches to an SFTP server or a folder, each exactly once.",
-      flags: { once: "one pass over the queue, then exit", status: "show the queue and the last deliveries" },
+      flags: {
+        once: "one pass over the queue, then exit",
+        status: "show the queue and the last deliveries",
+        "hour=HOUR": "what of an hour was delivered: 2026-11-27T14, or 2026-11-27T14/2026-11-27T18",
+        "host=HOST": "with --status: of one sender",
+        json: "with --status and --hour: for programs",
+        "resend=TEXT": "deliver again what was delivered and has TEXT in its name",
+        "verify=FOLDER": "check a delivered folder by its digests; needs no config",
+        "test-file": "put a file at the target for the client to see",
+      },
+      withoutConfig: { verify },
       check: checkHost,
     },
     main,

@@ -12,8 +12,9 @@
  */
 import { createPrivateKey, X509Certificate } from "node:crypto";
 import { readFileSync, statSync } from "node:fs";
-import { readFile, rm, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { access, constants, readFile, rm, statfs, writeFile } from "node:fs/promises";
+import { createServer } from "node:net";
+import { dirname, join } from "node:path";
 import { type Context, Hono, type Next } from "hono";
 import { dashedHost, folders, listBatches, parseBatchName } from "./lib/batch.ts";
 import {
@@ -30,6 +31,7 @@ import {
 import {
   type Config,
   ConfigError,
+  loadConfig,
   parseConfig,
   readSecret,
   type SecretRef,
@@ -46,6 +48,7 @@ import {
   EXIT,
   errorMessage,
   type FaultLog,
+  formatBytes,
   type Log,
   loop,
   OperatorError,
@@ -58,7 +61,7 @@ import {
 import { writeState } from "./lib/state.ts";
 import { createStatusReader, type Status } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
-import { Intake } from "./lib/store/intake.ts";
+import { busy, Intake, release } from "./lib/store/intake.ts";
 import { createStore, type Outcome, type Store, StoreError } from "./lib/store/store.ts";
 import { compileFormat, createWindowFinder } from "./lib/store/window.ts";
 
@@ -68,6 +71,8 @@ type MonitorConfig = Config["monitor"];
 /** Syncs that wait for the disk at once: the file system writes its journal once for all of them. */
 const SYNCS_AT_ONCE = 16;
 const SEAL_EVERY_MS = 1000;
+/** Bodies of so many bytes are given back at once; smaller ones may share the runtime's pool. */
+const RELEASE_FROM = 65_536;
 /** How often the state file is written at least, and `.forget` looked for. */
 const STATE_EVERY_MS = 10_000;
 const FORGET_EVERY_MS = 30_000;
@@ -76,6 +81,8 @@ const RETRY_AFTER_SECONDS = "1";
 const BROWSER_LOGIN = 'Basic realm="log-rt-sync"';
 /** How long open connections may take to end after SIGTERM; what is in hand is answered long before. */
 const CLOSE_MS = 2000;
+/** New names by the token of `*`. */
+const NEW_A_MINUTE = 60;
 /** A token that can be guessed: fewer signs than 96 bits in base64. */
 const SHORT_TOKEN = 16;
 
@@ -95,6 +102,7 @@ async function main(service: Service<"receiver">): Promise<number> {
   const app = createApp(receiver);
   const ports = groups.map((group) => new Port(receiver, group, app));
   for (const port of ports) port.listen();
+  process.on("SIGHUP", () => void reload(service, receiver));
   const state = new StateFile(receiver, ports);
   await loop(
     async () => {
@@ -109,6 +117,19 @@ async function main(service: Service<"receiver">): Promise<number> {
   await receiver.store.close();
   log.info("receiver stopped");
   return EXIT.done;
+}
+
+/** Takes up the config file as it is now; a faulty one is told, and the old one stays. */
+async function reload({ configFile, log }: Service<"receiver">, receiver: Receiver): Promise<void> {
+  try {
+    const next = await loadConfig(configFile, "receiver");
+    const faults = findFaults(next);
+    if (faults.length > 0) throw new ConfigError(faults);
+    const kept = receiver.configure(next);
+    log.info("config read again", { ...(kept.length > 0 && { needRestart: kept.join(", ") }) });
+  } catch (error) {
+    log.error("config not taken up, the old one stays", { error: errorMessage(error) });
+  }
 }
 
 /** Indexes of the groups that this process serves: all, or the one of `--port`. */
@@ -275,6 +296,9 @@ export class Receiver {
   readonly status: () => Promise<Status>;
   readonly #monitor: MonitorConfig | undefined;
   #forgetsAt = Number.NEGATIVE_INFINITY;
+  readonly #faults: FaultLog;
+  readonly #newNames = new Set<string>();
+  #minute = 0;
 
   constructor(config: ReceiverConfig, { log, now, signal, monitor }: ReceiverOptions) {
     this.config = config;
@@ -286,6 +310,7 @@ export class Receiver {
     this.access = new Access(config, { log, now, expected: monitor?.expected ?? [] });
     this.intake = new Intake(config);
     this.refusals = new Refusals(log, now);
+    this.#faults = createFaultLog(log, now);
     this.store = createStore(this.#storeOptions(config));
     this.status = createStatusReader(config, {
       now,
@@ -314,6 +339,27 @@ export class Receiver {
     this.intake.limits = this.config;
     this.store.configure(this.#storeOptions(this.config));
     return kept;
+  }
+
+  /**
+   * Who holds the token of `*` can make names: they have half of `maxHosts`, and NEW_A_MINUTE of it in a minute, so that
+   * there is room for the hosts that somebody named. Throws a WireError (503).
+   */
+  admitName(host: string): void {
+    const { senders } = this.store;
+    const { maxHosts } = this.config;
+    if (senders.has(host)) return;
+    if (senders.size >= 0.8 * maxHosts)
+      this.#faults.failed("hosts", "nearly as many hosts as may be", { hosts: senders.size, maxHosts });
+    if (!this.access.isUnnamed(host)) return;
+    const minute = Math.floor(this.now() / 60_000);
+    if (minute !== this.#minute) this.#newNames.clear();
+    this.#minute = minute;
+    if (!this.#newNames.has(host) && this.#newNames.size >= NEW_A_MINUTE)
+      throw busy('new hosts by the token of "*" in a minute');
+    const unnamed = [...senders.keys()].filter((name) => this.access.isUnnamed(name)).length;
+    if (unnamed >= maxHosts / 2) throw busy('hosts by the token of "*"');
+    this.#newNames.add(host);
   }
 
   /** Forgets the hosts that `--forget` named. */
@@ -405,16 +451,21 @@ export function createApp(receiver: Receiver) {
 }
 
 /** One chunk: admitted, read, stored, answered. */
-async function takeChunk({ access, intake, store, counts }: Receiver, c: HttpContext): Promise<Response> {
+async function takeChunk(receiver: Receiver, c: HttpContext): Promise<Response> {
+  const { access, intake, store, counts } = receiver;
   const { headers } = c.req.raw;
   const chunk = parseChunkHeaders(headers);
   const peer = access.authorise(chunk.host, headers, c.env);
+  receiver.admitName(chunk.host);
   return intake.take(chunk.host, c.req.raw, async ({ body, encoded }) => {
     const range = chunk.end - chunk.offset;
     if (body.length > range)
       throw new WireError(400, `body has ${body.length} bytes, its range only ${range}`);
     const started = performance.now();
-    const outcome = await store.commit({ ...chunk, body, peer, ...(encoded && { encoded }) });
+    const outcome = await store.commit({ ...chunk, body, peer, ...(encoded && { encoded }) }).finally(() => {
+      if (body.length > RELEASE_FROM) release(body); // it is in its part, or stays in nothing
+      if (encoded) release(encoded.bytes);
+    });
     counts.chunk(chunk.host, body.length, outcome, performance.now() - started);
     const { kind, lines, offset, mark } = outcome;
     if (kind === "unknown")
@@ -771,11 +822,67 @@ function isReadByOthers(file: string): boolean {
   return ((statSync(file, { throwIfNoEntry: false })?.mode ?? 0) & 0o004) !== 0;
 }
 
-/** What only this host can tell, for `--check`. */
-async function checkReceiver({ config }: Service<"receiver">): Promise<string[]> {
-  const faults = findFaults(config);
-  await prepareFolder(config).catch((error) => faults.unshift(errorMessage(error)));
+/** What only this host can tell, for `--check`: creates nothing. */
+async function checkReceiver({ config, configFile, now }: Service<"receiver">): Promise<string[]> {
+  const faults: string[] = [];
+  const said: string[] = [];
+  const say = (kind: string, text: string) => said.push(`${kind.padEnd(5)} ${text}\n`);
+  const checks = {
+    fault: (text: string) => faults.push(text),
+    warn: (text: string) => say("warn", text),
+    step: async (name: string, work: () => Promise<string>) => {
+      try {
+        say("ok", `${name}: ${await work()}`);
+      } catch (error) {
+        checks.fault(`${name}: ${errorMessage(error)}`);
+      }
+    },
+  };
+  const monitor = await readMonitorSection(configFile);
+  for (const fault of findFaults(config)) checks.fault(fault);
+  for (const warning of findWarnings(config, configFile, monitor.fault)) checks.warn(warning);
+  await checks.step(`receiver.dir ${config.dir}`, () => checkFolder(config.dir));
+  for (const { port } of config.groups) {
+    await checks.step(`port ${config.listen}:${port}`, () => checkPort(config, port, now()));
+  }
+  const { tls, logFormat = [] } = config;
+  if (tls)
+    await checks.step(`certificate ${tls.cert}`, async () => `valid until ${certificateEnd(readTls(tls))}`);
+  for (const format of logFormat) {
+    await checks.step("logFormat", async () => {
+      const { variable, example } = compileFormat(format);
+      return `$${variable} of a line such as ${example(new Date(now()))}`;
+    });
+  }
+  if (faults.length === 0) process.stdout.write(said.join(""));
   return faults;
+}
+
+/** The folder, or the one that it will be made in, can be written to. */
+async function checkFolder(dir: string): Promise<string> {
+  let folder = dir;
+  while (!(await exists(folder)) && folder !== dirname(folder)) folder = dirname(folder);
+  await access(folder, constants.W_OK | constants.X_OK);
+  const { bavail, blocks, bsize } = await statfs(folder);
+  if (blocks === 0) throw new Error(`${folder} is no place for files`); // /proc takes no folder, also of root
+  return `${folder === dir ? "" : "will be made, "}${formatBytes(bavail * bsize)} free`;
+}
+
+/** A port that can be listened on, or that a receiver of this folder listens on. */
+async function checkPort({ listen, dir }: ReceiverConfig, port: number, now: number): Promise<string> {
+  const state = join(dir, `.receiver-${port}.json`);
+  const seen = statSync(state, { throwIfNoEntry: false })?.mtimeMs ?? 0;
+  if (port !== 0 && now - seen < 3 * STATE_EVERY_MS) return "a receiver listens there";
+  const server = createServer();
+  const bound = new Promise<void>((resolve, reject) =>
+    server.once("error", reject).listen(port, listen, resolve),
+  );
+  try {
+    await bound;
+  } finally {
+    server.close();
+  }
+  return "free";
 }
 
 if (import.meta.main) {

@@ -172,23 +172,39 @@ function serveOnDeno(runtime: DenoRuntime, options: ServeOptions): Server {
   return { port: server.addr.port, close: () => server.shutdown() };
 }
 
-/** PEM texts for an HTTPS client; all optional. */
+/** What a client shows and trusts, PEM texts, and the proxy on its way; all optional. */
 export interface ClientTls {
   ca?: string;
   cert?: string;
   key?: string;
+  /** URL of an HTTP proxy. */
+  proxy?: string | undefined;
 }
 
-/** A `fetch` that trusts `ca` (beside nothing else, when given) and shows a client certificate. */
-export function fetchWith(tls: ClientTls): typeof fetch {
-  if (!tls.ca && !tls.cert) return fetch;
-  const client = tls.cert ? { cert: tls.cert, key: tls.key } : {}; // Bun takes "" for a certificate that is wrong
+/**
+ * A `fetch` that trusts `ca` (beside nothing else, when given) and shows a client certificate. It follows no redirect,
+ * which would carry a token elsewhere, and nothing that the environment says of proxies and of certificates.
+ */
+export function fetchWith({ ca, cert, key, proxy }: ClientTls): typeof fetch {
+  const client = cert ? { cert, key } : {}; // Bun takes "" for a certificate that is wrong
+  if (deno) for (const name of PROXY_VARIABLES) delete process.env[name];
   const extra = deno
-    ? { client: deno.createHttpClient({ ...(tls.ca && { caCerts: [tls.ca] }), ...client }) }
-    : { tls: { ...(tls.ca && { ca: tls.ca }), ...client } };
+    ? {
+        client: deno.createHttpClient({
+          ...(ca && { caCerts: [ca] }),
+          ...client,
+          ...(proxy && { proxy: { url: proxy } }),
+        }),
+      }
+    : { tls: { rejectUnauthorized: true, ...(ca && { ca }), ...client }, proxy: proxy ?? false };
   return ((input: string | URL | Request, init?: RequestInit) =>
-    fetch(input, { ...init, ...extra } as RequestInit)) as typeof fetch;
+    fetch(input, { redirect: "manual", ...init, ...extra } as RequestInit)) as typeof fetch;
 }
+
+const PROXY_VARIABLES = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"].flatMap((name) => [
+  name,
+  name.toLowerCase(),
+]);
 
 const LOCK_EXCLUSIVE_NONBLOCKING = 2 | 4; // flock(2): LOCK_EX | LOCK_NB
 

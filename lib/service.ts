@@ -53,6 +53,8 @@ export interface ScriptSpec<S extends Section> {
   name: S;
   about: string;
   flags?: Record<string, string>;
+  /** Flags that need no config: each is given its value, and gives the exit code. */
+  withoutConfig?: Record<string, (value: string) => Promise<number>>;
   /** How many system calls may wait at once, where the runtime's own number is too small. */
   callsAtOnce?: number;
   /** For `--check`: what only the running host can tell, one line per fault; `connect` with `--connect`. */
@@ -87,6 +89,9 @@ export async function runScript<S extends Section>(
   process.stdout.on("error", () => {}); // a closed pipe must not stop a shipper
   try {
     const flags = parseFlags(spec, process.argv.slice(2));
+    for (const [flag, work] of Object.entries(spec.withoutConfig ?? {})) {
+      if (flags[flag]) process.exit(await work(String(flags[flag])));
+    }
     const configFile = configPath(flags.config as string | undefined);
     const config = await loadConfig(configFile, spec.name);
     const service = { config, configFile, flags, log, signal: abort.signal, now: Date.now };

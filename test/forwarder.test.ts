@@ -362,3 +362,47 @@ describe("forwarder", () => {
     expect(await running.stop()).toBe(0);
   });
 });
+
+describe.each(BACKENDS.filter(({ skip }) => !skip))("digests to $name", ({ start }) => {
+  /** A batch of an hour that is over, by this machine's clock. */
+  async function sealRecent(site: Site, hoursAgo: number, text: string): Promise<string> {
+    const at = new Date(Date.now() - hoursAgo * 3_600_000);
+    const two = (n: number) => String(n).padStart(2, "0");
+    const hour = `${two(at.getFullYear() % 100)}${two(at.getMonth() + 1)}${two(at.getDate())}${two(at.getHours())}`;
+    const name = `accessLog_${hour}_00-19_10-10-21-181.log`;
+    await mkdir(join(site.dir, HOST), { recursive: true });
+    await writeFile(join(site.dir, HOST, name), text);
+    return name;
+  }
+  const verify = async (backend: Backend) =>
+    runScriptOnce("forwarder", "/absent/config.json", ["--verify", backend.folder]);
+
+  test.each(["forward:reported", "forward:listed", "forward:moved", "forward:digest"])(
+    "killed at %s: the hours' digests come once, without a report line, and verify",
+    async (step) => {
+      const backend = await start();
+      const site = await makeSite(backend, { digest: true });
+      const names = [await sealRecent(site, 3, "a\n"), await sealRecent(site, 2, "b\n")];
+      expect((await once(site, { LOG_RT_SYNC_STOP_AT: step })).code).toBe("SIGKILL");
+      const { code, output } = await once(site);
+      expect(code, output).toBe(0);
+      const found = Object.keys(await remoteFiles(backend));
+      expect(found.filter((name) => name.endsWith(".log"))).toEqual(names);
+      expect(found.filter((name) => name.endsWith(".sha256"))).toHaveLength(3); // of 3, 2 and 1 hours ago
+      expect((await verify(backend)).output).toEndWith("\nok\n");
+      expect(await site.report()).toHaveLength(2);
+      // sent again on purpose: once, reported, and in no digest a second time
+      const resend = await runScriptOnce("forwarder", site.configFile, ["--resend", names[0] ?? ""]);
+      expect(resend.output).toStartWith(`${names[0]}: back in the queue\n`);
+      await rm(join(backend.folder, names[0] ?? ""));
+      expect((await once(site)).code).toBe(0);
+      expect(await site.report()).toHaveLength(3);
+      expect(Object.keys(await remoteFiles(backend))).toEqual(found);
+      expect((await verify(backend)).output).toEndWith("\nok\n");
+      await writeFile(join(backend.folder, names[1] ?? ""), "c\n");
+      const changed = await verify(backend);
+      expect(changed.output).toStartWith(`changed: ${names[1]}\n`);
+      expect(changed.code).toBe(1);
+    },
+  );
+});

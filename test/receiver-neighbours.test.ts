@@ -194,6 +194,26 @@ describe("names", () => {
   });
 });
 
+test('the holder of "*" makes no more names than it may, and those that are named get in all the same', async () => {
+  const folder = await tempFolder();
+  const token = "everyone's-token-of-27-signs";
+  await writeFile(join(folder, "all"), token);
+  const { send, good } = await setUp({ maxHosts: 20 }, { tokens: { "*": { file: join(folder, "all") } } });
+  const statuses: number[] = [];
+  for (let i = 0; i < 30; i++)
+    statuses.push((await send(LINE, { host: `made-up-${i}.example`, token })).status);
+  expect(statuses).toEqual([...Array(10).fill(200), ...Array(20).fill(503)]);
+  await good(3);
+  const many = await setUp({}, { tokens: { "*": { file: join(folder, "all") } } });
+  const answers: number[] = [];
+  for (let i = 0; i < 130; i++)
+    answers.push((await many.send(LINE, { host: `made-up-${i}.example`, token })).status);
+  expect(answers.filter((status) => status === 200).length).toBeLessThanOrEqual(120); // a new minute may begin
+  expect(answers.at(-1)).toBeOneOf([200, 503]);
+  expect(answers).toContain(503);
+  await many.good(3);
+});
+
 describe("tokens", () => {
   test("a file that vanishes gives 401, told once, and works again when it is back; others do not notice", async () => {
     const { folder, send, good, receiver } = await setUp();

@@ -532,6 +532,9 @@ describe("who may come in", () => {
       (await send("", { ...via("8.8.8.8, 10.0.0.5, 192.0.2.9"), offset: LINE.length }, proxy)).status,
     ).toBe(200);
     expect((await send(LINE, via("10.0.0.5, 8.8.8.8"), proxy)).status).toBe(403);
+    expect((await send(LINE, via("10.0.0.5:40123"), proxy)).status).toBe(409); // with a port, as some proxies write it
+    expect((await send(LINE, via("[2001:db8::7]:40123"), proxy)).status).toBe(409);
+    expect((await send(LINE, via("10.9.9.9:40123"), proxy)).status).toBe(403);
     expect((await send(LINE, via("10.0.0.5"), { peer: "8.8.8.8" })).status).toBe(403);
   });
 

@@ -3,6 +3,7 @@
  * mail server. All on 127.0.0.1, with their files in temporary folders, ended and removed after the tests.
  */
 import { execFileSync } from "node:child_process";
+import { createHash } from "node:crypto";
 import {
   chmodSync,
   chownSync,
@@ -18,6 +19,7 @@ import { request } from "node:http";
 import { connect } from "node:net";
 import { join } from "node:path";
 import { SMTPServer } from "smtp-server";
+import ssh2, { type AuthContext, type SFTPWrapper, type Connection as SshConnection } from "ssh2";
 import { findProgram, freePort, onCleanup, type Running, start, tempFolder, until } from "./support.ts";
 
 /** What the Debian packages are called, for `missing()`. */
@@ -325,6 +327,227 @@ SFTPLog ${join(root, "sftp.log")}
   const server = start(program("proftpd"), ["--nodaemon", "--config", config]);
   await until(`proftpd listens, but:\n${server.output}`, () => accepts(port));
   return { port, user, password, hostKey, folder, target: `sftp://${user}@127.0.0.1:${port}/upload` };
+}
+
+// ---- a server with habits
+
+/** What a server does otherwise than OpenSSH; statuses are numbers of SFTP's draft, section 7. */
+export interface Habits {
+  /** What FSTAT of an open file says: a status, or a size of 0. */
+  fstat?: number | "zero";
+  /** The status of STAT for a name that is not there, of STAT for every name, of READDIR. */
+  statMissing?: number;
+  statAlways?: number;
+  list?: number;
+  /** Statuses by path; undefined is success. */
+  create?: (path: string) => number | undefined;
+  rename?: (from: string, to: string) => number | undefined;
+  remove?: (path: string) => number | undefined;
+  readable?: boolean;
+  /** A file of this name vanishes at CLOSE: an importer. */
+  takes?: (path: string) => boolean;
+  /** The connection is cut when this file is written. */
+  cutsAt?: (path: string) => boolean;
+  /** What is never answered. */
+  silentAt?: (what: string) => boolean;
+  /** Every READ is answered with more bytes: a file without an end. */
+  endless?: boolean;
+  /** Answers come in any order. */
+  shuffled?: boolean;
+  /** The server's text behind a status. */
+  text?: string;
+  /** What a login needs, in this order; by default one password. */
+  login?: ("publickey" | "password" | "keyboard-interactive")[];
+  passwordExpired?: boolean;
+}
+
+export interface HabitServer {
+  target: string;
+  hostKey: string;
+  habits: Habits;
+  /** Files by path. */
+  files: Map<string, Buffer>;
+  /** What was asked, in order: `open /in/a.tmp`, `rename /in/a.tmp`, … */
+  asked: string[];
+}
+
+export const HABIT_PASSWORD = "open sesame";
+
+/** Starts an SFTP server in this process, with one account and files in memory; its folder is `/in`. */
+export async function startHabitServer(habits: Habits = {}): Promise<HabitServer> {
+  const key = ssh2.utils.generateKeyPairSync("ed25519");
+  const port = await freePort();
+  const parsed = ssh2.utils.parseKey(key.private);
+  if (parsed instanceof Error) throw parsed;
+  const hostKey = `SHA256:${createHash("sha256").update(parsed.getPublicSSH()).digest("base64").replace(/=+$/, "")}`;
+  const host: HabitServer = {
+    target: `sftp://client@127.0.0.1:${port}/in`,
+    hostKey,
+    habits,
+    files: new Map(),
+    asked: [],
+  };
+  const connections = new Set<SshConnection>();
+  const server = new ssh2.Server({ hostKeys: [key.private] }, (client) => {
+    connections.add(client);
+    client.on("error", () => {}).on("close", () => connections.delete(client));
+    const done: string[] = [];
+    client.on("authentication", (context) => authenticate(context, done, habits));
+    client.on("session", (accept) => {
+      accept().on("sftp", (acceptSftp) => serveHabits(acceptSftp(), host, () => client.end()));
+    });
+  });
+  await new Promise<void>((resolve) => server.listen(port, "127.0.0.1", resolve));
+  onCleanup(() => {
+    for (const client of connections) client.end();
+    server.close();
+  });
+  return host;
+}
+
+function authenticate(
+  context: AuthContext,
+  done: string[],
+  { login = ["password"], passwordExpired }: Habits,
+): unknown {
+  const next = login[done.length] ?? "password";
+  if (context.method !== next) return context.reject([next], false);
+  const succeed = () => {
+    if (context.method === "publickey" && !context.signature) return context.accept(); // only asks whether it may
+    done.push(context.method);
+    const [following] = login.slice(done.length);
+    if (following) context.reject([following], true);
+    else context.accept();
+  };
+  if (context.method === "password") {
+    if (passwordExpired) return context.requestChange("a new one, please", () => {});
+    if (context.password !== HABIT_PASSWORD) return context.reject([next], false);
+  }
+  if (context.method !== "keyboard-interactive") return succeed();
+  return context.prompt([{ prompt: "Password: ", echo: false }], (answers) =>
+    answers[0] === HABIT_PASSWORD ? succeed() : context.reject([next], false),
+  );
+}
+
+function serveHabits(sftp: SFTPWrapper, { habits, files, asked }: HabitServer, cut: () => void): void {
+  const open = new Map<number, { path: string; listed?: boolean }>();
+  let handles = 0;
+  const held: (() => void)[] = [];
+  const answer = (what: string, send: () => void) => {
+    asked.push(what);
+    if (habits.silentAt?.(what)) return;
+    if (!habits.shuffled) return send();
+    held.push(send);
+    setTimeout(() => held.splice(Math.floor(Math.random() * held.length), 1)[0]?.(), 1);
+  };
+  const status = (id: number, code = 0) =>
+    sftp.status(id, code, code === 0 ? "" : (habits.text ?? `status ${code}`));
+  const attrs = (size: number) => ({
+    mode: 0o100644,
+    uid: 0,
+    gid: 0,
+    size,
+    atime: 1_700_000_000,
+    mtime: 1_700_000_000,
+  });
+  const fileOf = (handle: Buffer) => open.get(handle.readUInt32BE(0)) ?? { path: "" };
+  const newHandle = (path: string) => {
+    const handle = Buffer.alloc(4);
+    handle.writeUInt32BE(++handles);
+    open.set(handles, { path });
+    return handle;
+  };
+  const stat = (id: number, path: string) =>
+    answer(`stat ${path}`, () => {
+      const file = files.get(path);
+      if (habits.statAlways) status(id, habits.statAlways);
+      else if (file) sftp.attrs(id, attrs(file.length));
+      else status(id, ["/", "/in"].includes(path) ? 4 : (habits.statMissing ?? 2));
+    });
+  sftp.on("error", () => {});
+  sftp.on("STAT", stat).on("LSTAT", stat);
+  sftp.on("OPEN", (id, path, flags) =>
+    answer(`open ${path}`, () => {
+      const writes = (flags & 2) !== 0;
+      const refused = writes
+        ? habits.create?.(path)
+        : !files.has(path)
+          ? (habits.statMissing ?? 2)
+          : undefined;
+      if (refused !== undefined || (!writes && habits.readable === false)) return status(id, refused ?? 3);
+      if (writes) files.set(path, Buffer.alloc(0));
+      sftp.handle(id, newHandle(path));
+    }),
+  );
+  sftp.on("WRITE", (id, handle, offset, data) => {
+    const { path } = fileOf(handle);
+    if (habits.cutsAt?.(path)) return cut();
+    const bytes = Buffer.from(data); // the connection uses its memory again
+    answer(`write ${path}`, () => {
+      const old = files.get(path) ?? Buffer.alloc(0);
+      const grown = Buffer.alloc(Math.max(old.length, offset + bytes.length));
+      old.copy(grown);
+      bytes.copy(grown, offset);
+      files.set(path, grown);
+      status(id);
+    });
+  });
+  sftp.on("READ", (id, handle, offset, length) =>
+    answer(`read ${fileOf(handle).path}`, () => {
+      const file = files.get(fileOf(handle).path) ?? Buffer.alloc(0);
+      if (habits.endless) return sftp.data(id, Buffer.alloc(length, 0x78));
+      const part = file.subarray(offset, offset + length);
+      if (part.length === 0) status(id, 1);
+      else sftp.data(id, part);
+    }),
+  );
+  sftp.on("FSTAT", (id, handle) =>
+    answer("fstat", () => {
+      if (typeof habits.fstat === "number") return status(id, habits.fstat);
+      sftp.attrs(id, attrs(habits.fstat === "zero" ? 0 : (files.get(fileOf(handle).path)?.length ?? 0)));
+    }),
+  );
+  sftp.on("CLOSE", (id, handle) => {
+    const { path } = fileOf(handle);
+    answer(`close ${path}`, () => {
+      if (habits.takes?.(path)) files.delete(path);
+      status(id);
+    });
+  });
+  sftp.on("REMOVE", (id, path) =>
+    answer(`remove ${path}`, () => {
+      const refused = habits.remove?.(path);
+      if (refused !== undefined) return status(id, refused);
+      status(id, files.delete(path) ? 0 : 2);
+    }),
+  );
+  sftp.on("RENAME", (id, from, to) =>
+    answer(`rename ${from}`, () => {
+      const refused = habits.rename?.(from, to) ?? (files.has(to) ? 4 : undefined);
+      const file = files.get(from);
+      if (refused !== undefined || !file) return status(id, refused ?? 2);
+      files.set(to, file);
+      files.delete(from);
+      status(id);
+    }),
+  );
+  sftp.on("OPENDIR", (id, path) =>
+    answer(`list ${path}`, () => (habits.list ? status(id, habits.list) : sftp.handle(id, newHandle(path)))),
+  );
+  sftp.on("READDIR", (id, handle) => {
+    const folder = fileOf(handle);
+    answer("list", () => {
+      if (folder.listed) return status(id, 1);
+      folder.listed = true;
+      const names = [...files.keys()].filter((path) => path.startsWith(`${folder.path}/`));
+      const entries = names.map((path) => {
+        const filename = path.slice(folder.path.length + 1);
+        return { filename, longname: filename, attrs: attrs(files.get(path)?.length ?? 0) };
+      });
+      if (entries.length === 0) return status(id, 1);
+      sftp.name(id, entries);
+    });
+  });
 }
 
 // ---- mail

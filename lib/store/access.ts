@@ -26,6 +26,7 @@ export class Access {
   readonly #faults: FaultLog;
   readonly #serves: ((text: string) => boolean)[];
   readonly #listed: ((text: string) => boolean)[];
+  readonly #isListed: (text: string) => boolean;
   readonly #isProxy: (text: string) => boolean;
   readonly #tokens: Map<string, SecretRef[]> | undefined;
   /** Hosts that someone named, by the dashed form of their batches. */
@@ -46,6 +47,8 @@ export class Access {
     this.#faults = createFaultLog(log, now);
     this.#serves = config.groups.map((group) => createMatcher(group.senders));
     this.#listed = config.groups.map(({ senders }) => createMatcher(senders.filter(addressIsValid)));
+    const listed = config.groups.flatMap(({ senders }) => senders.filter((sender) => sender !== "*"));
+    this.#isListed = createMatcher(listed);
     this.#isProxy = createMatcher(config.trustedProxies);
     const tokens = config.tokens && Object.entries(config.tokens);
     this.#tokens = tokens && new Map(tokens.map(([host, refs]) => [parseHost(host) ?? host, refs]));
@@ -172,6 +175,12 @@ export class Access {
     if (owner === undefined && !looks) return;
     const whose = owner === undefined ? "an address" : `host ${owner}`;
     throw new WireError(403, `host ${host} would have the file names of ${whose}`, "name of another host");
+  }
+
+  /** Whether a host comes in by the token of `*` alone: nobody listed it, expects it, or gave it a token. */
+  isUnnamed(host: string): boolean {
+    if (!this.#tokens || this.#named.get(dashedHost(host)) === host) return false;
+    return !this.#isListed(host);
   }
 
   /** The original's form has no token: from listed addresses only. Gives that address, before the body is read. */

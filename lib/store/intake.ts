@@ -224,7 +224,7 @@ const unpackZstd = promisify(zstdDecompress) as (
   options: ZstdOptions,
 ) => Promise<Uint8Array>;
 
-function busy(what: string): WireError {
+export function busy(what: string): WireError {
   return new WireError(503, `too many ${what}`, `too many ${what}`);
 }
 
@@ -236,8 +236,8 @@ function tooLong(maxBytes: number): WireError {
   return new WireError(413, `body is longer than ${maxBytes} bytes, before or after decompression`);
 }
 
-/** Gives memory back at once: the collector would let tens of megabytes of it pile up. */
-function release({ buffer }: Uint8Array): void {
+/** Gives the memory of a body back at once, when nobody needs it any more: the collector would let tens of megabytes of it pile up. */
+export function release({ buffer }: Uint8Array): void {
   if (buffer instanceof ArrayBuffer) buffer.transfer(0);
 }
 

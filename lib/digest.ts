@@ -1,0 +1,597 @@
+/**
+ * Digests: one file an hour beside the batches, `<prefix>_<yyMMddHH>.sha256`, with which the client checks by
+ * `sha256sum -c` alone that it has everything, unchanged. This file alone knows their format, writes and verifies them.
+ *
+ *   <dir>/.digest/<yyMMddHH>.list   what was delivered: `<sha256>  <name>`, synced before a batch is moved to sent/
+ *   <dir>/.digest/<name>.sha256     digests, written before they leave: a repeat has the same bytes
+ *   <dir>/.digest/state.json        the head of the chain, the hours that have a digest, the totals told in them
+ *
+ * A digest's first line that is no comment names the one before, so that they are a chain; its last line is the hash
+ * of the lines above, so that the newest one, which none names yet, is guarded, too. A digest file that the state does
+ * not know was written by a process that ended then: it is taken as it is.
+ */
+import { createHash } from "node:crypto";
+import { createReadStream } from "node:fs";
+import { readdir, readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { z } from "zod";
+import { dashedHost, folders, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
+import { appendDurably, makeFolder, readIfExists, writeDurably } from "./durable.ts";
+import { readLedger } from "./ledger.ts";
+import { readState, writeState } from "./state.ts";
+
+const HOUR_MS = 3_600_000;
+/** A host that was not heard for so long is not waited for. */
+const KNOWN_MS = 30 * 24 * HOUR_MS;
+/** How long it is looked whether an hour has become complete. */
+const RIPEN_HOURS = 48;
+const TITLE = "# log-rt-sync digest 1";
+
+// ---- the format
+
+/** What a digest's file name says; part 1 is the hour's first. */
+export interface DigestName {
+  prefix: string;
+  /** `yyMMddHH`, the wall clock of the lines. */
+  hour: string;
+  part: number;
+}
+
+const NAME = /^(?<prefix>[A-Za-z0-9][A-Za-z0-9_-]*)_(?<hour>\d{8})(?:\.(?<part>[1-9]\d{0,15}))?\.sha256$/;
+
+/** `accessLog_26112206.sha256`, further ones `accessLog_26112206.2.sha256`. */
+export function formatDigestName({ prefix, hour, part }: DigestName): string {
+  return `${prefix}_${hour}${part > 1 ? `.${part}` : ""}.sha256`;
+}
+
+/** The parts of a digest's file name, or undefined when it is none. */
+export function parseDigestName(name: string): DigestName | undefined {
+  const groups = NAME.exec(name)?.groups;
+  if (!groups || groups.part === "1") return undefined;
+  return { prefix: groups.prefix ?? "", hour: groups.hour ?? "", part: Number(groups.part ?? 1) };
+}
+
+/** A file and the SHA-256 of its bytes, in hex. */
+export interface HashedFile {
+  name: string;
+  sha256: string;
+}
+
+/** What a digest says. */
+export interface Digest {
+  hour: string;
+  part: number;
+  /** Of the first of a chain: since when it is kept. */
+  begins?: string;
+  /** Of the hour so far, and what each host told since the digest before. */
+  hosts: { host: string; lines: number; skipped: number; untimed: number; lost: number }[];
+  /** Who keeps the hour from being complete, and why; empty when it is. */
+  missing: { host: string; reason: string }[];
+  previous?: HashedFile | undefined;
+  batches: HashedFile[];
+}
+
+/** The digest's bytes. */
+export function formatDigest({ hour, part, begins, hosts, missing, previous, batches }: Digest): string {
+  const plain = (text: string) => text.replace(/[^\x20-\x7e]+/g, " ");
+  const lines = [
+    TITLE,
+    `# hour ${hour}${part > 1 ? `, part ${part}: what came after the digest before` : ""}`,
+    ...(begins ? [`# begins ${begins}`] : []),
+    ...hosts.map(
+      ({ host, lines, skipped, untimed, lost }) =>
+        `# host ${host} lines=${lines} skipped=${skipped} untimed=${untimed} lost=${lost}`,
+    ),
+    `# complete ${missing.length === 0 ? "yes" : "no"}`,
+    ...missing.map(({ host, reason }) => `# missing ${host}: ${plain(reason)}`),
+    ...[...(previous ? [previous] : []), ...batches].map(({ name, sha256 }) => `${sha256}  ${name}`),
+  ];
+  const text = `${lines.join("\n")}\n`;
+  return `${text}# end ${sha256Of(text)}\n`;
+}
+
+/** What a digest's bytes say that both verifiers need; undefined when they are damaged. */
+export function parseDigest(bytes: Uint8Array) {
+  const text = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString("latin1");
+  const end = text.lastIndexOf("\n", text.length - 2) + 1;
+  if (text.slice(end) !== `# end ${sha256Of(Buffer.from(text.slice(0, end), "latin1"))}\n`) return undefined;
+  const lines = text.slice(0, end).split("\n");
+  const files = lines.filter((line) => /^[0-9a-f]{64} {2}/.test(line));
+  return {
+    begins: lines.find((line) => line.startsWith("# begins "))?.slice(9),
+    complete: lines.includes("# complete yes"),
+    files: files.map((line): HashedFile => ({ sha256: line.slice(0, 64), name: line.slice(66) })),
+  };
+}
+
+type ParsedDigest = NonNullable<ReturnType<typeof parseDigest>>;
+
+function sha256Of(data: string | Uint8Array): string {
+  return createHash("sha256").update(data).digest("hex");
+}
+
+// ---- hours
+
+/** Start and end of an hour on a wall clock that is `zone` minutes east of UTC, in ms since the epoch. */
+function hourSpan(hour: string, zone: number): { start: number; end: number } {
+  const { start } = parseWindow(`${hour}_00-59`);
+  return { start: start - zone * 60_000, end: start - zone * 60_000 + HOUR_MS };
+}
+
+/** The hour of a time on a wall clock. */
+export function formatHour(ms: number, zone: number): string {
+  return new Date(ms + zone * 60_000).toISOString().replace(/\D/g, "").slice(2, 10);
+}
+
+function hourAfter(hour: string): string {
+  return formatHour(hourSpan(hour, 0).end, 0);
+}
+
+function ownZone(now: number): number {
+  return -new Date(now).getTimezoneOffset();
+}
+
+// ---- who has told everything
+
+/** A host as its ledger and the folders show it; times are ms since the epoch. */
+interface HostSeen {
+  host: string;
+  zone: number;
+  through: number | undefined;
+  contestedUntil: number;
+  skipped: number;
+  untimed: number;
+  lost: number;
+  /** Batches that are open or sealed, by hour. */
+  waiting: Map<string, number>;
+}
+
+/** All hosts that are known, and the batches in failed/ by hour. The ledgers are read before the folders. */
+export async function lookAtHosts(dir: string, now: number) {
+  const hosts: HostSeen[] = [];
+  for (const host of await listHosts(dir)) {
+    const ledger = await readLedger(folders(dir).host(host));
+    if (!ledger || now - ledger.heardAt > KNOWN_MS) continue;
+    const {
+      through,
+      zone = ownZone(now),
+      contestedUntil = 0,
+      skipped = 0,
+      untimed = 0,
+      gone = 0,
+    } = ledger.facts;
+    // Twice: a listing may miss a file that is renamed meanwhile, but not in both.
+    const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
+    const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);
+    const lost = ledger.lost + gone;
+    hosts.push({ host, zone, through, contestedUntil, skipped, untimed, lost, waiting: countHours(names) });
+  }
+  return { hosts, failed: countHours(await listBatches(folders(dir).failed, "sealed", "compressed")) };
+}
+export type HostsSeen = Awaited<ReturnType<typeof lookAtHosts>>;
+
+function countHours(names: Iterable<string>): Map<string, number> {
+  const hours = new Map<string, number>();
+  for (const name of names) {
+    const hour = parseBatchName(name)?.window.slice(0, 8);
+    if (hour) hours.set(hour, (hours.get(hour) ?? 0) + 1);
+  }
+  return hours;
+}
+
+/** Who keeps an hour from being complete, and why. `lossAt` tells when bytes of a host were last found lost. */
+export function findMissing(
+  { hosts, failed }: HostsSeen,
+  hour: string,
+  now: number,
+  lossAt: (host: string) => number = () => 0,
+): Digest["missing"] {
+  const missing: Digest["missing"] = [];
+  const add = (host: string, reason: string) => missing.push({ host, reason });
+  for (const { host, zone, through, contestedUntil, waiting } of hosts) {
+    const { start, end } = hourSpan(hour, zone);
+    const told = through === undefined ? undefined : Math.min(through, now);
+    if (told === undefined) add(host, "cannot say: its shipper does not tell how far it is");
+    else if (told <= end) add(host, `has told everything only up to ${new Date(told).toISOString()}`);
+    if (contestedUntil > now) add(host, "two shippers speak under this name");
+    if (lossAt(host) > start) add(host, `bytes were lost, told ${new Date(lossAt(host)).toISOString()}`);
+    const count = waiting.get(hour);
+    if (count) add(host, count === 1 ? "1 batch is not delivered" : `${count} batches are not delivered`);
+  }
+  const count = failed.get(hour);
+  if (count) add("-", `${count} in failed/`);
+  return missing;
+}
+
+// ---- writing
+
+const stateSchema = z.object({
+  version: z.literal(1),
+  /** When the record began; digests of hours that had begun then are numbered by the clock's seconds. */
+  begins: z.number(),
+  prefix: z.string(),
+  head: z.object({ name: z.string(), sha256: z.string(), complete: z.boolean(), at: z.number() }).optional(),
+  /** The next hour that has no digest. */
+  next: z.string().optional(),
+  hours: z.record(z.string(), z.object({ part: z.number(), complete: z.boolean() })),
+  totals: z.record(
+    z.string(),
+    z.object({ skipped: z.number(), untimed: z.number(), lost: z.number(), lossAt: z.number() }),
+  ),
+  /** Digests that are not at the client yet. */
+  pending: z.array(z.string()),
+});
+type DigestState = z.infer<typeof stateSchema>;
+
+export interface Listed extends HashedFile {
+  lines: number;
+}
+
+const stateFile = (dir: string) => join(dir, ".digest", "state.json");
+const listFile = (dir: string, hour: string) => join(dir, ".digest", `${hour}.list`);
+
+/** The newest digest: who knows its hash can tell later whether anything before it was changed. */
+export async function readDigestHead(dir: string): Promise<DigestState["head"]> {
+  const found = await readState(stateFile(dir), stateSchema, 1);
+  return found.state === "ok" ? found.value.head : undefined;
+}
+
+/** What was delivered of an hour, by name; empty where no list was kept. */
+export async function readList(dir: string, hour: string): Promise<Map<string, Listed>> {
+  const text = (await readIfExists(listFile(dir, hour))) ?? "";
+  const listed = new Map<string, Listed>();
+  let lines = 0;
+  for (const line of text.split("\n").slice(0, -1)) {
+    const match = /^([0-9a-f]{64}) {2}(.+)$/.exec(line);
+    if (match) listed.set(match[2] ?? "", { name: match[2] ?? "", sha256: match[1] ?? "", lines });
+    else lines = Number(/^# lines=(\d+)$/.exec(line)?.[1] ?? 0);
+  }
+  return listed;
+}
+
+/** The record of what is delivered and the digests made of it; of the one forwarder that holds the lock. */
+export class Digests {
+  readonly #dir: string;
+  #state: DigestState | undefined;
+  /** Delivered and in no digest yet, by hour. */
+  readonly #news = new Map<string, Map<string, Listed>>();
+  /** The lists that were read last. */
+  readonly #known = new Map<string, Map<string, Listed>>();
+  /** The zone of the host that is furthest behind, as seen last. */
+  #lastZone: number | undefined;
+
+  private constructor(dir: string, state: DigestState | undefined) {
+    this.#dir = dir;
+    this.#state = state;
+  }
+
+  /** Reads what earlier processes left. `forgotten` is told of a state that is damaged and begun anew. */
+  static async open(dir: string, forgotten: (path: string, reason: string) => void): Promise<Digests> {
+    await makeFolder(join(dir, ".digest"));
+    const found = await readState(stateFile(dir), stateSchema, 1);
+    if (found.state === "damaged") forgotten(stateFile(dir), found.reason);
+    if (found.state === "newer") forgotten(stateFile(dir), `it is of version ${found.version}`);
+    const digests = new Digests(dir, found.state === "ok" ? found.value : undefined);
+    if (digests.#state) await digests.#takeUp(digests.#state);
+    return digests;
+  }
+
+  /** Finds what is in no digest yet, and takes digests that an earlier process could not record any more. */
+  async #takeUp(state: DigestState): Promise<void> {
+    const files = await readdir(join(this.#dir, ".digest"));
+    const inDigests = new Set<string>();
+    const unknown: { name: DigestName; sha256: string; digest: ParsedDigest }[] = [];
+    for (const file of files) {
+      const name = parseDigestName(file);
+      const bytes = name && (await readFile(join(this.#dir, ".digest", file)));
+      const digest = bytes && parseDigest(bytes);
+      if (!name || !digest) continue;
+      for (const { name } of digest.files) inDigests.add(name);
+      if (name.part > (state.hours[name.hour]?.part ?? 0))
+        unknown.push({ name, sha256: sha256Of(bytes), digest });
+    }
+    const follows = ({ digest: { files, begins } }: { digest: ParsedDigest }) =>
+      state.head
+        ? files[0]?.sha256 === state.head.sha256 && files[0].name === state.head.name
+        : begins === new Date(state.begins).toISOString();
+    for (let next = unknown.find(follows); next; next = unknown.find(follows))
+      this.#record(state, next.name, next.sha256, next.digest.complete, state.head?.at ?? state.begins);
+    for (const file of files) {
+      const hour = /^(\d{8})\.list$/.exec(file)?.[1];
+      const listed = hour ? await readList(this.#dir, hour) : [];
+      for (const [name, entry] of listed) if (hour && !inDigests.has(name)) this.#addNews(hour, entry);
+    }
+  }
+
+  #addNews(hour: string, entry: Listed): void {
+    this.#news.set(hour, (this.#news.get(hour) ?? new Map()).set(entry.name, entry));
+  }
+
+  #record(state: DigestState, name: DigestName, sha256: string, complete: boolean, at: number): void {
+    state.head = { name: formatDigestName(name), sha256, complete, at };
+    state.hours[name.hour] = { part: name.part, complete };
+    state.pending.push(state.head.name);
+    if (!state.next || name.hour >= state.next) state.next = hourAfter(name.hour);
+    const hours = Object.keys(state.hours).sort();
+    for (const old of hours.slice(0, Math.max(0, hours.length - 24 * 100))) delete state.hours[old];
+  }
+
+  /** Notes what was delivered, on stable storage when it returns; what is noted already changes nothing. */
+  async note(delivered: Listed[], now: number): Promise<void> {
+    const first = delivered[0] && parseBatchName(delivered[0].name);
+    if (!first) return;
+    if (!this.#state) {
+      const begun: DigestState = {
+        version: 1,
+        begins: now,
+        prefix: first.prefix,
+        hours: {},
+        totals: {},
+        pending: [],
+      };
+      await writeState(stateFile(this.#dir), begun);
+      this.#state = begun;
+      await this.#takeUp(begun);
+    }
+    this.#state.prefix = first.prefix;
+    const byHour = new Map<string, Listed[]>();
+    for (const entry of delivered) {
+      const hour = await this.#hourOf(entry.name, now);
+      if ((await this.#list(hour)).get(entry.name)?.sha256 === entry.sha256) continue;
+      byHour.set(hour, [...(byHour.get(hour) ?? []), entry]);
+    }
+    await Promise.all(
+      [...byHour].map(async ([hour, entries]) => {
+        const lines = entries.map(({ name, sha256, lines }) => `# lines=${lines}\n${sha256}  ${name}\n`);
+        await appendDurably(listFile(this.#dir, hour), lines.join(""));
+        const listed = await this.#list(hour);
+        for (const entry of entries) {
+          listed.set(entry.name, entry);
+          this.#addNews(hour, entry);
+        }
+      }),
+    );
+  }
+
+  async #list(hour: string): Promise<Map<string, Listed>> {
+    const known = this.#known.get(hour) ?? (await readList(this.#dir, hour));
+    this.#known.set(hour, known);
+    const oldest = this.#known.keys().next().value;
+    if (this.#known.size > RIPEN_HOURS && oldest !== undefined) this.#known.delete(oldest);
+    return known;
+  }
+
+  /** The hour of a batch; one of the future (a clock that is ahead) is listed with the hour that it is now. */
+  async #hourOf(batch: string, now: number): Promise<string> {
+    const { window = "", host: dashed = "" } = parseBatchName(batch) ?? {};
+    const hour = window.slice(0, 8);
+    if (hour <= formatHour(now, ownZone(now))) return hour;
+    const host = (await listHosts(this.#dir)).find((host) => dashedHost(host) === dashed);
+    const ledger = host === undefined ? undefined : await readLedger(folders(this.#dir).host(host));
+    const current = formatHour(now, ledger?.facts.zone ?? ownZone(now));
+    return [hour, current].sort()[0] ?? hour;
+  }
+
+  /** Digests that wait for the client, oldest first. */
+  get pending(): readonly string[] {
+    return this.#state?.pending ?? [];
+  }
+
+  pathOf(name: string): string {
+    return join(this.#dir, ".digest", name);
+  }
+
+  /** A pending digest is at the client. */
+  async delivered(name: string): Promise<void> {
+    if (!this.#state) return;
+    this.#state.pending = this.#state.pending.filter((one) => one !== name);
+    await writeState(stateFile(this.#dir), this.#state);
+  }
+
+  /** Writes each digest whose time has come: as soon as its hour is complete, else an hour after its end. */
+  async write(now: number, look = lookAtHosts): Promise<void> {
+    const state = this.#state;
+    if (!state) return;
+    let seen: HostsSeen | undefined;
+    for (;;) {
+      const hour = state.next ?? [...this.#news.keys()].sort()[0];
+      if (hour === undefined || now < hourSpan(hour, this.#lastZone ?? 14 * 60).end) return;
+      if (!seen) {
+        seen = await look(this.#dir, now);
+        const zones = seen.hosts.map(({ zone }) => zone);
+        this.#lastZone = zones.length > 0 ? Math.min(...zones) : ownZone(now);
+        this.#findLosses(state, seen, now);
+      }
+      const { end } = hourSpan(hour, this.#lastZone ?? 0);
+      if (now < end) return;
+      const missing = this.#missing(state, seen, hour, now);
+      if (missing.length > 0 && now < end + HOUR_MS) return;
+      await this.#writeLate(state, seen, hour, now);
+      await this.#writeOne(state, seen, { hour, missing, now });
+    }
+  }
+
+  #missing(state: DigestState, seen: HostsSeen, hour: string, now: number): Digest["missing"] {
+    return findMissing(seen, hour, now, (host) => state.totals[host]?.lossAt ?? 0);
+  }
+
+  /** Hours that have a digest and of which something came since, or that have become complete. */
+  async #writeLate(state: DigestState, seen: HostsSeen, before: string, now: number): Promise<void> {
+    const oldest = formatHour(hourSpan(before, 0).start - RIPEN_HOURS * HOUR_MS, 0);
+    const open = Object.keys(state.hours).filter((hour) => hour >= oldest && !state.hours[hour]?.complete);
+    for (const hour of [...new Set([...this.#news.keys(), ...open])].sort()) {
+      if (hour >= before) break;
+      const missing = this.#missing(state, seen, hour, now);
+      if (this.#news.has(hour) || missing.length === 0)
+        await this.#writeOne(state, seen, { hour, missing, now });
+    }
+  }
+
+  /** Totals that have grown: what was lost since an hour began may be of that hour, which stays incomplete. */
+  #findLosses(state: DigestState, { hosts }: HostsSeen, now: number): void {
+    const isFirst = Object.keys(state.totals).length === 0;
+    for (const { host, skipped, untimed, lost } of hosts) {
+      const last = state.totals[host];
+      if (!last) state.totals[host] = { skipped, untimed, lost: isFirst ? lost : 0, lossAt: 0 };
+      const known = state.totals[host];
+      if (known && lost > known.lost && known.lossAt < now) known.lossAt = now;
+    }
+  }
+
+  async #writeOne(
+    state: DigestState,
+    seen: HostsSeen,
+    { hour, missing, now }: { hour: string; missing: Digest["missing"]; now: number },
+  ): Promise<void> {
+    const part = (state.hours[hour]?.part ?? 0) + 1;
+    const hadBegun = hourSpan(hour, this.#lastZone ?? 0).start <= state.begins;
+    const name = {
+      prefix: state.prefix,
+      hour,
+      part: hadBegun ? Math.max(part, Math.floor(now / 1000)) : part,
+    };
+    const since = (host: string, key: "skipped" | "untimed" | "lost", total: number) =>
+      Math.max(0, total - (state.totals[host]?.[key] ?? total));
+    const lines = countLines(await this.#list(hour));
+    const hosts: Digest["hosts"] = seen.hosts.map(({ host, skipped, untimed, lost }) => ({
+      host,
+      lines: lines.get(dashedHost(host)) ?? 0,
+      skipped: since(host, "skipped", skipped),
+      untimed: since(host, "untimed", untimed),
+      lost: since(host, "lost", lost),
+    }));
+    const text = formatDigest({
+      hour,
+      part: name.part,
+      ...(!state.head && { begins: new Date(state.begins).toISOString() }),
+      hosts,
+      missing,
+      previous: state.head,
+      batches: [...(this.#news.get(hour)?.values() ?? [])].sort((a, b) => (a.name < b.name ? -1 : 1)),
+    });
+    await writeDurably(this.pathOf(formatDigestName(name)), text);
+    this.#news.delete(hour);
+    this.#record(state, name, sha256Of(text), missing.length === 0, now);
+    for (const { host, skipped, untimed, lost } of seen.hosts) {
+      const known = state.totals[host];
+      if (known) Object.assign(known, { skipped, untimed, lost });
+    }
+    await writeState(stateFile(this.#dir), state);
+  }
+}
+
+/** Lines by the dashed name of their host. */
+function countLines(listed: Map<string, Listed>): Map<string, number> {
+  const lines = new Map<string, number>();
+  for (const entry of listed.values()) {
+    const host = parseBatchName(entry.name)?.host ?? "";
+    lines.set(host, (lines.get(host) ?? 0) + entry.lines);
+  }
+  return lines;
+}
+
+// ---- verifying
+
+export type FindingKind = "changed" | "missing" | "extra" | "incomplete" | "chain broken";
+
+export interface Finding {
+  kind: FindingKind;
+  /** A file, or the hour that is incomplete. */
+  name: string;
+}
+
+/** What a delivered folder shows. */
+export interface Verified {
+  findings: Finding[];
+  /** Since when each chain is kept. */
+  begins: string[];
+  /** Batches of hours behind the newest digest. */
+  uncovered: number;
+  /** The digests that none names: the newest of each chain. */
+  heads: HashedFile[];
+}
+
+/** Checks a delivered folder: every hash, and that the digests are a chain. Throws when it can't be read. */
+export async function verifyFolder(folder: string): Promise<Verified> {
+  const entries = await readdir(folder, { withFileTypes: true });
+  const names = entries.filter((entry) => entry.isFile()).map(({ name }) => name);
+  const batches = names.filter((name) => /\.log(\.gz)?$/.test(name) && parseBatchName(name));
+  const hashes = new Map<string, string>();
+  const digests = new Map<string, ParsedDigest | undefined>();
+  for (const name of names) {
+    if (!parseDigestName(name)) continue;
+    const bytes = await readFile(join(folder, name));
+    hashes.set(name, sha256Of(bytes));
+    digests.set(name, parseDigest(bytes));
+  }
+  for (const name of batches) hashes.set(name, await sha256OfFile(join(folder, name)));
+  return judge(hashes, digests);
+}
+
+function judge(hashes: Map<string, string>, digests: Map<string, ParsedDigest | undefined>): Verified {
+  const found = new Map<string, Finding>();
+  const add = (kind: FindingKind, name: string) => found.set(`${kind} ${name}`, { kind, name });
+  const listed = new Set<string>();
+  const followers = new Map<string, number>();
+  const begins: string[] = [];
+  const damagedHours = new Set<string>();
+  const last = new Map<string, { part: number; complete: boolean }>();
+  let newest = "";
+  for (const [name, digest] of digests) {
+    const { hour = "", part = 1 } = parseDigestName(name) ?? {};
+    if (hour > newest) newest = hour;
+    if (!digest) {
+      add("changed", name);
+      damagedHours.add(hour);
+      continue;
+    }
+    if (part > (last.get(hour)?.part ?? 0)) last.set(hour, { part, complete: digest.complete });
+    const previous = digest.files.filter((file) => parseDigestName(file.name));
+    for (const file of previous) followers.set(file.name, (followers.get(file.name) ?? 0) + 1);
+    if (digest.begins) begins.push(digest.begins);
+    if (previous.length !== (digest.begins ? 0 : 1)) add("chain broken", name);
+    for (const file of digest.files) {
+      listed.add(file.name);
+      const hash = hashes.get(file.name);
+      if (hash === undefined) add("missing", file.name);
+      else if (hash !== file.sha256) add("changed", file.name);
+    }
+  }
+  for (const [name, count] of followers) if (count > 1) add("chain broken", name);
+  const heads = [...digests.keys()].filter((name) => digests.get(name) && !followers.has(name)).sort();
+  const whole = damagedHours.size === 0;
+  if (whole && heads.length > begins.length) for (const name of heads) add("chain broken", name);
+  let uncovered = 0;
+  for (const name of hashes.keys()) {
+    if (parseDigestName(name) || listed.has(name)) continue;
+    const hour = parseBatchName(name)?.window.slice(0, 8) ?? "";
+    if (hour > newest) uncovered++;
+    else if (!damagedHours.has(hour)) add("extra", name);
+  }
+  for (const [hour, { complete }] of last) if (!complete) add("incomplete", hour);
+  const key = ({ kind, name }: Finding) => `${kind} ${name}`;
+  return {
+    findings: [...found.values()].sort((a, b) => (key(a) < key(b) ? -1 : 1)),
+    begins: begins.sort(),
+    uncovered,
+    heads: heads.map((name) => ({ name, sha256: hashes.get(name) ?? "" })),
+  };
+}
+
+async function sha256OfFile(path: string): Promise<string> {
+  const hash = createHash("sha256");
+  for await (const chunk of createReadStream(path)) hash.update(chunk);
+  return hash.digest("hex");
+}
+
+/** What `--verify` prints; deploy/verify.sh prints the same. */
+export function formatVerified({ findings, begins, uncovered, heads }: Verified): string {
+  const lines = [
+    ...findings.map(({ kind, name }) => `${kind}: ${name}`),
+    ...begins.map((time) => `begins: ${time}`),
+    ...(uncovered > 0 ? [`not covered yet: ${uncovered} batches behind the newest digest`] : []),
+    ...heads.map(({ name, sha256 }) => `head: ${sha256}  ${name}`),
+    findings.length === 0 ? "ok" : `${findings.length} findings`,
+  ];
+  return `${lines.join("\n")}\n`;
+}

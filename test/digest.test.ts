@@ -1,0 +1,252 @@
+import { describe, expect, test } from "bun:test";
+import { execFileSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import { mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import {
+  Digests,
+  findMissing,
+  formatDigest,
+  formatDigestName,
+  formatHour,
+  type HostsSeen,
+  parseDigest,
+  parseDigestName,
+  readDigestHead,
+  readList,
+  verifyFolder,
+} from "../lib/digest.ts";
+import { tempFolder } from "./support.ts";
+
+const HOUR = 3_600_000;
+const HOST = "10.0.0.1";
+/** 06:00 of 22 November 2026 on this machine's wall clock, which the host has, too. */
+const SIX = new Date(2026, 10, 22, 6).getTime();
+const ZONE = -new Date(SIX).getTimezoneOffset();
+const iso = (ms: number) => new Date(ms).toISOString();
+const hash = (text: string | Uint8Array) => createHash("sha256").update(text).digest("hex");
+const batchName = (hour: string, part = 1) =>
+  `accessLog_${hour}_00-19_10-0-0-1${part > 1 ? `.${part}` : ""}.log`;
+const never = (path: string) => {
+  throw new Error(`${path} is damaged`);
+};
+
+/** What the folder shows of one host. */
+function seen(more: Partial<HostsSeen["hosts"][number]> = {}): HostsSeen {
+  const host = { host: HOST, zone: ZONE, contestedUntil: 0, skipped: 0, untimed: 0, lost: 0 };
+  return { hosts: [{ ...host, through: undefined, waiting: new Map(), ...more }], failed: new Map() };
+}
+
+/** A client's folder, the forwarder's record, and the steps between them. */
+async function makeRecord() {
+  const dir = await tempFolder();
+  const client = await tempFolder();
+  let digests = await Digests.open(dir, never);
+  const record = {
+    dir,
+    client,
+    deliver: async (name: string, now: number, text = `${name}\n`) => {
+      await writeFile(join(client, name), text);
+      await digests.note([{ name, sha256: hash(text), lines: 1 }], now);
+    },
+    /** Writes what is due, gives the names of what came to the client. */
+    write: async (now: number, shown: HostsSeen) => {
+      await digests.write(now, async () => shown);
+      const names = [...digests.pending];
+      for (const name of names) {
+        await writeFile(join(client, name), await readFile(digests.pathOf(name)));
+        await digests.delivered(name);
+      }
+      return names;
+    },
+    restart: async () => {
+      digests = await Digests.open(dir, never);
+    },
+    text: (name: string) => readFile(join(client, name), "utf8"),
+    kinds: async () => (await verifyFolder(client)).findings.map(({ kind, name }) => `${kind} ${name}`),
+  };
+  return record;
+}
+
+test("parseDigestName() gives back what formatDigestName() made, and knows no other", () => {
+  for (const name of [
+    { prefix: "accessLog", hour: "26112206", part: 1 },
+    { prefix: "a_b", hour: "26112206", part: 1_795_000_000 },
+  ]) {
+    expect(parseDigestName(formatDigestName(name))).toEqual(name);
+  }
+  for (const name of ["a.sha256", "a_26112206.1.sha256", "a_26112206.sha256.tmp", "_26112206.sha256"])
+    expect(parseDigestName(name)).toBeUndefined();
+});
+
+test("parseDigest() takes what formatDigest() made, and nothing that differs in a byte", () => {
+  const text = formatDigest({
+    hour: "26112206",
+    part: 1,
+    begins: "2026-11-22T00:00:00.000Z",
+    hosts: [{ host: HOST, lines: 1, skipped: 0, untimed: 0, lost: 0 }],
+    missing: [{ host: HOST, reason: "line\nbreak" }],
+    batches: [{ name: batchName("26112206"), sha256: hash("") }],
+  });
+  expect(parseDigest(Buffer.from(text))).toEqual({
+    begins: "2026-11-22T00:00:00.000Z",
+    complete: false,
+    files: [{ name: batchName("26112206"), sha256: hash("") }],
+  });
+  for (let at = 0; at < text.length; at++) {
+    const damaged = Buffer.from(text);
+    damaged[at] = (damaged[at] ?? 0) ^ 1;
+    expect(parseDigest(damaged), `byte ${at}`).toBeUndefined();
+    expect(parseDigest(Buffer.from(text.slice(0, at))), `cut at ${at}`).toBeUndefined();
+  }
+});
+
+describe("findMissing()", () => {
+  const hour = "26112206";
+  const end = SIX + HOUR;
+  const reasons = (shown: HostsSeen, now = end + 60_000, lossAt = 0) =>
+    findMissing(shown, hour, now, () => lossAt).map(({ reason }) => reason);
+
+  test("is empty when the host has told everything behind the hour's end, by its own offset", () => {
+    expect(reasons(seen({ through: end + 1 }))).toEqual([]);
+    expect(reasons(seen({ through: end + 1, zone: ZONE - 60 }))).toHaveLength(1); // an hour later there
+  });
+  test("names who is not past the end, also when its clock is ahead of ours", () => {
+    expect(reasons(seen({ through: end }))).toEqual([`has told everything only up to ${iso(end)}`]);
+    expect(reasons(seen({ through: end + HOUR }), end - 1)).toHaveLength(1);
+  });
+  test("a sender that does not tell cannot say; two under one name, lost bytes, what waits and what failed", () => {
+    const through = end + 1;
+    expect(reasons(seen())[0]).toStartWith("cannot say");
+    expect(reasons(seen({ through, contestedUntil: end + HOUR }))[0]).toStartWith("two shippers");
+    expect(reasons(seen({ through }), end + 60_000, SIX + 1)[0]).toStartWith("bytes were lost");
+    expect(reasons(seen({ through }), end + 60_000, SIX)).toEqual([]); // told before the hour began
+    expect(reasons(seen({ through, waiting: new Map([[hour, 2]]) }))).toEqual([
+      "2 batches are not delivered",
+    ]);
+    expect(reasons(seen({ through, waiting: new Map([["26112207", 2]]) }))).toEqual([]);
+    expect(reasons({ ...seen({ through }), failed: new Map([[hour, 1]]) })).toEqual(["1 in failed/"]);
+  });
+});
+
+describe("Digests", () => {
+  test("one an hour, also of an empty one, chained; sha256sum -c checks all of it", async () => {
+    const record = await makeRecord();
+    await record.deliver(batchName("26112205"), SIX - HOUR / 2); // that hour had begun
+    const first = await record.write(SIX + 1000, seen({ through: SIX + 500 }));
+    expect(first).toEqual([`accessLog_26112205.${Math.floor((SIX + 1000) / 1000)}.sha256`]);
+    expect(await record.text(first[0] ?? "")).toContain(`# begins ${iso(SIX - HOUR / 2)}\n`);
+    await record.deliver(batchName("26112206"), SIX + 20 * 60_000);
+    expect(await record.write(SIX + HOUR - 1, seen({ through: SIX }))).toEqual([]); // not over
+    const names = await record.write(SIX + 3 * HOUR, seen({ through: SIX + 3 * HOUR }));
+    expect(names).toEqual(["26112206", "26112207"].map((hour) => `accessLog_${hour}.sha256`));
+    expect(await record.text(names[0] ?? "")).toContain(
+      `# host ${HOST} lines=1 skipped=0 untimed=0 lost=0\n# complete yes\n`,
+    );
+    expect(await record.kinds()).toEqual([]);
+    for (const name of [...first, ...names])
+      execFileSync("sha256sum", ["-c", "--strict", "--quiet", name], { cwd: record.client, stdio: "pipe" });
+    const head = await readDigestHead(record.dir);
+    expect(head).toMatchObject({
+      name: names[1],
+      complete: true,
+      sha256: hash(await record.text(names[1] ?? "")),
+    });
+  });
+
+  test("no sooner than it is complete, but an hour after the end at the latest; then .2 with the next one", async () => {
+    const record = await makeRecord();
+    await record.deliver(batchName("26112205"), SIX - HOUR / 2);
+    await record.write(SIX + 1000, seen({ through: SIX + 500 }));
+    await record.deliver(batchName("26112206"), SIX + 20 * 60_000);
+    const behind = seen({ through: SIX + 30 * 60_000 });
+    expect(await record.write(SIX + 2 * HOUR - 1, behind)).toEqual([]);
+    expect(await record.write(SIX + 2 * HOUR, behind)).toEqual(["accessLog_26112206.sha256"]);
+    expect(await record.text("accessLog_26112206.sha256")).toContain(
+      `# complete no\n# missing ${HOST}: has told everything only up to ${iso(SIX + HOUR / 2)}\n`,
+    );
+    expect(await record.kinds()).toEqual(["incomplete 26112206"]);
+    await record.deliver(batchName("26112206", 2), SIX + 2 * HOUR + 1000);
+    const names = await record.write(SIX + 2 * HOUR + 2000, seen({ through: SIX + 2 * HOUR + 1000 }));
+    expect(names).toEqual(["accessLog_26112206.2.sha256", "accessLog_26112207.sha256"]);
+    expect(await record.text("accessLog_26112206.2.sha256")).toContain(`# host ${HOST} lines=2 `);
+    expect(await record.kinds()).toEqual([]);
+  });
+
+  test("bytes that were lost keep every hour that had begun from ever being complete", async () => {
+    const record = await makeRecord();
+    await record.deliver(batchName("26112205"), SIX - HOUR / 2);
+    await record.write(SIX + 1000, seen({ through: SIX + 500 }));
+    const lossy = { lost: 100, skipped: 7 };
+    await record.write(SIX + HOUR + 1000, seen({ through: SIX + HOUR + 500, ...lossy })); // told, 06 waits
+    await record.write(SIX + 2 * HOUR, seen({ through: SIX + 2 * HOUR, ...lossy }));
+    expect(await record.text("accessLog_26112206.sha256")).toContain(
+      "skipped=7 untimed=0 lost=100\n# complete no\n",
+    );
+    await record.write(SIX + 4 * HOUR, seen({ through: SIX + 4 * HOUR, ...lossy }));
+    expect(await record.kinds()).toEqual(["incomplete 26112206", "incomplete 26112207"]);
+    expect(await record.text("accessLog_26112208.sha256")).toContain("lost=0\n# complete yes\n");
+  });
+
+  test("what is delivered again is listed once; what is of the future with the hour that it is now", async () => {
+    const record = await makeRecord();
+    await record.deliver(batchName("26112205"), SIX - HOUR / 2);
+    await record.deliver(batchName("26112205"), SIX - HOUR / 3);
+    const future = batchName("36112205");
+    await record.deliver(future, SIX);
+    const current = formatHour(SIX, ZONE);
+    expect([...(await readList(record.dir, current)).keys()]).toContain(future);
+    await record.restart();
+    await record.deliver(batchName("26112205"), SIX + 1);
+    const text = await readFile(join(record.dir, ".digest", "26112205.list"), "utf8");
+    expect(text.split("\n").filter((line) => line.endsWith(batchName("26112205")))).toHaveLength(1);
+  });
+
+  test("a process that ends between the digest's file and the state: the next one takes it as it is", async () => {
+    const record = await makeRecord();
+    const state = join(record.dir, ".digest", "state.json");
+    await record.deliver(batchName("26112205"), SIX - HOUR / 2);
+    for (const now of [SIX + 1000, SIX + HOUR + 1000]) {
+      const before = await readFile(state);
+      const names = await record.write(now, seen({ through: now - 500 }));
+      const written = await record.text(names[0] ?? "");
+      await rm(join(record.client, names[0] ?? ""));
+      await writeFile(state, before);
+      await record.restart();
+      await record.deliver(batchName(formatHour(now - HOUR, ZONE), 3), now + 2000); // would be in it if it were made anew
+      expect(await record.write(now + 3000, seen({ through: now + 2500 }))).toEqual(names);
+      expect(await record.text(names[0] ?? "")).toBe(written);
+      await record.deliver(batchName(formatHour(now, ZONE)), now + 4000);
+    }
+    await record.write(SIX + 3 * HOUR, seen({ through: SIX + 3 * HOUR }));
+    expect(await record.kinds()).toEqual([]);
+  });
+
+  test("a lost record begins anew, numbered by the clock, and says since when", async () => {
+    const record = await makeRecord();
+    await record.deliver(batchName("26112205"), SIX - HOUR / 2);
+    await record.write(SIX + 1000, seen({ through: SIX + 500 }));
+    await rm(join(record.dir, ".digest"), { recursive: true });
+    await record.restart();
+    const late = SIX + 30 * 60_000;
+    await record.deliver(batchName("26112206"), late);
+    await record.deliver(batchName("26112205", 2), late + 1000);
+    await record.write(SIX + HOUR + 1000, seen({ through: SIX + HOUR + 500 }));
+    const { findings, begins, heads } = await verifyFolder(record.client);
+    expect(findings).toEqual([]);
+    expect(begins).toHaveLength(2);
+    expect(heads).toHaveLength(2);
+    const names = (await readdir(record.client)).filter((name) => name.endsWith(".sha256"));
+    expect(names.every((name) => (parseDigestName(name)?.part ?? 0) > 1)).toBe(true);
+  });
+
+  test("a damaged record is told and begun anew", async () => {
+    const dir = await tempFolder();
+    await mkdir(join(dir, ".digest"));
+    await writeFile(join(dir, ".digest", "state.json"), "{");
+    const told: string[] = [];
+    const digests = await Digests.open(dir, (path) => told.push(path));
+    await digests.note([{ name: batchName("26112205"), sha256: hash(""), lines: 0 }], SIX);
+    expect(told).toEqual([join(dir, ".digest", "state.json")]);
+  });
+});

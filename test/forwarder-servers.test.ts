@@ -1,0 +1,326 @@
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import { execFileSync } from "node:child_process";
+import { readdir, readFile, rename, stat, symlink, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { makeSite, type Site } from "./backends.ts";
+import { HABIT_PASSWORD, type HabitServer, type Habits, startHabitServer } from "./servers.ts";
+import { accessLine, runScriptOnce, startScript, tempFolder, until } from "./support.ts";
+
+setDefaultTimeout(60_000);
+
+const HOST = "10.10.21.181";
+const FAILURE = 4;
+const DENIED = 3;
+const UNSUPPORTED = 8;
+const text = Array.from({ length: 2000 }, (_, i) => accessLine(i)).join("");
+const once = (site: Site, ...flags: string[]) =>
+  runScriptOnce("forwarder", site.configFile, flags.length > 0 ? flags : ["--once"]);
+
+async function makeHabitSite(habits: Habits, more: Record<string, unknown> = {}) {
+  const server = await startHabitServer(habits);
+  const password = join(await tempFolder(), "password");
+  await writeFile(password, HABIT_PASSWORD);
+  const settings = { target: server.target, hostKey: server.hostKey, password: { file: password } };
+  const site = await makeSite({ folder: "", settings }, { timeoutSeconds: 5, ...more });
+  return { server, site };
+}
+
+/** The names in the server's folder. */
+const namesOf = ({ files }: HabitServer) => [...files.keys()].map((path) => path.slice("/in/".length)).sort();
+
+describe("delivered all the same", () => {
+  const rows: [string, Habits, Record<string, unknown>?][] = [
+    ["nothing special", {}],
+    ["FSTAT says that there is no such file", { fstat: 2 }],
+    ["FSTAT is unsupported", { fstat: UNSUPPORTED }],
+    ["FSTAT says 0", { fstat: "zero" }],
+    ["STAT of a missing name is a failure", { statMissing: FAILURE }],
+    ["STAT of a missing name is denied, and no listing", { statMissing: DENIED, list: DENIED }],
+    ["STAT of any name is denied; a listing tells sizes", { statAlways: DENIED }],
+    ["no delete", { remove: () => DENIED }],
+    ["answers in any order", { shuffled: true }],
+    ["hidden names are refused", { create: (path) => (path.includes("/.") ? DENIED : undefined) }],
+    ["no rename, direct", { rename: () => UNSUPPORTED }, { upload: "direct" }],
+    ["key first, then password", { login: ["publickey", "password"] }],
+    ["password first, then key", { login: ["password", "publickey"] }],
+    ["key first, then a dialogue", { login: ["publickey", "keyboard-interactive"] }],
+  ];
+  test.each(rows)("%s", async (_name, habits, more = {}) => {
+    const key = join(await tempFolder(), "key");
+    const keys = habits.login?.includes("publickey") ? { privateKey: { file: key } } : {};
+    if (keys.privateKey) execFileSync("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f", key]);
+    const { server, site } = await makeHabitSite(habits, { ...keys, ...more });
+    const names = [1, 2, 3].map((hour) => site.seal(HOST, hour, text));
+    const { code, output } = await once(site);
+    expect(code, output).toBe(0);
+    expect(namesOf(server)).toEqual(names);
+    for (const name of names) expect(server.files.get(`/in/${name}`)?.toString()).toBe(text);
+    expect(await site.list("failed")).toEqual([]);
+  });
+
+  test("an importer takes a file at CLOSE, direct: delivered once", async () => {
+    const { server, site } = await makeHabitSite({ takes: () => true }, { upload: "direct" });
+    const name = site.seal(HOST, 1, text);
+    const { code, output } = await once(site);
+    expect(code, output).toBe(0);
+    expect(server.asked.filter((what) => what === `open /in/${name}`)).toHaveLength(1);
+  });
+
+  test("direct, and the server cuts in the middle: the half is written anew, and only what is ours", async () => {
+    const { server, site } = await makeHabitSite({}, { upload: "direct" });
+    const name = site.seal(HOST, 1, text);
+    let writes = 0;
+    server.habits.cutsAt = () => ++writes > 2;
+    expect((await once(site)).code).toBe(1);
+    delete server.habits.cutsAt;
+    expect((await once(site)).code).toBe(0);
+    expect(server.files.get(`/in/${name}`)?.toString()).toBe(text);
+    const other = site.seal(HOST, 2, text);
+    server.files.set(`/in/${other}`, Buffer.from("someone else's"));
+    expect((await once(site)).code).toBe(1);
+    expect(server.files.get(`/in/${other}`)?.toString()).toBe("someone else's");
+  });
+});
+
+describe("one clear message, nobody's file is blamed", () => {
+  const held = async (habits: Habits, more: Record<string, unknown> = {}) => {
+    const { server, site } = await makeHabitSite(habits, more);
+    const names = [1, 2, 3].map((hour) => site.seal(HOST, hour, "x\n"));
+    const { code, output } = await once(site);
+    expect(code, output).toBe(1);
+    expect(output.match(/held up/g), output).toHaveLength(1);
+    expect(await site.list("failed")).toEqual([]);
+    expect(await site.list(HOST)).toEqual(names);
+    return { server, site, output };
+  };
+
+  test.each([DENIED, FAILURE, UNSUPPORTED])(
+    "no rename (status %d): the message names the option",
+    async (status) => {
+      const { output } = await held({ rename: () => status });
+      expect(output).toContain("The server refuses every rename");
+      expect(output).toContain('\\"upload\\": \\"direct\\"');
+    },
+  );
+
+  test("an expired password", async () => {
+    const { output } = await held({ passwordExpired: true });
+    expect(output).toContain("its password has expired");
+  });
+
+  test("a login that is refused: what we have, what the server takes, the line for authorized_keys", async () => {
+    const key = join(await tempFolder(), "key");
+    execFileSync("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f", key]);
+    const { output } = await held(
+      { login: ["keyboard-interactive"] },
+      { password: undefined, privateKey: { file: key } },
+    );
+    expect(output).toContain("we have publickey; the server takes keyboard-interactive");
+    const [type, base64] = (await readFile(`${key}.pub`, "utf8")).split(" ");
+    expect(output).toContain(`${type} ${base64}`);
+  });
+
+  test.each(["close", "rename", "stat"])("%s is never answered: the message says which", async (what) => {
+    const { output } = await held(
+      { silentAt: (asked) => asked.startsWith(what) },
+      { timeoutSeconds: 1, parallel: 1 },
+    );
+    const words = what === "stat" ? "look at" : what;
+    expect(output).toMatch(new RegExp(`no answer for 1000 ms to: ${words} \\\\"/in/accessLog`));
+  });
+
+  test("the server's text is one line, cut, without control characters", async () => {
+    const { site, output } = await held({
+      create: () => FAILURE,
+      text: `\x1b[31mno\r\nno\u202e${"x".repeat(200_000)}`,
+    });
+    expect(output.length).toBeLessThan(2000);
+    const state = await readFile(join(site.dir, ".forwarder-state.json"), "utf8");
+    for (const told of [output.trimEnd(), state, (await site.failures())[0] ?? ""]) {
+      expect(told.length).toBeLessThan(2000);
+      expect(told).not.toMatch(/\\u001b|\\u202e|[\x00-\x08\x0b-\x1f\u202e]/);
+    }
+  });
+
+  test("the folder is not there: which part, and what is beside it", async () => {
+    const { site, server } = await makeHabitSite({ create: () => 2 });
+    server.files.set("/inbox", Buffer.alloc(0));
+    site.seal(HOST, 1, "x\n");
+    const { output } = await once(site);
+    expect(output).toContain('The folder \\"/in\\" is not there: no \\"in\\" in \\"/\\"');
+    expect(await site.list("failed")).toEqual([]);
+  });
+});
+
+describe("one file alone", () => {
+  test("a batch at which the server cuts each time: the others get through, then that one alone, also by --once", async () => {
+    const { server, site } = await makeHabitSite({});
+    const names = Array.from({ length: 12 }, (_, hour) => site.seal(HOST, hour, text));
+    const bad = names[0] ?? "";
+    server.habits.cutsAt = (path) => path.includes(bad);
+    let passes = 0;
+    while ((await site.list("sent")).length < 11 && passes++ < 8) expect((await once(site)).code).toBe(1);
+    expect(await site.list("sent")).toEqual(names.slice(1));
+    expect(await site.list(HOST)).toEqual([bad]);
+    expect(await site.list("failed")).toEqual([]);
+    delete server.habits.cutsAt;
+    expect((await once(site)).code).toBe(0);
+    expect(namesOf(server)).toEqual(names);
+  });
+
+  test("a name that is there and never ends: size + 1 bytes are read, then it is refused", async () => {
+    const { server, site } = await makeHabitSite({ endless: true });
+    const name = site.seal(HOST, 1, text);
+    server.files.set(`/in/${name}`, Buffer.alloc(text.length));
+    const { output } = await once(site);
+    expect(output).toContain("is on the target already, with other content");
+    const reads = server.asked.filter((what) => what.startsWith("read"));
+    expect(reads.length).toBeLessThanOrEqual(Math.ceil((text.length + 1) / 31_952));
+  });
+
+  test("the answer to the rename is lost and the account may not read: the intention and the size prove it", async () => {
+    const { server, site } = await makeHabitSite({ readable: false }, { timeoutSeconds: 1 });
+    const name = site.seal(HOST, 1, text);
+    server.habits.rename = (from, to) => {
+      server.files.set(to, server.files.get(from) ?? Buffer.alloc(0));
+      server.files.delete(from);
+      server.habits.silentAt = () => true;
+      return undefined;
+    };
+    expect((await once(site)).code).toBe(1);
+    server.habits.silentAt = () => false;
+    delete server.habits.rename;
+    const { code, output } = await once(site);
+    expect(code, output).toBe(0);
+    expect(await site.report()).toEqual([`${name} | lines=2000 | status=Sent`]);
+  });
+
+  test("storage that is away after a cut at the rename: nothing is Sent that is not there", async () => {
+    const { server, site } = await makeHabitSite({}, { timeoutSeconds: 1 });
+    const names = Array.from({ length: 60 }, (_, hour) => site.seal(HOST, hour, "x\n"));
+    server.habits.silentAt = (what) => what.startsWith("rename");
+    expect((await once(site)).code).toBe(1);
+    server.habits.silentAt = () => false;
+    server.files.clear(); // another storage, or none
+    server.habits.create = () => FAILURE;
+    expect((await once(site)).code).toBe(1);
+    expect(await site.report()).toEqual([]);
+    expect(await site.list("sent")).toEqual([]);
+    delete server.habits.create;
+    const { code, output } = await once(site);
+    expect(code, output).toBe(0);
+    expect(namesOf(server)).toEqual(names);
+    expect(await site.report()).toHaveLength(60);
+  });
+
+  test("a batch taken away, and one put into sent/, while on its way: those alone are told, the loop lives", async () => {
+    const { server, site } = await makeHabitSite({}, { intervalSeconds: 0.05, timeoutSeconds: 1 });
+    const [gone = "", twice = "", good = ""] = [1, 2, 3].map((hour) => site.seal(HOST, hour, "x\n"));
+    server.habits.silentAt = (what) => what.startsWith("rename");
+    const running = startScript("forwarder", site.configFile);
+    await until(
+      "all are renamed",
+      () => server.asked.filter((what) => what.startsWith("rename")).length >= 3,
+    );
+    await rename(join(site.dir, HOST, gone), join(site.dir, "elsewhere"));
+    await writeFile(join(site.dir, "sent", twice), "x\n");
+    server.habits.silentAt = () => false;
+    await until("the good one is sent", async () => (await site.list("sent")).includes(good), 20_000);
+    const next = site.seal(HOST, 4, "x\n");
+    await until("the next one is sent", async () => (await site.list("sent")).includes(next));
+    expect(await running.stop()).toBe(0);
+    expect(await site.list("failed")).toEqual([twice]);
+  });
+
+  test("lost+found and a copied folder are left alone; a wrong clock's next try is not a year away", async () => {
+    const { server, site } = await makeHabitSite({});
+    const name = site.seal("lost+found", 1, "x\n");
+    const copy = site.seal(HOST, 1, "x\n");
+    await rename(join(site.dir, HOST), join(site.dir, `${HOST}.bak`));
+    const failed = site.seal("failed", 2, "x\n");
+    const nextAt = Date.now() + 365 * 86_400_000;
+    const state = { version: 1, at: 1, ok: true, failed: { [failed]: { attempts: 9, nextAt, reason: "x" } } };
+    await writeFile(join(site.dir, ".forwarder-state.json"), JSON.stringify(state));
+    const running = startScript("forwarder", site.configFile);
+    await until("it is sent", async () => (await site.list("sent")).includes(failed));
+    await running.stop();
+    expect(namesOf(server)).toEqual([failed]);
+    expect(await site.list("lost+found")).toEqual([name]);
+    expect(await site.list(`${HOST}.bak`)).toEqual([copy]);
+  });
+});
+
+describe("flags", () => {
+  test("--test-file leaves one marked file there; --status is 1 and told as JSON when something is wrong", async () => {
+    const { server, site } = await makeHabitSite({});
+    const { code, output } = await once(site, "--test-file");
+    expect(code, output).toBe(0);
+    expect(output).toMatch(/^log-rt-sync-test-\d{14}\.txt is in sftp:/);
+    expect(namesOf(server)).toEqual([output.split(" ")[0] as string]);
+    const name = site.seal(HOST, 1, "x\n");
+    site.seal("10.0.0.1", 1, "x\n");
+    server.files.set(`/in/${name}`, Buffer.from("other"));
+    await once(site);
+    const status = await once(site, "--status", "--json", "--host", HOST);
+    expect(status.code).toBe(1);
+    expect(JSON.parse(status.output)).toMatchObject({
+      ok: false,
+      hosts: [{ host: HOST, waiting: 0 }],
+      failed: [{ batch: name, attempts: 1 }],
+      lastHour: { batches: 1, lines: 1 },
+    });
+    server.files.delete(`/in/${name}`);
+    expect((await once(site)).code).toBe(0);
+    expect((await once(site, "--status")).code).toBe(0);
+  });
+
+  test("--hour tells per host what was delivered; what is wrong in it is a usage error", async () => {
+    const { site } = await makeHabitSite({});
+    const name = site.seal(HOST, 14, text);
+    await rename(join(site.dir, HOST, name), join(site.dir, HOST, name.replace(".log", ".2.log")));
+    site.seal(HOST, 14, "x\n");
+    expect((await once(site)).code).toBe(0);
+    const { code, output } = await once(site, "--hour", "2026-11-01T14", "--json");
+    expect(JSON.parse(output)).toMatchObject({
+      complete: true,
+      rows: [{ hour: "26110114", batches: 2, lines: 2001, late: 1, source: "report" }],
+    });
+    expect(code).toBe(0);
+    const shown = await once(site, "--hour", "2026-11-01T14/2026-11-01T16");
+    expect(shown.output).toMatch(/2026-11-01T14 +10-10-21-181 +2 +2001 +1 +report +complete/);
+    for (const span of ["2026-11-01", "2026-11-01T25", "2026-11-01T14/2026-11-01T14"])
+      expect((await once(site, "--hour", span)).code).toBe(2);
+  });
+
+  test("--resend unpacks what was compressed, and says what it can't", async () => {
+    const { server, site } = await makeHabitSite({});
+    const name = site.seal(HOST, 1, text);
+    expect((await once(site)).code).toBe(0);
+    execFileSync("gzip", [join(site.dir, "sent", name)]);
+    server.files.clear();
+    expect((await once(site, "--resend", "26110101")).output).toStartWith(`${name}.gz: back in the queue`);
+    expect((await once(site)).code).toBe(0);
+    expect(server.files.get(`/in/${name}`)?.toString()).toBe(text);
+    expect(await site.list("sent")).toEqual([name]);
+    expect(await site.report()).toHaveLength(2);
+    expect((await once(site, "--resend", "nothing like it")).code).toBe(1);
+  });
+});
+
+describe("file://", () => {
+  test("a link that waits at the temp name is not followed, and the file follows the umask", async () => {
+    const folder = await tempFolder();
+    const victim = join(await tempFolder(), "victim");
+    await writeFile(victim, "untouched");
+    const site = await makeSite({ folder, settings: { target: `file://${folder}` } });
+    const name = site.seal(HOST, 1, text);
+    await symlink(victim, join(folder, `${name}.tmp`));
+    expect((await once(site)).code).toBe(0);
+    expect(await readFile(victim, "utf8")).toBe("untouched");
+    expect(await readFile(join(folder, name), "utf8")).toBe(text);
+    expect(await readdir(folder)).toEqual([name]);
+    expect(((await stat(join(folder, name))).mode & 0o777).toString(8)).toBe(
+      (0o666 & ~process.umask()).toString(8),
+    );
+  });
+});
