@@ -410,7 +410,7 @@ export function createApp(receiver: Receiver) {
   app.get(UPLOAD_PATH, async (c) => {
     const { host, stream } = parseStreamHeaders(c.req.raw.headers);
     receiver.access.authorise(host, c.req.raw.headers, c.env);
-    const [found] = await store.streams(host, [stream], {}, c.env.peer);
+    const [found] = (await store.knows(host)) ? await store.streams(host, [stream], {}, c.env.peer) : [];
     return found ? c.body(null, 200, { [HEADER.offset]: String(found.offset) }) : c.body(null, 404);
   });
 
