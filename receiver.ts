@@ -680,7 +680,12 @@ function renderMetrics({ counts, intake, refusals, store }: Receiver, status: St
     ["refused_total", "counter", "Requests refused, by status and reason", refused],
     ["last_seen_timestamp_seconds", "gauge", "When a sender was heard of", told((h) => h.heardAt / 1000)],
     ["last_line_timestamp_seconds", "gauge", "When its last line came", told((h) => h.lineAt / 1000)],
-    ["lag_bytes", "gauge", "Bytes that a sender still has to ship", told((h) => h.lag)],
+    [
+      "lag_bytes",
+      "gauge",
+      "Bytes that a sender still has to ship",
+      told((h) => store.senders.get(h.host)?.ledger.facts.lag ?? h.lag),
+    ],
     ["lost_bytes_total", "counter", "Bytes that vanished before they were read", told((h) => h.lost)],
     [
       "gone_bytes_total",
