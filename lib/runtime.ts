@@ -2,9 +2,10 @@
  * The only place that knows Bun from Deno: the HTTP server, the HTTP client's certificates, and the calls
  * of the system that `node:` does not have (file locks, syncfs). Everything else is `node:` imports and web standards.
  */
-import { closeSync, openSync } from "node:fs";
+import { closeSync, fchownSync, fstatSync, openSync, statSync } from "node:fs";
 import { connect } from "node:net";
 import { platform, release } from "node:os";
+import { dirname } from "node:path";
 import { createServer, type TLSSocket } from "node:tls";
 
 /** PEM texts of a server; with `clientCa` a client must show a certificate, with `clientNames` its names are told. */
@@ -28,10 +29,10 @@ export interface ServeOptions {
   fetch: (request: Request, peer: string, names?: string[]) => Response | Promise<Response>;
 }
 
-/** A listening server. `close` stops accepting and ends when the requests in hand are answered. */
+/** A listening server. `close` stops accepting and ends when the requests in hand are answered, or cuts them off with `force`. */
 export interface Server {
   port: number;
-  close: () => Promise<void>;
+  close: (force?: boolean) => Promise<void>;
 }
 
 // The few members of each runtime that are used, so that neither runtime's checker needs the other's types.
@@ -92,7 +93,7 @@ function serveOnBun(runtime: BunRuntime, options: ServeOptions): Server {
       return options.fetch(withUrl(request), self.requestIP(request)?.address ?? "");
     },
   });
-  return { port: server.port, close: () => server.stop() };
+  return { port: server.port, close: (force) => server.stop(force) };
 }
 
 /** A request without a Host, as health checks send it by HTTP/1.0, has only a path for an URL. */
@@ -141,9 +142,10 @@ function serveNamed(runtime: BunRuntime, options: ServeOptions): Server {
   front.listen(options.port, options.hostname);
   const address = front.address();
   const port = typeof address === "object" && address ? address.port : options.port;
-  const close = async () => {
+  const close = async (force?: boolean) => {
     front.close();
-    await inner.stop();
+    if (force) for (const socket of sockets) socket.destroy();
+    await inner.stop(force);
     for (const socket of sockets) socket.destroy();
   };
   return { port, close };
@@ -222,6 +224,9 @@ export async function tryLock(path: string): Promise<{ release: () => void } | u
   }
   flock ??= await loadFlock();
   const fd = openSync(path, "a+", 0o640);
+  // made by root in a service's folder: the service must be able to open it, too
+  const folder = process.getuid?.() === 0 && fstatSync(fd).uid === 0 ? statSync(dirname(path)) : undefined;
+  if (folder?.uid) fchownSync(fd, folder.uid, folder.gid);
   if (flock(fd, LOCK_EXCLUSIVE_NONBLOCKING) === 0) return { release: () => closeSync(fd) };
   closeSync(fd);
   return undefined;
