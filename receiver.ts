@@ -62,7 +62,7 @@ import { writeState } from "./lib/state.ts";
 import { createStatusReader, type Status } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
 import { busy, Intake, release } from "./lib/store/intake.ts";
-import { createStore as createOldStore, StoreError } from "./lib/store/store.ts";
+import { createStore, type Outcome, type Store, StoreError } from "./lib/store/store.ts";
 import { compileFormat, createWindowFinder } from "./lib/store/window.ts";
 
 type ReceiverConfig = Config["receiver"];
@@ -71,6 +71,8 @@ type MonitorConfig = Config["monitor"];
 /** Syncs that wait for the disk at once: the file system writes its journal once for all of them. */
 const SYNCS_AT_ONCE = 16;
 const SEAL_EVERY_MS = 1000;
+/** Bodies of so many bytes are given back at once; smaller ones may share the runtime's pool. */
+const RELEASE_FROM = 65_536;
 /** How often the state file is written at least, and `.forget` looked for. */
 const STATE_EVERY_MS = 10_000;
 const FORGET_EVERY_MS = 30_000;
@@ -361,7 +363,8 @@ export class Receiver {
 
   #storeOptions(config: ReceiverConfig) {
     const findWindow = createWindowFinder(config.windowMinutes, config);
-    return { ...config, findWindow, log: this.log, now: this.now };
+    const isListed = (host: string) => this.access.isNamed(host);
+    return { ...config, findWindow, isListed, log: this.log, now: this.now };
   }
 
   /** Takes up a config while running. Gives the keys that can't change before a restart. */
@@ -450,7 +453,7 @@ export function createApp(receiver: Receiver) {
   app.get(UPLOAD_PATH, async (c) => {
     const { host, stream } = parseStreamHeaders(c.req.raw.headers);
     receiver.access.authorise(host, c.req.raw.headers, c.env);
-    const [found] = await store.streams(host, [stream], {}, c.env.peer);
+    const [found] = (await store.knows(host)) ? await store.streams(host, [stream], {}, c.env.peer) : [];
     return found ? c.body(null, 200, { [HEADER.offset]: String(found.offset) }) : c.body(null, 404);
   });
 
@@ -502,7 +505,10 @@ async function takeChunk(receiver: Receiver, c: HttpContext): Promise<Response> 
     if (body.length > range)
       throw new WireError(400, `body has ${body.length} bytes, its range only ${range}`);
     const started = performance.now();
-    const outcome = await store.commit({ ...chunk, body, peer, ...(encoded && { encoded }) });
+    const outcome = await store.commit({ ...chunk, body, peer, ...(encoded && { encoded }) }).finally(() => {
+      if (body.length > RELEASE_FROM) release(body); // it is in its part, or stays in nothing
+      if (encoded) release(encoded.bytes);
+    });
     counts.chunk(chunk.host, body.length, outcome, performance.now() - started);
     const { kind, lines, offset, mark } = outcome;
     if (kind === "unknown")
@@ -680,7 +686,12 @@ function renderMetrics({ counts, intake, refusals, store }: Receiver, status: St
     ["refused_total", "counter", "Requests refused, by status and reason", refused],
     ["last_seen_timestamp_seconds", "gauge", "When a sender was heard of", told((h) => h.heardAt / 1000)],
     ["last_line_timestamp_seconds", "gauge", "When its last line came", told((h) => h.lineAt / 1000)],
-    ["lag_bytes", "gauge", "Bytes that a sender still has to ship", told((h) => h.lag)],
+    [
+      "lag_bytes",
+      "gauge",
+      "Bytes that a sender still has to ship",
+      told((h) => store.senders.get(h.host)?.ledger.facts.lag ?? h.lag),
+    ],
     ["lost_bytes_total", "counter", "Bytes that vanished before they were read", told((h) => h.lost)],
     [
       "gone_bytes_total",
@@ -920,40 +931,6 @@ async function checkPort({ listen, dir }: ReceiverConfig, port: number, now: num
     server.close();
   }
   return "free";
-}
-
-// ---- until the store has its own
-interface Outcome {
-  kind: "stored" | "conflict" | "unknown";
-  lines: number;
-  offset: number;
-  mark?: string;
-}
-type OldChunk = Parameters<ReturnType<typeof createOldStore>["commit"]>[0];
-type Store = ReturnType<typeof createStore>;
-function createStore(options: Omit<Parameters<typeof createOldStore>[0], "inHand" | "onCommit">) {
-  const old = createOldStore({ ...options, inHand: () => 1, onCommit: () => {} });
-  return {
-    ...old,
-    async commit(
-      chunk: OldChunk & { peer: string; encoded?: { bytes: Uint8Array }; mark?: string },
-    ): Promise<Outcome> {
-      const { conflict, lines, offset } = await old.commit(chunk);
-      if (chunk.body.length > 65_536) release(chunk.body);
-      if (chunk.encoded) release(chunk.encoded.bytes);
-      return { kind: conflict ? "conflict" : "stored", lines, offset };
-    },
-    async streams(host: string, names: string[] | undefined, _news: object, _peer: string) {
-      const all = names ?? [...(old.senders.get(host)?.ledger.streams.keys() ?? [])];
-      const found = await Promise.all(
-        all.map(async (stream) => ({ stream, offset: await old.committed(host, stream) })),
-      );
-      return found.flatMap(({ stream, offset }) => (offset === undefined ? [] : [{ stream, offset }]));
-    },
-    configure(_: object) {},
-    async forget(_: string) {},
-    health: (): string | undefined => undefined,
-  };
 }
 
 if (import.meta.main) {

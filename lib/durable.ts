@@ -223,8 +223,8 @@ export async function openFileSystem(folder: string): Promise<FileSystem | undef
 }
 
 /** Creates a folder and its parents, on stable storage when it returns. */
-export async function makeFolder(path: string): Promise<void> {
-  const first = await mkdir(path, { recursive: true, mode: 0o750 });
+export async function makeFolder(path: string, mode = 0o750): Promise<void> {
+  const first = await mkdir(path, { recursive: true, mode });
   if (first !== undefined) await syncFolder(dirname(first));
 }
 
@@ -254,9 +254,14 @@ export async function exists(path: string): Promise<boolean> {
 }
 
 /** The file's text, or undefined when there is no such file: the only case that means "a first run". */
-export async function readIfExists(path: string): Promise<string | undefined> {
+export function readIfExists(path: string): Promise<string | undefined> {
+  return ifMissing(readFile(path, "utf8"));
+}
+
+/** What `work` gives, or undefined when a file that it needs is not there. */
+export async function ifMissing<T>(work: Promise<T>): Promise<T | undefined> {
   try {
-    return await readFile(path, "utf8");
+    return await work;
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
     throw error;

@@ -1,21 +1,19 @@
 /**
- * The receiver's own record of what is committed, one per sender, in the sender's folder:
+ * The receiver's own record of what is committed, one per sender: `.ledger` in the sender's folder. It is a checkpoint:
+ * one line of JSON behind its CRC-32, replaced whole in the background; what was answered since is in the journal
+ * (lib/store/journal.ts). Monitor, forwarder, housekeep and status page read; only the receiver writes.
  *
- *   .ledger         where each stream stands, and the length of each open batch: appended and synced with every
- *                   commit, rewritten when it has grown
- *   .ledger-sealed  every batch name that was ever sealed, with lines and bytes: a name is never used twice
- *
- * Both are text, one record a line behind the CRC-32 of it. Records are absolute ("stream X is at 4711"), so a
- * later one replaces an earlier one and a damaged one in between costs nothing but itself. A last line that is
- * torn or wrong was never acknowledged. Monitor, housekeeping and status page read; only the receiver writes.
+ * A ledger of version 1.0 was appended: many records, a later one replaces an earlier one, and `.ledger-sealed` beside
+ * it had the names that were used. It is read as well.
  */
-import { open } from "node:fs/promises";
+import { stat } from "node:fs/promises";
 import { join } from "node:path";
 import { crc32 } from "node:zlib";
-import { LEDGER } from "./batch.ts";
-import { readIfExists } from "./durable.ts";
+import { LEDGER, parseBatchName } from "./batch.ts";
+import { ifMissing, readIfExists } from "./durable.ts";
 
-export const LEDGER_VERSION = 1;
+export const LEDGER_VERSION = 2;
+/** The used names of a ledger of version 1.0. */
 export const SEALED = `${LEDGER}-sealed`;
 
 /** Minutes of the history of lines per minute that a ledger keeps: the curves of the status page. */
@@ -31,9 +29,15 @@ export interface Stream {
   window?: string;
   /** End of that window, milliseconds since the epoch. */
   windowEnd?: number;
-  /** Bytes of a line whose `\n` has not come yet, kept in a file of their own. */
+  /** Bytes of a line whose `\n` has not come yet, kept in a file of their own, and where in the source they begin. */
   piece?: number;
-  /** Bytes that the sender still had to ship, as it told last. */
+  pieceFrom?: number;
+  /** Of the bytes just before `offset`, and of the first bytes of the file: `Log-Mark` and `Log-Head`. */
+  mark?: string;
+  head?: string;
+  /** Whether a line of it ever came. */
+  lined?: boolean;
+  /** Bytes that the sender still had to ship, as a ledger of 1.0 has it. */
   lag?: number;
 }
 
@@ -46,6 +50,10 @@ export interface OpenBatch {
   endsAt: number;
   /** When its last line came. */
   at: number;
+  /** When its first line came; absent in a ledger of 1.0. */
+  firstAt?: number;
+  /** The lowest source offset of each stream in it; absent for a batch that 1.0 began. */
+  lowest?: Record<string, number>;
 }
 
 /** First line of a `.ledger-sealed` that was trimmed: the newest window that it no longer lists. */
@@ -60,6 +68,10 @@ export interface SealedBatch {
   lines: number;
   /** When it was sealed. */
   at: number;
+  /** As of an open batch; dropped when the batch is seen to be delivered. */
+  lowest?: Record<string, number>;
+  /** Whether it may still wait in the sender's folder or in failed/. */
+  waits?: boolean;
 }
 
 /** One cursor of a shipper that spoke for this sender: two that alternate are two machines under one name. */
@@ -93,8 +105,16 @@ export interface SenderFacts {
   shippers?: ShipperSeen[];
   /** Two shippers alternate under this name; until then (ms) no hour of this host is complete. */
   contestedUntil?: number;
+  /** When an operator had it forgotten; until it is heard again. ms since the epoch. */
+  forgotten?: number;
   /** What was shipped again after the receiver's folder was lost: bytes, total. */
   again?: number;
+}
+
+/** Up to which record of which journal this is a checkpoint. */
+export interface JournalPosition {
+  id: string;
+  seq: number;
 }
 
 /** What is known of one sender. */
@@ -109,13 +129,25 @@ export interface Ledger {
   streams: Map<string, Stream>;
   /** Open batches by the name that they will have when sealed. */
   open: Map<string, OpenBatch>;
+  /** Sealed batches of the last days, and all that may still wait. */
+  sealed: Map<string, SealedBatch>;
+  /** The newest part number that was used in each window. */
+  used: Map<string, number>;
+  /** Up to this window names may have been used that nobody remembers. */
+  unsure: string;
+  journal?: JournalPosition;
   /** Lines that came in each of the last minutes, by minutes since the epoch. */
   minutes: Map<number, number>;
 }
 
 /** One commit: what it changes, as absolute values. */
 export interface LedgerRecord {
-  v?: typeof LEDGER_VERSION;
+  v?: number;
+  facts?: SenderFacts;
+  sealed?: Record<string, SealedBatch>;
+  used?: Record<string, number>;
+  unsure?: string;
+  journal?: JournalPosition;
   heardAt?: number;
   lineAt?: number;
   lost?: number;
@@ -135,6 +167,9 @@ export function emptyLedger(): Ledger {
     lost: 0,
     streams: new Map(),
     open: new Map(),
+    sealed: new Map(),
+    used: new Map(),
+    unsure: "",
     minutes: new Map(),
   };
 }
@@ -165,7 +200,7 @@ export function parseRecords(text: string): { records: unknown[]; damaged: numbe
   return { records, damaged, end: Buffer.byteLength(text.slice(0, end)) };
 }
 
-/** Applies one record to what is known. */
+/** Applies one record of a ledger's file to what is known. */
 export function applyRecord(ledger: Ledger, record: LedgerRecord): void {
   if (record.heardAt !== undefined) ledger.heardAt = record.heardAt;
   if (record.lineAt !== undefined) ledger.lineAt = record.lineAt;
@@ -183,23 +218,22 @@ export function applyRecord(ledger: Ledger, record: LedgerRecord): void {
     if (ledger.minutes.size > HISTORY_MINUTES + 1 && oldest !== undefined) ledger.minutes.delete(oldest);
   }
   for (const name of record.closed ?? []) ledger.open.delete(name);
+  for (const [name, batch] of Object.entries(record.sealed ?? {})) ledger.sealed.set(name, batch);
+  for (const [window, part] of Object.entries(record.used ?? {})) ledger.used.set(window, part);
+  if (record.facts) ledger.facts = record.facts;
+  if (record.unsure !== undefined) ledger.unsure = record.unsure;
+  if (record.journal) ledger.journal = record.journal;
 }
 
-/**
- * What `lines` more lines at the time `at` make of that minute's count: the `minutes` of a commit's record.
- * `counted` is what the same commit has counted so far.
- */
-export function countMinute(
-  ledger: Ledger,
-  lines: number,
-  at: number,
-  counted: LedgerRecord["minutes"] = {},
-): Record<string, number> {
+/** Counts lines that came at the time `at`, in milliseconds since the epoch. */
+export function countMinute(ledger: Ledger, lines: number, at: number): void {
   const minute = Math.floor(at / 60_000);
-  return { ...counted, [minute]: (counted[minute] ?? ledger.minutes.get(minute) ?? 0) + lines };
+  ledger.minutes.set(minute, (ledger.minutes.get(minute) ?? 0) + lines);
+  const oldest = ledger.minutes.keys().next().value;
+  if (ledger.minutes.size > HISTORY_MINUTES + 1 && oldest !== undefined) ledger.minutes.delete(oldest);
 }
 
-/** The whole ledger as one record, for compaction. */
+/** The whole ledger as one record. */
 export function snapshot(ledger: Ledger): LedgerRecord {
   return {
     v: LEDGER_VERSION,
@@ -208,6 +242,11 @@ export function snapshot(ledger: Ledger): LedgerRecord {
     lost: ledger.lost,
     streams: Object.fromEntries(ledger.streams),
     open: Object.fromEntries(ledger.open),
+    sealed: Object.fromEntries(ledger.sealed),
+    used: Object.fromEntries(ledger.used),
+    unsure: ledger.unsure,
+    facts: ledger.facts,
+    ...(ledger.journal && { journal: ledger.journal }),
     minutes: Object.fromEntries(ledger.minutes),
   };
 }
@@ -217,42 +256,45 @@ export async function readLedger(hostFolder: string): Promise<Ledger | undefined
   const text = await readIfExists(join(hostFolder, LEDGER));
   if (text === undefined) return undefined;
   const ledger = emptyLedger();
-  for (const record of parseRecords(text).records) applyRecord(ledger, record as LedgerRecord);
+  const { records } = parseRecords(text);
+  for (const record of records) applyRecord(ledger, record as LedgerRecord);
+  if ((records[0] as LedgerRecord | undefined)?.v !== LEDGER_VERSION) await readOldNames(hostFolder, ledger);
   return ledger;
 }
 
-/**
- * A `readLedger` for those who look again and again: of a ledger that has grown, only what is new is read. A record
- * that the receiver took back after a failed write may be told until the next compaction: for display alone.
- */
+/** The names that a receiver of version 1.0 used. */
+async function readOldNames(hostFolder: string, ledger: Ledger): Promise<void> {
+  const text = await readIfExists(join(hostFolder, SEALED));
+  if (text === undefined) return;
+  for (const record of parseRecords(text).records as (SealedBatch | Forgotten)[]) {
+    if ("forgotten" in record) ledger.unsure = record.forgotten;
+    else noteSealed(ledger, { ...record, waits: true });
+  }
+}
+
+/** Takes a batch among the sealed ones; its name is used up. */
+export function noteSealed(ledger: Ledger, batch: SealedBatch): void {
+  const { window = "", part = 1 } = parseBatchName(batch.name) ?? {};
+  ledger.sealed.set(batch.name, batch);
+  ledger.used.set(window, Math.max(part, ledger.used.get(window) ?? 0));
+}
+
+/** A `readLedger` for those who look again and again: a file that has not changed is not read again. */
 export function createLedgerReader(): typeof readLedger {
-  const known = new Map<string, { ino: number; end: number; ledger: Ledger }>();
+  const known = new Map<string, { key: string; ledger: Ledger }>();
   return async (hostFolder) => {
-    const file = await open(join(hostFolder, LEDGER), "r").catch((error: NodeJS.ErrnoException) => {
-      if (error.code === "ENOENT") return undefined;
-      throw error;
-    });
-    if (!file) return undefined;
-    try {
-      const { ino, size } = await file.stat();
-      const last = known.get(hostFolder);
-      const { end, ledger } =
-        last?.ino === ino && last.end <= size ? last : { end: 0, ledger: emptyLedger() };
-      const block = Buffer.alloc(size - end);
-      const { bytesRead } = await file.read(block, 0, block.length, end);
-      const news = parseRecords(block.toString("utf8", 0, bytesRead));
-      for (const record of news.records) applyRecord(ledger, record as LedgerRecord);
-      known.set(hostFolder, { ino, end: end + news.end, ledger });
-      return ledger;
-    } finally {
-      await file.close();
-    }
+    const info = await ifMissing(stat(join(hostFolder, LEDGER), { bigint: true }));
+    const key = info ? `${info.ino} ${info.size} ${info.mtimeNs}` : "";
+    const last = known.get(hostFolder);
+    if (last && last.key === key) return last.ledger;
+    known.delete(hostFolder);
+    const ledger = await readLedger(hostFolder);
+    if (ledger) known.set(hostFolder, { key, ledger });
+    return ledger;
   };
 }
 
-/** Every batch of a sender that was ever sealed (within the time that the receiver remembers), oldest first. */
+/** The batches of a sender that were sealed in the last days. */
 export async function readSealed(hostFolder: string): Promise<SealedBatch[]> {
-  const text = await readIfExists(join(hostFolder, SEALED));
-  const records = text === undefined ? [] : (parseRecords(text).records as (SealedBatch | Forgotten)[]);
-  return records.filter((record) => "name" in record);
+  return [...((await readLedger(hostFolder))?.sealed.values() ?? [])];
 }

@@ -155,6 +155,7 @@ describe("a stranger", () => {
       ),
     );
     expect(row).toMatchObject({ peer: "127.0.0.1", host: "10.0.0.1", reason: "unknown token", count: 50 });
+    await receiver.says("token of another host");
     const lines = receiver.output.split("\n").filter((line) => line.includes("request refused"));
     expect(lines.length).toBe(2);
     expect(lines[0]).toMatch(

@@ -1,71 +1,402 @@
 /**
- * The ledger file of one sender while it is written: records go behind the committed length, and count once
- * they are synced and `commit` was called. A record that failed is cut off before the next one is written.
+ * The one log that a receiver appends: what was answered 200 and is not in parts and ledgers for sure yet.
+ *
+ *   .journal-<id>.lock   held while the process lives: a journal whose lock is free has a dead process
+ *   .journal-<id>-<n>    segments, oldest first; one is dropped when the parts and ledgers of all hosts in it are synced
+ *
+ * A record is `LRTJ`, the lengths of entry and body, a CRC-32 over all of it, the entry (JSON) and the chunk's body as it
+ * came. All that waits is appended with one write and synced once (rule: one sync serves all chunks that came meanwhile).
+ * Each entry says up to where the journal was synced when it was written. So a damaged record is the end of the journal,
+ * unless one behind it says that it had been synced: that is damage, and told. A record that could not be synced is cut
+ * off and the cut synced before another is written: until then nothing is taken.
  */
-import { closeSync, existsSync, fstatSync, ftruncateSync, openSync, writeFileSync, writeSync } from "node:fs";
+import { close, closeSync, fdatasync, ftruncateSync, open, readdirSync, writev } from "node:fs";
+import { type FileHandle, open as openFile } from "node:fs/promises";
 import { join } from "node:path";
-import { LEDGER } from "../batch.ts";
-import { writeDurably } from "../durable.ts";
-import { formatRecord, type Ledger, type LedgerRecord, snapshot } from "../ledger.ts";
+import { promisify } from "node:util";
+import { crc32 } from "node:zlib";
+import type { Encoding } from "../chunk.ts";
+import { failpoint, removeDurably, syncFolder } from "../durable.ts";
+import type { Stream } from "../ledger.ts";
 
-/** A ledger is rewritten when it is longer than this, and than eight times what it says. */
-const COMPACT_BYTES = 262_144;
-const COMPACT_RATIO = 8;
+const SEGMENT_BYTES = 64 * 1024 * 1024;
+/** Of all segments together; beyond it nothing is taken. */
+const JOURNAL_BYTES = 1024 * 1024 * 1024;
+/** Written and synced at once. */
+const GROUP_BYTES = 32 * 1024 * 1024;
+const MAGIC = Buffer.from("LRTJ");
+const HEAD_BYTES = 16;
+const SEARCH_BYTES = 1024 * 1024;
+
+const [openInPool, closeInPool] = [promisify(open), promisify(close)];
+const syncInPool = promisify(fdatasync);
+const nextTick = promisify(setImmediate);
+
+/** Lines of one batch that stand together in a chunk's body, decoded: `[from, to)` goes to the part at `at`. */
+export interface Run {
+  batch: string;
+  at: number;
+  from: number;
+  to: number;
+  lines: number;
+  /** End of the batch's window, milliseconds since the epoch. */
+  endsAt: number;
+  /** The held piece of the stream that stands before it: its length, and where in the source it begins. */
+  piece?: { length: number; from: number };
+}
+
+/** What one chunk does. Lengths and offsets are absolute: to do it twice is the same as once. */
+export interface Entry {
+  seq: number;
+  synced: Position;
+  at: number;
+  host: string;
+  stream: string;
+  /** The source offset of the first line in it. */
+  from: number;
+  /** Where the stream stands afterwards. */
+  state: Stream;
+  runs: Run[];
+  /** `[from, to)` of the body is a line without an end, held behind `at` bytes of it. */
+  piece?: { at: number; from: number; to: number };
+  encoding: Encoding;
+  /** Of the body, decoded. */
+  length: number;
+  lines: number;
+  skipped?: number;
+  untimed?: number;
+  ahead?: number;
+  /** The host's total of lost bytes, bytes shipped again, and the window up to which its names are unsure. */
+  lost?: number;
+  again?: number;
+  unsure?: string;
+  /** Offset from UTC of its newest timestamp, in minutes. */
+  zone?: number;
+}
+
+/** A segment's number and an offset in it. */
+export type Position = [segment: number, offset: number];
+
+interface Pending {
+  entry: Entry;
+  body: Uint8Array;
+  synced: () => void;
+  resolve: () => void;
+  reject: (error: unknown) => void;
+}
+
+interface Segment {
+  n: number;
+  path: string;
+  length: number;
+  /** The last record of each host in it. */
+  hosts: Map<string, number>;
+}
 
 export class Journal {
-  readonly #path: string;
+  readonly id: string;
+  readonly #dir: string;
+  readonly #segments: Segment[] = [];
   #fd = -1;
-  #length = 0;
-  #appended = 0;
-  #compactAt = COMPACT_BYTES;
+  #seq = 0;
+  #synced: Position = [0, 0];
+  #pending: Pending[] = [];
+  #writing: Promise<void> | undefined;
+  #fault: unknown;
 
-  constructor(folder: string) {
-    this.#path = join(folder, LEDGER);
+  /** Nothing is on disk before the first record. The caller holds the lock of `id`. */
+  constructor(dir: string, id: string) {
+    this.#dir = dir;
+    this.id = id;
   }
 
-  /** Writes a record behind the committed length. Returns the descriptor, to be synced. */
-  append(record: LedgerRecord, ledger: Ledger): number {
-    if (this.#fd < 0) this.#open(ledger);
-    const line = Buffer.from(formatRecord(record));
-    for (let at = 0; at < line.length; ) {
-      at += writeSync(this.#fd, line, at, line.length - at, this.#length + at);
+  /** Why nothing is taken now; undefined when all is well. */
+  get fault(): unknown {
+    if (this.#fault !== undefined) return this.#fault;
+    return this.bytes < JOURNAL_BYTES ? undefined : new Error("the journal is full: batches are not synced");
+  }
+
+  get bytes(): number {
+    return this.#segments.reduce((sum, { length }) => sum + length, 0);
+  }
+
+  /** Whether segments wait for being dropped. */
+  get isLong(): boolean {
+    return this.#segments.length > 1;
+  }
+
+  /** Its segments that are on stable storage, oldest first. */
+  get paths(): string[] {
+    return this.#segments.map(({ path }) => path);
+  }
+
+  /** The hosts that the oldest segment speaks of. */
+  get oldestHosts(): string[] {
+    return [...(this.#segments[0]?.hosts.keys() ?? [])];
+  }
+
+  /**
+   * Takes a record, in the order of the calls; `synced` is called, in that order, once it is on stable storage, before
+   * the promise resolves. Rejects with the system's error when it could not be synced: then it never was.
+   */
+  append(entry: Entry, body: Uint8Array, synced: () => void): Promise<void> {
+    const { fault } = this;
+    if (fault !== undefined) return Promise.reject(fault);
+    entry.seq = ++this.#seq;
+    return new Promise((resolve, reject) => {
+      this.#pending.push({ entry, body, synced, resolve, reject });
+      this.#writing ??= this.#drain().finally(() => {
+        this.#writing = undefined;
+      });
+    });
+  }
+
+  async #drain(): Promise<void> {
+    await nextTick(); // requests that have come meanwhile share the sync
+    while (this.#pending.length > 0) {
+      const group = this.#takeGroup();
+      try {
+        await this.#write(group);
+      } catch (error) {
+        this.#fault = error;
+        for (const { reject } of [...group, ...this.#pending.splice(0)]) reject(error);
+        return;
+      }
+      for (const { synced, resolve } of group) {
+        synced();
+        resolve();
+      }
     }
-    this.#appended = line.length;
-    return this.#fd;
   }
 
-  #open(ledger: Ledger): void {
-    if (!existsSync(this.#path)) writeFileSync(this.#path, formatRecord(snapshot(ledger))); // removed by hand
-    this.#fd = openSync(this.#path, "r+");
-    this.#length = fstatSync(this.#fd).size;
+  #takeGroup(): Pending[] {
+    let bytes = 0;
+    let size = 0;
+    for (const { body } of this.#pending) {
+      if (size > 0 && bytes + body.length > GROUP_BYTES) break;
+      bytes += body.length;
+      size++;
+    }
+    return this.#pending.splice(0, size);
   }
 
-  /** The record that was appended counts. */
-  commit(): void {
-    this.#length += this.#appended;
-    this.#appended = 0;
+  async #write(group: Pending[]): Promise<void> {
+    if (this.#fd < 0 || (this.#segments.at(-1)?.length ?? 0) >= SEGMENT_BYTES) await this.#beginSegment();
+    const segment = this.#segments.at(-1) as Segment;
+    const parts: Uint8Array[] = [];
+    for (const { entry, body } of group) parts.push(...encode({ ...entry, synced: this.#synced }, body));
+    const size = parts.reduce((sum, part) => sum + part.length, 0);
+    await writeAll(this.#fd, parts, segment.length);
+    failpoint("journal:written");
+    await syncInPool(this.#fd);
+    failpoint("journal:synced");
+    segment.length += size;
+    this.#synced = [segment.n, segment.length];
+    for (const { entry } of group) segment.hosts.set(entry.host, entry.seq);
   }
 
-  /** Cuts off what was appended and does not count. Throws the system's error. */
-  cutBack(): void {
-    if (this.#fd >= 0) ftruncateSync(this.#fd, this.#length);
-    this.#appended = 0;
+  async #beginSegment(): Promise<void> {
+    const n = (this.#segments.at(-1)?.n ?? 0) + 1;
+    const path = segmentPath(this.#dir, this.id, n);
+    const fd = await openInPool(path, "w", 0o640);
+    try {
+      await syncFolder(this.#dir);
+    } catch (error) {
+      closeSync(fd);
+      throw error;
+    }
+    if (this.#fd >= 0) await closeInPool(this.#fd);
+    this.#fd = fd;
+    this.#segments.push({ n, path, length: 0, hosts: new Map() });
   }
 
-  get isGrown(): boolean {
-    return this.#length >= this.#compactAt;
+  /** Cuts off what could not be synced, so that records can be taken again. Throws the system's error. */
+  async repair(): Promise<void> {
+    if (this.#fault === undefined) return;
+    if (this.#fd >= 0) {
+      ftruncateSync(this.#fd, this.#segments.at(-1)?.length ?? 0);
+      await syncInPool(this.#fd);
+    }
+    this.#fault = undefined;
   }
 
-  /** Rewrites the file when it has grown far beyond what it says. */
-  async compact(ledger: Ledger): Promise<void> {
-    const text = formatRecord(snapshot(ledger));
-    await writeDurably(this.#path, text);
-    this.#compactAt = Math.max(COMPACT_BYTES, COMPACT_RATIO * text.length);
-    this.close();
+  /** Drops segments, oldest first, while `isSafe` says of every host in it that its last record is safe elsewhere. */
+  async drop(isSafe: (host: string, seq: number) => boolean, all = false): Promise<void> {
+    for (let oldest = this.#segments[0]; oldest; oldest = this.#segments[0]) {
+      if (this.#segments.length === 1 && !all) return;
+      if (![...oldest.hosts].every(([host, seq]) => isSafe(host, seq))) return;
+      failpoint("journal:drop");
+      await removeDurably(oldest.path);
+      this.#segments.shift();
+    }
   }
 
-  close(): void {
+  /** Waits for what is on its way, and closes the file. */
+  async close(): Promise<void> {
+    await this.#writing;
     if (this.#fd >= 0) closeSync(this.#fd);
     this.#fd = -1;
   }
+}
+
+function encode(entry: Entry, body: Uint8Array): Uint8Array[] {
+  const text = Buffer.from(JSON.stringify(entry));
+  const head = Buffer.alloc(HEAD_BYTES);
+  MAGIC.copy(head);
+  head.writeUInt32LE(text.length, 4);
+  head.writeUInt32LE(body.length, 8);
+  head.writeUInt32LE(checksum(head, text, body), 12);
+  return [head, text, body];
+}
+
+function checksum(head: Uint8Array, text: Uint8Array, body: Uint8Array): number {
+  return crc32(body, crc32(text, crc32(head.subarray(4, 12))));
+}
+
+/** The callback form: what `promisify` makes of it differs between runtimes. */
+function writeSome(fd: number, parts: Uint8Array[], position: number): Promise<number> {
+  return new Promise((resolve, reject) => {
+    writev(fd, parts, position, (error, written) => (error ? reject(error) : resolve(written)));
+  });
+}
+
+async function writeAll(fd: number, parts: Uint8Array[], position: number): Promise<void> {
+  let rest = parts.filter((part) => part.length > 0);
+  let at = position;
+  while (rest.length > 0) {
+    const some = rest.slice(0, 512); // no more than IOV_MAX
+    const written = await writeSome(fd, some, at);
+    if (written === 0) throw new Error("Cannot write to the journal: nothing was taken");
+    at += written;
+    let left = written;
+    while (rest[0] && left >= rest[0].length) left -= (rest.shift() as Uint8Array).length;
+    if (left > 0 && rest[0]) rest = [rest[0].subarray(left), ...rest.slice(1)];
+  }
+}
+
+// ---- reading
+
+function segmentPath(dir: string, id: string, n: number): string {
+  return join(dir, `.journal-${id}-${String(n).padStart(8, "0")}`);
+}
+
+/** The lock of a journal. */
+export function journalLock(dir: string, id: string): string {
+  return join(dir, `.journal-${id}.lock`);
+}
+
+/** The journals in a folder: their segments by number, none for one whose process wrote nothing. */
+export function listJournals(dir: string): Map<string, string[]> {
+  const found = new Map<string, string[]>();
+  for (const name of readdirSync(dir).sort()) {
+    const [, id = "", rest] = /^\.journal-([a-z0-9]+)(\.lock|-\d{8})$/.exec(name) ?? [];
+    if (rest === undefined) continue;
+    const paths = found.get(id) ?? [];
+    if (rest !== ".lock") paths.push(join(dir, name));
+    found.set(id, paths);
+  }
+  return found;
+}
+
+interface Place {
+  path: string;
+  start: Position;
+  end: Position;
+  synced: Position;
+}
+
+/** Where something can't be read; `isEnd`: where a segment ends. */
+interface Bad {
+  path: string;
+  at: Position;
+  isEnd: boolean;
+}
+
+/**
+ * What a journal's segments say, in order. `onDamage` is told of each stretch that is unreadable although it had been
+ * synced; what is behind the last synced record is left out.
+ */
+export async function* readJournal(
+  paths: string[],
+  onDamage: (where: string) => void,
+): AsyncGenerator<{ entry: Entry; body: Uint8Array }> {
+  const places: Place[] = [];
+  const bad: Bad[] = [];
+  for (const path of paths) await scanSegment(path, places, bad);
+  const isBehind = (a: Position, b: Position) => a[0] > b[0] || (a[0] === b[0] && a[1] > b[1]);
+  let end: Position = [Number.POSITIVE_INFINITY, 0];
+  for (const { path, at, isEnd } of bad) {
+    const says = ({ start, synced }: Place) =>
+      isBehind(start, at) && isBehind(synced, at) && (!isEnd || synced[0] === at[0]);
+    if (places.some(says)) onDamage(`${path} at byte ${at[1]}`);
+    else if (!isEnd && isBehind(end, at)) end = at;
+  }
+  for (const path of paths) {
+    const file = await openFile(path, "r");
+    try {
+      for (const place of places) {
+        if (place.path !== path || isBehind(place.start, end)) continue;
+        const record = await readRecord(file, place.start[1], place.end[1]);
+        if (record) yield record;
+      }
+    } finally {
+      await file.close();
+    }
+  }
+}
+
+async function scanSegment(path: string, places: Place[], bad: Bad[]): Promise<void> {
+  const n = Number(path.slice(-8));
+  const file = await openFile(path, "r");
+  try {
+    const { size } = await file.stat();
+    let isBad = false;
+    for (let at = 0; at < size; ) {
+      const record = await readRecord(file, at, size);
+      if (record) {
+        places.push({ path, start: [n, at], end: [n, at + record.size], synced: record.entry.synced });
+        at += record.size;
+        isBad = false;
+        continue;
+      }
+      if (!isBad) bad.push({ path, at: [n, at], isEnd: false });
+      isBad = true;
+      at = await findMagic(file, at + 1, size);
+    }
+    if (!isBad) bad.push({ path, at: [n, size], isEnd: true }); // the next segment knows whether it was longer
+  } finally {
+    await file.close();
+  }
+}
+
+async function readRecord(
+  file: FileHandle,
+  at: number,
+  size: number,
+): Promise<{ entry: Entry; body: Uint8Array; size: number } | undefined> {
+  const head = Buffer.alloc(HEAD_BYTES);
+  if (at + HEAD_BYTES > size || (await file.read(head, 0, HEAD_BYTES, at)).bytesRead < HEAD_BYTES)
+    return undefined;
+  const [textLength, bodyLength] = [head.readUInt32LE(4), head.readUInt32LE(8)];
+  const length = HEAD_BYTES + textLength + bodyLength;
+  if (!head.subarray(0, 4).equals(MAGIC) || at + length > size) return undefined;
+  const rest = Buffer.allocUnsafe(textLength + bodyLength);
+  for (let done = 0; done < rest.length; ) {
+    const { bytesRead } = await file.read(rest, done, rest.length - done, at + HEAD_BYTES + done);
+    if (bytesRead === 0) return undefined;
+    done += bytesRead;
+  }
+  const [text, body] = [rest.subarray(0, textLength), rest.subarray(textLength)];
+  if (checksum(head, text, body) !== head.readUInt32LE(12)) return undefined;
+  return { entry: JSON.parse(text.toString()) as Entry, body, size: length };
+}
+
+async function findMagic(file: FileHandle, from: number, size: number): Promise<number> {
+  const block = Buffer.allocUnsafe(SEARCH_BYTES);
+  for (let at = from; at < size; at += SEARCH_BYTES - MAGIC.length + 1) {
+    const { bytesRead } = await file.read(block, 0, SEARCH_BYTES, at);
+    const found = block.subarray(0, bytesRead).indexOf(MAGIC);
+    if (found >= 0) return at + found;
+  }
+  return size;
 }

@@ -1,16 +1,27 @@
 /**
- * What a start makes of a sender's folder: brings the files back to what the ledger says is committed, whatever
- * instruction the last run ended at. Lines behind the committed length were never acknowledged and are cut off;
- * a batch whose name is in `.ledger-sealed` is to be finished. Where the ledger itself is gone or damaged,
- * nothing is cut that may have been acknowledged: such a `.part` is kept whole, and the operator is told.
+ * The way from the journal to the parts, in use and at the start: what an entry says is written at the lengths that it
+ * names, and noted in the ledger. A start brings a sender's folder back to what its ledger says, after every journal of a
+ * dead process was replayed. Lines behind the committed length were never acknowledged and are cut off; where the ledger
+ * itself is gone or damaged, nothing is cut that may have been acknowledged: such a part is kept whole, and it is told.
  */
-import { createReadStream } from "node:fs";
+import { closeSync, createReadStream, fstatSync, openSync, readSync, writeSync } from "node:fs";
 import { readdir, rm, stat, truncate } from "node:fs/promises";
 import { join } from "node:path";
+import { promisify } from "node:util";
+import { gunzipSync, zstdDecompressSync } from "node:zlib";
 import { LEDGER, listBatches, parseBatchName, parseWindow, withState } from "../batch.ts";
-import { moveDurably, readIfExists, writeDurably } from "../durable.ts";
 import {
-  applyRecord,
+  exists,
+  failpoint,
+  ifMissing,
+  moveDurably,
+  readIfExists,
+  removeDurably,
+  syncFile,
+  writeDurably,
+} from "../durable.ts";
+import {
+  countMinute,
   emptyLedger,
   formatRecord,
   LEDGER_VERSION,
@@ -18,113 +29,338 @@ import {
   type LedgerRecord,
   type OpenBatch,
   parseRecords,
-  readSealed,
+  readLedger,
   snapshot,
 } from "../ledger.ts";
-import { type Log, OperatorError } from "../service.ts";
+import { holdLock } from "../lock.ts";
+import { tryLock } from "../runtime.ts";
+import { type Log, OperatorError, wait } from "../service.ts";
+import { type Entry, journalLock, listJournals, type Run, readJournal } from "./journal.ts";
 
-/** A line whose end has not come is kept in a file of its own, named so and with its stream behind it. */
-export const PIECE = `${LEDGER}-piece-`;
+const PIECE = ".piece-";
+/** The file of a half line: of which stream, and where in the source it begins. A new one never overwrites the last. */
+export function pieceName(stream: string, from = 0): string {
+  return `${PIECE}${stream}.${from}`;
+}
 
-/** A sender's folder while it is brought into order. */
-interface Recovery {
-  host: string;
+/** As a receiver of version 1.0 names it. */
+const OLD_PIECE = `${LEDGER}-piece-`;
+/** Parts and pieces that are open at once, of all senders. */
+const OPEN_FILES = 64;
+const COPY_BYTES = 262_144;
+
+const nextTick = promisify(setImmediate);
+
+// ---- parts
+
+/** The files that are written, of all senders, the one used last standing last. */
+export class Parts {
+  readonly #open = new Map<string, number>();
+
+  /** Descriptor and size of the file at `path`, which is made when it is not there or was removed while open. */
+  at(path: string): { fd: number; size: number } {
+    let fd = this.#open.get(path);
+    this.#open.delete(path);
+    if (fd !== undefined) {
+      const { nlink, size } = fstatSync(fd);
+      if (nlink > 0) {
+        this.#open.set(path, fd);
+        return { fd, size };
+      }
+      closeSync(fd);
+    }
+    for (const [oldest] of this.#open) if (this.#open.size >= OPEN_FILES) this.close(oldest);
+    fd = openPart(path);
+    this.#open.set(path, fd);
+    return { fd, size: fstatSync(fd).size };
+  }
+
+  close(path: string): void {
+    const fd = this.#open.get(path);
+    this.#open.delete(path);
+    if (fd !== undefined) closeSync(fd);
+  }
+
+  closeAll(): void {
+    for (const path of [...this.#open.keys()]) this.close(path);
+  }
+}
+
+function openPart(path: string): number {
+  try {
+    return openSync(path, "r+");
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+    return openSync(path, "wx+", 0o660);
+  }
+}
+
+function writeFull(fd: number, bytes: Uint8Array, position: number): void {
+  for (let done = 0; done < bytes.length; ) {
+    done += writeSync(fd, bytes, done, bytes.length - done, position + done);
+  }
+}
+
+/** What a chunk's entry is written into. */
+export interface Place {
   folder: string;
   ledger: Ledger;
-  /** Whether the ledger speaks of everything that was ever acknowledged: it is there, and undamaged. */
-  isComplete: boolean;
-  /** Whether the ledger on disk no longer says what is true. */
-  isStale: boolean;
-  /** Names that a crash left half sealed. */
-  finishing: Set<string>;
-  now: () => number;
-  log: Log;
+  parts: Parts;
+  /** Paths that were written since they were synced. */
+  dirty: Set<string>;
+  /** Told of acknowledged bytes that are gone. */
+  lose: (file: string, bytes: number) => void;
 }
 
-/** A committed length; corrected when the file turns out to be shorter. */
-interface Committed {
-  bytes: number;
+/**
+ * Writes an entry's bytes at the lengths that it names. A name that is used up is left alone: its batch is complete.
+ * A file that is shorter than what was committed has lost lines: they are told, and it goes on where it ends, without a
+ * hole. Throws the system's error.
+ */
+export async function writeEntry(place: Place, entry: Entry, body: Uint8Array): Promise<void> {
+  for (const run of entry.runs) {
+    if (isUsedUp(place.ledger, run.batch)) continue;
+    const path = join(place.folder, withState(run.batch, "open"));
+    const open = place.ledger.open.get(run.batch);
+    const end = await writeRun(place, path, run, open?.bytes ?? 0, entry, body);
+    if (open && end < run.at) open.bytes = Math.min(open.bytes, end);
+  }
+  if (!entry.piece) return;
+  const path = join(place.folder, pieceName(entry.stream, entry.state.pieceFrom));
+  place.dirty.add(path);
+  writeFull(place.parts.at(path).fd, body.subarray(entry.piece.from, entry.piece.to), entry.piece.at);
 }
 
-export type Recovered = Pick<Recovery, "ledger" | "finishing">;
+/** Gives where the part ended before the run. */
+async function writeRun(
+  place: Place,
+  path: string,
+  run: Run,
+  committed: number,
+  entry: Entry,
+  body: Uint8Array,
+): Promise<number> {
+  const { fd, size } = place.parts.at(path);
+  if (size < Math.min(committed, run.at)) place.lose(run.batch, Math.min(committed, run.at) - size);
+  let at = Math.min(run.at, size);
+  place.dirty.add(path);
+  if (run.piece) {
+    const piece = join(place.folder, pieceName(entry.stream, run.piece.from));
+    const block = Buffer.allocUnsafe(Math.min(COPY_BYTES, run.piece.length));
+    for (let done = 0; done < run.piece.length; done += block.length) {
+      const { fd: from } = place.parts.at(piece);
+      const n = readSync(from, block, 0, Math.min(block.length, run.piece.length - done), done);
+      writeFull(place.parts.at(path).fd, block.subarray(0, n), at);
+      at += n;
+      if (done % (32 * COPY_BYTES) === 0) await nextTick(); // others are served meanwhile
+    }
+  }
+  writeFull(run.piece ? place.parts.at(path).fd : fd, body.subarray(run.from, run.to), at);
+  return Math.min(run.at, size);
+}
 
-/** Brings a sender's folder into order. Throws an OperatorError when a newer version wrote its ledger. */
-export async function recoverSender(
-  host: string,
-  folder: string,
-  { now, log }: Pick<Recovery, "now" | "log">,
-): Promise<Recovered> {
-  const recovery = {
-    host,
-    folder,
-    now,
-    log,
-    finishing: new Set<string>(),
-    ...(await replay(host, folder, log)),
+/** Notes an entry that was written. `journal` is the one that it stands in. */
+export function noteEntry(ledger: Ledger, entry: Entry, journal: string): void {
+  for (const run of entry.runs) {
+    if (isUsedUp(ledger, run.batch)) continue;
+    const batch: OpenBatch = ledger.open.get(run.batch) ?? {
+      ...{ bytes: 0, lines: 0, endsAt: 0, at: 0 },
+      firstAt: entry.at,
+      lowest: {},
+    };
+    if (run.at === 0) Object.assign(batch, { bytes: 0, lines: 0 }); // its first lines, perhaps once more
+    batch.bytes = Math.min(run.at, batch.bytes) + (run.piece?.length ?? 0) + run.to - run.from;
+    batch.lines += run.lines;
+    batch.endsAt = Math.max(batch.endsAt, run.endsAt);
+    batch.at = entry.at;
+    if (batch.lowest) batch.lowest[entry.stream] ??= entry.from;
+    ledger.open.set(run.batch, batch);
+  }
+  ledger.streams.set(entry.stream, entry.state);
+  ledger.heardAt = entry.at;
+  if (entry.lines > 0) {
+    ledger.lineAt = entry.at;
+    countMinute(ledger, entry.lines, entry.at);
+  }
+  const { facts } = ledger;
+  for (const key of ["skipped", "untimed", "ahead", "again"] as const) {
+    if (entry[key]) facts[key] = (facts[key] ?? 0) + entry[key];
+  }
+  if (entry.zone !== undefined) facts.zone = entry.zone;
+  delete facts.forgotten;
+  ledger.lost = Math.max(ledger.lost, entry.lost ?? 0);
+  if (entry.unsure && entry.unsure > ledger.unsure) ledger.unsure = entry.unsure;
+  ledger.journal = { id: journal, seq: entry.seq };
+}
+
+function isUsedUp(ledger: Ledger, name: string): boolean {
+  return ledger.sealed.has(name) && !ledger.open.has(name);
+}
+
+/** A chunk's body as it was before it was encoded. */
+export function decodeBody({ encoding }: Entry, body: Uint8Array): Uint8Array {
+  if (encoding === "gzip") return gunzipSync(body);
+  return encoding === "zstd" ? zstdDecompressSync(body) : body;
+}
+
+// ---- replay
+
+/**
+ * Replays every journal whose process is dead, and removes it: what its records say is in synced parts and ledgers then.
+ * Rule: whoever has taken a host's lock does this, under the folder's one lock, before it touches the host.
+ */
+export async function replayJournals(
+  dir: string,
+  own: string,
+  log: Log,
+  signal?: AbortSignal,
+): Promise<void> {
+  const others = () => [...listJournals(dir)].filter(([id]) => id !== own);
+  if (others().length === 0) return;
+  const lock = await lockPatiently(join(dir, ".journal.lock"), signal);
+  try {
+    for (const [id, paths] of others()) {
+      const dead = await tryLock(journalLock(dir, id));
+      if (!dead) continue; // its process lives
+      await replayJournal(dir, id, paths, log);
+      dead.release();
+      await removeDurably(journalLock(dir, id));
+    }
+  } finally {
+    lock.release();
+  }
+}
+
+async function lockPatiently(path: string, signal?: AbortSignal): Promise<{ release: () => void }> {
+  for (;;) {
+    const lock = await tryLock(path);
+    if (lock) return lock;
+    signal?.throwIfAborted();
+    await wait(50, signal);
+  }
+}
+
+async function replayJournal(dir: string, id: string, paths: string[], log: Log): Promise<void> {
+  const places = new Map<string, Place>();
+  const parts = new Parts();
+  let isDamaged = false;
+  const onDamage = (where: string) => {
+    isDamaged = true;
+    log.error("journal is damaged: what was acknowledged can't be read", { where });
   };
-  await recoverBatches(recovery);
-  await recoverPieces(recovery);
-  const { ledger, finishing } = recovery;
-  if (recovery.isStale) await writeDurably(join(folder, LEDGER), formatRecord(snapshot(ledger)));
-  return { ledger, finishing };
+  for await (const { entry, body } of readJournal(paths, onDamage)) {
+    const place = places.get(entry.host) ?? (await placeOf(dir, entry.host, parts, log));
+    places.set(entry.host, place);
+    const { journal } = place.ledger;
+    if (journal?.id === id && journal.seq >= entry.seq) continue; // the checkpoint has it
+    await writeEntry(place, entry, decodeBody(entry, body));
+    noteEntry(place.ledger, entry, id);
+  }
+  for (const place of places.values()) {
+    for (const path of place.dirty) await ifMissing(syncFile(path));
+    await writeDurably(join(place.folder, LEDGER), formatRecord(snapshot(place.ledger)));
+  }
+  parts.closeAll();
+  failpoint("replay:written");
+  for (const path of paths) {
+    if (isDamaged) await moveDurably(path, join(dir, `.damaged${path.slice(dir.length + 1)}`));
+    else await removeDurably(path);
+  }
+  if (paths.length > 0) log.info("journal replayed", { journal: id, hosts: places.size });
 }
 
-async function replay(host: string, folder: string, log: Log) {
+async function placeOf(dir: string, host: string, parts: Parts, log: Log): Promise<Place> {
+  const folder = join(dir, host);
+  const ledger = await recoverSender(host, folder, log);
+  return {
+    folder,
+    ledger,
+    parts,
+    dirty: new Set(),
+    lose: (file, bytes) => loseBytes(log, ledger, host, file, bytes),
+  };
+}
+
+/** Tells of acknowledged bytes that are gone from this disk. */
+export function loseBytes(log: Log, ledger: Ledger, host: string, file: string, bytes: number): void {
+  log.error("acknowledged bytes are gone from the disk", { host, file, bytes });
+  ledger.facts.gone = (ledger.facts.gone ?? 0) + bytes;
+  ledger.lost += bytes;
+}
+
+// ---- a sender's folder
+
+/** Takes the lock of a sender's folder, which is made by the caller. Throws an OperatorError when another process has it. */
+export function lockSender(host: string, folder: string): Promise<{ release: () => void }> {
+  return holdLock(join(folder, `${LEDGER}-lock`), `The folder of ${host}`);
+}
+
+/** Brings a sender's folder to what its ledger says. Throws an OperatorError when a newer version wrote the ledger. */
+export async function recoverSender(host: string, folder: string, log: Log): Promise<Ledger> {
   const path = join(folder, LEDGER);
   const text = await readIfExists(path);
-  const ledger = emptyLedger();
-  if (text === undefined) return { ledger, isComplete: false, isStale: true };
-  const { records, damaged, end } = parseRecords(text);
-  for (const record of records as LedgerRecord[]) {
-    const { v = 0 } = record;
-    if (v > LEDGER_VERSION) {
-      throw new OperatorError(
-        `${path} is of version ${v}, written by a newer release; this one knows ${LEDGER_VERSION}`,
-      );
-    }
-    applyRecord(ledger, record);
+  const { records, damaged } = parseRecords(text ?? "");
+  const version = Math.max(0, ...(records as LedgerRecord[]).map(({ v = 0 }) => v));
+  if (version > LEDGER_VERSION) {
+    throw new OperatorError(
+      `${path} is of version ${version}, written by a newer release; this one knows ${LEDGER_VERSION}`,
+    );
   }
   const isComplete = damaged === 0 && records.length > 0;
-  if (!isComplete) log.error("ledger is damaged", { host, path, damaged, records: records.length });
-  return { ledger, isComplete, isStale: !isComplete || end < Buffer.byteLength(text) };
+  const ledger = text === undefined ? emptyLedger() : ((await readLedger(folder)) ?? emptyLedger());
+  if (text !== undefined && !isComplete) log.error("ledger is damaged", { host, path, damaged });
+  await recoverBatches(host, folder, ledger, isComplete, log);
+  await recoverPieces(host, folder, ledger, isComplete, log);
+  return ledger;
 }
 
-/** Cuts, finishes or takes up every `.part`, and closes what is open in the ledger alone. */
-async function recoverBatches(recovery: Recovery): Promise<void> {
-  const { folder, ledger, isComplete, finishing } = recovery;
-  const sealed = new Map((await readSealed(folder)).map((batch) => [batch.name, batch]));
-  const names = (await listBatches(folder, "open")).map((part) => withState(part, "sealed"));
+/** Cuts, finishes or takes up every part, and closes what is open in the ledger alone. */
+async function recoverBatches(
+  host: string,
+  folder: string,
+  ledger: Ledger,
+  isComplete: boolean,
+  log: Log,
+): Promise<void> {
+  const names =
+    (await ifMissing(listBatches(folder, "open")))?.map((part) => withState(part, "sealed")) ?? [];
   for (const name of names) {
-    const batch = newer(sealed.get(name), ledger.open.get(name));
-    if (batch) await cutBack(recovery, withState(name, "open"), batch);
-    else if (isComplete)
-      await rm(join(folder, withState(name, "open"))); // begun by a commit that never ended
-    else await adopt(recovery, name);
-    if (sealed.has(name)) finishing.add(name);
+    const path = join(folder, withState(name, "open"));
+    const sealed = ledger.sealed.get(name);
+    const batch = ledger.open.get(name);
+    if (sealed) {
+      await cutBack(path, Math.max(sealed.bytes, batch?.bytes ?? 0));
+      if (!(await exists(join(folder, name)))) await moveDurably(path, join(folder, name)); // its name is used up
+    } else if (batch) {
+      const size = await cutBack(path, batch.bytes);
+      if (size < batch.bytes) loseBytes(log, ledger, host, name, batch.bytes - size);
+      batch.bytes = size;
+    } else if (isComplete)
+      await rm(path); // not acknowledged, or the journal writes it again
+    else await adopt(host, path, name, ledger, log);
   }
   for (const [name, { bytes }] of ledger.open) {
-    if (names.includes(name) && !sealed.has(name)) continue;
-    if (!sealed.has(name)) reportLoss(recovery, name, bytes);
+    if (names.includes(name)) continue;
+    if (!ledger.sealed.has(name)) loseBytes(log, ledger, host, name, bytes);
     ledger.open.delete(name);
-    recovery.isStale = true;
   }
 }
 
-/** A record of sealing that failed half way may be on disk, with lines committed behind it: the longer one counts. */
-function newer(sealed: Committed | undefined, open: Committed | undefined): Committed | undefined {
-  return sealed && open ? (open.bytes > sealed.bytes ? open : sealed) : (sealed ?? open);
+/** Cuts a file to its committed length. Gives the size that it then has. */
+async function cutBack(path: string, committed: number): Promise<number> {
+  const { size } = await stat(path);
+  if (size > committed) await truncate(path, committed);
+  return Math.min(size, committed);
 }
 
-/** Takes up a `.part` that no ledger knows: all of it may have been acknowledged, up to its last `\n`. */
-async function adopt(recovery: Recovery, name: string): Promise<void> {
-  const { host, folder, ledger, now, log } = recovery;
-  const path = join(folder, withState(name, "open"));
-  const batch: OpenBatch = { bytes: 0, lines: 0, endsAt: 0, at: now() };
+/** Takes up a part that no ledger knows: all of it may have been acknowledged, up to its last `\n`. */
+async function adopt(host: string, path: string, name: string, ledger: Ledger, log: Log): Promise<void> {
+  const batch: OpenBatch = { bytes: 0, lines: 0, endsAt: 0, at: 0, firstAt: 0 };
   let read = 0;
   for await (const block of createReadStream(path) as AsyncIterable<Buffer>) {
-    for (let at = block.indexOf(0x0a); at >= 0; at = block.indexOf(0x0a, at + 1)) {
+    for (let end = block.indexOf(0x0a); end >= 0; end = block.indexOf(0x0a, end + 1)) {
       batch.lines++;
-      batch.bytes = read + at + 1;
+      batch.bytes = read + end + 1;
     }
     read += block.length;
   }
@@ -137,43 +373,31 @@ async function adopt(recovery: Recovery, name: string): Promise<void> {
   log.error("batch is in no ledger: kept as it is", { host, batch: name, lines: batch.lines });
 }
 
-/** Brings every piece of a long line to its committed length. */
-async function recoverPieces(recovery: Recovery): Promise<void> {
-  const { folder, ledger, isComplete, now } = recovery;
-  const names = (await readdir(folder)).filter((file) => file.startsWith(PIECE));
-  for (const name of names) {
-    const stream = ledger.streams.get(name.slice(PIECE.length));
-    if (stream?.piece !== undefined) {
-      const piece = { bytes: stream.piece };
-      await cutBack(recovery, name, piece);
-      stream.piece = piece.bytes;
-    } else if (isComplete) await rm(join(folder, name));
-    else
-      await moveDurably(
-        join(folder, name),
-        join(folder, `${LEDGER}-lost-${now()}-${name.slice(PIECE.length)}`),
-      );
-  }
+/** Brings every piece of a long line to its committed length; what no stream knows, the journal writes again. */
+async function recoverPieces(
+  host: string,
+  folder: string,
+  ledger: Ledger,
+  isComplete: boolean,
+  log: Log,
+): Promise<void> {
+  const known = new Set<string>();
   for (const [name, stream] of ledger.streams) {
-    if (stream.piece === undefined || names.includes(PIECE + name)) continue;
-    reportLoss(recovery, PIECE + name, stream.piece);
-    delete stream.piece;
+    if (stream.piece === undefined) continue;
+    const file = pieceName(name, stream.pieceFrom);
+    const old = join(folder, OLD_PIECE + name);
+    if (await exists(old)) await moveDurably(old, join(folder, file));
+    known.add(file);
+    const size = await ifMissing(cutBack(join(folder, file), stream.piece));
+    if (size === stream.piece) continue;
+    loseBytes(log, ledger, host, file, stream.piece - (size ?? 0));
+    if (size === undefined) delete stream.piece;
+    else stream.piece = size;
   }
-}
-
-/** Cuts a file to its committed length; a file that is shorter has lost lines that were acknowledged. */
-async function cutBack(recovery: Recovery, file: string, committed: Committed): Promise<void> {
-  const path = join(recovery.folder, file);
-  const { size } = await stat(path);
-  if (size > committed.bytes) await truncate(path, committed.bytes);
-  if (size >= committed.bytes) return;
-  reportLoss(recovery, file, committed.bytes - size);
-  committed.bytes = size;
-}
-
-function reportLoss(recovery: Recovery, file: string, bytes: number): void {
-  const { host, log, ledger } = recovery;
-  log.error("committed bytes are gone from the disk", { host, file, bytes });
-  ledger.lost += bytes;
-  recovery.isStale = true;
+  for (const file of (await ifMissing(readdir(folder))) ?? []) {
+    if (!file.startsWith(PIECE) || known.has(file)) continue;
+    const path = join(folder, file);
+    if (isComplete) await removeDurably(path);
+    else await moveDurably(path, join(folder, `${LEDGER}-lost-${Date.now()}-${file.slice(PIECE.length)}`));
+  }
 }

@@ -1,34 +1,43 @@
 /**
- * One sender on disk: its folder, its open batches, its ledger. One process at a time has it, by lock.
+ * One sender: what is staged, what is committed, what is sealed.
  *
- * A commit is: `stage` writes the lines behind the committed length of their `.part` (nobody counts them yet),
- * the caller syncs `unsynced()`, `append` writes the ledger record, the caller syncs `ledgerFile()`, `apply`
- * makes it true in memory, and only then may a 200 go out. A crash before the record is on disk leaves lines
- * behind the committed length, which `openSender` cuts off; a crash after it leaves a committed chunk whose
- * repeat is refused by its offset. `rollBack` undoes a commit that failed, ledger first: a record that stays
- * must never speak of lines that are gone.
+ * A chunk is compared with what is staged, filed into runs of lines of one batch each, and becomes one entry of the
+ * journal. When that is synced, its bytes are written to the parts and noted in the ledger, in the order of the journal.
+ * The ledger is saved now and then, after the parts that it speaks of were synced: a checkpoint. What could not be written
+ * or synced in a part or ledger is written again from the journal. Until then nothing more is taken of this sender.
  *
- * Sealing: the name goes into `.ledger-sealed`, and from then on is used up; then the file gets it. A crash in
- * between is finished on the next start.
+ * Sealing: from the decision on, lines of the window go to the next number; when all that the journal has of the batch is
+ * in its part, the part is synced, then a checkpoint uses up the name, then the part is renamed. A crash between the last
+ * two is finished at the next start.
  */
-import { statSync } from "node:fs";
+import { existsSync, lstatSync, readSync } from "node:fs";
+import { truncate } from "node:fs/promises";
 import { join } from "node:path";
-import { dashedHost, formatBatchName, LEDGER, parseBatchName, withState } from "../batch.ts";
-import { failpoint, makeFolder, moveDurably } from "../durable.ts";
+import { promisify } from "node:util";
 import {
-  applyRecord,
-  countMinute,
-  type Ledger,
-  type LedgerRecord,
-  type OpenBatch,
-  type Stream,
-} from "../ledger.ts";
-import { holdLock } from "../lock.ts";
-import { forgetSealed, nextPart, recordSealed } from "../sealed.ts";
+  dashedHost,
+  FAILED,
+  formatBatchName,
+  LEDGER,
+  parseBatchName,
+  parseWindow,
+  SENT,
+  withState,
+} from "../batch.ts";
+import type { ChunkHeaders, Encoding, SenderNews, StreamStatus } from "../chunk.ts";
+import {
+  failpoint,
+  ifMissing,
+  moveDurably,
+  removeDurably,
+  syncFile,
+  syncFolder,
+  writeDurably,
+} from "../durable.ts";
+import { formatRecord, type Ledger, noteSealed, type Stream, snapshot } from "../ledger.ts";
 import type { Log } from "../service.ts";
-import { Journal } from "./journal.ts";
-import { type OpenFile, OpenFiles } from "./openfiles.ts";
-import { PIECE, type Recovered, recoverSender } from "./recover.ts";
+import type { Entry, Journal, Run } from "./journal.ts";
+import { loseBytes, noteEntry, type Parts, type Place, pieceName, writeEntry } from "./recover.ts";
 import { type FindWindow, STAMP_WITHIN, type Window, windowOfArrival } from "./window.ts";
 
 /** What all senders of a process share. */
@@ -37,376 +46,746 @@ export interface StoreOptions {
   prefix: string;
   windowMinutes: number;
   sealAfterSeconds: number;
+  sealLatestSeconds: number;
   forgetAfterDays: number;
+  maxHosts: number;
+  maxStreamsPerHost: number;
+  maxWindowsPerHost: number;
+  maxNamesPerHour: number;
   findWindow: FindWindow;
   now: () => number;
   log: Log;
 }
 
-/**
- * One POST: bytes `[offset, end)` of a stream, and the lines that are left of them. Without a range it goes
- * behind what is there: the original's form knows none.
- */
-export interface Chunk {
+/** One POST. Without a range it goes behind what is there: the original's form knows none. */
+export interface Chunk extends Partial<ChunkHeaders> {
   host: string;
   stream: string;
-  offset?: number;
-  end?: number;
-  lag?: number;
-  lost?: number;
+  /** Decoded. */
   body: Uint8Array;
+  /** The same as it came: what the journal keeps. */
+  encoded?: { encoding: Encoding; bytes: Uint8Array };
+  /** The address that it came from. */
+  peer: string;
 }
 
-/** What became of a chunk; `conflict`: it does not start where the stream stands, which is at `offset`. */
+/** What became of a chunk; conflict: it does not go on where the stream stands, which is at `offset` with `mark`. */
 export interface Outcome {
-  conflict: boolean;
+  kind: "stored" | "conflict" | "unknown";
   lines: number;
   offset: number;
+  mark?: string;
+}
+
+/** A chunk that cannot be taken now; `status` as in the wire contract. */
+export class StoreError extends Error {
+  readonly status: 403 | 503 | 507;
+  constructor(status: 403 | 503 | 507, message: string, cause?: unknown) {
+    super(message, { cause });
+    this.status = status;
+  }
 }
 
 const LF = 0x0a;
-/** A window that starts so far ahead comes from a wrong clock and is not waited for. */
-const FUTURE_MS = 7 * 86_400_000;
-const DAY_MS = 86_400_000;
-const COPY_BYTES = 262_144;
-/** A sender not heard of for so long gives back its descriptors. */
-const REST_MS = 60_000;
+const DAY = 86_400_000;
+const HOUR = 3_600_000;
+/** Staging gives way to others after so long. */
+const GIVE_WAY_MS = 10;
+/** Half lines that a sender may have at once. */
+const MAX_PIECES = 16;
+const MAX_SHIPPERS = 8;
+/** Two shippers that alternate within so long claim one name. */
+const ALTERNATE_MS = 180_000;
+/** Sealed batches stay in the ledger for so long, for the summary and the page; their names stay longer. */
+const SEALED_MS = 2 * DAY;
 
-function pieceName(stream: string): string {
-  return PIECE + stream;
+const nextTick = promisify(setImmediate);
+
+/** A chunk while it is filed; nothing of it counts before it is staged. */
+interface Draft {
+  chunk: Chunk;
+  now: number;
+  state: Stream;
+  runs: Run[];
+  piece?: Entry["piece"];
+  /** The lowest source offset of its lines. */
+  from: number;
+  lines: number;
+  untimed: number;
+  ahead: number;
+  zone?: number;
+  /** Lengths of batches that it adds to, and the batches that it begins, by window. */
+  lengths: Map<string, number>;
+  begun: Map<string, string>;
+  /** Windows that its lines are of. */
+  windows: Set<string>;
+  givenWayAt: number;
 }
 
-/** Takes a sender's folder, which is made when it is not there. Throws an OperatorError when another process has it. */
-export async function openSender(host: string, options: StoreOptions): Promise<Sender> {
-  const folder = join(options.dir, host);
-  await makeFolder(folder);
-  const lock = await holdLock(join(folder, `${LEDGER}-lock`), `The folder of ${host}`);
-  try {
-    return new Sender(host, folder, options, await recoverSender(host, folder, options), lock);
-  } catch (error) {
-    lock.release();
-    throw error;
-  }
-}
-
-export class Sender {
+export class Sender implements Place {
   readonly host: string;
   readonly folder: string;
-  /** The file system that the folder is on, as in stat(2). */
-  readonly device: number;
-  /** What is committed. */
+  /** What is synced in the journal and written. */
   readonly ledger: Ledger;
-  /** Set when a failure could not be undone: what is on disk must be looked at anew before the next commit. */
-  broken = false;
-  readonly #options: StoreOptions;
-  readonly #lock: { release: () => void };
-  readonly #files: OpenFiles;
+  readonly parts: Parts;
+  readonly dirty = new Set<string>();
+  options: StoreOptions;
+  /** A part or the ledger could not be written: it is to be written again from the journal. */
+  broken: unknown;
+  /** Chunks that were staged so far. */
+  staged = 0;
+  /** Whether a checkpoint would say something new. */
+  isDirty = false;
+  checkpointAt = 0;
+  /** The record of the journal up to which the last checkpoint speaks. */
+  safeSeq = 0;
   readonly #journal: Journal;
+  readonly #lock: { release: () => void };
+  readonly #openedAt: number;
+  #isHeard = false;
+  /** What is staged and not in the ledger yet. */
+  readonly #streams = new Map<string, Stream>();
+  readonly #lengths = new Map<string, { bytes: number; entries: number }>();
   /** The open batch of each window. */
   readonly #batches = new Map<string, string>();
-  /** Sealed by name, but the file has not got it yet. */
-  readonly #finishing: Set<string>;
-  #usedAt: number;
+  /** Sealed in the ledger, not renamed yet. */
+  readonly #finishing = new Set<string>();
+  #turns: Promise<unknown> = Promise.resolve();
+  #writes: Promise<unknown> = Promise.resolve();
+  #appended: Promise<unknown> = Promise.resolve();
+  #epoch = 0;
+  #names = { hour: 0, count: 0 };
+  #progress: (() => void)[] = [];
   #tidiedAt = Number.NEGATIVE_INFINITY;
-  /** The commit in hand: what it will change. */
-  #streams = new Map<string, Stream>();
-  #open = new Map<string, OpenBatch>();
-  #change: LedgerRecord = {};
-  #lines = 0;
+  /** Pieces whose line is filed: removed when no record needs them any more. */
+  #oldPieces: string[] = [];
 
   constructor(
     host: string,
-    folder: string,
-    options: StoreOptions,
-    { ledger, finishing }: Recovered,
-    lock: { release: () => void },
+    ledger: Ledger,
+    {
+      options,
+      journal,
+      parts,
+      lock,
+    }: { options: StoreOptions; journal: Journal; parts: Parts; lock: { release: () => void } },
   ) {
     this.host = host;
-    this.folder = folder;
-    this.device = statSync(folder).dev;
+    this.folder = join(options.dir, host);
     this.ledger = ledger;
-    this.#finishing = finishing;
-    this.#options = options;
+    this.options = options;
+    this.parts = parts;
+    this.#journal = journal;
     this.#lock = lock;
-    this.#files = new OpenFiles(folder);
-    this.#journal = new Journal(folder);
-    this.#usedAt = options.now();
-    for (const name of ledger.open.keys()) this.#batches.set(parseBatchName(name)?.window ?? "", name);
+    this.#openedAt = options.now();
+    const length = options.windowMinutes * 60_000;
+    for (const [name, batch] of ledger.open) {
+      this.#batches.set(parseBatchName(name)?.window ?? "", name);
+      // One of the future, or this clock was set back: it is not waited for.
+      if (batch.endsAt - length > this.#openedAt) batch.endsAt = this.#openedAt + length;
+    }
   }
 
-  /** Writes a chunk's lines, to count once `apply` is called. Throws the system's error. */
-  stage(chunk: Chunk): Outcome {
-    const now = this.#options.now();
-    this.#usedAt = now;
-    const known = this.#streams.get(chunk.stream) ?? this.ledger.streams.get(chunk.stream);
-    const { offset = known?.offset ?? 0, end = offset + chunk.body.length, body, lag, lost } = chunk;
-    if (known && known.offset !== offset) return { conflict: true, lines: 0, offset: known.offset };
-    this.#change.heardAt = now;
-    if (lost) this.#change.lost = (this.#change.lost ?? this.ledger.lost) + lost;
-    if (!known && end === offset) return { conflict: false, lines: 0, offset: end };
-    const stream: Stream = { ...known, offset: end, at: now };
-    delete stream.lag;
-    if (lag !== undefined) stream.lag = lag;
-    const lines = body.length > 0 ? this.#stageLines(chunk, stream, now) : 0;
-    if (lines > 0) {
-      this.#change.lineAt = now;
-      this.#lines += lines;
-    }
-    this.#streams.set(chunk.stream, stream);
-    return { conflict: false, lines, offset: end };
+  lose(file: string, bytes: number): void {
+    loseBytes(this.options.log, this.ledger, this.host, file, bytes);
   }
 
-  /** Files each run of lines of one window with one write from the body itself. */
-  #stageLines(chunk: Chunk, stream: Stream, now: number): number {
-    const { findWindow, windowMinutes } = this.#options;
-    const { body } = chunk;
-    let previous: Window | undefined =
-      stream.window === undefined
-        ? undefined
-        : { name: stream.window, endsAt: stream.windowEnd ?? 0, zone: 0 };
-    let pos = 0;
-    let lines = 0;
-    if (stream.piece !== undefined) {
-      const end = body.indexOf(LF) + 1;
-      if (end === 0) return this.#stagePiece(chunk.stream, stream, body);
-      previous = this.#stageLongLine(chunk.stream, stream, body.subarray(0, end), previous, now);
-      pos = end;
-      lines = 1;
-    }
-    let runStart = pos;
-    let runLines = 0;
-    for (let end = body.indexOf(LF, pos); end >= 0; end = body.indexOf(LF, pos)) {
-      const window = findWindow(body, pos, end) ?? previous ?? windowOfArrival(now, windowMinutes);
-      if (window !== previous && runLines > 0) {
-        this.#writeRun(previous as Window, body, runStart, pos, runLines, now);
-        runStart = pos;
-        runLines = 0;
-      }
-      previous = window;
-      runLines++;
-      lines++;
-      pos = end + 1;
-    }
-    if (runLines > 0) this.#writeRun(previous as Window, body, runStart, pos, runLines, now);
-    if (previous) {
-      stream.window = previous.name;
-      stream.windowEnd = previous.endsAt;
-    }
-    if (pos < body.length) this.#stagePiece(chunk.stream, stream, body.subarray(pos));
-    return lines;
+  /** Runs `work` when everything before it in this sender is done. */
+  turn<T>(work: () => Promise<T>): Promise<T> {
+    const result = this.#turns.then(work);
+    this.#turns = result.catch(() => {});
+    return result;
   }
 
-  #writeRun(window: Window, body: Uint8Array, start: number, end: number, lines: number, now: number): void {
-    const name = this.#batches.get(window.name) ?? this.#newBatch(window.name);
-    const known = this.#open.get(name) ?? this.ledger.open.get(name);
-    const file = this.#files.at(withState(name, "open"), known?.bytes ?? 0);
-    this.#files.write(file, body, start, end);
-    this.#open.set(name, {
-      bytes: file.length,
-      lines: (known?.lines ?? 0) + lines,
-      endsAt: Math.max(known?.endsAt ?? 0, window.endsAt),
-      at: now,
+  stream(name: string): Stream | undefined {
+    return this.#streams.get(name) ?? this.ledger.streams.get(name);
+  }
+
+  // ---- taking a chunk in
+
+  /**
+   * Compares a chunk with what is staged, and stages it. Gives `ahead` for one that starts behind where its stream stands,
+   * else a promise of the outcome, which comes when what it tells is on stable storage. Rule: a request is compared with
+   * what is staged; whatever tells an offset waits for the sync of what it tells.
+   */
+  take(chunk: Chunk, mayWait: boolean): Promise<"ahead" | { outcome: Promise<Outcome> }> {
+    return this.turn(async () => {
+      if (this.broken !== undefined) throw storeError(this.broken);
+      const known = this.stream(chunk.stream);
+      const verdict = compare(chunk, known);
+      if (verdict === "ahead" && mayWait) return verdict;
+      this.hear(chunk, chunk.peer);
+      const { offset: at = 0, end: to = 0 } = chunk;
+      if (
+        !known &&
+        verdict === "take" &&
+        chunk.begin === undefined &&
+        chunk.offset !== undefined &&
+        at === to
+      )
+        return { outcome: Promise.resolve({ kind: "stored", lines: 0, offset: to }) }; // a sign of life of 1.0
+      if (verdict === "unknown")
+        return { outcome: Promise.resolve({ kind: "unknown", lines: 0, offset: 0 }) };
+      if (verdict === "take") return { outcome: this.#stage(await this.#file(chunk, known)) };
+      const { offset, mark } = known as Stream;
+      const told: Outcome = { kind: "conflict", lines: 0, offset, ...(mark !== undefined && { mark }) };
+      return { outcome: this.#appended.then(() => told) };
     });
   }
 
-  /** Keeps the beginning of a line whose end has not come; it is in no batch yet. */
-  #stagePiece(name: string, stream: Stream, bytes: Uint8Array): number {
-    const file = this.#files.at(pieceName(name), stream.piece ?? 0);
-    this.#files.write(file, bytes, 0, bytes.length);
-    stream.piece = file.length;
-    return 0;
+  /** Resolves when a chunk of this sender was staged after `staged` of them, or after `ms`. */
+  progress(staged: number, ms: number): Promise<void> {
+    if (staged !== this.staged) return Promise.resolve();
+    return new Promise((resolve) => {
+      const timer = setTimeout(resolve, ms);
+      this.#progress.push(() => {
+        clearTimeout(timer);
+        resolve();
+      });
+    });
   }
 
-  /** Files a line that came in pieces, now that its end is here: the pieces, then `rest`, as one line. */
-  #stageLongLine(
-    name: string,
-    stream: Stream,
-    rest: Uint8Array,
-    previous: Window | undefined,
-    now: number,
-  ): Window {
-    const { findWindow, windowMinutes } = this.#options;
-    const { length } = this.#files.at(pieceName(name), stream.piece ?? 0);
-    const head = Buffer.concat([
-      this.#readPiece(name, length, 0, STAMP_WITHIN),
-      rest.subarray(0, STAMP_WITHIN),
-    ]);
-    const window = findWindow(head, 0, head.length) ?? previous ?? windowOfArrival(now, windowMinutes);
-    for (let at = 0; at < length; at += COPY_BYTES) {
-      const block = this.#readPiece(name, length, at, COPY_BYTES);
-      this.#writeRun(window, block, 0, block.length, 0, now);
+  async #file(chunk: Chunk, known: Stream | undefined): Promise<Draft> {
+    const now = this.options.now();
+    const { offset = known?.offset ?? 0, end = offset + chunk.body.length, body, mark, head } = chunk;
+    if (!known) this.#makeRoomForStream();
+    const state: Stream = { ...known, offset: end, at: now };
+    delete state.lag;
+    if (mark !== undefined) state.mark = mark;
+    if (head !== undefined) state.head = head;
+    const draft: Draft = {
+      ...{ chunk, now, state, runs: [], from: state.pieceFrom ?? offset, lines: 0, untimed: 0, ahead: 0 },
+      ...{ lengths: new Map(), begun: new Map(), windows: new Set(), givenWayAt: performance.now() },
+    };
+    if (chunk.begin === "again" || this.#isUnsure(chunk, offset)) this.#doubtNames(now);
+    if (body.length > 0) await this.#fileLines(draft, offset);
+    if (draft.lines > 0) state.lined = true;
+    return draft;
+  }
+
+  /** A host that is new here, with a log that was read elsewhere before: it may have used names. */
+  #isUnsure({ begin }: Chunk, offset: number): boolean {
+    return begin !== undefined && offset > 0 && this.ledger.streams.size === 0 && this.ledger.used.size === 0;
+  }
+
+  /** Names may have been used that nobody remembers, of all windows up to a day after the newest. */
+  #doubtNames(now: number): void {
+    const newest = Math.max(now, ...[...this.ledger.used.keys()].map((window) => parseWindow(window).start));
+    const at = new Date(newest + DAY).toISOString(); // compared as text with the windows of any zone
+    const unsure = `${at.slice(2, 4)}${at.slice(5, 7)}${at.slice(8, 10)}${at.slice(11, 13)}_99`;
+    if (unsure > this.ledger.unsure) this.ledger.unsure = unsure;
+  }
+
+  #makeRoomForStream(): void {
+    const { streams } = this.ledger;
+    if (streams.size + this.#streams.size < this.options.maxStreamsPerHost) return;
+    for (const [name, { lined, piece }] of streams) {
+      if (lined || piece !== undefined || this.#streams.has(name)) continue;
+      streams.delete(name); // those without a line go first
+      return;
     }
-    this.#writeRun(window, rest, 0, rest.length, 1, now);
-    delete stream.piece;
-    return window;
+    throw new StoreError(503, `host ${this.host} has ${this.options.maxStreamsPerHost} streams already`);
   }
 
-  #readPiece(name: string, length: number, at: number, most: number): Buffer {
-    const block = Buffer.allocUnsafe(Math.min(most, length - at));
-    this.#files.read(this.#files.at(pieceName(name), length), block, at);
-    return block;
+  /** Files each run of lines of one window. */
+  async #fileLines(draft: Draft, offset: number): Promise<void> {
+    const { body } = draft.chunk;
+    const { findWindow } = this.options;
+    let pos = draft.state.piece === undefined ? 0 : await this.#fileLongLine(draft);
+    let previous = windowOf(draft.state);
+    let run = { window: previous, from: pos, lines: 0 };
+    for (let end = pos < 0 ? -1 : body.indexOf(LF, pos); end >= 0; end = body.indexOf(LF, pos)) {
+      const window = this.#windowOf(draft, findWindow(body, pos, end), previous);
+      if (window.name !== run.window?.name || window.endsAt !== run.window.endsAt) {
+        if (run.lines > 0) this.#addRun(draft, run.window as Window, run.from, pos, run.lines);
+        run = { window, from: pos, lines: 0 };
+        draft.windows.add(window.name);
+      }
+      run.lines++;
+      previous = window;
+      pos = end + 1;
+      if ((run.lines & 63) === 1 && performance.now() - draft.givenWayAt > GIVE_WAY_MS)
+        await this.#giveWay(draft);
+    }
+    if (run.lines > 0) this.#addRun(draft, run.window as Window, run.from, pos, run.lines);
+    if (previous) Object.assign(draft.state, { window: previous.name, windowEnd: previous.endsAt });
+    if (pos >= 0 && pos < body.length) this.#holdPiece(draft, pos, offset);
   }
 
-  #newBatch(window: string): string {
-    const { dir, prefix, now } = this.#options;
-    const part = nextPart({ dir, prefix, window, host: this.host }, now());
+  async #giveWay(draft: Draft): Promise<void> {
+    const epoch = this.#epoch;
+    await nextTick();
+    draft.givenWayAt = performance.now();
+    if (epoch !== this.#epoch) throw new StoreError(503, "the journal was cut back; try again");
+  }
+
+  /** A line without a timestamp goes with the line before it while that window is open, else by its arrival. */
+  #windowOf(draft: Draft, found: Window | undefined, previous: Window | undefined): Window {
+    const { windowMinutes } = this.options;
+    if (found) {
+      if (found.endsAt - windowMinutes * 60_000 > draft.now) draft.ahead++;
+      draft.zone = found.zone;
+      return found;
+    }
+    draft.untimed++;
+    const isOpen = previous && (this.#batches.has(previous.name) || draft.windows.has(previous.name));
+    return isOpen ? previous : windowOfArrival(draft.now, windowMinutes);
+  }
+
+  #addRun(draft: Draft, window: Window, from: number, to: number, lines: number, piece?: Run["piece"]): void {
+    const batch =
+      this.#batches.get(window.name) ?? draft.begun.get(window.name) ?? this.#beginBatch(draft, window.name);
+    const at =
+      draft.lengths.get(batch) ?? this.#lengths.get(batch)?.bytes ?? this.ledger.open.get(batch)?.bytes ?? 0;
+    const length = this.options.windowMinutes * 60_000;
+    // A window of the future, by a clock that is ahead, has ended so long after its first line came.
+    const isFirst = draft.begun.has(window.name);
+    const endsAt = window.endsAt - length <= draft.now ? window.endsAt : isFirst ? draft.now + length : 0;
+    draft.runs.push({ batch, at, from, to, lines, endsAt, ...(piece && { piece }) });
+    draft.lengths.set(batch, at + (piece?.length ?? 0) + to - from);
+    draft.lines += lines;
+  }
+
+  /** A chunk that was begun is taken whole: it is refused at the first new name that is too many, or not at all. */
+  #beginBatch(draft: Draft, window: string): string {
+    const hour = Math.floor(draft.now / HOUR);
+    if (this.#names.hour !== hour) this.#names = { hour, count: 0 };
+    const { maxNamesPerHour } = this.options;
+    if (draft.begun.size === 0 && this.#names.count >= maxNamesPerHour)
+      throw new StoreError(503, `host ${this.host} has begun ${maxNamesPerHour} batches this hour already`);
+    this.#names.count++;
+    const part = this.#nextPart(window, draft.now);
+    const { prefix } = this.options;
     const name = formatBatchName({ prefix, window, host: dashedHost(this.host), part, state: "sealed" });
-    this.#batches.set(window, name);
+    draft.begun.set(window, name);
     return name;
   }
 
-  /** Files with lines that are not on stable storage yet. */
-  unsynced(): OpenFile[] {
-    return this.#files.unsynced();
+  /** The number of the next part of a window: one that no batch of this name ever had. */
+  #nextPart(window: string, now: number): number {
+    const { dir, prefix } = this.options;
+    const host = dashedHost(this.host);
+    let part = this.ledger.used.get(window) ?? 0;
+    for (const name of [...this.ledger.open.keys(), ...this.#lengths.keys()]) {
+      const batch = parseBatchName(name);
+      if (batch?.window === window) part = Math.max(part, batch.part);
+    }
+    part++;
+    if (part === 1 && window <= this.ledger.unsure) part = Math.floor(now / 1000);
+    // Files are looked at, too: the ledger may be lost, or the folder older than it.
+    const isTaken = () => {
+      const name = formatBatchName({ prefix, window, host, part, state: "sealed" });
+      const packed = withState(name, "compressed");
+      const places = [this.host, FAILED, SENT].map((folder) => join(dir, folder, name));
+      return [...places, join(dir, SENT, packed)].some((path) => existsSync(path));
+    };
+    while (isTaken()) part++;
+    return part;
   }
 
-  /** Whether the folder has a new name that must be on stable storage before the record speaks of it. */
-  get created(): boolean {
-    return this.#files.created;
+  /** Keeps the beginning of a line whose end has not come; it is in no batch yet. */
+  #holdPiece(draft: Draft, from: number, offset: number): void {
+    const { state, chunk } = draft;
+    if (state.piece === undefined) {
+      const held = [...this.ledger.streams.values()].filter(({ piece }) => piece !== undefined).length;
+      if (held >= MAX_PIECES)
+        throw new StoreError(503, `host ${this.host} has ${MAX_PIECES} half lines already`);
+      // What rules left out of the body makes this too low at most, never too high.
+      state.pieceFrom = offset + from;
+    }
+    const at = state.piece ?? 0;
+    draft.piece = { at, from, to: chunk.body.length };
+    state.piece = at + chunk.body.length - from;
   }
 
-  /** Writes the record of what was staged. Returns the ledger's descriptor, to be synced. */
-  append(): number {
-    const record = this.#change;
-    if (this.#lines > 0) record.minutes = countMinute(this.ledger, this.#lines, this.#options.now());
-    if (this.#streams.size > 0) record.streams = Object.fromEntries(this.#streams);
-    if (this.#open.size > 0) record.open = Object.fromEntries(this.#open);
-    return this.#journal.append(record, this.ledger);
+  /** Files a line that came in pieces, if its end is here. Gives where the next line begins, -1 when none does. */
+  async #fileLongLine(draft: Draft): Promise<number> {
+    const { state, chunk } = draft;
+    const { body } = chunk;
+    const end = body.indexOf(LF) + 1;
+    if (end === 0) {
+      this.#holdPiece(draft, 0, 0);
+      return -1;
+    }
+    await this.#settle(); // the pieces are in their file
+    const length = state.piece ?? 0;
+    const path = join(this.folder, pieceName(chunk.stream, state.pieceFrom));
+    const head = Buffer.concat([this.#readHead(path, length), body.subarray(0, Math.min(end, STAMP_WITHIN))]);
+    const window = this.#windowOf(draft, this.options.findWindow(head, 0, head.length), windowOf(state));
+    this.#addRun(draft, window, 0, end, 1, { length, from: state.pieceFrom ?? 0 });
+    Object.assign(state, { window: window.name, windowEnd: window.endsAt });
+    delete state.piece;
+    delete state.pieceFrom;
+    return end;
   }
 
-  /** Makes the commit true: everything that was staged is on stable storage. */
-  apply(): void {
-    const ended = [...this.#streams].filter(
-      ([name, { piece }]) => piece === undefined && this.ledger.streams.get(name)?.piece !== undefined,
+  #readHead(path: string, length: number): Buffer {
+    const { fd } = this.parts.at(path);
+    const block = Buffer.alloc(Math.min(length, STAMP_WITHIN));
+    return block.subarray(0, readSync(fd, block, 0, block.length, 0));
+  }
+
+  /** Makes a draft count for what comes after it, and appends it to the journal. */
+  #stage(draft: Draft): Promise<Outcome> {
+    const { chunk, state, runs, piece, lines, untimed, ahead, zone, now } = draft;
+    const { encoding, bytes } = chunk.encoded ?? { encoding: "identity" as const, bytes: chunk.body };
+    const entry: Entry = {
+      ...{ seq: 0, synced: [0, 0], at: now, host: this.host, stream: chunk.stream, from: draft.from, state },
+      ...{
+        runs,
+        encoding,
+        length: chunk.body.length,
+        lines,
+        lost: this.ledger.lost,
+        unsure: this.ledger.unsure,
+      },
+      ...(piece && { piece }),
+      ...(chunk.skipped && { skipped: chunk.skipped }),
+      ...(untimed > 0 && { untimed }),
+      ...(ahead > 0 && { ahead }),
+      ...(zone !== undefined && { zone }),
+      ...(chunk.begin === "again" && { again: state.offset - draft.from }),
+    };
+    this.#streams.set(chunk.stream, state);
+    for (const [window, name] of draft.begun) this.#batches.set(window, name);
+    for (const [name, length] of draft.lengths) {
+      this.#lengths.set(name, { bytes: length, entries: (this.#lengths.get(name)?.entries ?? 0) + 1 });
+    }
+    const written = { done: Promise.resolve() as Promise<unknown> };
+    const appended = this.#journal.append(entry, bytes, () => {
+      written.done = this.#writes = this.#writes.then(() => this.#write(entry, chunk.body));
+    });
+    const settled = appended.then(
+      () => written.done,
+      (error) => {
+        this.#discard();
+        throw storeError(error);
+      },
     );
-    applyRecord(this.ledger, this.#change);
-    this.#journal.commit();
-    this.#files.synced();
-    this.#clear();
-    for (const [name] of ended) this.#dropPiece(name);
+    this.#appended = settled;
+    settled.catch(() => {});
+    this.staged++;
+    for (const wake of this.#progress.splice(0)) wake();
+    return settled.then(() => ({ kind: "stored", lines, offset: state.offset }));
   }
 
-  /** The line is in its batch. A piece that stays behind is removed on the next start. */
-  #dropPiece(stream: string): void {
+  /** Rule: what was not synced never was; the next chunk is compared with what is committed. */
+  #discard(): void {
+    this.#epoch++;
+    this.#streams.clear();
+    this.#lengths.clear();
+    this.#batches.clear();
+    this.#appended = Promise.resolve();
+    for (const name of this.ledger.open.keys()) this.#batches.set(parseBatchName(name)?.window ?? "", name);
+  }
+
+  /** Writes what the journal has, and notes it. A fault is kept: it is written again from the journal. */
+  async #write(entry: Entry, body: Uint8Array): Promise<void> {
+    failpoint("store:synced");
     try {
-      this.#files.remove(pieceName(stream));
-    } catch {
-      // no record speaks of it any more
+      await writeEntry(this, entry, body);
+    } catch (error) {
+      this.broken ??= error;
     }
+    for (const { piece } of entry.runs) {
+      if (piece) this.#oldPieces.push(join(this.folder, pieceName(entry.stream, piece.from)));
+    }
+    noteEntry(this.ledger, entry, this.#journal.id);
+    this.isDirty = true;
+    if (this.#streams.get(entry.stream) === entry.state) this.#streams.delete(entry.stream);
+    for (const name of new Set(entry.runs.map(({ batch }) => batch))) {
+      const length = this.#lengths.get(name);
+      if (length && --length.entries <= 0) this.#lengths.delete(name);
+    }
+    failpoint("store:noted");
   }
 
-  #clear(): void {
-    this.#streams = new Map();
-    this.#open = new Map();
-    this.#change = {};
-    this.#lines = 0;
+  /** Waits for everything that was staged: it is in the ledger then. */
+  async #settle(): Promise<void> {
+    await this.#appended.catch(() => {});
+    await this.#writes;
   }
 
-  /**
-   * Undoes what was staged. The ledger is cut first: while a record might still be on disk, the lines that it
-   * speaks of stay where they are. When something cannot be undone the sender is `broken`.
-   */
-  rollBack(): void {
-    if (this.broken) return;
-    const names = new Set(this.unsynced().map((file) => file.name));
-    for (const name of this.#open.keys()) names.add(withState(name, "open"));
-    for (const stream of this.#streams.keys()) names.add(pieceName(stream));
+  // ---- what a sender tells, and what it is told
+
+  /** Takes what a sender tells of itself. */
+  hear(news: SenderNews, peer: string): void {
+    const now = this.options.now();
+    const { facts } = this.ledger;
+    this.#isHeard = true;
+    this.ledger.heardAt = now;
+    this.isDirty = true;
+    facts.peer = peer;
+    if (news.agent !== undefined) facts.agent = news.agent;
+    if (news.lag !== undefined) facts.lag = news.lag;
+    if (news.through !== undefined) facts.through = Math.min(now, Math.max(news.through, facts.through ?? 0));
+    if (news.shipper !== undefined) this.#hearShipper(news.shipper, news.lost ?? 0, peer, now);
+    else this.ledger.lost += news.lost ?? 0;
+  }
+
+  /** Keeps the highest loss of each shipper, and notes two that alternate under one name. */
+  #hearShipper(id: string, lost: number, peer: string, now: number): void {
+    const { facts } = this.ledger;
+    const shippers = facts.shippers ?? [];
+    const known = shippers.find((shipper) => shipper.id === id);
+    if (known && shippers.at(-1) !== known && now - known.heardAt < ALTERNATE_MS) {
+      if ((facts.contestedUntil ?? 0) < now) {
+        this.options.log.error("two shippers claim one name", {
+          ...{ host: this.host, peer, shipper: id },
+          ...{ otherPeer: shippers.at(-1)?.peer, otherShipper: shippers.at(-1)?.id },
+        });
+      }
+      facts.contestedUntil = now + HOUR;
+    }
+    this.ledger.lost += Math.max(0, lost - (known?.lost ?? 0));
+    const entry = { id, lost: Math.max(lost, known?.lost ?? 0), heardAt: now, peer };
+    facts.shippers = [...shippers.filter((shipper) => shipper.id !== id), entry].slice(-MAX_SHIPPERS);
+  }
+
+  /** Where streams stand, after everything that is in hand: all of them, or those of the names. */
+  async streams(names: string[] | undefined): Promise<StreamStatus[]> {
+    await this.turn(() => this.#settle());
+    if (this.broken !== undefined) throw storeError(this.broken);
+    const waiting = this.#waiting();
+    const told: StreamStatus[] = [];
+    for (const name of names ?? this.ledger.streams.keys()) {
+      const stream = this.ledger.streams.get(name);
+      if (!stream) continue;
+      stream.at = this.options.now(); // a question names it, too
+      const { offset, head, mark } = stream;
+      const delivered = waiting && Math.min(offset, stream.pieceFrom ?? offset, waiting.get(name) ?? offset);
+      told.push({
+        ...{ stream: name, offset },
+        ...(head !== undefined && { head }),
+        ...(mark !== undefined && { mark }),
+        ...(delivered !== undefined && { delivered }),
+      });
+    }
+    return told;
+  }
+
+  /** The lowest offset of each stream in what is not delivered; undefined while that cannot be told. */
+  #waiting(): Map<string, number> | undefined {
+    const { dir } = this.options;
+    const waiting = new Map<string, number>();
+    let isKnown = true;
+    const add = (lowest: Record<string, number> | undefined) => {
+      if (!lowest) isKnown = false;
+      for (const [name, offset] of Object.entries(lowest ?? {}))
+        waiting.set(name, Math.min(offset, waiting.get(name) ?? offset));
+    };
+    for (const batch of this.ledger.open.values()) add(batch.lowest);
+    for (const batch of this.ledger.sealed.values()) {
+      if (!batch.waits) continue;
+      // The forwarder moves it from here to failed/ and back: looked at here once more.
+      const places = [this.folder, join(dir, FAILED), this.folder];
+      const isThere = (folder: string) =>
+        lstatSync(join(folder, batch.name), { throwIfNoEntry: false }) !== undefined;
+      if (this.#finishing.has(batch.name) || places.some(isThere)) add(batch.lowest);
+      else {
+        delete batch.waits;
+        delete batch.lowest;
+        this.isDirty = true;
+      }
+    }
+    return isKnown ? waiting : undefined;
+  }
+
+  // ---- checkpoints and sealing
+
+  /** Saves the ledger, after the parts that it speaks of were synced. Throws the system's error. */
+  async checkpoint(): Promise<void> {
+    if (this.broken !== undefined) throw this.broken;
+    const { ledger, folder } = this;
+    const paths = [...this.dirty];
+    const old = this.#oldPieces.splice(0);
+    const text = formatRecord(snapshot(ledger)); // of this moment: what comes meanwhile is not in the synced parts
+    const seq = ledger.journal?.id === this.#journal.id ? ledger.journal.seq : 0;
+    this.dirty.clear();
+    this.isDirty = false;
     try {
-      this.#journal.cutBack();
-      for (const name of names) this.#cutBack(name);
-    } catch {
-      this.broken = true;
+      for (const path of paths) await ifMissing(syncFile(path)); // removed by hand: told at the next line
+      if (paths.length > 0) await syncFolder(folder);
+      failpoint("checkpoint:synced");
+      await writeDurably(join(folder, LEDGER), text, 0o660);
+    } catch (error) {
+      for (const path of paths) this.dirty.add(path);
+      this.#oldPieces.push(...old);
+      this.isDirty = true;
+      this.broken ??= error; // a sync that failed is not to be tried again: the bytes are
+      throw error;
     }
-    this.#clear();
-  }
-
-  #cutBack(name: string): void {
-    const batch = parseBatchName(name);
-    const committed = batch
-      ? this.ledger.open.get(withState(name, "sealed"))?.bytes
-      : this.ledger.streams.get(name.slice(PIECE.length))?.piece;
-    this.#files.cutBack(name, committed);
-    if (batch && committed === undefined) this.#batches.delete(batch.window);
-  }
-
-  /** The ledger's file is far longer than what it says. */
-  get isGrown(): boolean {
-    return this.#journal.isGrown;
-  }
-
-  /** Rewrites the ledger when it has grown far beyond what it says. */
-  async compact(): Promise<void> {
-    await this.#journal.compact(this.ledger);
-  }
-
-  /** Whether there is something for `tidy` to do. */
-  isUntidy(): boolean {
-    const now = this.#options.now();
-    const isIdle = this.#files.size > 0 && now - this.#usedAt > REST_MS;
-    return isIdle || Math.abs(now - this.#tidiedAt) >= DAY_MS;
-  }
-
-  /** Closes the files of a quiet sender; once a day forgets what is too old to be asked for. */
-  async tidy(): Promise<void> {
-    const now = this.#options.now();
-    if (now - this.#usedAt > REST_MS) this.#rest();
-    if (Math.abs(now - this.#tidiedAt) < DAY_MS) return;
-    this.#tidiedAt = now;
-    const oldest = now - this.#options.forgetAfterDays * DAY_MS;
-    for (const [name, stream] of this.ledger.streams) {
-      if (stream.at < oldest && stream.piece === undefined) this.ledger.streams.delete(name);
+    failpoint("checkpoint:written");
+    for (const path of old) {
+      this.parts.close(path);
+      this.dirty.delete(path);
+      await removeDurably(path);
     }
-    await forgetSealed(this.folder, oldest);
+    this.safeSeq = Math.max(this.safeSeq, seq);
+    this.checkpointAt = this.options.now();
   }
 
   /** The open batches that may be sealed now. */
   due(): string[] {
-    const now = this.#options.now();
-    const { windowMinutes, sealAfterSeconds } = this.#options;
+    const { sealAfterSeconds, sealLatestSeconds, maxWindowsPerHost, now: clock } = this.options;
+    const now = clock();
+    const isNew = !this.#isHeard && Math.abs(now - this.#openedAt) < sealLatestSeconds * 1000;
+    if (isNew || this.broken !== undefined) return [...this.#finishing];
     const names: string[] = [];
     for (const [name, batch] of this.ledger.open) {
       if (batch.at > now) batch.at = now; // the clock was set back: wait once more, not until it is there again
-      const over = now >= batch.endsAt || batch.endsAt - windowMinutes * 60_000 > now + FUTURE_MS;
-      if (over && now - batch.at >= sealAfterSeconds * 1000) names.push(name);
+      const firstAt = Math.min(batch.firstAt ?? batch.at, now);
+      const isQuiet = now >= batch.endsAt && now - batch.at >= sealAfterSeconds * 1000;
+      const isLate = now >= Math.max(batch.endsAt, firstAt) + sealLatestSeconds * 1000;
+      if (isQuiet || isLate) names.push(name);
     }
-    return [...this.#finishing, ...names];
+    const open = [...this.ledger.open].filter(([name]) => !names.includes(name));
+    open.sort(([, a], [, b]) => a.at - b.at);
+    const tooMany = open.slice(0, Math.max(0, open.length - maxWindowsPerHost)).map(([name]) => name);
+    return [...this.#finishing, ...names, ...tooMany];
   }
 
-  /** Seals a batch: from now on it is never written again. Repeating it after a failure is safe. */
-  async seal(name: string): Promise<void> {
-    const batch = this.ledger.open.get(name);
-    const part = withState(name, "open");
-    if (batch) await this.#recordSealed(name, part, batch);
-    await moveDurably(join(this.folder, part), join(this.folder, name));
-    failpoint("seal:renamed");
-    this.#finishing.delete(name);
-    // Not synced: `.ledger-sealed` says the same, and the next commit's sync covers it.
-    this.#journal.append({ closed: [name] }, this.ledger);
-    this.#journal.commit();
-  }
-
-  /** Uses up the name. When it is not sure whether that is on disk, the folder must be looked at anew. */
-  async #recordSealed(name: string, part: string, { bytes, lines }: OpenBatch): Promise<void> {
-    try {
-      this.#files.finish(part, bytes);
-      await recordSealed(this.folder, { name, bytes, lines, at: this.#options.now() });
-    } catch (error) {
-      this.broken = true;
-      throw error;
+  /** Seals batches: from now on they are never written again. One checkpoint uses up all names. Safe to repeat. */
+  async seal(names: string[]): Promise<{ name: string; lines: number; bytes: number }[]> {
+    const closing = names.filter((name) => this.ledger.open.has(name));
+    for (const name of closing) {
+      const window = parseBatchName(name)?.window ?? "";
+      if (this.#batches.get(window) === name) this.#batches.delete(window); // the next line goes to the next number
+      this.ledger.used.set(
+        window,
+        Math.max(parseBatchName(name)?.part ?? 1, this.ledger.used.get(window) ?? 0),
+      );
     }
+    await this.settle();
+    if (this.broken !== undefined) throw this.broken;
+    for (const name of closing) {
+      const batch = this.ledger.open.get(name);
+      if (!batch) continue;
+      const path = join(this.folder, withState(name, "open"));
+      this.parts.close(path);
+      await ifMissing(truncate(path, batch.bytes));
+      this.dirty.add(path);
+      const { bytes, lines, lowest } = batch;
+      noteSealed(this.ledger, {
+        name,
+        bytes,
+        lines,
+        at: this.options.now(),
+        waits: true,
+        ...(lowest && { lowest }),
+      });
+      this.ledger.open.delete(name);
+      this.#finishing.add(name);
+    }
+    if (closing.length > 0) await this.checkpoint();
     failpoint("seal:recorded");
-    this.#finishing.add(name);
-    this.ledger.open.delete(name);
-    this.#batches.delete(parseBatchName(name)?.window ?? "");
+    return this.#finish();
   }
 
-  close(): void {
-    this.#rest();
-    this.#lock.release();
+  async #finish(): Promise<{ name: string; lines: number; bytes: number }[]> {
+    const sealed: { name: string; lines: number; bytes: number }[] = [];
+    for (const name of [...this.#finishing]) {
+      const part = join(this.folder, withState(name, "open"));
+      const { lines = 0, bytes = 0 } = this.ledger.sealed.get(name) ?? {};
+      if (existsSync(part)) await moveDurably(part, join(this.folder, name));
+      else this.lose(name, bytes);
+      failpoint("seal:renamed");
+      this.#finishing.delete(name);
+      sealed.push({ name, lines, bytes });
+    }
+    return sealed;
   }
 
-  #rest(): void {
-    this.#files.closeAll();
-    this.#journal.close();
+  /** Once a day: what is too old to be asked for is forgotten; names stay unsure. */
+  async tidy(): Promise<void> {
+    const now = this.options.now();
+    if (Math.abs(now - this.#tidiedAt) < DAY) return;
+    this.#tidiedAt = now;
+    const { ledger, options } = this;
+    const oldest = now - options.forgetAfterDays * DAY;
+    for (const [name, stream] of ledger.streams) {
+      if (stream.at >= oldest || this.#streams.has(name)) continue;
+      ledger.streams.delete(name);
+      if (stream.piece === undefined) continue;
+      this.lose(pieceName(name, stream.pieceFrom), stream.piece);
+      this.#oldPieces.push(join(this.folder, pieceName(name, stream.pieceFrom)));
+    }
+    for (const [window] of ledger.used) {
+      if (parseWindow(window).end >= oldest) continue;
+      ledger.used.delete(window);
+      if (window > ledger.unsure) ledger.unsure = window;
+    }
+    for (const [name, { at, waits }] of ledger.sealed)
+      if (!waits && at < now - SEALED_MS) ledger.sealed.delete(name);
+    this.#waiting();
+    this.isDirty = true;
   }
+
+  /** Forgets all streams and names of a host that is gone. Throws a StoreError when something of it still waits. */
+  async forget(): Promise<void> {
+    await this.turn(() => this.#settle());
+    this.#waiting();
+    const waits = [...this.ledger.sealed.values()].some((batch) => batch.waits);
+    if (waits || this.ledger.open.size > 0)
+      throw new StoreError(503, `host ${this.host} cannot be forgotten: batches of it wait`);
+    if (this.options.now() - this.ledger.heardAt < HOUR)
+      throw new StoreError(503, `host ${this.host} cannot be forgotten: it was heard in the last hour`);
+    this.#doubtNames(Math.min(this.options.now(), this.ledger.heardAt));
+    this.ledger.streams.clear();
+    this.ledger.used.clear();
+    this.ledger.sealed.clear();
+    this.ledger.facts = { forgotten: this.options.now() };
+    await this.checkpoint();
+  }
+
+  /** Written again from the journal: what could not be written or synced is. */
+  mend(): void {
+    this.broken = undefined;
+    this.isDirty = true;
+  }
+
+  /** Waits for what is staged. */
+  settle(): Promise<void> {
+    return this.turn(() => this.#settle());
+  }
+
+  /** Saves the ledger and lets the folder go. Throws when that failed; the folder is let go all the same. */
+  async close(): Promise<void> {
+    try {
+      await this.settle();
+      if (this.isDirty) await this.checkpoint();
+    } finally {
+      this.#lock.release();
+    }
+  }
+}
+
+/** The wire's rules for one chunk. */
+function compare(chunk: Chunk, known: Stream | undefined): "take" | "ahead" | "conflict" | "unknown" {
+  const { offset, end, mark, from, begin } = chunk;
+  if (offset === undefined) return "take";
+  // Version 1.0 has no marks: its unknown streams are begun at whatever offset it says.
+  if (!known) return begin !== undefined || mark === undefined ? "take" : "unknown";
+  // 1.0 has one chunk on its way: one of it that is ahead has nothing before it.
+  if (offset > known.offset)
+    return mark !== undefined && begin === undefined && end !== offset ? "ahead" : "conflict";
+  if (offset < known.offset) return "conflict";
+  const isOther = mark !== undefined && known.mark !== undefined && offset > 0 && from !== known.mark;
+  return isOther ? "conflict" : "take";
+}
+
+function windowOf({ window, windowEnd = 0 }: Stream): Window | undefined {
+  return window === undefined ? undefined : { name: window, endsAt: windowEnd, zone: 0 };
+}
+
+/** What a fault of the disk is answered with. */
+export function storeError(error: unknown): StoreError {
+  if (error instanceof StoreError) return error;
+  const { code } = error as NodeJS.ErrnoException;
+  const isFull = code === "ENOSPC" || code === "EDQUOT";
+  return new StoreError(
+    isFull ? 507 : 503,
+    isFull ? "no space left on the disk" : "the disk does not take it; see the log",
+    error,
+  );
 }

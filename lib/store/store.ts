@@ -1,313 +1,349 @@
 /**
- * The group commit: chunks that come while a commit is on its way wait together, and the next commit takes all
- * of them, of all senders, so that they share its syncs. Everything that writes (commits, sealing, opening a
- * sender) takes turns; nothing is answered before the syncs of its lines and of its ledger record have returned.
+ * The folder of all senders: who may have a place in it, chunks that come ahead of others, and the background work:
+ * checkpoints, segments that are dropped behind them, sealing, what is written again from the journal after a fault.
  */
-import { fdatasync } from "node:fs";
+import { randomBytes } from "node:crypto";
+import { statfsSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
-import { promisify } from "node:util";
-import { dashedHost, listHosts } from "../batch.ts";
-import { exists, type FileSystem, failpoint, openFileSystem, syncData, syncFolder } from "../durable.ts";
-import { createFaultLog, errorMessage } from "../service.ts";
-import { type Chunk, type Outcome, openSender, type Sender, type StoreOptions } from "./sender.ts";
+import { dashedHost, LEDGER, listHosts } from "../batch.ts";
+import type { SenderNews, StreamStatus } from "../chunk.ts";
+import { exists, makeFolder, removeDurably, writeDurably } from "../durable.ts";
+import { formatRecord, type Ledger, snapshot } from "../ledger.ts";
+import { holdLock } from "../lock.ts";
+import { createFaultLog, errorMessage, type FaultLog } from "../service.ts";
+import { Journal, journalLock, readJournal } from "./journal.ts";
+import { decodeBody, lockSender, Parts, recoverSender, replayJournals, writeEntry } from "./recover.ts";
+import { type Chunk, type Outcome, Sender, StoreError, type StoreOptions, storeError } from "./sender.ts";
 
-/** From so many senders on, one sync of the whole file system costs less than one of each of their files. */
-const MANY_SENDERS = 8;
+/** A chunk that starts ahead waits so long for what is before it; all that wait hold so many bytes at most. */
+const AHEAD_MS = 2_000;
+const AHEAD_BYTES = 33_554_432;
+/** Senders whose names nobody listed: new ones in a minute, and their share of all. */
+const NEW_NAMES_A_MINUTE = 60;
+const UNLISTED_SHARE = 0.5;
+/** A changed ledger is saved after so many ms, later with many senders; so many at a time. */
+const CHECKPOINT_MS = { min: 2_000, max: 120_000, perSender: 20 };
+const CHECKPOINTS_AT_ONCE = 4;
+/** Below so much room nothing is taken. */
+const MIN_FREE_BYTES = 1_048_576;
 
-const syncDataInPool = promisify(fdatasync);
-const nextTick = promisify(setImmediate);
+export type { Outcome } from "./sender.ts";
+export { StoreError } from "./sender.ts";
 
-/** A chunk that cannot be taken now; `status` as in the wire contract. */
-export class StoreError extends Error {
-  readonly status: 403 | 503 | 507;
-  constructor(status: 403 | 503 | 507, message: string, cause?: unknown) {
-    super(message, { cause });
-    this.status = status;
-  }
+interface Options extends StoreOptions {
+  /** Whether the config names this host itself. */
+  isListed?: (host: string) => boolean;
 }
 
-interface Waiting {
-  chunk: Chunk;
-  sender: Sender;
-  outcome: Outcome | undefined;
-  resolve: (outcome: Outcome) => void;
-  reject: (error: unknown) => void;
-}
-
-export type Store = ReturnType<typeof createStore>;
-
-export interface CommitOptions extends StoreOptions {
-  /** How many senders may be known at once. */
-  maxHosts: number;
-  /** How many requests are in hand, with those that a commit is being made for. */
-  inHand: () => number;
-  /** Told how long each commit took, in milliseconds. */
-  onCommit: (ms: number) => void;
-}
-
-/** The folder of all senders. */
-export function createStore(options: CommitOptions) {
-  const { dir, log, now } = options;
-  const faults = createFaultLog(log, now);
-  const senders = new Map<string, Sender>();
-  const opening = new Map<string, Promise<Sender>>();
-  const dashes = new Map<string, string>();
+export class Store {
+  readonly senders = new Map<string, Sender>();
+  #options: Options;
+  readonly #faults: FaultLog;
+  readonly #parts = new Parts();
+  readonly #journal: Journal;
+  #lock: { release: () => void } | undefined;
+  readonly #opening = new Map<string, Promise<Sender>>();
+  readonly #dashes = new Map<string, string>();
   /** Senders of ours that have a folder and could not be opened: tried again, for what is due in it. */
-  const unopened = new Set<string>();
-  const queue: Waiting[] = [];
-  let turns: Promise<unknown> = Promise.resolve();
-  let fileSystem: FileSystem | undefined;
+  readonly #unopened = new Set<string>();
+  /** Of senders that were let go: up to which record they are safe. */
+  readonly #gone = new Map<string, number>();
+  #aheadBytes = 0;
+  #newNames = { minute: 0, count: 0 };
 
-  /** Runs `work` when everything before it is done. */
-  function turn<T>(work: () => Promise<T>): Promise<T> {
-    const result = turns.then(work);
-    turns = result.catch(() => {});
-    return result;
+  constructor(options: Options) {
+    this.#options = options;
+    this.#faults = createFaultLog(options.log, options.now);
+    this.#journal = new Journal(options.dir, randomBytes(8).toString("hex"));
+  }
+
+  /** Takes what the config says now. */
+  configure(options: Options): void {
+    this.#options = { ...this.#options, ...options };
+    for (const sender of this.senders.values()) sender.options = this.#options;
+  }
+
+  /** Opens every sender that `isOurs` and has something on disk, so that what is due is sealed without it. */
+  async start(isOurs: (host: string) => boolean): Promise<void> {
+    await makeFolder(this.#options.dir);
+    await replayJournals(this.#options.dir, this.#journal.id, this.#options.log);
+    for (const host of await listHosts(this.#options.dir)) {
+      const folder = join(this.#options.dir, host);
+      const names = await readdir(folder).catch(() => [] as string[]); // not ours: lost+found
+      if (!names.some((name) => name.startsWith(LEDGER))) continue;
+      this.#dashes.set(dashedHost(host), host);
+      if (isOurs(host)) this.#unopened.add(host);
+    }
+    await this.#openAll();
+  }
+
+  /** The journal's lock, held before its first record. */
+  async #lockJournal(): Promise<void> {
+    const { dir } = this.#options;
+    await makeFolder(dir);
+    this.#lock ??= await holdLock(journalLock(dir, this.#journal.id), "The journal");
+  }
+
+  /** Whether this host was ever heard; makes nothing on disk. */
+  async knows(host: string): Promise<boolean> {
+    return this.senders.has(host) || (await exists(join(this.#options.dir, host, LEDGER)));
   }
 
   /** Takes a chunk and gives its outcome once that is on stable storage. Throws a StoreError. */
-  function commit(chunk: Chunk): Promise<Outcome> {
-    const known = senders.get(chunk.host);
-    return known && !known.broken
-      ? enqueue(chunk, known)
-      : open(chunk.host).then((sender) => enqueue(chunk, sender));
-  }
-
-  function enqueue(chunk: Chunk, sender: Sender): Promise<Outcome> {
-    return new Promise((resolve, reject) => {
-      queue.push({ chunk, sender, outcome: undefined, resolve, reject });
-      if (queue.length > 1) return; // the turn that is booked takes this one, too
-      turn(async () => {
-        await nextTick(); // requests that have come meanwhile are read, and share the syncs
-        await commitAll(queue.splice(0));
-      }).catch(reject);
-    });
-  }
-
-  async function commitAll(waiting: Waiting[]): Promise<void> {
-    const started = performance.now();
-    const failed = new Map<Sender, unknown>();
-    const touched = stageAll(waiting, failed);
-    const how = {
-      inPlace: options.inHand() <= 1,
-      fileSystem: touched.length >= MANY_SENDERS ? fileSystem : undefined,
-    };
-    const going = () => touched.filter(({ sender }) => !failed.has(sender));
-    await syncAll(
-      going().flatMap(({ sender }) => [
-        ...sender.unsynced().map(({ fd }) => ({ sender, fd })),
-        ...(sender.created ? [{ sender, folder: sender.folder }] : []),
-      ]),
-      failed,
-      how,
-    );
-    failpoint("commit:synced");
-    const ledgers = attemptAll(going(), failed, ({ sender }) => ({ sender, fd: sender.append() }));
-    failpoint("commit:appended");
-    await syncAll(ledgers, failed, how);
-    failpoint("commit:recorded");
-    for (const { sender } of going()) sender.apply();
-    for (const sender of failed.keys()) sender.rollBack();
-    answer(waiting, failed, performance.now() - started);
-    await compactOne(going());
-  }
-
-  /** Rewrites the ledger of one sender that has grown; of many that grow together the others wait their turn. */
-  async function compactOne(touched: { sender: Sender }[]): Promise<void> {
-    const grown = touched.find(({ sender }) => sender.isGrown)?.sender;
-    await grown?.compact().catch((error) => {
-      grown.broken = true;
-      faults.failed(grown.host, "ledger not rewritten", { host: grown.host, error: errorMessage(error) });
-    });
-  }
-
-  /** Writes the lines of all chunks. Returns the senders that have something to commit. */
-  function stageAll(waiting: Waiting[], failed: Map<Sender, unknown>): { sender: Sender }[] {
-    const touched = new Set<Sender>();
-    const stageable = waiting.filter(({ sender }) => !sender.broken);
-    attemptAll(stageable, failed, (entry) => {
-      entry.outcome = entry.sender.stage(entry.chunk);
-      if (!entry.outcome.conflict) touched.add(entry.sender);
-    });
-    return [...touched].map((sender) => ({ sender }));
-  }
-
-  function answer(waiting: Waiting[], failed: Map<Sender, unknown>, ms: number): void {
-    for (const { sender, outcome, resolve, reject } of waiting) {
-      const error = failed.get(sender);
-      if (error !== undefined || !outcome) {
-        faults.failed(sender.host, "chunk not stored", { host: sender.host, error: errorMessage(error) });
-        reject(storeError(error ?? new Error("the folder is looked at anew; try again")));
-      } else {
-        faults.recovered(sender.host, "chunks are stored again", { host: sender.host });
-        resolve(outcome);
-      }
-    }
-    options.onCommit(ms);
-  }
-
-  /** Opens a sender, with its folder brought into order: once, however many wait for it. */
-  function open(host: string): Promise<Sender> {
-    const under = opening.get(host);
-    if (under) return under;
-    const started = openNow(host).finally(() => opening.delete(host));
-    opening.set(host, started);
-    return started;
-  }
-
-  async function openNow(host: string): Promise<Sender> {
-    const known = senders.get(host);
-    if (known && !known.broken) return known;
+  async commit(chunk: Chunk): Promise<Outcome> {
+    const { host } = chunk;
     try {
-      if (known) await turn(async () => known.close()); // not while a commit has it
-      senders.delete(host);
-      await admit(host);
-      const sender = await openSender(host, options);
-      senders.set(host, sender);
-      unopened.delete(host);
-      faults.recovered(host, "sender is open again", { host });
-      return sender;
+      const sender = this.senders.get(host) ?? (await this.#open(host));
+      if (this.#journal.fault !== undefined) await this.#repair();
+      const outcome = await this.#take(sender, chunk);
+      this.#faults.recovered(host, "chunks are stored again", { host });
+      return outcome;
     } catch (error) {
-      if (error instanceof StoreError) throw error;
-      faults.failed(host, "sender cannot be opened", { host, error: errorMessage(error) });
+      const cause = (error as Error).cause ?? error;
+      this.#faults.failed(host, "chunk not stored", { host, error: errorMessage(cause) });
       throw storeError(error);
     }
   }
 
-  async function openAll(): Promise<void> {
-    for (const sender of senders.values()) if (sender.broken) unopened.add(sender.host);
-    for (const host of [...unopened]) await open(host).catch(() => {}); // told already
-  }
-
-  /** Two hosts must not share a dashed form: their batches would have the same names. */
-  async function admit(host: string): Promise<void> {
-    const dashed = dashedHost(host);
-    if (!dashes.has(dashed)) {
-      for (const known of await listHosts(dir)) dashes.set(dashedHost(known), known);
+  /** A chunk that starts ahead of what is there is held for a moment, and then compared anew. */
+  async #take(sender: Sender, chunk: Chunk): Promise<Outcome> {
+    const deadline = performance.now() + AHEAD_MS;
+    const size = chunk.body.length;
+    for (;;) {
+      const left = deadline - performance.now();
+      const { staged } = sender;
+      const taken = await sender.take(chunk, left > 0 && this.#aheadBytes + size <= AHEAD_BYTES);
+      if (taken !== "ahead") return taken.outcome;
+      this.#aheadBytes += size;
+      await sender.progress(staged, left).finally(() => {
+        this.#aheadBytes -= size;
+      });
     }
-    const owner = dashes.get(dashed) ?? host;
-    if (owner !== host) throw new StoreError(403, `host ${host} would have the file names of host ${owner}`);
-    if (senders.size >= options.maxHosts)
-      throw new StoreError(503, `${options.maxHosts} hosts are known already`);
-    dashes.set(dashed, host);
   }
 
-  return {
-    commit,
-    senders: senders as ReadonlyMap<string, Sender>,
+  /** A sign of life, and the question where streams stand. Answered after all that is in hand of this host. */
+  async streams(
+    host: string,
+    names: string[] | undefined,
+    news: SenderNews,
+    peer: string,
+  ): Promise<StreamStatus[]> {
+    try {
+      const sender = this.senders.get(host) ?? (await this.#open(host));
+      sender.hear(news, peer);
+      return await sender.streams(names);
+    } catch (error) {
+      throw storeError(error);
+    }
+  }
 
-    /** Where a stream stands, or undefined when it is not known. Makes nothing on disk for a new host. */
-    async committed(host: string, stream: string): Promise<number | undefined> {
-      if (!senders.has(host) && !(await exists(join(dir, host)))) return undefined;
-      const sender = senders.get(host) ?? (await open(host));
-      return sender.ledger.streams.get(stream)?.offset;
-    },
+  /** Why a chunk could not be stored now; undefined when it could. */
+  health(): string | undefined {
+    const { fault } = this.#journal;
+    if (fault !== undefined) return errorMessage(fault);
+    const broken = [...this.senders.values()].find((sender) => sender.broken !== undefined);
+    if (broken) return `${broken.folder}: ${errorMessage(broken.broken)}`;
+    try {
+      const { bavail, bsize, blocks, ffree, files } = statfsSync(this.#options.dir);
+      if (blocks > 0 && bavail * bsize < MIN_FREE_BYTES) return "the disk is full";
+      if (files > 0 && ffree === 0) return "the disk has no inodes left";
+    } catch (error) {
+      return errorMessage(error);
+    }
+    return undefined;
+  }
 
-    /** Opens every sender that `isOurs` and has something on disk, so that what is due is sealed without it. */
-    async start(isOurs: (host: string) => boolean): Promise<void> {
-      fileSystem = await openFileSystem(dir);
-      for (const host of await listHosts(dir)) {
-        dashes.set(dashedHost(host), host);
-        if (!isOurs(host) || (await readdir(join(dir, host))).length === 0) continue;
-        unopened.add(host);
-      }
-      await openAll();
-    },
+  // ---- opening
 
-    /** Seals what is due and lets idle senders rest. Returns the names that were sealed. */
-    async seal(): Promise<string[]> {
-      const sealed: string[] = [];
-      await openAll();
-      for (const sender of [...senders.values()]) {
-        for (const name of sender.due()) {
-          if (sender.broken) break; // opened anew the next time
-          try {
-            const batch = sender.ledger.open.get(name);
-            await turn(() => sender.seal(name));
-            sealed.push(name);
-            log.info("batch sealed", { batch: name, lines: batch?.lines, bytes: batch?.bytes });
-            faults.recovered(name, "batch sealed after all", { batch: name });
-          } catch (error) {
-            faults.failed(name, "batch not sealed", { batch: name, error: errorMessage(error) });
-          }
+  #open(host: string): Promise<Sender> {
+    const under = this.#opening.get(host);
+    if (under) return under;
+    const started = this.#openNow(host).finally(() => this.#opening.delete(host));
+    this.#opening.set(host, started);
+    return started;
+  }
+
+  async #openNow(host: string): Promise<Sender> {
+    const options = this.#options;
+    try {
+      await this.#lockJournal();
+      await this.#admit(host);
+      const folder = join(options.dir, host);
+      await makeFolder(folder, 0o770);
+      const lock = await lockSender(host, folder);
+      try {
+        await replayJournals(options.dir, this.#journal.id, options.log);
+        const ledger = await recoverSender(host, folder, options.log);
+        if (!(await exists(join(folder, LEDGER)))) {
+          await writeDurably(join(folder, LEDGER), formatRecord(snapshot(ledger)), 0o660);
         }
-        if (!sender.isUntidy()) continue;
-        await turn(() => sender.tidy()).catch((error) => {
-          faults.failed(sender.folder, "ledger not tidied", {
-            host: sender.host,
-            error: errorMessage(error),
-          });
+        const sender = new Sender(host, ledger, {
+          options,
+          journal: this.#journal,
+          parts: this.#parts,
+          lock,
+        });
+        this.senders.set(host, sender);
+        this.#unopened.delete(host);
+        this.#faults.recovered(`open ${host}`, "sender is open again", { host });
+        return sender;
+      } catch (error) {
+        lock.release();
+        throw error;
+      }
+    } catch (error) {
+      if (!(error instanceof StoreError))
+        this.#faults.failed(`open ${host}`, "sender cannot be opened", { host, error: errorMessage(error) });
+      throw error;
+    }
+  }
+
+  async #openAll(): Promise<void> {
+    for (const host of [...this.#unopened]) await this.#open(host).catch(() => {}); // told already
+  }
+
+  /** Two hosts must not share a dashed form; names that nobody listed are bounded apart from those listed. */
+  async #admit(host: string): Promise<void> {
+    const { dir, maxHosts, isListed, now } = this.#options;
+    const dashed = dashedHost(host);
+    if (!this.#dashes.has(dashed)) {
+      for (const known of await listHosts(dir)) {
+        if (await exists(join(dir, known, LEDGER))) this.#dashes.set(dashedHost(known), known);
+      }
+    }
+    const owner = this.#dashes.get(dashed) ?? host;
+    if (owner !== host) throw new StoreError(403, `host ${host} would have the file names of host ${owner}`);
+    if (this.senders.size >= maxHosts) throw new StoreError(503, `${maxHosts} hosts are known already`);
+    const isNew = !this.#dashes.has(dashed);
+    if (isNew && isListed && !isListed(host)) {
+      const unlisted = [...this.senders.keys()].filter((known) => !isListed(known)).length;
+      if (unlisted >= maxHosts * UNLISTED_SHARE)
+        throw new StoreError(503, `${unlisted} hosts that no group lists are known already`);
+      const minute = Math.floor(now() / 60_000);
+      if (this.#newNames.minute !== minute) this.#newNames = { minute, count: 0 };
+      if (++this.#newNames.count > NEW_NAMES_A_MINUTE)
+        throw new StoreError(503, `${NEW_NAMES_A_MINUTE} new hosts that no group lists came in this minute`);
+    }
+    this.#dashes.set(dashed, host);
+  }
+
+  // ---- the background
+
+  /** One pass: what is broken is mended, ledgers are saved, segments dropped, batches sealed. Gives the sealed names. */
+  async seal(): Promise<string[]> {
+    await this.#openAll();
+    await this.#repair().catch(() => {}); // health() tells it
+    for (const sender of this.senders.values()) await this.#mend(sender);
+    const sealed: string[] = [];
+    for (const sender of [...this.senders.values()]) sealed.push(...(await this.#sealDue(sender)));
+    await this.#checkpoint();
+    await this.#journal
+      .drop((host, seq) => (this.senders.get(host)?.safeSeq ?? this.#gone.get(host) ?? 0) >= seq)
+      .catch((error) =>
+        this.#faults.failed("journal", "segment not dropped", { error: errorMessage(error) }),
+      );
+    return sealed;
+  }
+
+  /** Rule: what could not be synced is cut off, and the cut synced, before another is written. */
+  async #repair(): Promise<void> {
+    if (this.#journal.fault === undefined) return;
+    await this.#journal.repair();
+    this.#options.log.info("journal takes chunks again");
+  }
+
+  /** Rule: what could not be synced in a part or ledger is written again from the journal, not only synced again. */
+  async #mend(sender: Sender): Promise<void> {
+    if (sender.broken === undefined) return;
+    const { host } = sender;
+    this.#faults.failed(`write ${host}`, "batches not written", { host, error: errorMessage(sender.broken) });
+    try {
+      await sender.settle();
+      await makeFolder(sender.folder, 0o770);
+      for await (const { entry, body } of readJournal(this.#journal.paths, () => {})) {
+        if (entry.host !== host || entry.seq <= sender.safeSeq) continue;
+        await writeEntry(sender, entry, decodeBody(entry, body));
+      }
+      sender.mend();
+      await sender.checkpoint();
+      this.#faults.recovered(`write ${host}`, "batches are written again", { host });
+    } catch (error) {
+      sender.broken ??= error;
+    }
+  }
+
+  async #sealDue(sender: Sender): Promise<string[]> {
+    const { host } = sender;
+    const due = sender.due();
+    try {
+      const sealed = due.length > 0 ? await sender.seal(due) : [];
+      for (const { name, lines, bytes } of sealed)
+        this.#options.log.info("batch sealed", { batch: name, lines, bytes });
+      await sender.tidy();
+      this.#faults.recovered(`seal ${host}`, "batches are sealed again", { host });
+      return sealed.map(({ name }) => name);
+    } catch (error) {
+      this.#faults.failed(`seal ${host}`, "batches not sealed", { host, error: errorMessage(error) });
+      return [];
+    }
+  }
+
+  async #checkpoint(): Promise<void> {
+    const now = this.#options.now();
+    const { min, max, perSender } = CHECKPOINT_MS;
+    const every = Math.min(max, Math.max(min, this.senders.size * perSender));
+    const oldest = new Set(this.#journal.isLong ? this.#journal.oldestHosts : []);
+    const isDue = (sender: Sender) =>
+      sender.isDirty && (Math.abs(now - sender.checkpointAt) >= every || oldest.has(sender.host));
+    const due = [...this.senders.values()].filter(isDue);
+    const work = async () => {
+      for (let sender = due.pop(); sender; sender = due.pop()) {
+        const { host } = sender;
+        await sender.checkpoint().catch((error) => {
+          this.#faults.failed(`write ${host}`, "ledger not saved", { host, error: errorMessage(error) });
         });
       }
-      return sealed;
-    },
+    };
+    await Promise.all(Array.from({ length: CHECKPOINTS_AT_ONCE }, work));
+  }
 
-    /** Ends after the commits that are on their way. */
-    close: () =>
-      turn(async () => {
-        for (const sender of senders.values()) sender.close();
-        senders.clear();
-        fileSystem?.close();
-        fileSystem = undefined;
-      }),
-  };
-}
+  /** Forgets a host that is gone. Throws a StoreError while batches of it wait or it was heard in the last hour. */
+  async forget(host: string): Promise<void> {
+    const sender = this.senders.get(host) ?? (await this.#open(host));
+    await sender.forget();
+  }
 
-/** Does `work` for each, but for the senders that have failed; what throws, fails its sender. */
-function attemptAll<T extends { sender: Sender }, R>(
-  entries: T[],
-  failed: Map<Sender, unknown>,
-  work: (entry: T) => R,
-): R[] {
-  const results: R[] = [];
-  for (const entry of entries) {
-    if (failed.has(entry.sender)) continue;
-    try {
-      results.push(work(entry));
-    } catch (error) {
-      failed.set(entry.sender, error);
+  /** The ledger of a sender that is open here. */
+  ledgerOf(host: string): Ledger | undefined {
+    return this.senders.get(host)?.ledger;
+  }
+
+  /** Ends after what is on its way: a journal of which everything is safe is removed. */
+  async close(): Promise<void> {
+    let isSafe = true;
+    for (const sender of this.senders.values()) {
+      await sender.close().catch((error) => {
+        isSafe = false; // the next start replays the journal
+        this.#options.log.error("ledger not saved", { host: sender.host, error: errorMessage(error) });
+      });
     }
+    await this.#journal.close();
+    if (isSafe)
+      await this.#journal
+        .drop((host, seq) => (this.senders.get(host)?.safeSeq ?? 0) >= seq, true)
+        .catch(() => {});
+    const isEmpty = this.#journal.paths.length === 0;
+    this.senders.clear();
+    this.#parts.closeAll();
+    const lock = this.#lock;
+    this.#lock = undefined;
+    lock?.release();
+    if (isEmpty && lock)
+      await removeDurably(journalLock(this.#options.dir, this.#journal.id)).catch(() => {});
   }
-  return results;
 }
 
-/** What of a sender must be on stable storage: an open file, or the names in its folder. */
-type Unsynced = { sender: Sender; fd: number } | { sender: Sender; folder: string };
-
-/** How files are synced. */
-interface HowToSync {
-  /** Nobody else waits. */
-  inPlace: boolean;
-  /** The one to sync as a whole, for many. */
-  fileSystem: FileSystem | undefined;
-}
-
-/**
- * Syncs what belongs to senders; whose sync fails, that sender has failed. Those of many go with one sync of their file
- * system. A few go together through the thread pool, so that the file system's journal writes them at once and the
- * next chunks are read meanwhile. A single file when nobody else waits goes in place: the way through the pool costs
- * more than a fast disk takes.
- */
-async function syncAll(
-  all: Unsynced[],
-  failed: Map<Sender, unknown>,
-  { inPlace, fileSystem }: HowToSync,
-): Promise<void> {
-  const [only] = all;
-  if (all.length === 1 && only && "fd" in only && inPlace) {
-    attemptAll([only], failed, () => syncData(only.fd));
-    return;
-  }
-  const isElsewhere = ({ sender }: Unsynced) => sender.device !== fileSystem?.device;
-  const rest = fileSystem?.sync() ? all.filter(isElsewhere) : all;
-  const sync = (one: Unsynced) => ("fd" in one ? syncDataInPool(one.fd) : syncFolder(one.folder));
-  await Promise.all(rest.map((one) => sync(one).catch((error) => failed.set(one.sender, error))));
-}
-
-/** What a system's error means for the sender of a chunk. */
-function storeError(error: unknown): StoreError {
-  const { code } = (error ?? {}) as NodeJS.ErrnoException;
-  const status = ["ENOSPC", "EDQUOT", "EROFS", "EIO"].includes(code ?? "") ? 507 : 503;
-  return new StoreError(status, `not stored: ${code ?? errorMessage(error)}`, error);
+export function createStore(options: Options): Store {
+  return new Store(options);
 }
