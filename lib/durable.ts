@@ -5,7 +5,17 @@
  * old content or the new one, never a part. A temp file has a fixed name, so a stale one is overwritten by
  * the next save and never piles up; whoever saves a path owns it (one process, by lock).
  */
-import { closeSync, constants, fdatasyncSync, fstatSync, lstatSync, openSync, renameSync } from "node:fs";
+import {
+  closeSync,
+  constants,
+  fchmodSync,
+  fchownSync,
+  fdatasyncSync,
+  fstatSync,
+  lstatSync,
+  openSync,
+  renameSync,
+} from "node:fs";
 import { type FileHandle, mkdir, open, readFile, rename, rm, statfs } from "node:fs/promises";
 import { dirname } from "node:path";
 import { loadSyncFs } from "./runtime.ts";
@@ -25,11 +35,19 @@ export function failpoint(step: string): void {
   if (stopAt === step && --stopCount <= 0) process.kill(process.pid, "SIGKILL");
 }
 
-/** Replaces the file at `path` by `data`, on stable storage when it returns. Throws the system's error. */
+/**
+ * Replaces the file at `path` by `data`, on stable storage when it returns; owner and mode stay. Throws the system's
+ * error.
+ */
 export async function writeDurably(path: string, data: string | Uint8Array, mode = 0o640): Promise<void> {
   const temp = path + TEMP_SUFFIX;
-  const file = await open(temp, "w", mode);
+  await rm(temp, { force: true }); // what waits there may be a link to somewhere else
+  const { O_WRONLY, O_CREAT, O_EXCL, O_NOFOLLOW } = constants;
+  const file = await open(temp, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
   try {
+    const old = lstatSync(path, { throwIfNoEntry: false });
+    giveTo(file.fd, old ? path : dirname(path));
+    if (old) fchmodSync(file.fd, old.mode & 0o777);
     await file.writeFile(data);
     await file.sync();
   } finally {
@@ -38,6 +56,13 @@ export async function writeDurably(path: string, data: string | Uint8Array, mode
   failpoint("durable:written");
   await rename(temp, path);
   await syncFolder(dirname(path));
+}
+
+/** What root makes gets the owner of `like`, a file or folder: a service must not be shut out of its own files. */
+function giveTo(fd: number, like: string): void {
+  if (process.getuid?.() !== 0) return;
+  const { uid, gid } = lstatSync(like);
+  if (uid !== 0 || gid !== 0) fchownSync(fd, uid, gid);
 }
 
 /**
@@ -85,7 +110,7 @@ export async function removeDurably(path: string): Promise<void> {
 export async function appendDurably(path: string, lines: string): Promise<void> {
   const file = await open(path, constants.O_RDWR | constants.O_CREAT, 0o640);
   try {
-    const { size } = await file.stat();
+    const { size, uid } = await file.stat();
     const end = await endOfLastLine(file, size);
     if (end < size) await file.truncate(end);
     try {
@@ -95,7 +120,10 @@ export async function appendDurably(path: string, lines: string): Promise<void> 
       await file.truncate(end).catch(() => {});
       throw error;
     }
-    if (size === 0) await syncFolder(dirname(path));
+    if (size === 0) {
+      if (uid === 0) giveTo(file.fd, dirname(path));
+      await syncFolder(dirname(path));
+    }
   } finally {
     await file.close();
   }

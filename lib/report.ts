@@ -64,16 +64,15 @@ export async function appendReport(path: string, lines: ReportLine[]): Promise<v
 
 /**
  * Drops the lines of a report that are older than `keepFrom` (milliseconds since the epoch) and gives their
- * number; `dryRun` only counts them.
+ * number; `dryRun` only counts them. Whatever is no report line of ours stays: nobody knows how old it is.
  */
 export async function trimReport(path: string, keepFrom: number, { dryRun = false } = {}): Promise<number> {
   return underLock(path, async () => {
     const lines = (await readIfExists(path))?.split("\n") ?? [];
-    // Lines stand in order of time: the first that is young enough, and all behind it, stay.
-    const first = lines.findIndex((line) => (parseReportLine(line)?.at ?? 0) >= keepFrom);
-    const old = first < 0 ? lines.length - 1 : first;
-    if (old > 0 && !dryRun) await writeDurably(path, lines.slice(old).join("\n"));
-    return Math.max(0, old);
+    const kept = lines.filter((line) => (parseReportLine(line)?.at ?? keepFrom) >= keepFrom);
+    const old = lines.length - kept.length;
+    if (old > 0 && !dryRun) await writeDurably(path, kept.join("\n"));
+    return old;
   });
 }
 

@@ -2,9 +2,10 @@
  * The only place that knows Bun from Deno: the HTTP server, the HTTP client's certificates, and the calls
  * of the system that `node:` does not have (file locks, syncfs). Everything else is `node:` imports and web standards.
  */
-import { closeSync, openSync } from "node:fs";
+import { closeSync, fchownSync, fstatSync, openSync, statSync } from "node:fs";
 import { connect } from "node:net";
 import { platform, release } from "node:os";
+import { dirname } from "node:path";
 import { createServer, type TLSSocket } from "node:tls";
 
 /** PEM texts of a server; with `clientCa` a client must show a certificate, with `clientNames` its names are told. */
@@ -222,6 +223,9 @@ export async function tryLock(path: string): Promise<{ release: () => void } | u
   }
   flock ??= await loadFlock();
   const fd = openSync(path, "a+", 0o640);
+  // made by root in a service's folder: the service must be able to open it, too
+  const folder = process.getuid?.() === 0 && fstatSync(fd).uid === 0 ? statSync(dirname(path)) : undefined;
+  if (folder?.uid) fchownSync(fd, folder.uid, folder.gid);
   if (flock(fd, LOCK_EXCLUSIVE_NONBLOCKING) === 0) return { release: () => closeSync(fd) };
   closeSync(fd);
   return undefined;

@@ -1,4 +1,5 @@
 import { expect, test } from "bun:test";
+import { chmodSync, chownSync, statSync } from "node:fs";
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import {
@@ -80,3 +81,34 @@ test("readForwarderState() tells absent from damaged", async () => {
   await writeFile(join(dir, ".forwarder-state.json"), "{");
   expect(readForwarderState(dir)).rejects.toThrow("it is no JSON");
 });
+
+test("trimReport() drops what is known to be old, and nothing else", async () => {
+  const path = join(await tempFolder(), "report.log");
+  const old = formatReportLine(line({ at: at - 10_000 }));
+  const foreign = [
+    old.replace("\n", "\r\n"),
+    old.replace("status=Sent", "status=Delivered"),
+    old.replace("\n", " | more=1\n"),
+    "a file of somebody else\n",
+    "\xff\n",
+  ].join("");
+  await writeFile(path, old + foreign + old);
+  expect(await trimReport(path, at)).toBe(2);
+  expect(await readFile(path, "utf8")).toBe(foreign);
+});
+
+test.skipIf(process.getuid?.() !== 0)(
+  "a report keeps its owner and mode when it is trimmed by root",
+  async () => {
+    const folder = await tempFolder();
+    chownSync(folder, 1234, 1235);
+    const path = join(folder, "report.log");
+    await appendReport(path, [line({ at: at - 10_000 }), line()]);
+    expect([statSync(path).uid, statSync(`${path}.lock`).uid]).toEqual([1234, 1234]);
+    chmodSync(path, 0o664);
+    chownSync(path, 1236, 1237);
+    expect(await trimReport(path, at)).toBe(1);
+    const { uid, gid, mode } = statSync(path);
+    expect([uid, gid, mode & 0o777]).toEqual([1236, 1237, 0o664]);
+  },
+);
