@@ -29,7 +29,7 @@ const HEAD_BYTES = 16;
 const SEARCH_BYTES = 1024 * 1024;
 
 const [openInPool, closeInPool] = [promisify(open), promisify(close)];
-const [writevInPool, syncInPool] = [promisify(writev), promisify(fdatasync)];
+const syncInPool = promisify(fdatasync);
 const nextTick = promisify(setImmediate);
 
 /** Lines of one batch that stand together in a chunk's body, decoded: `[from, to)` goes to the part at `at`. */
@@ -145,9 +145,7 @@ export class Journal {
     entry.seq = ++this.#seq;
     return new Promise((resolve, reject) => {
       this.#pending.push({ entry, body, synced, resolve, reject });
-      this.#writing ??= this.#drain().finally(() => {
-        this.#writing = undefined;
-      });
+      this.#writing ??= this.#drain();
     });
   }
 
@@ -159,6 +157,7 @@ export class Journal {
         await this.#write(group);
       } catch (error) {
         this.#fault = error;
+        this.#writing = undefined;
         for (const { reject } of [...group, ...this.#pending.splice(0)]) reject(error);
         return;
       }
@@ -167,6 +166,7 @@ export class Journal {
         resolve();
       }
     }
+    this.#writing = undefined; // in the same turn: what is appended from now on begins anew
   }
 
   #takeGroup(): Pending[] {
@@ -253,13 +253,20 @@ function checksum(head: Uint8Array, text: Uint8Array, body: Uint8Array): number 
   return crc32(body, crc32(text, crc32(head.subarray(4, 12))));
 }
 
+/** The callback form: what `promisify` makes of it differs between runtimes. */
+function writeSome(fd: number, parts: Uint8Array[], position: number): Promise<number> {
+  return new Promise((resolve, reject) => {
+    writev(fd, parts, position, (error, written) => (error ? reject(error) : resolve(written)));
+  });
+}
+
 async function writeAll(fd: number, parts: Uint8Array[], position: number): Promise<void> {
   let rest = parts.filter((part) => part.length > 0);
   let at = position;
   while (rest.length > 0) {
     const some = rest.slice(0, 512); // no more than IOV_MAX
-    const written = Number(await writevInPool(fd, some, at));
-    if (written <= 0) throw new Error("Cannot write to the journal: nothing was taken");
+    const written = await writeSome(fd, some, at);
+    if (written === 0) throw new Error("Cannot write to the journal: nothing was taken");
     at += written;
     let left = written;
     while (rest[0] && left >= rest[0].length) left -= (rest.shift() as Uint8Array).length;
