@@ -846,7 +846,7 @@ async function saveState({ service, state, faults }: Forwarder, cycle: Cycle): P
 async function printStatus({ config, flags, now }: Service<"forwarder">): Promise<number> {
   const all = folders(config.dir);
   const state = await readForwarderState(config.dir);
-  const isWanted = (host: string) => !flags.host || host === flags.host;
+  const isWanted = (host: string) => parseHost(host) === host && (!flags.host || host === flags.host);
   const hosts: { host: string; waiting: number; oldest?: string }[] = [];
   for (const host of (await listHosts(config.dir)).filter(isWanted)) {
     const [oldest, ...more] = await listBatches(all.host(host), "sealed");

@@ -11,7 +11,7 @@
  * there. So nothing is lost or doubled. Sealing and forgetting are the store's, once a second, by the same rules.
  */
 import { createPrivateKey, X509Certificate } from "node:crypto";
-import { readFileSync, statSync } from "node:fs";
+import { closeSync, openSync, readFileSync, statSync } from "node:fs";
 import { access, constants, readFile, rm, statfs, writeFile } from "node:fs/promises";
 import { createServer } from "node:net";
 import { dirname, join } from "node:path";
@@ -103,6 +103,7 @@ async function main(service: Service<"receiver">): Promise<number> {
   const ports = groups.map((group) => new Port(receiver, group, app));
   for (const port of ports) port.listen();
   process.on("SIGHUP", () => void reload(service, receiver));
+  watchDescriptors(ports, receiver);
   const state = new StateFile(receiver, ports);
   await loop(
     async () => {
@@ -218,18 +219,7 @@ class Port {
     if (!tls || stamp === this.#stamp) return;
     try {
       const next = readTls(tls);
-      const old = this.#server;
-      const closed = old?.close(); // connections that are open keep what they have
-      closed?.catch(() => {});
-      for (let tries = 1; ; tries++) {
-        try {
-          this.#serve(next);
-          break;
-        } catch (error) {
-          if (tries === 20) throw error;
-          await wait(50);
-        }
-      }
+      await this.#listenAgain(next);
       this.#stamp = stamp;
       log.info("certificate renewed", { port: this.port, until: certificateEnd(next) });
       this.#faults.recovered("tls", "certificate is valid again");
@@ -241,9 +231,62 @@ class Port {
     }
   }
 
+  /** New connections come to a new server; what the old one has in hand is answered, or cut off with `force`. */
+  async #listenAgain(tls: Tls | undefined, force = false): Promise<void> {
+    this.#server?.close(force).catch(() => {});
+    for (let tries = 1; ; tries++) {
+      try {
+        this.#serve(tls);
+        return;
+      } catch (error) {
+        if (tries === 20) throw error;
+        await wait(50); // the old one may hold the port for a moment
+      }
+    }
+  }
+
+  /**
+   * Strangers' open connections must not take the descriptors that files need. The runtime does not say which are
+   * idle: all are cut off, and senders repeat what had no answer.
+   */
+  async shed(): Promise<void> {
+    const { config } = this.#receiver;
+    this.#faults.failed("shed", "descriptors are scarce: connections are cut off", { port: this.port });
+    await this.#listenAgain(readTls(config.tls), true);
+  }
+
   close(): Promise<void> {
     return this.#server?.close() ?? Promise.resolve();
   }
+}
+
+/** Descriptors that are kept for files. */
+const RESERVED_DESCRIPTORS = 64;
+const DESCRIPTORS_EVERY_MS = 250;
+
+/** Looks now and then whether descriptors become scarce; the system gives the lowest free number, so one tells. */
+function watchDescriptors(ports: Port[], { log, signal }: Receiver): void {
+  let most: number;
+  try {
+    most = Number(/^Max open files\s+(\d+)/m.exec(readFileSync("/proc/self/limits", "utf8"))?.[1]);
+  } catch {
+    return; // not Linux, or not permitted, as by Deno
+  }
+  let lowest = 0;
+  const look = async () => {
+    try {
+      lowest = openSync("/dev/null", "r");
+      closeSync(lowest);
+    } catch {
+      lowest = most;
+    }
+    if (lowest < most - RESERVED_DESCRIPTORS) return;
+    for (const port of ports) await port.shed();
+  };
+  loop(() => look().catch((error) => log.error("port lost", { error: errorMessage(error) })), {
+    everyMs: DESCRIPTORS_EVERY_MS,
+    signal,
+  });
 }
 
 function stampOf(tls: ReceiverConfig["tls"]): string {
@@ -410,7 +453,7 @@ export function createApp(receiver: Receiver) {
   app.get(UPLOAD_PATH, async (c) => {
     const { host, stream } = parseStreamHeaders(c.req.raw.headers);
     receiver.access.authorise(host, c.req.raw.headers, c.env);
-    const [found] = await store.streams(host, [stream], {}, c.env.peer);
+    const [found] = (await store.knows(host)) ? await store.streams(host, [stream], {}, c.env.peer) : [];
     return found ? c.body(null, 200, { [HEADER.offset]: String(found.offset) }) : c.body(null, 404);
   });
 
@@ -643,7 +686,12 @@ function renderMetrics({ counts, intake, refusals, store }: Receiver, status: St
     ["refused_total", "counter", "Requests refused, by status and reason", refused],
     ["last_seen_timestamp_seconds", "gauge", "When a sender was heard of", told((h) => h.heardAt / 1000)],
     ["last_line_timestamp_seconds", "gauge", "When its last line came", told((h) => h.lineAt / 1000)],
-    ["lag_bytes", "gauge", "Bytes that a sender still has to ship", told((h) => h.lag)],
+    [
+      "lag_bytes",
+      "gauge",
+      "Bytes that a sender still has to ship",
+      told((h) => store.senders.get(h.host)?.ledger.facts.lag ?? h.lag),
+    ],
     ["lost_bytes_total", "counter", "Bytes that vanished before they were read", told((h) => h.lost)],
     [
       "gone_bytes_total",

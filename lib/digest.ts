@@ -17,6 +17,7 @@ import { join } from "node:path";
 import { z } from "zod";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
 import { appendDurably, makeFolder, readIfExists, writeDurably } from "./durable.ts";
+import { parseHost } from "./host.ts";
 import { readLedger } from "./ledger.ts";
 import { readState, writeState } from "./state.ts";
 
@@ -150,6 +151,7 @@ interface HostSeen {
 export async function lookAtHosts(dir: string, now: number) {
   const hosts: HostSeen[] = [];
   for (const host of await listHosts(dir)) {
+    if (parseHost(host) !== host) continue; // lost+found
     const ledger = await readLedger(folders(dir).host(host));
     if (!ledger || now - ledger.heardAt > KNOWN_MS) continue;
     const {
@@ -163,6 +165,8 @@ export async function lookAtHosts(dir: string, now: number) {
     // Twice: a listing may miss a file that is renamed meanwhile, but not in both.
     const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
     const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);
+    const isOurs = (name: string) => parseBatchName(name)?.host === dashedHost(host);
+    if (names.size > 0 && ![...names].some(isOurs)) continue; // a copy of a host's folder, made by hand
     const lost = ledger.lost + gone;
     hosts.push({ host, zone, through, contestedUntil, skipped, untimed, lost, waiting: countHours(names) });
   }

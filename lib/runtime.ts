@@ -29,10 +29,10 @@ export interface ServeOptions {
   fetch: (request: Request, peer: string, names?: string[]) => Response | Promise<Response>;
 }
 
-/** A listening server. `close` stops accepting and ends when the requests in hand are answered. */
+/** A listening server. `close` stops accepting and ends when the requests in hand are answered, or cuts them off with `force`. */
 export interface Server {
   port: number;
-  close: () => Promise<void>;
+  close: (force?: boolean) => Promise<void>;
 }
 
 // The few members of each runtime that are used, so that neither runtime's checker needs the other's types.
@@ -93,7 +93,7 @@ function serveOnBun(runtime: BunRuntime, options: ServeOptions): Server {
       return options.fetch(withUrl(request), self.requestIP(request)?.address ?? "");
     },
   });
-  return { port: server.port, close: () => server.stop() };
+  return { port: server.port, close: (force) => server.stop(force) };
 }
 
 /** A request without a Host, as health checks send it by HTTP/1.0, has only a path for an URL. */
@@ -142,9 +142,10 @@ function serveNamed(runtime: BunRuntime, options: ServeOptions): Server {
   front.listen(options.port, options.hostname);
   const address = front.address();
   const port = typeof address === "object" && address ? address.port : options.port;
-  const close = async () => {
+  const close = async (force?: boolean) => {
     front.close();
-    await inner.stop();
+    if (force) for (const socket of sockets) socket.destroy();
+    await inner.stop(force);
     for (const socket of sockets) socket.destroy();
   };
   return { port, close };

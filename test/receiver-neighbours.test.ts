@@ -2,13 +2,25 @@
  * One bad neighbour stops nobody: attacks on real sockets with a good sender beside them, each bounded in time, and
  * what the log and the state file say of them.
  */
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { chmod, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { connect, type Socket } from "node:net";
 import { join } from "node:path";
 import { HEADER } from "../lib/chunk.ts";
 import { type Post, post } from "./sending.ts";
-import { accessLine, freePort, onCleanup, startScript, tempFolder, until, writeConfig } from "./support.ts";
+import {
+  accessLine,
+  freePort,
+  onCleanup,
+  ROOT,
+  start,
+  startScript,
+  tempFolder,
+  until,
+  writeConfig,
+} from "./support.ts";
+
+setDefaultTimeout(60_000);
 
 const LINE = accessLine(1);
 const GOOD = "a-good-token-of-24-signs";
@@ -143,6 +155,7 @@ describe("a stranger", () => {
       ),
     );
     expect(row).toMatchObject({ peer: "127.0.0.1", host: "10.0.0.1", reason: "unknown token", count: 50 });
+    await receiver.says("token of another host");
     const lines = receiver.output.split("\n").filter((line) => line.includes("request refused"));
     expect(lines.length).toBe(2);
     expect(lines[0]).toMatch(
@@ -150,6 +163,33 @@ describe("a stranger", () => {
     );
     expect(receiver.output).not.toContain("guess");
     expect(receiver.output).not.toContain(GOOD);
+  });
+
+  test("who holds more connections than there are descriptors does not keep files from being opened", async () => {
+    const folder = await tempFolder();
+    const port = await freePort();
+    const config = await writeConfig(folder, {
+      receiver: { dir: join(folder, "data"), groups: [{ port, senders: ["*"] }] },
+    });
+    const command = `ulimit -n 256; exec "${process.execPath}" run "${join(ROOT, "receiver.ts")}" --config "${config}"`;
+    const receiver = start("bash", ["-c", command]);
+    await receiver.says("receiver listens");
+    let offset = 0;
+    const send = async (window: string) => {
+      const line = accessLine(1, `22/Nov/2026:${window}:01 +0600`);
+      const answer = await fetch(post(`http://127.0.0.1:${port}`, line, { offset })).catch(() => undefined);
+      if (answer?.status === 200) offset += line.length;
+      return answer?.status === 200;
+    };
+    expect(await send("00:20")).toBe(true);
+    for (let i = 0; i < 400; i++) connect(port, "127.0.0.1").on("error", () => {});
+    await receiver.says("descriptors are scarce");
+    for (let hour = 1; hour < 10; hour++) {
+      const started = performance.now();
+      await until("a line of a new window is stored", () => send(`0${hour}:20`), 5000);
+      expect(performance.now() - started).toBeLessThan(2000);
+    }
+    expect(await receiver.stop()).toBe(0);
   });
 
   test("learns nothing of hosts and ports: every answer without a token is 401", async () => {

@@ -285,6 +285,7 @@ async function placeOf(dir: string, host: string, parts: Parts, log: Log): Promi
 export function loseBytes(log: Log, ledger: Ledger, host: string, file: string, bytes: number): void {
   log.error("acknowledged bytes are gone from the disk", { host, file, bytes });
   ledger.facts.gone = (ledger.facts.gone ?? 0) + bytes;
+  ledger.lost += bytes;
 }
 
 // ---- a sender's folder
@@ -335,7 +336,7 @@ async function recoverBatches(
       if (size < batch.bytes) loseBytes(log, ledger, host, name, batch.bytes - size);
       batch.bytes = size;
     } else if (isComplete)
-      await truncate(path, 0); // not acknowledged, or the journal writes it again
+      await rm(path); // not acknowledged, or the journal writes it again
     else await adopt(host, path, name, ledger, log);
   }
   for (const [name, { bytes }] of ledger.open) {
@@ -354,8 +355,7 @@ async function cutBack(path: string, committed: number): Promise<number> {
 
 /** Takes up a part that no ledger knows: all of it may have been acknowledged, up to its last `\n`. */
 async function adopt(host: string, path: string, name: string, ledger: Ledger, log: Log): Promise<void> {
-  const at = Date.now();
-  const batch: OpenBatch = { bytes: 0, lines: 0, endsAt: 0, at, firstAt: at };
+  const batch: OpenBatch = { bytes: 0, lines: 0, endsAt: 0, at: 0, firstAt: 0 };
   let read = 0;
   for await (const block of createReadStream(path) as AsyncIterable<Buffer>) {
     for (let end = block.indexOf(0x0a); end >= 0; end = block.indexOf(0x0a, end + 1)) {

@@ -117,6 +117,8 @@ interface Draft {
   /** Lengths of batches that it adds to, and the batches that it begins, by window. */
   lengths: Map<string, number>;
   begun: Map<string, string>;
+  /** Windows that its lines are of. */
+  windows: Set<string>;
   givenWayAt: number;
 }
 
@@ -176,7 +178,12 @@ export class Sender implements Place {
     this.#journal = journal;
     this.#lock = lock;
     this.#openedAt = options.now();
-    for (const name of ledger.open.keys()) this.#batches.set(parseBatchName(name)?.window ?? "", name);
+    const length = options.windowMinutes * 60_000;
+    for (const [name, batch] of ledger.open) {
+      this.#batches.set(parseBatchName(name)?.window ?? "", name);
+      // One of the future, or this clock was set back: it is not waited for.
+      if (batch.endsAt - length > this.#openedAt) batch.endsAt = this.#openedAt + length;
+    }
   }
 
   lose(file: string, bytes: number): void {
@@ -248,7 +255,7 @@ export class Sender implements Place {
     if (head !== undefined) state.head = head;
     const draft: Draft = {
       ...{ chunk, now, state, runs: [], from: state.pieceFrom ?? offset, lines: 0, untimed: 0, ahead: 0 },
-      ...{ lengths: new Map(), begun: new Map(), givenWayAt: performance.now() },
+      ...{ lengths: new Map(), begun: new Map(), windows: new Set(), givenWayAt: performance.now() },
     };
     if (chunk.begin === "again" || this.#isUnsure(chunk, offset)) this.#doubtNames(now);
     if (body.length > 0) await this.#fileLines(draft, offset);
@@ -289,9 +296,10 @@ export class Sender implements Place {
     let run = { window: previous, from: pos, lines: 0 };
     for (let end = pos < 0 ? -1 : body.indexOf(LF, pos); end >= 0; end = body.indexOf(LF, pos)) {
       const window = this.#windowOf(draft, findWindow(body, pos, end), previous);
-      if (window.name !== run.window?.name) {
+      if (window.name !== run.window?.name || window.endsAt !== run.window.endsAt) {
         if (run.lines > 0) this.#addRun(draft, run.window as Window, run.from, pos, run.lines);
         run = { window, from: pos, lines: 0 };
+        draft.windows.add(window.name);
       }
       run.lines++;
       previous = window;
@@ -320,7 +328,7 @@ export class Sender implements Place {
       return found;
     }
     draft.untimed++;
-    const isOpen = previous && (this.#batches.has(previous.name) || draft.begun.has(previous.name));
+    const isOpen = previous && (this.#batches.has(previous.name) || draft.windows.has(previous.name));
     return isOpen ? previous : windowOfArrival(draft.now, windowMinutes);
   }
 
@@ -329,7 +337,11 @@ export class Sender implements Place {
       this.#batches.get(window.name) ?? draft.begun.get(window.name) ?? this.#beginBatch(draft, window.name);
     const at =
       draft.lengths.get(batch) ?? this.#lengths.get(batch)?.bytes ?? this.ledger.open.get(batch)?.bytes ?? 0;
-    draft.runs.push({ batch, at, from, to, lines, endsAt: window.endsAt, ...(piece && { piece }) });
+    const length = this.options.windowMinutes * 60_000;
+    // A window of the future, by a clock that is ahead, has ended so long after its first line came.
+    const isFirst = draft.begun.has(window.name);
+    const endsAt = window.endsAt - length <= draft.now ? window.endsAt : isFirst ? draft.now + length : 0;
+    draft.runs.push({ batch, at, from, to, lines, endsAt, ...(piece && { piece }) });
     draft.lengths.set(batch, at + (piece?.length ?? 0) + to - from);
     draft.lines += lines;
   }
@@ -615,13 +627,7 @@ export class Sender implements Place {
 
   /** The open batches that may be sealed now. */
   due(): string[] {
-    const {
-      windowMinutes,
-      sealAfterSeconds,
-      sealLatestSeconds,
-      maxWindowsPerHost,
-      now: clock,
-    } = this.options;
+    const { sealAfterSeconds, sealLatestSeconds, maxWindowsPerHost, now: clock } = this.options;
     const now = clock();
     const isNew = !this.#isHeard && Math.abs(now - this.#openedAt) < sealLatestSeconds * 1000;
     if (isNew || this.broken !== undefined) return [...this.#finishing];
@@ -629,10 +635,9 @@ export class Sender implements Place {
     for (const [name, batch] of this.ledger.open) {
       if (batch.at > now) batch.at = now; // the clock was set back: wait once more, not until it is there again
       const firstAt = Math.min(batch.firstAt ?? batch.at, now);
-      const length = windowMinutes * 60_000;
-      const end = batch.endsAt - length > firstAt ? firstAt + length : batch.endsAt; // a window of the future
-      const isQuiet = now >= end && now - batch.at >= sealAfterSeconds * 1000;
-      if (isQuiet || now >= Math.max(end, firstAt) + sealLatestSeconds * 1000) names.push(name);
+      const isQuiet = now >= batch.endsAt && now - batch.at >= sealAfterSeconds * 1000;
+      const isLate = now >= Math.max(batch.endsAt, firstAt) + sealLatestSeconds * 1000;
+      if (isQuiet || isLate) names.push(name);
     }
     const open = [...this.ledger.open].filter(([name]) => !names.includes(name));
     open.sort(([, a], [, b]) => a.at - b.at);
@@ -761,7 +766,9 @@ function compare(chunk: Chunk, known: Stream | undefined): "take" | "ahead" | "c
   if (offset === undefined) return "take";
   // Version 1.0 has no marks: its unknown streams are begun at whatever offset it says.
   if (!known) return begin !== undefined || mark === undefined ? "take" : "unknown";
-  if (offset > known.offset) return begin === undefined && end !== offset ? "ahead" : "conflict";
+  // 1.0 has one chunk on its way: one of it that is ahead has nothing before it.
+  if (offset > known.offset)
+    return mark !== undefined && begin === undefined && end !== offset ? "ahead" : "conflict";
   if (offset < known.offset) return "conflict";
   const isOther = mark !== undefined && known.mark !== undefined && offset > 0 && from !== known.mark;
   return isOther ? "conflict" : "take";

@@ -51,7 +51,6 @@ export class Store {
   readonly #gone = new Map<string, number>();
   #aheadBytes = 0;
   #newNames = { minute: 0, count: 0 };
-  #starting: Promise<void> | undefined;
 
   constructor(options: Options) {
     this.#options = options;
@@ -67,7 +66,8 @@ export class Store {
 
   /** Opens every sender that `isOurs` and has something on disk, so that what is due is sealed without it. */
   async start(isOurs: (host: string) => boolean): Promise<void> {
-    await this.#begin();
+    await makeFolder(this.#options.dir);
+    await replayJournals(this.#options.dir, this.#journal.id, this.#options.log);
     for (const host of await listHosts(this.#options.dir)) {
       const folder = join(this.#options.dir, host);
       const names = await readdir(folder).catch(() => [] as string[]); // not ours: lost+found
@@ -78,18 +78,16 @@ export class Store {
     await this.#openAll();
   }
 
-  /** The journal's lock, before its first record; journals of dead processes are replayed first. */
-  #begin(): Promise<void> {
-    this.#starting ??= (async () => {
-      const { dir, log } = this.#options;
-      await makeFolder(dir);
-      this.#lock = await holdLock(journalLock(dir, this.#journal.id), "The journal");
-      await replayJournals(dir, this.#journal.id, log);
-    })();
-    this.#starting.catch(() => {
-      this.#starting = undefined;
-    });
-    return this.#starting;
+  /** The journal's lock, held before its first record. */
+  async #lockJournal(): Promise<void> {
+    const { dir } = this.#options;
+    await makeFolder(dir);
+    this.#lock ??= await holdLock(journalLock(dir, this.#journal.id), "The journal");
+  }
+
+  /** Whether this host was ever heard; makes nothing on disk. */
+  async knows(host: string): Promise<boolean> {
+    return this.senders.has(host) || (await exists(join(this.#options.dir, host, LEDGER)));
   }
 
   /** Takes a chunk and gives its outcome once that is on stable storage. Throws a StoreError. */
@@ -169,7 +167,7 @@ export class Store {
   async #openNow(host: string): Promise<Sender> {
     const options = this.#options;
     try {
-      await this.#begin();
+      await this.#lockJournal();
       await this.#admit(host);
       const folder = join(options.dir, host);
       await makeFolder(folder, 0o770);
@@ -338,8 +336,10 @@ export class Store {
     const isEmpty = this.#journal.paths.length === 0;
     this.senders.clear();
     this.#parts.closeAll();
-    this.#lock?.release();
-    if (isEmpty && this.#lock)
+    const lock = this.#lock;
+    this.#lock = undefined;
+    lock?.release();
+    if (isEmpty && lock)
       await removeDurably(journalLock(this.#options.dir, this.#journal.id)).catch(() => {});
   }
 }

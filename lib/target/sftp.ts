@@ -13,11 +13,13 @@ import ssh2 from "ssh2";
 import { type Config, readSecret } from "../config.ts";
 import { BLOCK_BYTES, Refusal, type RemoteFile, type Target, TargetFault, tempName } from "./target.ts";
 
-/** Bytes of one file on their way at once: as much as OpenSSH's sftp sends and its server's window takes. */
-const WINDOW_BYTES = 2 * 1024 * 1024;
+/** Bytes of one file on their way at once: half of what a server of OpenSSH takes, for memory and caches. */
+const WINDOW_BYTES = 1_048_576;
 /** The largest write that every server takes (draft-ietf-secsh-filexfer-02 section 3); ssh2 splits what is larger. */
 const USUAL_BYTES = 31_952;
 const READ_BYTES = 31_952;
+/** So much is written to the socket at once, then it does not wait for more. */
+const GATHER_BYTES = 131_072;
 /** A slow disk or line: what closes, syncs or renames a file, and what is on its way, gets a second more for so many bytes. */
 const SLOW_DISK = 4 * 1024 * 1024;
 const SLOW_LINE = 65_536;
@@ -180,6 +182,7 @@ function connect(
     const timer = setTimeout(() => failed(new Error(`no login within ${timeoutMs} ms`)), timeoutMs);
     signal.addEventListener("abort", onAbort, { once: true });
     socket.on("error", () => {}); // ssh2 tells it, unless the connection was given up before
+    gatherWrites(socket);
     client.on("error", failed).on("close", onClose); // a late error must find a listener: it stays
     client.on("change password", () => {
       trace.expired = true;
@@ -210,6 +213,26 @@ function connect(
       failed(Object.assign(error as Error, { level: "client-authentication" }));
     }
   });
+}
+
+/** ssh2 writes a packet in pieces: those of one turn of the event loop go to the kernel together. */
+function gatherWrites(socket: Socket): void {
+  const write = socket.write.bind(socket) as (data: Uint8Array) => boolean;
+  let pieces: Uint8Array[] = [];
+  let bytes = 0;
+  const flush = () => {
+    const [only] = pieces;
+    if (only) write(pieces.length === 1 ? only : Buffer.concat(pieces));
+    pieces = [];
+    bytes = 0;
+  };
+  socket.write = ((data: Uint8Array) => {
+    if (pieces.length === 0) setImmediate(flush);
+    pieces.push(data);
+    bytes += data.length;
+    if (bytes >= GATHER_BYTES) flush();
+    return true;
+  }) as typeof socket.write;
 }
 
 /**
@@ -424,8 +447,12 @@ class SftpTarget implements Target {
       const synced = this.#sync(path, handle, bytes);
       closed = true;
       const close = this.#close(path, handle, bytes);
-      const [stats] = await Promise.all([early, noRoom(synced), noRoom(close)]);
-      // What the open file said counts only where names are told to nobody: object stores say 0, or nothing.
+      const atOnce = this.#ask<Stats>(`look at "${path}"`, (done) => this.#sftp.stat(path, done)).catch(
+        ifRefused,
+      );
+      const [stats, , , named] = await Promise.all([early, noRoom(synced), noRoom(close), atOnce]);
+      if (named?.size === bytes) return;
+      // Some know a file only after CLOSE. What the open file said counts only where names are told to nobody.
       const found = await this.look(written);
       const size = found?.bytes ?? (this.#isBlind ? stats?.size : undefined);
       if (size === bytes || (size === undefined && this.direct)) return; // direct: an importer may take it at once
