@@ -1,12 +1,26 @@
 /**
  * `npm run build` makes dist/shipper.js … dist/housekeep.js: each one self-contained file for `bun run`, for hosts
  * without node_modules. `npm run build:bin` makes dist/log-rt-sync-shipper …: executables for hosts without Bun,
- * for this machine's system and processor. Neither fetches anything.
+ * for this machine's system and processor. What goes onto hosts is built from packages of a locked install of its own
+ * (a copy of package.json and bun.lock in a temporary folder), whose hashes bun.lock holds; `--here` takes the
+ * node_modules of this checkout as they are, and fetches nothing. SHA256SUMS stands beside the outputs.
  *
  * Each output is made beside its final name and renamed, so that a build that fails leaves the last good one.
  */
 import { spawnSync } from "node:child_process";
-import { mkdirSync, renameSync, rmSync, statSync } from "node:fs";
+import { createHash } from "node:crypto";
+import {
+  cpSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
+import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { sections } from "../lib/config.ts";
@@ -26,10 +40,10 @@ function buildFlags(compile: boolean): string[] {
 }
 
 /** Builds one script; the name of the file that it made, or undefined when it failed. */
-function build(script: string, outdir: string, compile: boolean): string | undefined {
+function build(source: string, script: string, outdir: string, compile: boolean): string | undefined {
   const file = join(outdir, compile ? `log-rt-sync-${script}` : `${script}.js`);
   const fresh = `${file}.new`;
-  const args = ["build", ...buildFlags(compile), `--outfile=${fresh}`, join(root, `${script}.ts`)];
+  const args = ["build", ...buildFlags(compile), `--outfile=${fresh}`, join(source, `${script}.ts`)];
   const { status, stderr } = spawnSync(process.execPath, args, { cwd: outdir, encoding: "utf8" });
   if (status !== 0) {
     process.stderr.write(`${script}: ${stderr}`);
@@ -40,15 +54,55 @@ function build(script: string, outdir: string, compile: boolean): string | undef
   return file;
 }
 
+/** A copy of the sources with packages as bun.lock has them, in a temporary folder. */
+function lockedSources(): string {
+  const folder = mkdtempSync(join(tmpdir(), "log-rt-sync-build-"));
+  const scripts = Object.keys(sections).map((script) => `${script}.ts`);
+  for (const name of [...scripts, "lib", "package.json", "bun.lock"]) {
+    cpSync(join(root, name), join(folder, name), { recursive: true });
+  }
+  const args = ["install", "--frozen-lockfile", "--production", "--omit=optional", "--ignore-scripts"];
+  const { status, stderr } = spawnSync(process.execPath, args, { cwd: folder, encoding: "utf8" });
+  if (status === 0) return folder;
+  rmSync(folder, { recursive: true, force: true });
+  process.stderr.write(`the packages of bun.lock cannot be installed: ${stderr}`);
+  process.exit(1);
+}
+
+/** What `sha256sum -c SHA256SUMS` reads, for all that was built here, renamed into place. */
+function writeSums(outdir: string): void {
+  const names = readdirSync(outdir).filter((name) => /^(\w+\.js|log-rt-sync-\w+|.+\.deb)$/.test(name));
+  const sum = (name: string) =>
+    createHash("sha256")
+      .update(readFileSync(join(outdir, name)))
+      .digest("hex");
+  const fresh = join(outdir, "SHA256SUMS.new");
+  writeFileSync(
+    fresh,
+    names
+      .sort()
+      .map((name) => `${sum(name)}  ${name}\n`)
+      .join(""),
+  );
+  renameSync(fresh, join(outdir, "SHA256SUMS"));
+}
+
 const { values } = parseArgs({
-  options: { compile: { type: "boolean", default: false }, outdir: { type: "string", default: "dist" } },
+  options: {
+    compile: { type: "boolean", default: false },
+    here: { type: "boolean", default: false },
+    outdir: { type: "string", default: "dist" },
+  },
 });
 const outdir = resolve(root, values.outdir);
 mkdirSync(outdir, { recursive: true });
+const source = values.here ? root : lockedSources();
 let failed = 0;
 for (const script of Object.keys(sections)) {
-  const file = build(script, outdir, values.compile);
+  const file = build(source, script, outdir, values.compile);
   if (file) process.stdout.write(`${file}  ${formatBytes(statSync(file).size)}\n`);
   else failed++;
 }
+if (!values.here) rmSync(source, { recursive: true, force: true });
+if (failed === 0) writeSums(outdir);
 process.exit(failed === 0 ? 0 : 1);

@@ -66,6 +66,21 @@ describe.skipIf(missing({ "systemd-analyze": "systemd" }))("systemd units", () =
     }
   });
 
+  test("a fault of flags or config is final, a reload is a signal, each service has a user that sysusers makes", async () => {
+    const users = await readFile(join(folder, "log-rt-sync.sysusers.conf"), "utf8");
+    for (const service of services) {
+      const text = await readFile(join(folder, service), "utf8");
+      const user = /^User=(.+)$/m.exec(text)?.[1];
+      expect(users).toMatch(new RegExp(`^u ${user} `, "m"));
+      if (!text.includes("Restart=always")) continue;
+      expect(text).toContain("\nRestartPreventExitStatus=2 78\n");
+      expect(text).toContain("\nExecReload=/bin/kill -HUP $MAINPID\n");
+    }
+    const shared = await readFile(join(folder, "log-rt-sync-.service.d/hardening.conf"), "utf8");
+    expect(shared).toContain("\nPrivateUsers=yes\n");
+    expect(shared).not.toMatch(/^User=/m);
+  });
+
   test("each service starts a script that is there, with a flag that it knows", async () => {
     for (const service of services) {
       const text = await readFile(join(folder, service), "utf8");
