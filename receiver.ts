@@ -674,7 +674,7 @@ function renderMetrics({ counts, intake, refusals, store }: Receiver, status: St
     ["skipped_lines_total", "counter", "Lines that rules of the sender left out", facts("skipped")],
     ["untimed_lines_total", "counter", "Lines without a timestamp", facts("untimed")],
     ["ahead_lines_total", "counter", "Lines of a clock that is ahead", facts("ahead")],
-    ["undelivered_bytes", "gauge", "Bytes in batches that still take lines", openBytes(store)],
+    ["undelivered_bytes", "gauge", "Bytes in batches that are not delivered yet", undelivered(store)],
     ["open_batches", "gauge", "Batches that still take lines", told((h) => h.open)],
     ["sealed_batches", "gauge", "Sealed batches that wait for the forwarder", told((h) => h.waiting)],
     ["failed_batches", "gauge", "Batches in failed/", told((h) => h.failed)],
@@ -686,9 +686,10 @@ function renderMetrics({ counts, intake, refusals, store }: Receiver, status: St
   return rows.map(formatRow).join("") + formatCommits(counts);
 }
 
-function openBytes(store: Store): Sample[] {
+function undelivered(store: Store): Sample[] {
   return [...store.senders].map(([host, { ledger }]) => {
-    const bytes = [...ledger.open.values()].reduce((sum, batch) => sum + batch.bytes, 0);
+    const waiting = [...ledger.sealed.values()].filter(({ waits }) => waits);
+    const bytes = [...ledger.open.values(), ...waiting].reduce((sum, batch) => sum + batch.bytes, 0);
     return [{ host }, bytes];
   });
 }
