@@ -61,7 +61,7 @@ import {
 import { writeState } from "./lib/state.ts";
 import { createStatusReader, type Status } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
-import { busy, Intake, release } from "./lib/store/intake.ts";
+import { Intake, release } from "./lib/store/intake.ts";
 import { createStore, type Outcome, type Store, StoreError } from "./lib/store/store.ts";
 import { compileFormat, createWindowFinder } from "./lib/store/window.ts";
 
@@ -81,8 +81,6 @@ const RETRY_AFTER_SECONDS = "1";
 const BROWSER_LOGIN = 'Basic realm="log-rt-sync"';
 /** How long open connections may take to end after SIGTERM; what is in hand is answered long before. */
 const CLOSE_MS = 2000;
-/** New names by the token of `*`. */
-const NEW_A_MINUTE = 60;
 /** A token that can be guessed: fewer signs than 96 bits in base64. */
 const SHORT_TOKEN = 16;
 
@@ -339,9 +337,6 @@ export class Receiver {
   readonly status: () => Promise<Status>;
   readonly #monitor: MonitorConfig | undefined;
   #forgetsAt = Number.NEGATIVE_INFINITY;
-  readonly #faults: FaultLog;
-  readonly #newNames = new Set<string>();
-  #minute = 0;
 
   constructor(config: ReceiverConfig, { log, now, signal, monitor }: ReceiverOptions) {
     this.config = config;
@@ -353,7 +348,6 @@ export class Receiver {
     this.access = new Access(config, { log, now, expected: monitor?.expected ?? [] });
     this.intake = new Intake(config);
     this.refusals = new Refusals(log, now);
-    this.#faults = createFaultLog(log, now);
     this.store = createStore(this.#storeOptions(config));
     this.status = createStatusReader(config, {
       now,
@@ -363,7 +357,7 @@ export class Receiver {
 
   #storeOptions(config: ReceiverConfig) {
     const findWindow = createWindowFinder(config.windowMinutes, config);
-    const isListed = (host: string) => this.access.isNamed(host);
+    const isListed = (host: string) => !this.access.isUnnamed(host);
     return { ...config, findWindow, isListed, log: this.log, now: this.now };
   }
 
@@ -382,27 +376,6 @@ export class Receiver {
     this.intake.limits = this.config;
     this.store.configure(this.#storeOptions(this.config));
     return kept;
-  }
-
-  /**
-   * Who holds the token of `*` can make names: they have half of `maxHosts`, and NEW_A_MINUTE of it in a minute, so that
-   * there is room for the hosts that somebody named. Throws a WireError (503).
-   */
-  admitName(host: string): void {
-    const { senders } = this.store;
-    const { maxHosts } = this.config;
-    if (senders.has(host)) return;
-    if (senders.size >= 0.8 * maxHosts)
-      this.#faults.failed("hosts", "nearly as many hosts as may be", { hosts: senders.size, maxHosts });
-    if (!this.access.isUnnamed(host)) return;
-    const minute = Math.floor(this.now() / 60_000);
-    if (minute !== this.#minute) this.#newNames.clear();
-    this.#minute = minute;
-    if (!this.#newNames.has(host) && this.#newNames.size >= NEW_A_MINUTE)
-      throw busy('new hosts by the token of "*" in a minute');
-    const unnamed = [...senders.keys()].filter((name) => this.access.isUnnamed(name)).length;
-    if (unnamed >= maxHosts / 2) throw busy('hosts by the token of "*"');
-    this.#newNames.add(host);
   }
 
   /** Forgets the hosts that `--forget` named. */
@@ -499,7 +472,6 @@ async function takeChunk(receiver: Receiver, c: HttpContext): Promise<Response> 
   const { headers } = c.req.raw;
   const chunk = parseChunkHeaders(headers);
   const peer = access.authorise(chunk.host, headers, c.env);
-  receiver.admitName(chunk.host);
   return intake.take(chunk.host, c.req.raw, async ({ body, encoded }) => {
     const range = chunk.end - chunk.offset;
     if (body.length > range)
@@ -702,7 +674,7 @@ function renderMetrics({ counts, intake, refusals, store }: Receiver, status: St
     ["skipped_lines_total", "counter", "Lines that rules of the sender left out", facts("skipped")],
     ["untimed_lines_total", "counter", "Lines without a timestamp", facts("untimed")],
     ["ahead_lines_total", "counter", "Lines of a clock that is ahead", facts("ahead")],
-    ["undelivered_bytes", "gauge", "Bytes in batches that still take lines", openBytes(store)],
+    ["undelivered_bytes", "gauge", "Bytes in batches that are not delivered yet", undelivered(store)],
     ["open_batches", "gauge", "Batches that still take lines", told((h) => h.open)],
     ["sealed_batches", "gauge", "Sealed batches that wait for the forwarder", told((h) => h.waiting)],
     ["failed_batches", "gauge", "Batches in failed/", told((h) => h.failed)],
@@ -714,9 +686,10 @@ function renderMetrics({ counts, intake, refusals, store }: Receiver, status: St
   return rows.map(formatRow).join("") + formatCommits(counts);
 }
 
-function openBytes(store: Store): Sample[] {
+function undelivered(store: Store): Sample[] {
   return [...store.senders].map(([host, { ledger }]) => {
-    const bytes = [...ledger.open.values()].reduce((sum, batch) => sum + batch.bytes, 0);
+    const waiting = [...ledger.sealed.values()].filter(({ waits }) => waits);
+    const bytes = [...ledger.open.values(), ...waiting].reduce((sum, batch) => sum + batch.bytes, 0);
     return [{ host }, bytes];
   });
 }

@@ -105,7 +105,7 @@ test("parseRecord() refuses what is not a record", () => {
     expect(parseRecord(line)).toBeUndefined();
 });
 
-test("readLedger() and readSealed() tell an absent file from an empty one, and skip what is not a batch", async () => {
+test("readLedger() and readSealed() tell an absent file from an empty one, and take over the names of version 1.0", async () => {
   const folder = await tempFolder();
   expect(await readLedger(folder)).toBeUndefined();
   expect(await readSealed(folder)).toEqual([]);
@@ -115,7 +115,11 @@ test("readLedger() and readSealed() tell an absent file from an empty one, and s
   const text =
     formatRecord({ forgotten: "26112206_00-19" }) + formatRecord(batch) + formatRecord(batch).slice(0, 20);
   await writeFile(join(folder, ".ledger-sealed"), text);
-  expect(await readSealed(folder)).toEqual([batch]);
+  expect(await readSealed(folder)).toEqual([{ ...batch, waits: true }]);
+  expect(await readLedger(folder)).toMatchObject({
+    used: new Map([["26112206_20-39", 1]]),
+    unsure: "26112206_00-19",
+  });
 });
 
 describe("createLedgerReader()", () => {

@@ -68,6 +68,7 @@ describe("/metrics", () => {
     expect(value("lag_bytes", host)).toBe(5000);
     expect(value("lost_bytes_total", host)).toBe(42);
     expect(value("open_batches", host)).toBe(1);
+    expect(value("undelivered_bytes", host)).toBe(2 * LINE.length);
     expect(value("sealed_batches", host)).toBe(0);
     expect(value("disk_free_bytes")).toBeGreaterThan(0);
     const commits = families.get(`${PREFIX}commit_duration_seconds`);

@@ -161,11 +161,6 @@ export class Access {
     }
   }
 
-  /** Whether somebody listed this name, gave it a token or expects it. */
-  isNamed(host: string): boolean {
-    return this.#named.get(dashedHost(host)) === host;
-  }
-
   /** A name that nobody listed must not have the file names of one that somebody did, or of an address. */
   #checkName(host: string): void {
     const dashed = dashedHost(host);

@@ -224,7 +224,7 @@ const unpackZstd = promisify(zstdDecompress) as (
   options: ZstdOptions,
 ) => Promise<Uint8Array>;
 
-export function busy(what: string): WireError {
+function busy(what: string): WireError {
   return new WireError(503, `too many ${what}`, `too many ${what}`);
 }
 

@@ -145,9 +145,7 @@ export class Journal {
     entry.seq = ++this.#seq;
     return new Promise((resolve, reject) => {
       this.#pending.push({ entry, body, synced, resolve, reject });
-      this.#writing ??= this.#drain().finally(() => {
-        this.#writing = undefined;
-      });
+      this.#writing ??= this.#drain();
     });
   }
 
@@ -159,6 +157,7 @@ export class Journal {
         await this.#write(group);
       } catch (error) {
         this.#fault = error;
+        this.#writing = undefined;
         for (const { reject } of [...group, ...this.#pending.splice(0)]) reject(error);
         return;
       }
@@ -167,6 +166,7 @@ export class Journal {
         resolve();
       }
     }
+    this.#writing = undefined; // in the same turn: what is appended from now on begins anew
   }
 
   #takeGroup(): Pending[] {
