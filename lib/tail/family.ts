@@ -13,7 +13,7 @@
 
 import { errorMessage } from "../service.ts";
 import { type LogFile, matchesSignature, openLog, UnfinishedFile } from "./file.ts";
-import { recover, skipOldFiles, wasShipped } from "./firstlook.ts";
+import { recover, skipOldFiles } from "./firstlook.ts";
 import { checkComplete, findOwner } from "./owner.ts";
 import { listSiblings, look, type Sibling } from "./rotation.ts";
 import {
@@ -47,7 +47,8 @@ export async function scanFamily(family: Family, context: ScanContext): Promise<
   const live = files.find(({ path }) => path === family.path);
   const siblings = files.filter((file) => file !== live);
   family.liveKey = live?.key;
-  if (family.start === "first" && family.streams.length === 0 && (await wasShipped(family, files, context)))
+  // No cursor: only when the receiver knows nothing of this host, this is the very first start.
+  if (family.start === "first" && family.streams.length === 0 && (await context.known()).length > 0)
     family.start = "recover";
   if (family.start === "recover" && !(await recover(family, files, context))) {
     family.unsettled = true;
@@ -67,6 +68,7 @@ export async function scanFamily(family: Family, context: ScanContext): Promise<
     else if (!(await claim(family, file, file === live, located, context))) waiting = true;
   }
   family.start = "known";
+  family.scannedAt = time;
   family.streams = inOrder(family.streams, located, files);
   if (waiting) family.scanAt = Math.min(family.scanAt, time + 1000);
   // What was rotated while we were away goes before the live file, if it is settled soon.
@@ -252,7 +254,8 @@ async function settleOrphans(
       settled = false;
       continue;
     }
-    const committed = stream.id === undefined ? 0 : ((await context.ask(stream.id)) ?? 0);
+    const [found] = stream.id === undefined ? [] : await context.ask([stream.id]);
+    const committed = found?.offset ?? 0;
     stream.offset = Math.max(stream.offset, committed);
     stream.done = true;
     context.changed();

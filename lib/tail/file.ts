@@ -19,7 +19,7 @@ const NEWLINE = 0x0a;
 export const MARK_BYTES = 1024;
 
 /** How many marks a stream keeps: the head, the newest, and ever fewer of the older ones. */
-const MARKS = 12;
+const MARKS = 32;
 
 /** A hash of the `length` bytes before `end`. */
 export interface Mark {
@@ -217,6 +217,18 @@ export async function matchesSignature(
     if (markOf(bytes, mark.end).hash !== mark.hash) return false;
   }
   return marks.length > 0;
+}
+
+/** The marks up to the newest one that the file still holds and at which a line ends. */
+export async function newestFit(file: LogFile, marks: Mark[]): Promise<Mark[]> {
+  const bytes = new Uint8Array(MARK_BYTES);
+  for (let i = marks.length - 1; i >= 0; i--) {
+    const { end, length, hash } = marks[i] as Mark;
+    const seen = bytes.subarray(0, length);
+    const isWhole = (await file.read(seen, end - length)) === length && seen.at(-1) === NEWLINE;
+    if (isWhole && markOf(seen, end).hash === hash) return marks.slice(0, i + 1);
+  }
+  return [];
 }
 
 // ---- lines
