@@ -347,12 +347,9 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
     }
   } catch (error) {
     if (error instanceof Refused) pass.waitMs = error.waitMs;
-    else if (error instanceof Unanswered) {
-      faults.failed("ask", "receiver does not say where the streams stand: held, and tried again", {
-        error: error.message,
-      });
-      pass.waitMs = FAULT_MS;
-    } else {
+    else if (error instanceof Unanswered)
+      pass.waitMs = FAULT_MS; // told already
+    else {
       tellFault(shipper, `folder ${family.path}`, "cannot look for log file", family.path, error);
       pass.waitMs = FAULT_MS;
     }
@@ -451,7 +448,7 @@ async function beat(shipper: Shipper): Promise<void> {
 
 /** Asks where the streams stand, and takes what is told. False when it was not answered. */
 async function askOnce(shipper: Shipper): Promise<boolean> {
-  const { transfer, faults, signal, now } = shipper;
+  const { transfer, signal, now } = shipper;
   const asked = new Map<string, { stream: Stream; offset: number }>();
   for (const { streams } of shipper.families.values()) {
     for (const stream of streams) {
@@ -461,7 +458,6 @@ async function askOnce(shipper: Shipper): Promise<boolean> {
   }
   try {
     const told = await transfer.ask([...asked.keys()], through(shipper));
-    faults.recovered("ask", "receiver says where the streams stand", {});
     for (const [id, { stream, offset }] of asked) {
       const found = told.find((status) => status.stream === id);
       if (stream.id === id) takeStatus(shipper, stream, found, offset, now());
@@ -470,8 +466,7 @@ async function askOnce(shipper: Shipper): Promise<boolean> {
   } catch (error) {
     if (signal.aborted) return false;
     if (!(error instanceof Unanswered)) throw error;
-    faults.failed("ask", "receiver does not say where the streams stand", { error: error.message });
-    return false;
+    return false; // told already
   }
 }
 

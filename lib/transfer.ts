@@ -21,7 +21,7 @@ import {
   wholeLines,
 } from "./tail/file.ts";
 import { drawName, type Stream } from "./tail/streams.ts";
-import { type Answer, type Chunk, createUploader, encodeBody } from "./upload.ts";
+import { type Answer, type Chunk, createUploader, encodeBody, Unanswered } from "./upload.ts";
 
 /** Chunks in hand at once over all files: two buffers each, so that memory does not grow with the files. */
 const TRANSFERS = 3;
@@ -93,9 +93,14 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
 
     /** What the receiver knows of streams, of all of this host without names. Throws Unanswered. */
     async ask(names?: string[], through?: number): Promise<StreamStatus[]> {
-      const told = await uploader.ask(config.host, names, { ...news(0), ...(through && { through }) });
-      transfer.heardAt = now();
-      return told;
+      try {
+        const told = await uploader.ask(config.host, names, { ...news(0), ...(through && { through }) });
+        isAnswered();
+        return told;
+      } catch (error) {
+        if (error instanceof Unanswered) isRefused(error.status, error.reason);
+        throw error;
+      }
     },
 
     /** Ships a stream up to the present end of its open file. Throws Refused, Truncated, the system's error. */
@@ -211,27 +216,33 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     const answer = await uploader.send({ ...news(chunk.end - chunk.offset), ...chunk }).finally(() => {
       transfer.inFlight--;
     });
-    const { receiver } = config;
     if (answer.kind === "refused") {
-      const { status, reason, waitMs } = answer;
-      failing.add(status);
-      const fields = { receiver, status: status || undefined, reason };
-      faults.failed(`receiver ${status}`, "receiver does not take chunks: held, and tried again", fields);
-      throw new Refused(waitMs);
+      isRefused(answer.status, answer.reason);
+      throw new Refused(answer.waitMs);
     }
     if (answer.kind === "tooLarge") {
       halve();
       return answer;
     }
-    transfer.heardAt = now();
-    for (const status of failing)
-      faults.recovered(`receiver ${status}`, "receiver takes chunks again", { receiver });
-    failing.clear();
+    isAnswered();
     if (answer.kind !== "stored") return answer;
     transfer.sent.lines += answer.lines;
     transfer.sent.bytes += chunk.end - chunk.offset;
     if (chunk.end > chunk.offset) transfer.sent.chunks++;
     return answer;
+  }
+
+  function isRefused(status: number, reason: string): void {
+    failing.add(status);
+    const fields = { receiver: config.receiver, status: status || undefined, reason };
+    faults.failed(`receiver ${status}`, "receiver does not take chunks: held, and tried again", fields);
+  }
+
+  function isAnswered(): void {
+    transfer.heardAt = now();
+    for (const status of failing)
+      faults.recovered(`receiver ${status}`, "receiver takes chunks again", { receiver: config.receiver });
+    failing.clear();
   }
 
   function halve(): void {

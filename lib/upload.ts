@@ -141,9 +141,11 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
 /** The question where streams stand was not answered. */
 export class Unanswered extends Error {
   readonly status: number;
+  readonly reason: string;
   constructor(what: string, status: number, reason: string) {
     super(`${what}: ${status > 0 ? `it answered ${status}, ${reason}` : reason}`);
     this.status = status;
+    this.reason = reason;
   }
 }
 

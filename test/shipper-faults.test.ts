@@ -302,7 +302,7 @@ describe("killed", () => {
     expectTags(receiver.stored(sender.host), tagsOf(Buffer.concat(sender.written).toString()));
   });
 
-  test.each(["commit:written", "commit:synced", "commit:appended", "commit:recorded"])(
+  test.each(["journal:written", "journal:synced", "store:synced", "store:noted"])(
     "the receiver at %s: the shipper waits for the next one, every line once",
     async (step) => {
       const own = await startRealReceiver();
