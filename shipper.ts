@@ -40,7 +40,7 @@ import {
   readCursor,
   writeCursor,
 } from "./lib/tail/cursor.ts";
-import { scanFamily } from "./lib/tail/family.ts";
+import { scanFamily, settleUnasked } from "./lib/tail/family.ts";
 import { type LogFile, MARK_BYTES, newestFit, openLog } from "./lib/tail/file.ts";
 import { expandFiles, look, whyNotFollowed } from "./lib/tail/rotation.ts";
 import {
@@ -336,6 +336,7 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
     faults.recovered(`folder ${family.path}`, "folder can be read again", { path: family.path });
     if (live) faults.recovered(`kind ${family.path}`, "log file can be followed", { path: family.path });
     else await tellKind(shipper, family);
+    await settleUnasked(family, shipper.context);
     const streams = family.start === "recover" ? [] : [...family.streams]; // all of them are found first
     for (const stream of streams) {
       if (family.liveHeld && stream === liveStream(family)) continue;

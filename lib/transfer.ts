@@ -23,8 +23,10 @@ import {
 import { drawName, type Stream } from "./tail/streams.ts";
 import { type Answer, type Chunk, createUploader, encodeBody, Unanswered } from "./upload.ts";
 
-/** Chunks in hand at once over all files: two buffers each, so that memory does not grow with the files. */
+/** Files in hand at once: a buffer each, so that memory does not grow with the files. */
 const TRANSFERS = 3;
+/** On a link on which a chunk takes so long, one is on its way. */
+const SLOW_MS = 2_000;
 /** The smallest chunk that a 413 can lead to. */
 const MIN_CHUNK_BYTES = 4096;
 
@@ -66,6 +68,21 @@ interface Prepared {
   full: boolean;
 }
 
+/** A chunk on its way. */
+interface Flown extends Prepared {
+  answer: Promise<Answer>;
+  /** When it was sent, ms of the monotonic clock. */
+  sentAt: number;
+}
+
+/** The chunks of one stream that are on their way, oldest first. */
+interface Flight {
+  flying: Flown[];
+  buffer: Buffer<ArrayBuffer>;
+  /** One at a time, until the next 200. */
+  isSingle: boolean;
+}
+
 export type Transfer = ReturnType<typeof createTransfer>;
 
 /** The transfers of one shipper: they share the connection, the buffers and the counters. */
@@ -105,40 +122,28 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
 
     /** Ships a stream up to the present end of its open file. Throws Refused, Truncated, the system's error. */
     async drain(stream: Stream): Promise<void> {
-      const [a, b] = await buffers.take();
+      const buffer = await buffers.take();
+      const flight: Flight = { flying: [], buffer, isSingle: false };
       try {
         if (stream.offset === 0) await skipHole(stream);
         takeWayBack(stream);
-        let next = await prepare(stream, stream.offset, stream.signature.marks, a);
-        for (let turn = 1; next !== undefined && !signal.aborted; turn++) {
-          const { chunk, marks, full, head }: Prepared = next;
-          const other = turn % 2 === 1 ? b : a;
-          const ahead = full ? prepare(stream, chunk.end, marks, other) : Promise.resolve(undefined);
-          ahead.catch(() => {}); // looked at when its turn comes
-          let answer: Answer;
-          try {
-            answer = await send({
-              ...chunk,
-              ...(stream.begin && { begin: stream.begin }),
-              ...((stream.begin || head) && headOf(stream.signature.head)),
-            });
-          } finally {
-            // Before the buffers and the file go to somebody else, nobody may still read into them.
-            await ahead.catch(() => {});
-          }
+        let next: Prepared | undefined;
+        do {
+          next = await fill(stream, flight, next);
+          const first = flight.flying.shift();
+          if (!first) return;
+          const answer = await first.answer;
           failpoint("shipper:answered");
-          if (answer.kind === "stored") {
-            stream.offset = answer.offset;
-            stream.signature = { ...stream.signature, marks };
-            delete stream.begin;
-            transfer.moved = true;
-          } else if (answer.kind === "moved") await moveTo(stream, answer.offset, answer.mark);
-          else if (answer.kind === "unknown") await askAgain(stream);
-          const isNext = answer.kind === "stored" && !takeWayBack(stream);
-          next = isNext ? await ahead : await prepare(stream, stream.offset, stream.signature.marks, other);
-        }
+          if (answer.kind === "stored") isStored(stream, first, flight);
+          if (answer.kind !== "stored" || takeWayBack(stream)) {
+            await goBack(stream, flight, answer);
+            next = undefined;
+          } else next = first;
+        } while (!signal.aborted);
       } finally {
-        buffers.give([a, b]);
+        // Before the buffers and the file go to somebody else, nobody may still read into them.
+        await settleFlight(stream, flight);
+        buffers.give(buffer);
       }
     },
   };
@@ -147,6 +152,66 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
   function news(ahead: number): SenderNews {
     const { shipper, lost } = transfer;
     return { lag: Math.max(0, lag() - ahead), lost, shipper, agent: `log-rt-sync/${VERSION}` };
+  }
+
+  /**
+   * Sends as many chunks as may be on their way: one for a stream that begins and after an answer that was not a 200 until
+   * the next one, or when one takes long; else `inFlight`. `last` is the one that was answered last.
+   */
+  async function fill(
+    stream: Stream,
+    flight: Flight,
+    last: Prepared | undefined,
+  ): Promise<Prepared | undefined> {
+    const { flying } = flight;
+    const most = stream.begin || flight.isSingle ? 1 : config.inFlight;
+    let before = flying.at(-1) ?? last;
+    while (flying.length < most && !signal.aborted && (before?.full ?? true)) {
+      const offset = before?.chunk.end ?? stream.offset;
+      const marks = before?.marks ?? stream.signature.marks;
+      const next = await prepare(stream, offset, marks, flight.buffer);
+      if (!next) break;
+      const chunk = {
+        ...next.chunk,
+        ...(stream.begin && { begin: stream.begin }),
+        ...((stream.begin || next.head) && headOf(stream.signature.head)),
+      };
+      const flown = { ...next, answer: send(chunk), sentAt: performance.now() };
+      flown.answer.catch(() => {}); // looked at when its turn comes
+      flying.push(flown);
+      before = flown;
+    }
+    return before;
+  }
+
+  function isStored(stream: Stream, { chunk, marks, sentAt }: Flown, flight: Flight): void {
+    flight.isSingle = performance.now() - sentAt > SLOW_MS;
+    stream.offset = chunk.end;
+    stream.signature = { ...stream.signature, marks };
+    delete stream.begin;
+    transfer.moved = true;
+  }
+
+  /** After a 409 all that is on its way is waited for; it goes on from the highest offset that was told. */
+  async function goBack(stream: Stream, flight: Flight, first: Answer): Promise<void> {
+    const answers = [first, ...(await settleFlight(stream, flight))];
+    flight.isSingle = true;
+    const moved = answers.filter((answer) => answer.kind === "moved");
+    const [highest] = moved.sort((a, b) => b.offset - a.offset);
+    if (highest && highest.offset !== stream.offset) await moveTo(stream, highest.offset, highest.mark);
+    else if (highest && first.kind === "moved") await moveTo(stream, highest.offset, highest.mark);
+    else if (answers.some(({ kind }) => kind === "unknown")) await askAgain(stream);
+  }
+
+  /** Waits for all answers. What was stored behind a chunk whose answer was lost counts: the receiver stores in order. */
+  async function settleFlight(stream: Stream, flight: Flight): Promise<Answer[]> {
+    const answers: Answer[] = [];
+    for (const flown of flight.flying.splice(0)) {
+      const answer = await flown.answer.catch(() => undefined);
+      if (answer?.kind === "stored") isStored(stream, flown, flight);
+      else if (answer) answers.push(answer);
+    }
+    return answers;
   }
 
   /**
@@ -221,7 +286,7 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
       throw new Refused(answer.waitMs);
     }
     if (answer.kind === "tooLarge") {
-      halve();
+      if (chunk.end - chunk.offset <= chunkBytes) halve(); // others of the same size may be told so, too
       return answer;
     }
     isAnswered();
@@ -389,25 +454,23 @@ function chooseLines(bytes: Buffer<ArrayBuffer>, inLine: boolean, skip: Buffer[]
   return bytes.subarray(0, first + kept.length);
 }
 
-type Pair = [Buffer<ArrayBuffer>, Buffer<ArrayBuffer>];
-
-/** The buffers of the chunks in hand: made when first needed, handed from stream to stream. */
+/** The buffers of the files in hand: made when first needed, handed from stream to stream. */
 function createBuffers(size: number) {
-  const free: Pair[] = [];
-  const waiting: ((pair: Pair) => void)[] = [];
+  const free: Buffer<ArrayBuffer>[] = [];
+  const waiting: ((buffer: Buffer<ArrayBuffer>) => void)[] = [];
   let made = 0;
   return {
-    take(): Promise<Pair> {
-      const pair = free.pop();
-      if (pair) return Promise.resolve(pair);
+    take(): Promise<Buffer<ArrayBuffer>> {
+      const buffer = free.pop();
+      if (buffer) return Promise.resolve(buffer);
       if (made >= TRANSFERS) return new Promise((resolve) => waiting.push(resolve));
       made++;
-      return Promise.resolve([Buffer.allocUnsafeSlow(size), Buffer.allocUnsafeSlow(size)]);
+      return Promise.resolve(Buffer.allocUnsafeSlow(size));
     },
-    give(pair: Pair): void {
+    give(buffer: Buffer<ArrayBuffer>): void {
       const next = waiting.shift();
-      if (next) next(pair);
-      else free.push(pair);
+      if (next) next(buffer);
+      else free.push(buffer);
     },
   };
 }

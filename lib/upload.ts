@@ -201,7 +201,8 @@ export function encodeBody(
   body: Uint8Array<ArrayBuffer>,
   compression: Config["shipper"]["compression"],
 ): Pick<Chunk, "body" | "encoding"> {
-  if (compression === "none" || body.length < COMPRESS_FROM) return { body, encoding: "identity" };
+  if (compression === "none" || body.length < COMPRESS_FROM)
+    return { body: new Uint8Array(body), encoding: "identity" };
   const encoded =
     compression === "gzip"
       ? gzipSync(body, { level: 1 })

@@ -47,6 +47,8 @@ const family = z.object({
   since: z.number(),
   /** How the first look takes what it finds; absent once that look is over. */
   start: z.enum(["first", "new", "recover"]).optional(),
+  /** The receiver was not asked yet what it knows of these files. */
+  unasked: z.boolean().optional(),
   streams: z.array(stream),
 });
 

@@ -7,7 +7,15 @@ import { formatMark, parseMarkLength, type StreamStatus } from "../chunk.ts";
 import { contentStart, type LogFile, openLog, UnfinishedFile } from "./file.ts";
 import { findOwner } from "./owner.ts";
 import type { Sibling } from "./rotation.ts";
-import { beginStream, endOf, type Family, isCompressed, type ScanContext, type Stream } from "./streams.ts";
+import {
+  beginStream,
+  endOf,
+  type Family,
+  goOnAt,
+  isCompressed,
+  type ScanContext,
+  type Stream,
+} from "./streams.ts";
 
 /** At the very first look, a rotated file written within this time (ms) may still get lines. */
 const STILL_WRITTEN_MS = 60_000;
@@ -73,10 +81,7 @@ async function recoverFile(
   const past = place === undefined && known;
   const offset = past && !file.compression ? await endOf(file) : 0;
   const stream = await beginStream(family, file, place?.offset ?? offset, context);
-  if (place) {
-    stream.id = place.stream;
-    if (place.delivered !== undefined) stream.delivered = place.delivered;
-  }
+  if (place) goOnAt(stream, place);
   if (past) leaveAlone(stream, context);
   return place !== undefined;
 }
@@ -97,7 +102,7 @@ function leaveAlone(stream: Stream, { log }: ScanContext): void {
 }
 
 /** Where the receiver stands with a file: the stream whose head and mark it holds, of several the longest. */
-async function askPlace(
+export async function askPlace(
   family: Family,
   file: LogFile,
   context: ScanContext,

@@ -3,7 +3,7 @@
  * streams of one live file and its rotated siblings. Here a stream begins, gets its name, is opened, and is done.
  */
 import { randomBytes } from "node:crypto";
-import type { StreamStatus } from "../chunk.ts";
+import { parseMarkLength, type StreamStatus } from "../chunk.ts";
 import type { FaultLog, Log } from "../service.ts";
 import type { FamilyState, StreamState } from "./cursor.ts";
 import { type LogFile, MARK_BYTES, openLog, readMark, wholeLines } from "./file.ts";
@@ -53,6 +53,8 @@ export interface Family {
   liveHeld: boolean;
   /** Unknown files that are not ours, as they were when this was found out. */
   ignored: Set<string>;
+  /** The receiver was not asked yet what it knows of these files. */
+  unasked: boolean;
   /** How the first look takes what it finds. */
   start: "known" | "first" | "new" | "recover";
 }
@@ -94,6 +96,7 @@ export function createFamily(path: string, start: Family["start"], now: number, 
     heldUntil: 0,
     liveHeld: false,
     ignored: new Set(),
+    unasked: state?.unasked ?? false,
     start,
   };
 }
@@ -102,7 +105,7 @@ export function createFamily(path: string, start: Family["start"], now: number, 
  * What the cursor keeps of a family. Of one that is being recovered it is only that: from a part of its streams the
  * next start would conclude that the other files are older than the first one.
  */
-export function toState({ since, start, streams }: Family): FamilyState {
+export function toState({ since, start, unasked, streams }: Family): FamilyState {
   const states = streams.map(
     ({
       file,
@@ -118,8 +121,9 @@ export function toState({ since, start, streams }: Family): FamilyState {
       ...state
     }) => state,
   );
-  if (start === "known") return { since, streams: states };
-  return { since, start, streams: start === "recover" ? [] : states };
+  const asked = unasked ? { unasked } : {};
+  if (start === "known") return { since, ...asked, streams: states };
+  return { since, ...asked, start, streams: start === "recover" ? [] : states };
 }
 
 /** The stream of the file that is live now. */
@@ -180,6 +184,15 @@ export async function beginAfterTruncation(
 /** A new name for a stream on the wire: 128 bits, drawn, never made from the file. */
 export function drawName(): string {
   return randomBytes(16).toString("base64url");
+}
+
+/** The receiver has a stream of this file: it goes on there, with its name. */
+export function goOnAt(stream: Stream, { stream: id, offset, delivered, mark }: StreamStatus): void {
+  const length = parseMarkLength(mark ?? "") ?? 0;
+  const hash = mark?.split(":")[1] ?? "";
+  const marks = length > 0 ? [{ end: offset, length, hash }] : [];
+  Object.assign(stream, { id, offset, done: false, signature: { ...stream.signature, marks } });
+  if (delivered !== undefined) stream.delivered = delivered;
 }
 
 /** Opens a stream's file where it was last seen; undefined when another one lies there now. */
