@@ -1,9 +1,22 @@
 /** `--check` finds what only the running host can tell; with `--connect` also what only the servers can. */
 import { describe, expect, test } from "bun:test";
-import { chmod, copyFile, mkdir, readdir, writeFile } from "node:fs/promises";
+import { chmod, copyFile, mkdir, readdir, readFile, writeFile } from "node:fs/promises";
+import { type AddressInfo, createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import type { Section } from "../lib/config.ts";
-import { freePort, missing, ROOT, runScriptOnce, start, tempFolder, writeConfig } from "./support.ts";
+import { fetchWith, serve } from "../lib/runtime.ts";
+import { errorMessage } from "../lib/service.ts";
+import {
+  freePort,
+  missing,
+  onCleanup,
+  ROOT,
+  runScriptOnce,
+  selfSigned,
+  start,
+  tempFolder,
+  writeConfig,
+} from "./support.ts";
 
 /** A folder that nobody can create or write to, root included. */
 const NOWHERE = "/proc/log-rt-sync";
@@ -243,3 +256,64 @@ test.skipIf(process.getuid?.() !== 0 || missing({ runuser: "util-linux" }))(
     );
   },
 );
+
+describe("errorMessage() says in plain words what answered at an address", () => {
+  const kinds: [string, (socket: Socket) => void, "http" | "https", string][] = [
+    [
+      "SSH at an http:// address",
+      (socket) => void socket.write("SSH-2.0-OpenSSH_9\r\n"),
+      "http",
+      "does not speak HTTP",
+    ],
+    [
+      "SSH at an https:// address",
+      (socket) => void socket.write("SSH-2.0-OpenSSH_9\r\n"),
+      "https",
+      "does not speak TLS",
+    ],
+    [
+      "a server that hangs up",
+      (socket) => void socket.destroy(),
+      "http",
+      "it closed the connection without an answer",
+    ],
+  ];
+  test.each(kinds)("%s", async (_, answer, scheme, words) => {
+    const server = createServer((socket) => {
+      socket.on("error", () => {});
+      answer(socket);
+    });
+    await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+    onCleanup(() => server.close());
+    const { port } = server.address() as AddressInfo;
+    expect(await faultOf(`${scheme}://127.0.0.1:${port}/`)).toContain(words);
+  });
+
+  test("nothing that listens, no such name, a certificate of nobody", async () => {
+    expect(await faultOf(`http://127.0.0.1:${await freePort()}/`)).toStartWith("connection refused");
+    expect(await faultOf("http://no-such-host.invalid/")).toStartWith("the name is not known");
+    const { cert, key } = await selfSigned();
+    const tls = { cert: await readFile(cert, "utf8"), key: await readFile(key, "utf8") };
+    const fetch = () => new Response("");
+    const server = serve({
+      hostname: "127.0.0.1",
+      port: 0,
+      maxBodyBytes: 1,
+      idleTimeoutSeconds: 9,
+      tls,
+      fetch,
+    });
+    onCleanup(() => server.close(true));
+    expect(await faultOf(`https://127.0.0.1:${server.port}/`)).toContain("signed by none that is trusted");
+    expect(await faultOf(`http://127.0.0.1:${server.port}/`)).toContain("whether it wants https://");
+  });
+
+  async function faultOf(url: string): Promise<string> {
+    try {
+      await fetchWith({})(url, { signal: AbortSignal.timeout(5000) });
+      return "none";
+    } catch (error) {
+      return errorMessage(error);
+    }
+  }
+});
