@@ -164,9 +164,10 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     last: Prepared | undefined,
   ): Promise<Prepared | undefined> {
     const { flying } = flight;
-    const most = stream.begin || flight.isSingle ? 1 : config.inFlight;
     let before = flying.at(-1) ?? last;
-    while (flying.length < most && !signal.aborted && (before?.full ?? true)) {
+    // A stream may begin here: its first chunk travels alone.
+    const most = () => (stream.id === undefined || stream.begin || flight.isSingle ? 1 : config.inFlight);
+    while (flying.length < most() && !signal.aborted && (before?.full ?? true)) {
       const offset = before?.chunk.end ?? stream.offset;
       const marks = before?.marks ?? stream.signature.marks;
       const next = await prepare(stream, offset, marks, flight.buffer);

@@ -510,7 +510,8 @@ describe("truncated and reused files", () => {
     const config = readFileSync(sender.config, "utf8");
     writeFileSync(sender.config, config.replace(receiver.url, `http://127.0.0.1:${await freePort()}`));
     sender.write(lines("a", 1, 10));
-    const away = await startShipper(sender);
+    const away = sender.start();
+    running.push(away);
     await away.says("receiver does not take chunks");
     sender.rotate();
     sender.write(lines("b", 1, 50));
