@@ -119,6 +119,7 @@ export async function openShipper(
   config: Config["shipper"],
   { log, signal, now }: Pick<Shipper, "log" | "signal" | "now">,
 ): Promise<Shipper> {
+  const found = await findCursor(config, log);
   const faults = createFaultLog(log, now);
   const transfer = createTransfer({
     config,
@@ -173,14 +174,19 @@ export async function openShipper(
       },
     },
   };
-  const found = await readCursor(config.stateDir).catch((): CursorFound => ({ state: "damaged" }));
+  await loadFamilies(shipper, found);
+  return shipper;
+}
+
+/** The cursor, or that there is none; a damaged one is told. */
+async function findCursor({ stateDir }: Config["shipper"], log: Log): Promise<CursorFound> {
+  const found = await readCursor(stateDir).catch((): CursorFound => ({ state: "damaged" }));
   if (found.state === "damaged" || found.state === "older") {
     const instead =
       found.state === "older" ? "the one before it is taken" : "the receiver is asked where each file stands";
-    log.warn("cursor is damaged", { cursor: cursorPath(config.stateDir), instead });
+    log.warn("cursor is damaged", { cursor: cursorPath(stateDir), instead });
   }
-  await loadFamilies(shipper, found);
-  return shipper;
+  return found;
 }
 
 async function loadFamilies(shipper: Shipper, found: CursorFound): Promise<void> {

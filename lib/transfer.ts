@@ -92,6 +92,8 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
   const skip = config.skip.map((rule) => rule.map((text) => Buffer.from(text)));
   /** Statuses that were answered since the last good answer. */
   const failing = new Set<number>();
+  /** The same of the question where the streams stand. */
+  const unanswered = new Set<number>();
   let chunkBytes = config.chunkBytes;
 
   const transfer = {
@@ -112,10 +114,10 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     async ask(names?: string[], through?: number): Promise<StreamStatus[]> {
       try {
         const told = await uploader.ask(config.host, names, { ...news(0), ...(through && { through }) });
-        isAnswered();
+        isAnswered(unanswered);
         return told;
       } catch (error) {
-        if (error instanceof Unanswered) isRefused(error.status, error.reason);
+        if (error instanceof Unanswered) isRefused(unanswered, error.status, error.reason);
         throw error;
       }
     },
@@ -283,14 +285,15 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
       transfer.inFlight--;
     });
     if (answer.kind === "refused") {
-      isRefused(answer.status, answer.reason);
+      isRefused(failing, answer.status, answer.reason);
       throw new Refused(answer.waitMs);
     }
     if (answer.kind === "tooLarge") {
       if (chunk.end - chunk.offset <= chunkBytes) halve(); // others of the same size may be told so, too
       return answer;
     }
-    isAnswered();
+    isAnswered(failing);
+    isAnswered(unanswered);
     if (answer.kind !== "stored") return answer;
     transfer.sent.lines += answer.lines;
     transfer.sent.bytes += chunk.end - chunk.offset;
@@ -298,17 +301,20 @@ export function createTransfer({ config, log, signal, now, faults, lag, named }:
     return answer;
   }
 
-  function isRefused(status: number, reason: string): void {
-    failing.add(status);
+  function isRefused(statuses: Set<number>, status: number, reason: string): void {
+    statuses.add(status);
     const fields = { receiver: config.receiver, status: status || undefined, reason };
     faults.failed(`receiver ${status}`, "receiver does not take chunks: held, and tried again", fields);
   }
 
-  function isAnswered(): void {
+  /** An answered question says nothing of chunks that are refused. */
+  function isAnswered(statuses: Set<number>): void {
     transfer.heardAt = now();
-    for (const status of failing)
+    for (const status of statuses) {
+      statuses.delete(status);
+      if (failing.has(status)) continue;
       faults.recovered(`receiver ${status}`, "receiver takes chunks again", { receiver: config.receiver });
-    failing.clear();
+    }
   }
 
   function halve(): void {
