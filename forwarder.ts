@@ -11,8 +11,7 @@
  * as it is, the next try comes after a growing pause. A file that the server refuses while it takes others goes to
  * failed/ after `retries` tries and is tried from there, ever less often; by `--once` each time.
  */
-import { constants, lstatSync, utimesSync } from "node:fs";
-import { access } from "node:fs/promises";
+import { lstatSync, utimesSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
@@ -93,7 +92,11 @@ async function main(service: Service<"forwarder">): Promise<number> {
   if (flags.resend) return resend(service, String(flags.resend));
   if (flags["test-file"]) return putTestFile(service);
   const faults = checkSecrets(config); // better at the start than at night
-  if (faults.length > 0) throw new ConfigError(faults.map((fault) => `${configFile}: ${fault}`));
+  if (faults.length > 0)
+    throw new ConfigError(
+      faults.map((fault) => `${configFile}: ${fault}`),
+      EXIT.failed,
+    );
   await makeFolder(config.dir);
   await holdLock(join(config.dir, ".forwarder.lock"), `The folder ${config.dir}`);
   const forwarder = await createForwarder(service);
@@ -1041,29 +1044,19 @@ function checkSecrets({ password, privateKey, passphrase }: Settings): string[] 
 }
 
 /** `--check`: folders that can be written, secrets that can be read; with `--connect` also a login. */
-async function checkHost({ config, signal }: Service<"forwarder">, connect: boolean): Promise<string[]> {
-  const faults: string[] = [];
-  const attempt = async (key: string, work: () => unknown) => {
+async function checkHost({ config, signal, checks }: Service<"forwarder">, connect: boolean): Promise<void> {
+  await checks.folder("forwarder.dir", config.dir, "write");
+  await checks.folder("forwarder.report", dirname(config.report), "write");
+  if (!connect || checks.faulty) return;
+  await checks.step(`forwarder.target: ${config.target}`, async () => {
+    const target = await openTarget(config, signal);
     try {
-      await work();
-    } catch (error) {
-      faults.push(`forwarder.${key}: ${errorMessage(error)}`);
+      await createProbe(target)();
+    } finally {
+      target.close();
     }
-  };
-  await attempt("dir", () => access(config.dir, constants.R_OK | constants.W_OK | constants.X_OK));
-  await attempt("report", () => access(dirname(config.report), constants.W_OK | constants.X_OK));
-  faults.push(...checkSecrets(config));
-  if (connect && faults.length === 0) {
-    await attempt("target", async () => {
-      const target = await openTarget(config, signal);
-      try {
-        await createProbe(target)();
-      } finally {
-        target.close();
-      }
-    });
-  }
-  return faults;
+    return "a file was put, renamed and removed there";
+  });
 }
 
 if (import.meta.main) {

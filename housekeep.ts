@@ -296,13 +296,9 @@ function absent(error: NodeJS.ErrnoException): undefined {
   if (error.code !== "ENOENT") throw error;
 }
 
-async function check({ config }: Service<"housekeep">): Promise<string[]> {
-  const faults = checkSchedule(config.schedule).map((fault) => `housekeep.schedule: ${fault}`);
-  const mode = constants.R_OK | constants.W_OK | constants.X_OK;
-  await access(config.dir, mode).catch((error) => {
-    faults.push(`housekeep.dir: ${config.dir}: expected a folder that can be written (${error.code})`);
-  });
-  return faults;
+async function check({ config, checks }: Service<"housekeep">): Promise<void> {
+  for (const fault of checkSchedule(config.schedule)) checks.fault(`housekeep.schedule: ${fault}`);
+  await checks.folder("housekeep.dir", config.dir, "write");
 }
 
 if (import.meta.main) {

@@ -10,9 +10,9 @@
  *
  * One run at a time, by a lock that ends with its process. The exit code is 1 while a mail is not accepted.
  */
-import { access, constants, stat } from "node:fs/promises";
+import { access, constants } from "node:fs/promises";
 import { dirname } from "node:path";
-import { type Config, readSecret } from "./lib/config.ts";
+import type { Config } from "./lib/config.ts";
 import { failpoint, makeFolder } from "./lib/durable.ts";
 import { judge } from "./lib/incident.ts";
 import { holdLock } from "./lib/lock.ts";
@@ -261,31 +261,15 @@ async function printStatus(service: Service<"monitor">): Promise<number> {
 }
 
 /** What only this host can tell of the config; with `connect` also whether the mail server lets us in. */
-async function check({ config, signal }: Service<"monitor">, connect: boolean): Promise<string[]> {
-  const faults: string[] = [];
-  const find = async (key: string, what: string, work: () => unknown) => {
-    try {
-      await work();
-    } catch (error) {
-      faults.push(`monitor.${key}: ${what} (${errorMessage(error)})`);
-    }
-  };
-  faults.push(...checkSchedule(config.schedule).map((fault) => `monitor.schedule: ${fault}`));
-  const stateFolder = dirname(config.stateFile);
-  await find("dir", `${config.dir}: expected a folder that can be read`, () =>
-    access(config.dir, constants.R_OK | constants.X_OK),
-  );
-  await find("stateFile", `${stateFolder}: expected a folder that can be written`, async () => {
-    await access(stateFolder, constants.W_OK | constants.X_OK);
-    if (!(await stat(stateFolder)).isDirectory()) throw new Error("not a folder");
-  });
-  const { password, ca } = config.mail;
-  if (password) await find("mail.password", "expected a secret that can be read", () => readSecret(password));
-  if (ca) await find("mail.ca", `${ca}: expected a file that can be read`, () => access(ca, constants.R_OK));
-  if (connect && faults.length === 0) {
-    await find("mail.smtp", "expected a server that lets us in", () => verifyMail(config.mail, signal));
+async function check({ config, signal, checks }: Service<"monitor">, connect: boolean): Promise<void> {
+  for (const fault of checkSchedule(config.schedule)) checks.fault(`monitor.schedule: ${fault}`);
+  await checks.folder("monitor.dir", config.dir, "read");
+  await checks.folder("monitor.stateFile", dirname(config.stateFile), "write");
+  const { ca } = config.mail;
+  if (ca) await checks.step(`monitor.mail.ca: ${ca}`, () => access(ca, constants.R_OK));
+  if (connect && !checks.faulty) {
+    await checks.step(`monitor.mail.smtp: ${config.mail.smtp}`, () => verifyMail(config.mail, signal));
   }
-  return faults;
 }
 
 if (import.meta.main) {

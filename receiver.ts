@@ -12,9 +12,9 @@
  */
 import { createPrivateKey, X509Certificate } from "node:crypto";
 import { closeSync, openSync, readFileSync, statSync } from "node:fs";
-import { access, constants, readFile, rm, statfs, writeFile } from "node:fs/promises";
+import { readFile, rm, writeFile } from "node:fs/promises";
 import { createServer } from "node:net";
-import { dirname, join } from "node:path";
+import { join } from "node:path";
 import { type Context, Hono, type Next } from "hono";
 import { dashedHost, folders, listBatches, parseBatchName } from "./lib/batch.ts";
 import {
@@ -28,15 +28,7 @@ import {
   UPLOAD_PATH,
   WireError,
 } from "./lib/chunk.ts";
-import {
-  type Config,
-  ConfigError,
-  loadConfig,
-  parseConfig,
-  readSecret,
-  type SecretRef,
-  secretFaults,
-} from "./lib/config.ts";
+import { type Config, ConfigError, parseConfig, secretFaults } from "./lib/config.ts";
 import { exists, makeFolder, writeDurably } from "./lib/durable.ts";
 import { isLoopback, parseHost } from "./lib/host.ts";
 import { readLedger } from "./lib/ledger.ts";
@@ -48,7 +40,6 @@ import {
   EXIT,
   errorMessage,
   type FaultLog,
-  formatBytes,
   type Log,
   loop,
   OperatorError,
@@ -83,26 +74,28 @@ const RETRY_AFTER_SECONDS = "1";
 const BROWSER_LOGIN = 'Basic realm="log-rt-sync"';
 /** How long open connections may take to end after SIGTERM; what is in hand is answered long before. */
 const CLOSE_MS = 2000;
-/** A token that can be guessed: fewer signs than 96 bits in base64. */
-const SHORT_TOKEN = 16;
 
 async function main(service: Service<"receiver">): Promise<number> {
   const { config, log, now, signal } = service;
   if (service.flags.forget !== undefined) return leaveForget(service, String(service.flags.forget));
   const groups = servedGroups(service);
-  const faults = findFaults(config); // else every sender would be refused, without an end
-  if (faults.length > 0) throw new ConfigError(faults.map((fault) => `${service.configFile}: ${fault}`));
+  const { wrong, missing } = findFaults(config); // else every sender would be refused, without an end
+  const faults = [...wrong, ...missing].map((fault) => `${service.configFile}: ${fault}`);
+  if (faults.length > 0) throw new ConfigError(faults, wrong.length > 0 ? EXIT.config : EXIT.failed);
   await prepareFolder(config);
   await lockGroups(config, groups);
   const monitor = await readMonitorSection(service.configFile);
-  for (const warning of findWarnings(config, service.configFile, monitor.fault))
-    log.warn("config", { warning });
+  for (const warning of findWarnings(config, monitor.fault)) log.warn("config", { warning });
   const receiver = createReceiver(config, { log, now, signal, monitor: monitor.section });
   await receiver.store.start((host) => groups.includes(Math.max(0, receiver.access.groupOf(host))));
   const app = createApp(receiver);
   const ports = groups.map((group) => new Port(receiver, group, app));
   for (const port of ports) port.listen();
-  process.on("SIGHUP", () => void reload(service, receiver));
+  service.onReload((next) => {
+    const { wrong, missing } = findFaults(next);
+    if (wrong.length + missing.length > 0) throw new ConfigError([...wrong, ...missing]);
+    return receiver.configure(next);
+  });
   watchDescriptors(ports, receiver);
   const state = new StateFile(receiver, ports);
   await loop(
@@ -118,19 +111,6 @@ async function main(service: Service<"receiver">): Promise<number> {
   await receiver.store.close();
   log.info("receiver stopped");
   return EXIT.done;
-}
-
-/** Takes up the config file as it is now; a faulty one is told, and the old one stays. */
-async function reload({ configFile, log }: Service<"receiver">, receiver: Receiver): Promise<void> {
-  try {
-    const next = await loadConfig(configFile, "receiver");
-    const faults = findFaults(next);
-    if (faults.length > 0) throw new ConfigError(faults);
-    const kept = receiver.configure(next);
-    log.info("config read again", { ...(kept.length > 0 && { needRestart: kept.join(", ") }) });
-  } catch (error) {
-    log.error("config not taken up, the old one stays", { error: errorMessage(error) });
-  }
 }
 
 /** Indexes of the groups that this process serves: all, or the one of `--port`. */
@@ -782,8 +762,8 @@ async function readMonitorSection(file: string): Promise<{ section?: MonitorConf
   }
 }
 
-/** What is wrong with the config beyond its form: tokens, certificate, logFormat, names that are too long. */
-function findFaults(config: ReceiverConfig): string[] {
+/** What is wrong with the config beyond its form (certificate, logFormat, names that are too long), and what of it can't be read. */
+function findFaults(config: ReceiverConfig): { wrong: string[]; missing: string[] } {
   const { tokens = {}, tls, viewToken, logFormat = [], groups } = config;
   const secrets = Object.entries(tokens).flatMap(([host, refs]) =>
     refs.map((token, index) => [refs.length > 1 ? `tokens.${host}[${index}]` : `tokens.${host}`, token]),
@@ -817,26 +797,13 @@ function findFaults(config: ReceiverConfig): string[] {
     }
   }
   if (clientName && !tls?.clientCa) pair.push("receiver.tls.clientName: needs clientCa");
-  return [...unreadable, ...formats, ...names, ...pair];
+  return { wrong: [...formats, ...names, ...pair], missing: unreadable };
 }
 
 /** What works, and should not stay so. */
-function findWarnings(config: ReceiverConfig, configFile: string, monitorFault?: string): string[] {
-  const { tokens, tls, listen, viewToken, timestampPattern, logFormat = [] } = config;
+function findWarnings(config: ReceiverConfig, monitorFault?: string): string[] {
+  const { tokens, tls, listen, timestampPattern, logFormat = [] } = config;
   const warnings: string[] = [];
-  const secrets = Object.entries(tokens ?? {}).flatMap(([host, refs]) =>
-    refs.map((ref) => ({ name: `tokens.${host}`, ref })),
-  );
-  if (viewToken) secrets.push({ name: "viewToken", ref: viewToken });
-  for (const { name, ref } of secrets) {
-    if (readSecretOrNone(ref).length < SHORT_TOKEN)
-      warnings.push(
-        `receiver.${name}: shorter than ${SHORT_TOKEN} characters; make one with: openssl rand -base64 32`,
-      );
-    if ("file" in ref && isReadByOthers(ref.file))
-      warnings.push(`receiver.${name}: others may read ${ref.file}; chmod 640 it`);
-  }
-  if (isReadByOthers(configFile)) warnings.push(`others may read ${configFile}; chmod 640 it`);
   if (tokens && !tls && !isLoopback(listen))
     warnings.push(
       `receiver.tokens: go to ${listen} without TLS, so whoever is on the way reads them; set tls`,
@@ -856,62 +823,24 @@ function findWarnings(config: ReceiverConfig, configFile: string, monitorFault?:
   return warnings;
 }
 
-function readSecretOrNone(ref: SecretRef): string {
-  try {
-    return readSecret(ref);
-  } catch {
-    return "x".repeat(SHORT_TOKEN); // told as a fault
-  }
-}
-
-function isReadByOthers(file: string): boolean {
-  return ((statSync(file, { throwIfNoEntry: false })?.mode ?? 0) & 0o004) !== 0;
-}
-
 /** What only this host can tell, for `--check`: creates nothing. */
-async function checkReceiver({ config, configFile, now }: Service<"receiver">): Promise<string[]> {
-  const faults: string[] = [];
-  const said: string[] = [];
-  const say = (kind: string, text: string) => said.push(`${kind.padEnd(5)} ${text}\n`);
-  const checks = {
-    fault: (text: string) => faults.push(text),
-    warn: (text: string) => say("warn", text),
-    step: async (name: string, work: () => Promise<string>) => {
-      try {
-        say("ok", `${name}: ${await work()}`);
-      } catch (error) {
-        checks.fault(`${name}: ${errorMessage(error)}`);
-      }
-    },
-  };
+async function checkReceiver({ config, configFile, now, checks }: Service<"receiver">): Promise<void> {
+  const { wrong, missing } = findFaults(config);
+  for (const fault of wrong) checks.fault(fault);
+  for (const fault of missing) checks.fault(fault, EXIT.failed);
   const monitor = await readMonitorSection(configFile);
-  for (const fault of findFaults(config)) checks.fault(fault);
-  for (const warning of findWarnings(config, configFile, monitor.fault)) checks.warn(warning);
-  await checks.step(`receiver.dir ${config.dir}`, () => checkFolder(config.dir));
+  for (const warning of findWarnings(config, monitor.fault)) checks.warn(warning);
+  await checks.folder("receiver.dir", config.dir, "make");
   for (const { port } of config.groups) {
-    await checks.step(`port ${config.listen}:${port}`, () => checkPort(config, port, now()));
+    await checks.step(`receiver.groups: ${config.listen}:${port}`, () => checkPort(config, port, now()));
   }
+  if (checks.faulty) return;
   const { tls, logFormat = [] } = config;
-  if (tls)
-    await checks.step(`certificate ${tls.cert}`, async () => `valid until ${certificateEnd(readTls(tls))}`);
+  if (tls) checks.ok(`receiver.tls.cert: ${tls.cert}: valid until ${certificateEnd(readTls(tls))}`);
   for (const format of logFormat) {
-    await checks.step("logFormat", async () => {
-      const { variable, example } = compileFormat(format);
-      return `$${variable} of a line such as ${example(new Date(now()))}`;
-    });
+    const { variable, example } = compileFormat(format);
+    checks.ok(`receiver.logFormat: $${variable} of a line such as ${example(new Date(now()))}`);
   }
-  if (faults.length === 0) process.stdout.write(said.join(""));
-  return faults;
-}
-
-/** The folder, or the one that it will be made in, can be written to. */
-async function checkFolder(dir: string): Promise<string> {
-  let folder = dir;
-  while (!(await exists(folder)) && folder !== dirname(folder)) folder = dirname(folder);
-  await access(folder, constants.W_OK | constants.X_OK);
-  const { bavail, blocks, bsize } = await statfs(folder);
-  if (blocks === 0) throw new Error(`${folder} is no place for files`); // /proc takes no folder, also of root
-  return `${folder === dir ? "" : "will be made, "}${formatBytes(bavail * bsize)} free`;
 }
 
 /** A port that can be listened on, or that a receiver of this folder listens on. */

@@ -4,9 +4,9 @@
  */
 import { readFileSync, statSync } from "node:fs";
 import { readFile } from "node:fs/promises";
-import { hostname } from "node:os";
+import { hostname, userInfo } from "node:os";
 import { z } from "zod";
-
+import { explainIssue, explainJson, type SchemaNode, unknownKey } from "./explain.ts";
 import { addressIsValid, isLoopback, overlaps, parseHost, senderIsValid } from "./host.ts";
 
 const secret = z
@@ -326,11 +326,18 @@ export type Section = keyof typeof sections;
 export type Config = { [S in Section]: z.infer<(typeof sections)[S]> };
 export type SecretRef = z.infer<typeof secret>;
 
-/** Faults of the config or of what it names, one per line. Exit code 78 (EX_CONFIG of sysexits.h). */
+/**
+ * Faults of the config or of what it names, one per line. Exit code 78 (EX_CONFIG of sysexits.h) for what stands in the
+ * file; 1 when all of it is what the file names and can't be had now.
+ */
 export class ConfigError extends Error {
   override name = "ConfigError";
-  constructor(faults: string[]) {
+  readonly faults: string[];
+  readonly code: 78 | 1;
+  constructor(faults: string[], code: 78 | 1 = 78) {
     super(faults.join("\n"));
+    this.faults = faults;
+    this.code = code;
   }
 }
 
@@ -345,19 +352,46 @@ export async function loadConfig<S extends Section>(file: string, section: S): P
   try {
     text = await readFile(file, "utf8");
   } catch (error) {
-    const hint = "copy config.example.json, or name another file with --config";
-    throw new ConfigError([`${file}: cannot be read (${(error as NodeJS.ErrnoException).code}): ${hint}`]);
+    throw new ConfigError([`${file}: cannot be read ${whyUnreadable(file, error as NodeJS.ErrnoException)}`]);
   }
   return parseConfig(text, section, file);
 }
 
+/** Why a config file can't be read, and what to do: whose it is and who reads it when that is the reason. */
+function whyUnreadable(file: string, { code }: NodeJS.ErrnoException): string {
+  if (code === "ENOENT" || code === "ENOTDIR")
+    return `(${code}): copy config.example.json, or name another file with --config`;
+  if (code !== "EACCES" && code !== "EPERM") return `(${code})`;
+  try {
+    const { uid, gid, mode } = statSync(file);
+    const rights = (mode & 0o777).toString(8).padStart(4, "0");
+    return `(${code}): it belongs to ${nameOf("passwd", uid)}:${nameOf("group", gid)} with mode ${rights}, and is read by ${reader()}`;
+  } catch {
+    return `(${code}): a folder above it is closed to ${reader()}`;
+  }
+}
+
+function reader(): string {
+  try {
+    return userInfo().username;
+  } catch {
+    return String(process.getuid?.()); // of no name, as in a container
+  }
+}
+
+function nameOf(table: "passwd" | "group", id: number): string {
+  const lines = readFileSync(`/etc/${table}`, "utf8").split("\n");
+  return lines.find((line) => line.split(":")[2] === String(id))?.split(":")[0] ?? String(id);
+}
+
 /** The section of a config's text; `file` is for messages. Throws a ConfigError. */
 export function parseConfig<S extends Section>(text: string, section: S, file = "config.json"): Config[S] {
+  const plain = text.replace(/^\uFEFF/, ""); // some editors put a byte order mark there
   let json: unknown;
   try {
-    json = JSON.parse(text.replace(/^\uFEFF/, "")); // some editors put a byte order mark there
-  } catch (error) {
-    throw new ConfigError([`${file}: is no JSON: ${(error as Error).message}`]);
+    json = JSON.parse(plain);
+  } catch {
+    throw new ConfigError([`${file}: is no JSON: ${explainJson(plain) ?? "it can't be read"}`]);
   }
   if (typeof json !== "object" || json === null || Array.isArray(json)) {
     throw new ConfigError([`${file}: expected an object with the section "${section}"`]);
@@ -365,57 +399,16 @@ export function parseConfig<S extends Section>(text: string, section: S, file = 
   const known = ["$schema", ...Object.keys(sections)];
   const faults = Object.keys(json)
     .filter((key) => !known.includes(key))
-    .map((key) => `${file}: ${key}: unknown key; expected ${known.join(", ")}`);
-  if (!(section in json)) faults.push(`${file}: ${section}: missing; this script needs that section`);
+    .map((key) => `${key}: ${unknownKey(key, known)}`);
+  const own = (json as Record<string, unknown>)[section];
+  if (own === undefined) faults.push(`${section}: missing; this script needs that section`);
   else {
-    const result = sections[section].safeParse((json as Record<string, unknown>)[section]);
+    const result = sections[section].safeParse(own);
     if (result.success && faults.length === 0) return result.data as Config[S];
-    for (const issue of result.error?.issues ?? [])
-      faults.push(...explainIssue(issue, `${file}: ${section}`, json));
+    const schema = schemaOf(section);
+    for (const issue of result.error?.issues ?? []) faults.push(...explainIssue(issue, section, own, schema));
   }
-  throw new ConfigError(faults);
-}
-
-/** Keys of earlier versions, and what stands in their place. */
-const GONE: Record<string, string> = {
-  "forwarder.manifest": 'gone; "digest": true puts a file for sha256sum -c beside the batches of each hour',
-  "forwarder.knownHosts": "gone; hostKey takes the fingerprints: ssh-keygen -lf KNOWN_HOSTS shows them",
-};
-
-/** One line per fault: where, what is wrong, what was found. */
-function explainIssue(issue: z.core.$ZodIssue, where: string, json: object): string[] {
-  const keys = [where.split(": ").at(-1) ?? "", ...issue.path.map(String)];
-  const at = [where, ...issue.path.map(String)].join(".");
-  if (issue.code === "unrecognized_keys") {
-    const section = where.split(": ").at(-1);
-    return issue.keys.map(
-      (key) =>
-        `${at}.${key}: ${GONE[`${section}.${key}`] ?? "unknown key; see config.example.json for the known ones"}`,
-    );
-  }
-  let found: unknown = json;
-  for (const key of keys) found = (found as Record<string, unknown> | undefined)?.[key];
-  if (found === undefined && issue.code !== "custom") return [`${at}: missing; ${expectation(issue)}`];
-  const isSecret = keys.some((key) =>
-    ["token", "tokens", "password", "privateKey", "passphrase"].includes(key),
-  );
-  const shown =
-    found === undefined || isSecret || typeof found === "object" ? "" : ` (found ${withoutPassword(found)})`;
-  const text =
-    issue.code === "invalid_union" && isSecret
-      ? 'expected {"env": "NAME"} or {"file": "/path"}'
-      : issue.message;
-  return [`${at}: ${text}${shown}`];
-}
-
-/** A value as it stands in the file; a password that someone put into a URL must not reach a log. */
-function withoutPassword(value: unknown): string {
-  return JSON.stringify(value).replace(/(:\/\/[^/@:]*):[^/]*@/, "$1:…@");
-}
-
-function expectation(issue: z.core.$ZodIssue): string {
-  if (issue.code === "invalid_type") return `expected ${issue.expected}`;
-  return issue.message.replace(/^Invalid input: /, "");
+  throw new ConfigError(faults.map((fault) => `${file}: ${fault}`));
 }
 
 // ---- secrets
@@ -423,35 +416,50 @@ function expectation(issue: z.core.$ZodIssue): string {
 const secretFiles = new Map<string, { mtimeMs: number; ino: number; value: string }>();
 
 /**
- * The value of a secret, a file's without its last line break. A file is read again when it has changed, so
- * that a new token needs no restart. Throws a ConfigError that names the variable or file, never the value.
+ * The value of a secret without white space around it. A file is read again when it has changed, so that a new token
+ * needs no restart. Throws a ConfigError that names the variable or file, never the value.
  */
 export function readSecret(ref: SecretRef): string {
   if ("env" in ref) {
-    const value = process.env[ref.env];
+    const value = process.env[ref.env]?.trim();
     if (!value)
-      throw new ConfigError([`The variable ${ref.env}, named in the config as a secret, is not set`]);
+      throw new ConfigError([`The variable ${ref.env}, named in the config as a secret, is not set`], 1);
     return value;
   }
   try {
     const { mtimeMs, ino } = statSync(ref.file);
     const known = secretFiles.get(ref.file);
     if (known?.mtimeMs === mtimeMs && known.ino === ino) return known.value;
-    const value = readFileSync(ref.file, "utf8").replace(/\r?\n$/, "");
+    const value = readFileSync(ref.file, "utf8").trim(); // a byte order mark is white space, too
     if (value === "") throw new Error("the file is empty");
     secretFiles.set(ref.file, { mtimeMs, ino, value });
     return value;
   } catch (error) {
-    throw new ConfigError([`The secret in ${ref.file} cannot be read: ${(error as Error).message}`]);
+    throw new ConfigError([`The secret in ${ref.file} cannot be read: ${(error as Error).message}`], 1);
   }
+}
+
+/** Every secret of a section, with its key: `mail.password`, `tokens.10.0.0.1`, `tokens.*[1]`. */
+export function listSecrets(node: unknown, key = ""): { key: string; ref: SecretRef }[] {
+  if (typeof node !== "object" || node === null) return [];
+  const names = Object.keys(node);
+  if (names.length === 1 && (names[0] === "file" || names[0] === "env"))
+    return [{ key, ref: node as SecretRef }];
+  if (Array.isArray(node))
+    return node.flatMap((one, index) => listSecrets(one, node.length > 1 ? `${key}[${index}]` : key));
+  return Object.entries(node).flatMap(([name, one]) => listSecrets(one, key ? `${key}.${name}` : name));
 }
 
 /** One fault for each secret that cannot be read now: `<section>.<key>: …`. */
 export function secretFaults(section: Section, secrets: Record<string, SecretRef | undefined>): string[] {
   return Object.entries(secrets).flatMap(([key, ref]) => {
     try {
-      if (ref) readSecret(ref);
-      return [];
+      const isToken = /^(token|tokens|viewToken)\b/.test(key);
+      if (!ref || /^[\x21-\x7e]+$/.test(readSecret(ref)) || !isToken) return [];
+      const where = "file" in ref ? `What stands in ${ref.file}` : `The variable ${ref.env}`;
+      return [
+        `${section}.${key}: ${where} is no token: expected one word of ASCII letters, digits and signs`,
+      ];
     } catch (error) {
       return [`${section}.${key}: ${(error as Error).message}`];
     }
@@ -487,14 +495,8 @@ function checkGroups(groups: z.infer<typeof group>[], context: z.core.$Refinemen
 /** The JSON schema of the whole file, for editors. */
 export function jsonSchema(): object {
   const properties: Record<string, unknown> = { $schema: { type: "string" } };
-  for (const [name, section] of Object.entries(sections)) {
-    const schema = z.toJSONSchema(section, {
-      io: "input",
-      unrepresentable: "any",
-      override: dropMachineDefault,
-    });
-    properties[name] = { ...schema, $schema: undefined };
-  }
+  for (const name of Object.keys(sections) as Section[])
+    properties[name] = { ...schemaOf(name), $schema: undefined };
   return {
     $schema: "https://json-schema.org/draft/2020-12/schema",
     title: "Log-RT-Sync",
@@ -502,6 +504,11 @@ export function jsonSchema(): object {
     properties,
     additionalProperties: false,
   };
+}
+
+function schemaOf(section: Section): SchemaNode {
+  const options = { io: "input", unrepresentable: "any", override: dropMachineDefault } as const;
+  return z.toJSONSchema(sections[section], options) as SchemaNode;
 }
 
 /** The default host is this machine's name: it must not stand in a file for everyone. */

@@ -2,10 +2,22 @@
  * The life of a script: flags, config, signals, logging, loops, exit codes. The same for all five, so that
  * each reads alike: `if (import.meta.main) await runScript(spec, main)`.
  */
-import { parseArgs } from "node:util";
 import packageJson from "../package.json" with { type: "json" };
-import { type Config, ConfigError, configPath, loadConfig, type Section } from "./config.ts";
+import { Checks, findDangers, findLeaks, findZone } from "./check.ts";
+import {
+  type Config,
+  ConfigError,
+  configPath,
+  listSecrets,
+  loadConfig,
+  type Section,
+  secretFaults,
+} from "./config.ts";
+import { errorMessage, nearest } from "./explain.ts";
+
 import { runtime, waitAtOnce } from "./runtime.ts";
+
+export { errorMessage } from "./explain.ts";
 
 /** Exit codes that people script against. */
 export const EXIT = { done: 0, failed: 1, usage: 2, config: 78 } as const;
@@ -46,6 +58,13 @@ export interface Service<S extends Section> {
   /** Aborted by SIGTERM or SIGINT. */
   signal: AbortSignal;
   now: () => number;
+  /** What `--check` says. */
+  checks: Checks;
+  /**
+   * At each SIGHUP `handler` is given the config as it then is, and gives the keys that it can't take up while running.
+   * A faulty config is told, also one for which `handler` throws, and the old one stays.
+   */
+  onReload(handler: (next: Config[S]) => string[] | Promise<string[]>): void;
 }
 
 /** A script's own flags: name → help text; a name such as `port=N` takes a value. */
@@ -57,16 +76,27 @@ export interface ScriptSpec<S extends Section> {
   withoutConfig?: Record<string, (value: string) => Promise<number>>;
   /** How many system calls may wait at once, where the runtime's own number is too small. */
   callsAtOnce?: number;
-  /** For `--check`: what only the running host can tell, one line per fault; `connect` with `--connect`. */
-  check?: (service: Service<S>, connect: boolean) => Promise<string[]>;
+  /**
+   * For `--check`: says to `service.checks` what only the running host can tell, or gives the faults of it; `connect`
+   * with `--connect`.
+   */
+  check?: (service: Service<S>, connect: boolean) => Promise<string[]> | Promise<void>;
 }
 
 const COMMON_FLAGS: Record<string, string> = {
   "config=FILE": "config file (default $LOG_RT_SYNC_CONFIG, then ./config.json)",
-  check: "validate the config and what it needs on this host, say so, exit",
+  check: "look at the config and what it needs on this host, say so, exit; creates nothing",
   connect: "with --check: also reach the servers that the config names",
+  json: "with --check and --status: for programs",
   help: "show this text",
   version: "show the version",
+};
+
+/** Flags that say something only together with one of others. */
+const COMPANIONS: Record<string, string[]> = {
+  connect: ["check"],
+  json: ["check", "status", "hour"],
+  host: ["status"],
 };
 
 /**
@@ -86,19 +116,76 @@ export async function runScript<S extends Section>(
       setTimeout(() => process.exit(EXIT.done), SHUTDOWN_MS).unref();
     });
   }
-  process.stdout.on("error", () => {}); // a closed pipe must not stop a shipper
+  for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {}); // a closed pipe must not stop a shipper
+  const checks = new Checks();
+  let checking = false;
   try {
     const flags = parseFlags(spec, process.argv.slice(2));
+    checking = flags.check === true;
     for (const [flag, work] of Object.entries(spec.withoutConfig ?? {})) {
-      if (flags[flag]) process.exit(await work(String(flags[flag])));
+      if (flags[flag]) await end(await work(String(flags[flag])));
     }
     const configFile = configPath(flags.config as string | undefined);
+    checks.begin(spec.name, configFile, flags.json === true);
+    const dangers = findDangers(process.env);
+    if (dangers.length > 0) throw new OperatorError(dangers.join("\n"));
     const config = await loadConfig(configFile, spec.name);
-    const service = { config, configFile, flags, log, signal: abort.signal, now: Date.now };
-    process.exit(flags.check ? await checkHost(spec, service) : await main(service));
+    const base = { config, configFile, flags, log, signal: abort.signal, now: Date.now, checks };
+    const service: Service<S> = {
+      ...base,
+      onReload: (handler) => followReloads(service, spec.name, handler),
+    };
+    if (checking) await lookAround(spec, service);
+    else warnOfSurroundings(spec, service);
+    await end(checking ? checks.end() : await main(service));
   } catch (error) {
-    process.exit(explain(error, log));
+    if (!checking || error instanceof ExitNow)
+      await end(explain(error, log), error instanceof Error && !(error instanceof ExitNow));
+    for (const fault of error instanceof ConfigError ? error.faults : [errorMessage(error)])
+      checks.fault(fault, error instanceof ConfigError ? error.code : EXIT.failed);
+    await end(checks.end());
   }
+  return await end(EXIT.failed);
+}
+
+/**
+ * Ends the process when all that was written is with whoever reads it, also by a slow pipe. A script that has failed,
+ * whose answer nobody waits for, is not kept by it.
+ */
+async function end(code: number, running = false): Promise<never> {
+  if (running) setTimeout(() => process.exit(code), SHUTDOWN_MS);
+  const streams = [process.stdout, process.stderr];
+  await Promise.all(
+    streams.map(
+      (stream) =>
+        new Promise<void>((resolve) => {
+          stream.once("error", () => resolve()); // whoever read it is gone
+          stream.end(resolve);
+        }),
+    ),
+  );
+  process.exit(code);
+}
+
+/** Calls `handler` with the config that is read anew at each SIGHUP, one after the other. */
+function followReloads<S extends Section>(
+  { configFile, log, signal }: Service<S>,
+  name: S,
+  handler: (next: Config[S]) => string[] | Promise<string[]>,
+): void {
+  let last = Promise.resolve();
+  const reload = async () => {
+    if (signal.aborted) return;
+    try {
+      const kept = await handler(await loadConfig(configFile, name));
+      log.info("config read again", { needRestart: kept.length > 0 ? kept.join(", ") : undefined });
+    } catch (error) {
+      log.error("config not taken up, the old one stays", { error: errorMessage(error) });
+    }
+  };
+  process.on("SIGHUP", () => {
+    last = last.then(reload);
+  });
 }
 
 /** Says what ended the script and gives the exit code for it. */
@@ -109,7 +196,7 @@ function explain(error: unknown, log: Log): number {
   }
   if (error instanceof ConfigError) {
     process.stderr.write(`${error.message}\n`);
-    return EXIT.config;
+    return error.code;
   }
   if (error instanceof UsageError) {
     process.stderr.write(`${error.message}\n`);
@@ -132,25 +219,40 @@ class ExitNow extends Error {
   }
 }
 
-/** The flags of `argv`. Ends with usage and exit code 2 on one that is not known. */
+/** The flags of `argv`. Ends with exit code 2 on one that is not known, with the nearest that is. */
 function parseFlags<S extends Section>(spec: ScriptSpec<S>, argv: string[]): Service<S>["flags"] {
-  const known = { ...spec.flags, ...COMMON_FLAGS };
-  const options: Record<string, { type: "string" | "boolean" }> = {};
-  for (const name of Object.keys(known)) {
-    const [flag = name, value] = name.split("=");
-    options[flag] = { type: value ? "string" : "boolean" };
-  }
-  let values: Service<S>["flags"];
-  try {
-    values = parseArgs({ args: argv, options, strict: true }).values;
-    const empty = Object.keys(values).find((flag) => values[flag] === "");
-    if (empty) throw new Error(`Option '--${empty}' needs a value`);
-  } catch (error) {
-    const reason = (error as Error).message.split(". ")[0];
-    throw new ExitNow(EXIT.usage, `${reason}\n\n${usage(spec.name, spec.about, known)}`);
+  const hosts: Record<string, string> =
+    spec.flags && "status" in spec.flags ? { "host=HOST": "with --status: of one sender" } : {};
+  const known = { ...spec.flags, ...hosts, ...COMMON_FLAGS, ...spec.flags };
+  const takesValue = new Map(
+    Object.keys(known).map((name) => [name.split("=")[0] ?? "", name.includes("=")]),
+  );
+  const refuse = (reason: string) =>
+    new ExitNow(EXIT.usage, `${reason}\nAll flags: bun run ${spec.name}.ts --help\n`);
+  const values: Record<string, string | true> = {};
+  const rest = [...argv];
+  for (let arg = rest.shift(); arg !== undefined; arg = rest.shift()) {
+    const [, flag = "", inline] = /^--([^=]+)(?:=(.*))?$/s.exec(arg === "-h" ? "--help" : arg) ?? [];
+    if (!takesValue.has(flag)) {
+      const meant = nearest(flag || arg.replace(/^-+/, ""), [...takesValue.keys()]);
+      throw refuse(`${arg}: no such flag${meant ? `; did you mean --${meant}?` : ""}`);
+    }
+    if (!takesValue.get(flag)) {
+      if (inline !== undefined) throw refuse(`--${flag} takes no value`);
+      values[flag] = true;
+      continue;
+    }
+    const value = inline ?? (rest[0]?.startsWith("-") ? undefined : rest.shift());
+    if (!value) throw refuse(`--${flag} needs a value`);
+    values[flag] = value;
   }
   if (values.help) throw new ExitNow(EXIT.done, usage(spec.name, spec.about, known));
   if (values.version) throw new ExitNow(EXIT.done, `log-rt-sync ${spec.name} ${VERSION} (${runtime})\n`);
+  for (const [flag, others] of Object.entries(COMPANIONS)) {
+    const fitting = others.filter((other) => takesValue.has(other));
+    if (values[flag] && !fitting.some((other) => values[other]))
+      throw refuse(`--${flag} goes with ${fitting.map((other) => `--${other}`).join(" or ")}`);
+  }
   return values;
 }
 
@@ -162,12 +264,34 @@ function usage(name: string, about: string, flags: Record<string, string>): stri
   return `Usage: bun run ${name}.ts [flags]\n\n${about}\n\nFlags:\n${rows.join("")}`;
 }
 
-async function checkHost<S extends Section>(spec: ScriptSpec<S>, service: Service<S>): Promise<number> {
-  const faults = (await spec.check?.(service, service.flags.connect === true)) ?? [];
-  if (faults.length > 0) throw new ConfigError(faults.map((fault) => `${service.configFile}: ${fault}`));
-  process.stdout.write(`${service.configFile}: ${spec.name}: ok\n`);
-  return EXIT.done;
+// ---- --check
+
+/** `--check`: what every script looks at, then what this one does. */
+async function lookAround<S extends Section>(spec: ScriptSpec<S>, service: Service<S>): Promise<void> {
+  const { checks, config, configFile, now, flags } = service;
+  checks.ok(`config: the section "${spec.name}" of ${configFile}`);
+  const { zone, warning } = findZone(now());
+  checks.ok(`time zone: ${zone}`);
+  for (const text of [warning ?? [], findLeaks(spec.name, config, configFile)].flat()) checks.warn(text);
+  for (const { key, ref } of listSecrets(config)) {
+    const faults = secretFaults(spec.name, { [key]: ref });
+    for (const fault of faults) checks.fault(fault, EXIT.failed);
+    if (faults.length === 0) checks.ok(`${spec.name}.${key}: a secret that can be read`);
+  }
+  const faults = (await spec.check?.(service, flags.connect === true)) ?? [];
+  for (const fault of faults) checks.fault(fault, EXIT.failed);
 }
+
+/** Whoever only asks (`--status` and the like) is spared of what the running script has told. */
+function warnOfSurroundings<S extends Section>(spec: ScriptSpec<S>, service: Service<S>): void {
+  const { config, configFile, flags, log, now } = service;
+  if (Object.keys(flags).some((flag) => !["config", "once", "watch", "port"].includes(flag))) return;
+  const { warning } = findZone(now());
+  for (const text of [warning ?? [], findLeaks(spec.name, config, configFile)].flat())
+    log.warn("config", { warning: text });
+}
+
+// ---- log
 
 /** A log that writes lines to `write`, by default stdout. */
 export function createLog(write: (line: string) => void = (line) => process.stdout.write(line)): Log {
@@ -185,13 +309,6 @@ function formatFields(fields: Fields = {}): string {
     text += ` ${name}=${/^[^\s"=\x00-\x1f\x7f]+$/.test(plain) ? plain : JSON.stringify(plain)}`;
   }
   return text;
-}
-
-/** The text of an error with its causes, in one line. */
-export function errorMessage(error: unknown): string {
-  if (!(error instanceof Error)) return String(error);
-  const text = error.message || (error as NodeJS.ErrnoException).code || error.name;
-  return error.cause === undefined ? text : `${text}: ${errorMessage(error.cause)}`;
 }
 
 /** How often a fault that lasts is told again. */

@@ -1,9 +1,22 @@
 /** `--check` finds what only the running host can tell; with `--connect` also what only the servers can. */
 import { describe, expect, test } from "bun:test";
-import { mkdir, writeFile } from "node:fs/promises";
+import { chmod, copyFile, mkdir, readdir, readFile, writeFile } from "node:fs/promises";
+import { type AddressInfo, createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import type { Section } from "../lib/config.ts";
-import { freePort, runScriptOnce, tempFolder, writeConfig } from "./support.ts";
+import { fetchWith, serve } from "../lib/runtime.ts";
+import { errorMessage } from "../lib/service.ts";
+import {
+  freePort,
+  missing,
+  onCleanup,
+  ROOT,
+  runScriptOnce,
+  selfSigned,
+  start,
+  tempFolder,
+  writeConfig,
+} from "./support.ts";
 
 /** A folder that nobody can create or write to, root included. */
 const NOWHERE = "/proc/log-rt-sync";
@@ -57,9 +70,9 @@ describe("--check names a folder that cannot be used", () => {
       const config = await configOf(home, 9);
       const file = await writeConfig(home, { ...config, [script]: { ...config[script], [key]: value } });
       const { code, output } = await runScriptOnce(script, file, ["--check"]);
-      expect(output).toContain(`${script}.${key}`);
+      expect(output).toContain(`FAULT ${file}: ${script}.${key}: `);
       expect(output).toContain(NOWHERE);
-      expect(code).toBe(78);
+      expect(code).toBe(1);
     });
   }
 });
@@ -76,9 +89,10 @@ describe("--check --connect names a server that cannot be reached, --check alone
       const file = await writeConfig(home, await configOf(home, await freePort()));
       expect(await runScriptOnce(script, file, ["--check"])).toMatchObject({ code: 0 });
       const { code, output } = await runScriptOnce(script, file, ["--check", "--connect"]);
-      expect(output).toContain(`${file}: ${key}: `);
-      expect(output.trimEnd().split("\n")).toHaveLength(1);
-      expect(code).toBe(78);
+      expect(output).toContain(`FAULT ${file}: ${key}: `);
+      expect(output.split("\n").filter((line) => line.startsWith("FAULT"))).toHaveLength(1);
+      expect(output).not.toMatch(/verbose|Is the computer able|error:\d/);
+      expect(code).toBe(1);
     });
   }
 });
@@ -108,11 +122,11 @@ test("receiver --check names a certificate and a token that cannot be read, both
   const { code, output } = await runScriptOnce("receiver", file, ["--check"]);
   expect(output).toContain("no-cert.pem");
   expect(output).toContain("no-token");
-  expect(code).toBe(78);
+  expect(code).toBe(1);
 });
 
 test.each(["receiver", "forwarder"] as const)(
-  "%s does not start without its secrets: each is named with its key, and 78",
+  "%s does not start without its secrets: each is named with its key, and 1",
   async (script) => {
     const home = await tempFolder();
     const config = await configOf(home, 9);
@@ -131,9 +145,10 @@ test.each(["receiver", "forwarder"] as const)(
     const keys = { receiver: ["tokens.*", "tokens.10.0.0.1"], forwarder: ["password", "privateKey"] }[script];
     for (const flags of [[], ["--check"]]) {
       const { code, output } = await runScriptOnce(script, file, flags);
-      expect(code).toBe(78);
-      const told = output.trimEnd().split("\n");
-      expect(told.map((line) => line.split(": ").slice(0, 2).join(": "))).toEqual(
+      expect(code).toBe(1);
+      const told = output.split("\n").filter((line) => line.startsWith(flags.length > 0 ? "FAULT " : file));
+      const faults = told.map((line) => line.replace(/^FAULT /, ""));
+      expect(faults.map((line) => line.split(": ").slice(0, 2).join(": "))).toEqual(
         keys.map((key) => `${file}: ${script}.${key}`),
       );
     }
@@ -151,3 +166,154 @@ test.each(["monitor", "housekeep"] as const)(
     expect(code).toBe(78);
   },
 );
+
+test("--check tells a folder whose name is mistyped, and what is there; it makes none", async () => {
+  const home = await tempFolder();
+  const config = await configOf(home, 9);
+  const file = await writeConfig(home, { housekeep: { ...config.housekeep, dir: join(home, "recieved") } });
+  const { code, output } = await runScriptOnce("housekeep", file, ["--check"]);
+  expect(output).toContain(
+    `FAULT ${file}: housekeep.dir: ${home}/recieved: expected a folder that can be written; "recieved" is not in ${home}, where "received" is\n`,
+  );
+  expect(output).toEndWith(`${file}: housekeep: 1 fault\n`);
+  expect(code).toBe(1);
+  expect(await readdir(home)).not.toContain("recieved");
+});
+
+test("--check --json says the same for programs, also of a config that is wrong", async () => {
+  const home = await tempFolder();
+  const config = await configOf(home, 9);
+  const good = await writeConfig(home, config);
+  const { code, output } = await runScriptOnce("monitor", good, ["--check", "--json"]);
+  expect(JSON.parse(output)).toMatchObject({ script: "monitor", config: good, ok: true });
+  expect(code).toBe(0);
+  const bad = await writeConfig(home, { monitor: { ...config.monitor, remindMinute: "1" } });
+  const wrong = await runScriptOnce("monitor", bad, ["--check", "--json"]);
+  expect(JSON.parse(wrong.output)).toMatchObject({ ok: false });
+  expect(JSON.parse(wrong.output).checks).toContainEqual({
+    level: "fault",
+    text: `${bad}: monitor.remindMinute: unknown key; did you mean "remindMinutes"?`,
+  });
+  expect(wrong.code).toBe(78);
+});
+
+test("--check warns of a time zone that the runtime does not know, and of what others may read", async () => {
+  const home = await tempFolder();
+  const file = await writeConfig(home, await configOf(home, 9));
+  await chmod(file, 0o644);
+  const check = (TZ: string) => runScriptOnce("housekeep", file, ["--check"], { TZ });
+  const unknown = await check("IST-5:30");
+  expect(unknown.output).toContain("warn  TZ=IST-5:30 is not known to ");
+  expect(unknown.output).toContain(`warn  others may read ${file}; chmod 640 it`);
+  expect(unknown.code).toBe(0);
+  for (const [zone, shown] of [
+    ["Asia/Kolkata", "Asia/Kolkata (+05:30)"],
+    ["UTC", "UTC (+00:00)"],
+    ["America/St_Johns", "America/St_Johns (-0"],
+  ] as const) {
+    const { output } = await check(zone);
+    expect(output).toContain(`ok    time zone: ${shown}`);
+    expect(output).not.toContain("TZ=");
+  }
+});
+
+test.each([
+  ["NODE_TLS_REJECT_UNAUTHORIZED", "0"],
+  ["BUN_CONFIG_VERBOSE_FETCH", "curl"],
+  ["SSLKEYLOGFILE", "/dev/null"],
+])("no script starts with %s=%s", async (name, value) => {
+  const home = await tempFolder();
+  const file = await writeConfig(home, await configOf(home, 9));
+  const { code, output } = await runScriptOnce("housekeep", file, [], { [name]: value });
+  expect(output).toContain(`the variable ${name} is set, with which `);
+  expect(code).toBe(1);
+});
+
+test.skipIf(process.getuid?.() !== 0 || missing({ runuser: "util-linux" }))(
+  "a config that the user may not read is told with its owner, mode and who reads it",
+  async () => {
+    const home = await tempFolder();
+    await chmod(home, 0o755);
+    const file = await writeConfig(home, await configOf(home, 9));
+    await chmod(file, 0o600);
+    const bundle = join(home, "housekeep.js"); // the checkout may be closed to others
+    const build = start(process.execPath, [
+      "build",
+      join(ROOT, "housekeep.ts"),
+      "--target=bun",
+      `--outfile=${bundle}`,
+    ]);
+    expect(await build.ended).toBe(0);
+    const runtime = join(home, "bun");
+    await copyFile(process.execPath, runtime);
+    await chmod(runtime, 0o755);
+    const reading = start("runuser", ["-u", "nobody", "--", runtime, "run", bundle, "--config", file], {
+      cwd: home,
+    });
+    expect(await reading.ended).toBe(78);
+    expect(reading.output).toBe(
+      `${file}: cannot be read (EACCES): it belongs to root:root with mode 0600, and is read by nobody\n`,
+    );
+  },
+);
+
+describe("errorMessage() says in plain words what answered at an address", () => {
+  const kinds: [string, (socket: Socket) => void, "http" | "https", string][] = [
+    [
+      "SSH at an http:// address",
+      (socket) => void socket.write("SSH-2.0-OpenSSH_9\r\n"),
+      "http",
+      "does not speak HTTP",
+    ],
+    [
+      "SSH at an https:// address",
+      (socket) => void socket.write("SSH-2.0-OpenSSH_9\r\n"),
+      "https",
+      "does not speak TLS",
+    ],
+    [
+      "a server that hangs up",
+      (socket) => void socket.destroy(),
+      "http",
+      "it closed the connection without an answer",
+    ],
+  ];
+  test.each(kinds)("%s", async (_, answer, scheme, words) => {
+    const server = createServer((socket) => {
+      socket.on("error", () => {});
+      answer(socket);
+    });
+    await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+    onCleanup(() => server.close());
+    const { port } = server.address() as AddressInfo;
+    expect(await faultOf(`${scheme}://127.0.0.1:${port}/`)).toContain(words);
+  });
+
+  test("nothing that listens, no such name, a certificate of nobody", async () => {
+    expect(await faultOf(`http://127.0.0.1:${await freePort()}/`)).toStartWith("connection refused");
+    expect(await faultOf("http://no-such-host.invalid/")).toStartWith("the name is not known");
+    const { cert, key } = await selfSigned();
+    const tls = { cert: await readFile(cert, "utf8"), key: await readFile(key, "utf8") };
+    const fetch = () => new Response("");
+    const server = serve({
+      hostname: "127.0.0.1",
+      port: 0,
+      maxBodyBytes: 1,
+      idleTimeoutSeconds: 9,
+      tls,
+      fetch,
+    });
+    onCleanup(() => server.close(true));
+    expect(await faultOf(`https://127.0.0.1:${server.port}/`)).toContain("signed by none that is trusted");
+    expect(await faultOf(`http://127.0.0.1:${server.port}/`)).toContain("whether it wants https://");
+  });
+
+  async function faultOf(url: string): Promise<string> {
+    try {
+      await fetchWith({})(url, { signal: AbortSignal.timeout(5000) });
+      return "none";
+    } catch (error) {
+      return errorMessage(error);
+    }
+  }
+});

@@ -1,8 +1,21 @@
 import { describe, expect, test } from "bun:test";
 import { readFileSync } from "node:fs";
+import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { ConfigError, jsonSchema, loadConfig, parseConfig, type Section, sections } from "../lib/config.ts";
-import { listOptions, PARTS, partOf, README } from "./reference.ts";
+import fc from "fast-check";
+import {
+  ConfigError,
+  jsonSchema,
+  listSecrets,
+  loadConfig,
+  parseConfig,
+  readSecret,
+  type Section,
+  secretFaults,
+  sections,
+} from "../lib/config.ts";
+import { explainJson } from "../lib/explain.ts";
+import { listOptions, PARTS, partOf } from "./reference.ts";
 import { ROOT, tempFolder } from "./support.ts";
 
 const EXAMPLE = readFileSync(join(ROOT, "config.example.json"), "utf8");
@@ -78,10 +91,12 @@ test("config.schema.json is what the schema gives (npm run schema)", () => {
   expect(JSON.parse(file)).toEqual(JSON.parse(JSON.stringify(jsonSchema())));
 });
 
-test("the README has every option with its default and Deno's permissions (npm run schema)", () => {
-  const readme = readFileSync(README, "utf8");
-  for (const [begin, end, make] of PARTS) expect(partOf(readme, begin, end)).toBe(make());
-});
+test.each(PARTS)(
+  "%s has what is made for it: options with their defaults, Deno's permissions (npm run schema)",
+  (file, begin, end, make) => {
+    expect(partOf(readFileSync(join(ROOT, file), "utf8"), begin, end)).toBe(make());
+  },
+);
 
 test("every option has a description for editors and for the README", () => {
   expect(listOptions().filter(({ description }) => description === "")).toEqual([]);
@@ -100,8 +115,13 @@ describe("parseConfig()", () => {
   });
 
   const wrong: [Section, object, string, string][] = [
-    ["shipper", { files: [] }, "files", "Too small"],
-    ["shipper", { files: "access.log" }, "files", "expected array"],
+    ["shipper", { files: [] }, "files", "expected at least 1 element(s)"],
+    [
+      "shipper",
+      { files: "access.log" },
+      "files",
+      'expected a list in [ ] (found "access.log"); write ["access.log"]',
+    ],
     ["shipper", { receiver: "10.0.0.1:5001" }, "receiver", "expected http://HOST[:PORT]"],
     ["shipper", { receiver: "ftp://10.0.0.1" }, "receiver", '(found "ftp://10.0.0.1")'],
     ["shipper", { host: "a/b" }, "host", "expected an IP address or a host name"],
@@ -111,8 +131,8 @@ describe("parseConfig()", () => {
     ["shipper", { chunkBytes: 10 }, "chunkBytes", "(found 10)"],
     ["shipper", { flushMs: -1 }, "flushMs", "(found -1)"],
     ["shipper", { startAt: "middle" }, "startAt", '(found "middle")'],
-    ["shipper", { skip: [[]] }, "skip.0", "Too small"],
-    ["receiver", { groups: [] }, "groups", "Too small"],
+    ["shipper", { skip: [[]] }, "skip.0", "expected at least 1 element(s)"],
+    ["receiver", { groups: [] }, "groups", "expected at least 1 element(s)"],
     ["receiver", { groups: [{ port: 70000, senders: ["*"] }] }, "groups.0.port", "(found 70000)"],
     ["receiver", { groups: [{ port: 1, senders: ["10.0.0.0/40"] }] }, "groups.0.senders.0", "CIDR"],
     ["receiver", { windowMinutes: 7 }, "windowMinutes", "expected a divisor of 60 (found 7)"],
@@ -127,7 +147,7 @@ describe("parseConfig()", () => {
     ["forwarder", { target: "file://folder/in" }, "target", "expected file:///FOLDER"],
     ["forwarder", { hostKey: "MD5:00:11" }, "hostKey", "expected SHA256:"],
     ["forwarder", { retries: 0 }, "retries", "(found 0)"],
-    ["forwarder", { parallel: 1.5 }, "parallel", "expected int"],
+    ["forwarder", { parallel: 1.5 }, "parallel", "expected a whole number"],
     ["monitor", { mail: { ...LEAST.monitor.mail, to: ["ops"] } }, "mail.to.0", "email"],
     ["monitor", { mail: { ...LEAST.monitor.mail, from: "a@b\nc" } }, "mail.from", "email"],
     ["monitor", { mail: { ...LEAST.monitor.mail, smtp: "file://mails" } }, "mail.smtp", "file:///FOLDER"],
@@ -144,6 +164,88 @@ describe("parseConfig()", () => {
     expect(more).toEqual([]);
     expect(fault).toStartWith(`config.json: ${section}.${path}: `);
     expect(fault).toContain(text);
+  });
+
+  const slips: [Section, object, string][] = [
+    ["receiver", { windowMinute: 20 }, 'windowMinute: unknown key; did you mean "windowMinutes"?'],
+    ["receiver", { tls: { cert: "/c", kye: "/k", key: "/k" } }, 'tls.kye: unknown key; did you mean "key"?'],
+    ["receiver", { groups: [{ port: 1, sender: ["*"], senders: ["*"] }] }, 'did you mean "senders"?'],
+    [
+      "monitor",
+      { mail: { ...LEAST.monitor.mail, form: "x" } },
+      'mail.form: unknown key; did you mean "from"?',
+    ],
+    ["shipper", { zzzzzzzz: 1 }, "zzzzzzzz: unknown key; known are files, receiver, host, "],
+    [
+      "shipper",
+      { chunkBytes: "1048576" },
+      'expected a number (found "1048576"); leave the quotes out: 1048576',
+    ],
+    ["shipper", { heartbeatSeconds: "1m" }, 'expected a number (found "1m"); in seconds: 60'],
+    ["monitor", { silentMinutes: "2 hours" }, "in minutes: 120"],
+    ["shipper", { flushMs: "0.5s" }, "in milliseconds: 500"],
+    ["forwarder", { digest: "true" }, 'expected true or false (found "true"); leave the quotes out: true'],
+    ["forwarder", { manifest: true }, 'manifest: gone; "digest": true'],
+    ["forwarder", { knownHosts: "/x" }, "knownHosts: gone; hostKey takes the fingerprints"],
+  ];
+  test.each(slips)("says what to write instead: %s %j", (section, change, text) => {
+    const [fault, ...more] = faultsOf(section, change);
+    expect(more).toEqual([]);
+    expect(fault).toContain(text);
+    expect(fault).not.toMatch(/invalid|received|zod/i);
+  });
+
+  const broken: [string, string][] = [
+    ['{\n  "a": 1,\n}', 'line 2, column 9: a comma too many: "a": 1,'],
+    ['{\n  "a": [1,\n  ],\n  "b": 2 }', 'line 2, column 10: a comma too many: "a": [1,'],
+    ['{ "a": 1 // the first\n}', 'line 1, column 10: JSON knows no comments: { "a": 1 // the first'],
+    ["/* x */ {}", "line 1, column 1: JSON knows no comments: /* x */ {}"],
+    ['{\n  "a": 1\n  "b": 2\n}', 'line 2, column 9: expected a comma or }: "a": 1'],
+    ["{ 'a': 1 }", "line 1, column 3: expected double quotes (\"): { 'a': 1 }"],
+    ["{ a: 1 }", 'line 1, column 3: expected a key in double quotes ("): { a: 1 }'],
+    ['{ "a": yes }', "line 1, column 8: expected a value: "],
+    ['{ "a": "x\n" }', "line 1, column 8: the text in quotes does not end in this line"],
+    ['{ "a": { }', "line 1, column 11: the file ends too early"],
+    ["{} x", "line 1, column 4: something follows the last closing bracket: {} x"],
+    [
+      '{\n "password": "hunter2",,\n}',
+      'line 2, column 24: expected a key in double quotes ("): "password": …,,',
+    ],
+    ['{ "target": "sftp://u:hunter2@h/f" "x"', 'expected a comma or }: { "target": "sftp://u:…@h/f" "x"'],
+  ];
+  test.each(broken)("shows the place where %j is no JSON", (text, where) => {
+    const told = (() => {
+      try {
+        parseConfig(text, "shipper");
+      } catch (error) {
+        return (error as Error).message;
+      }
+    })();
+    expect(told).toStartWith("config.json: is no JSON: ");
+    expect(told).toContain(where);
+    expect(told).not.toContain("hunter2");
+  });
+
+  test("explainJson() finds a fault in exactly what the runtime's parser refuses", () => {
+    fc.assert(
+      fc.property(
+        fc.json(),
+        fc.nat(),
+        fc.constantFrom("", ",", "}", '"', "\\", "x", "[", ":", "0", "\n"),
+        (json, at, sign) => {
+          const place = at % (json.length + 1);
+          const text = json.slice(0, place) + sign + json.slice(place + (at % 2));
+          let isJson = true;
+          try {
+            JSON.parse(text);
+          } catch {
+            isJson = false;
+          }
+          expect(explainJson(text) === undefined).toBe(isJson);
+        },
+      ),
+      { numRuns: 2000 },
+    );
   });
 
   test("tells every fault at once, unknown keys beside wrong values", () => {
@@ -213,4 +315,41 @@ test("loadConfig() says what to do when there is no file", async () => {
   expect(loadConfig(file, "shipper")).rejects.toThrow(
     `${file}: cannot be read (ENOENT): copy config.example.json, or name another file with --config`,
   );
+});
+
+describe("secrets", () => {
+  async function secretOf(text: string) {
+    const file = join(await tempFolder(), "token");
+    await writeFile(file, text);
+    return { file };
+  }
+
+  test("readSecret() leaves out white space and a byte order mark", async () => {
+    for (const text of ["abc", "abc\n", " abc \r\n\n", "\uFEFFabc\n"])
+      expect(readSecret(await secretOf(text))).toBe("abc");
+  });
+
+  test("secretFaults() names the file of what is no token, and never its content", async () => {
+    const token = await secretOf("two words\n");
+    expect(secretFaults("shipper", { token })).toEqual([
+      `shipper.token: What stands in ${token.file} is no token: expected one word of ASCII letters, digits and signs`,
+    ]);
+    expect(secretFaults("forwarder", { password: token })).toEqual([]);
+    const empty = await secretOf(" \n");
+    expect(secretFaults("receiver", { viewToken: empty })[0]).toContain(
+      `${empty.file} cannot be read: the file is empty`,
+    );
+  });
+
+  test("listSecrets() finds each with its key", () => {
+    const [a, b] = [{ file: "/a" }, { env: "B" }];
+    const config = { token: a, mail: { password: b, to: ["x"] }, tokens: { "*": [a, b], "10.0.0.1": [b] } };
+    expect(listSecrets(config).map(({ key }) => key)).toEqual([
+      "token",
+      "mail.password",
+      "tokens.*[0]",
+      "tokens.*[1]",
+      "tokens.10.0.0.1",
+    ]);
+  });
 });

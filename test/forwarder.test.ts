@@ -343,13 +343,15 @@ describe("forwarder", () => {
     const site = await makeSite({ folder: "", settings: { target: "file:///dev/null/x" } });
     const check = (...flags: string[]) => runScriptOnce("forwarder", site.configFile, ["--check", ...flags]);
     const absent = await check();
-    expect(absent.code).toBe(78);
+    expect(absent.code).toBe(1);
     expect(absent.output).toContain("forwarder.dir: ");
     await mkdir(site.dir);
     expect((await check()).code).toBe(0);
     const unreachable = await check("--connect");
-    expect(unreachable.code).toBe(78);
-    expect(unreachable.output).toContain('forwarder.target: Cannot create the folder "/dev/null/x"');
+    expect(unreachable.code).toBe(1);
+    expect(unreachable.output).toContain(
+      'forwarder.target: file:///dev/null/x: Cannot create the folder "/dev/null/x"',
+    );
   });
 
   test("the daemon delivers what is sealed later", async () => {

@@ -349,7 +349,7 @@ test("monitor --status and --test-mail", async () => {
 test("monitor --check names what is missing on this host", async () => {
   const { file } = await setUp({ dir: "/nonexistent", stateFile: "/nonexistent/monitor.json" });
   const { code, output } = await runScriptOnce("monitor", file, ["--check"]);
-  expect(code).toBe(78);
+  expect(code).toBe(1);
   expect(output).toContain("monitor.dir: /nonexistent: expected a folder that can be read");
   expect(output).toContain("monitor.stateFile: /nonexistent: expected a folder that can be written");
 });

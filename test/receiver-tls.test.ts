@@ -40,7 +40,7 @@ test.skipIf(missing({ openssl: "openssl" }))(
   },
 );
 
-test("--check names every file that is missing, and exits 78", async () => {
+test("--check names every file that is missing, and exits 1", async () => {
   const folder = await tempFolder();
   const receiver = {
     dir: "/dev/null/data",
@@ -51,19 +51,19 @@ test("--check names every file that is missing, and exits 78", async () => {
   const { code, output } = await runScriptOnce("receiver", await writeConfig(folder, { receiver }), [
     "--check",
   ]);
-  expect(code).toBe(78);
+  expect(code).toBe(1);
   expect(output).toContain("/dev/null/data");
   expect(output).toContain("none.pem");
   expect(output).toContain("no-token");
 });
 
-test("without its certificate it does not start: each file is named with its key, and 78", async () => {
+test("without its certificate it does not start: each file is named with its key, and 1", async () => {
   const folder = await tempFolder();
   const tls = { cert: join(folder, "none.pem"), key: join(folder, "none.key") };
   const receiver = { dir: join(folder, "data"), groups: [{ port: 0, senders: ["*"] }], tls };
   const file = await writeConfig(folder, { receiver });
   const { code, output } = await runScriptOnce("receiver", file, []);
-  expect(code).toBe(78);
+  expect(code).toBe(1);
   expect(output).toContain(`${file}: receiver.tls.cert: `);
   expect(output).toContain(`${file}: receiver.tls.key: `);
 });

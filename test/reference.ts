@@ -1,12 +1,12 @@
 /**
- * The parts of the README that are made: the table of options from the schema, Deno's permissions from deno.json.
+ * The parts of documents that are made: the table of options from the schema, Deno's permissions from deno.json.
  * `npm run schema` puts them between their markers, and a test keeps them in step.
  */
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { jsonSchema } from "../lib/config.ts";
 
-export const README = join(import.meta.dirname, "..", "README.md");
+const ROOT = join(import.meta.dirname, "..");
 
 interface Node {
   description?: string;
@@ -17,7 +17,7 @@ interface Node {
   items?: Node;
 }
 
-/** An option as the README lists it. */
+/** An option as docs/config.md lists it. */
 export interface Option {
   /** `receiver.tls.cert`; `[]` stands for the elements of a list. */
   path: string;
@@ -61,32 +61,34 @@ export function formatOptions(): string {
 
 /** How Deno runs each script, with what it may do: the tasks of deno.json. */
 export function formatDeno(): string {
-  const { tasks } = JSON.parse(readFileSync(join(import.meta.dirname, "..", "deno.json"), "utf8"));
+  const { tasks } = JSON.parse(readFileSync(join(ROOT, "deno.json"), "utf8"));
   return `\n\`\`\`sh\n${Object.values(tasks).join("\n")}\n\`\`\`\n\n`;
 }
 
-/** The made parts of the README: marker of the beginning, marker of the end, what stands between them. */
-export const PARTS: [string, string, () => string][] = [
-  ["<!-- options: made by npm run schema -->\n", "<!-- /options -->", formatOptions],
-  ["<!-- deno: made by npm run schema -->\n", "<!-- /deno -->", formatDeno],
+/** The made parts: document, marker of the beginning, marker of the end, what stands between them. */
+export const PARTS: [file: string, begin: string, end: string, make: () => string][] = [
+  ["docs/config.md", "<!-- options: made by npm run schema -->\n", "<!-- /options -->", formatOptions],
+  ["README.md", "<!-- deno: made by npm run schema -->\n", "<!-- /deno -->", formatDeno],
 ];
 
-/** What stands between the markers of a README; undefined when there are no markers. */
-export function partOf(readme: string, begin: string, end: string): string | undefined {
-  const from = readme.indexOf(begin);
-  const to = readme.indexOf(end, from);
-  return from < 0 || to < 0 ? undefined : readme.slice(from + begin.length, to);
+/** What stands between the markers of a document; undefined when there are no markers. */
+export function partOf(text: string, begin: string, end: string): string | undefined {
+  const from = text.indexOf(begin);
+  const to = text.indexOf(end, from);
+  return from < 0 || to < 0 ? undefined : text.slice(from + begin.length, to);
 }
 
 if (import.meta.main) {
-  let readme = readFileSync(README, "utf8");
-  for (const [begin, end, make] of PARTS) {
-    const old = partOf(readme, begin, end);
+  for (const [file, begin, end, make] of PARTS) {
+    const text = readFileSync(join(ROOT, file), "utf8");
+    const old = partOf(text, begin, end);
     if (old === undefined) {
-      process.stderr.write(`README.md has no place for a part that is made; put there:\n${begin}${end}\n`);
+      process.stderr.write(`${file} has no place for a part that is made; put there:\n${begin}${end}\n`);
       process.exit(1);
     }
-    readme = readme.replace(begin + old, () => begin + make());
+    writeFileSync(
+      join(ROOT, file),
+      text.replace(begin + old, () => begin + make()),
+    );
   }
-  writeFileSync(README, readme);
 }

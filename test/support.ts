@@ -155,7 +155,7 @@ export async function runScriptOnce(
 /** Writes a config file into `folder` and gives its path. */
 export async function writeConfig(folder: string, config: Partial<Record<Section, object>>): Promise<string> {
   const file = join(folder, "config.json");
-  await writeFile(file, JSON.stringify(config, null, 2));
+  await writeFile(file, JSON.stringify(config, null, 2), { mode: 0o640 });
   return file;
 }
 

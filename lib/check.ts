@@ -1,0 +1,172 @@
+/**
+ * What `--check` says, and what every script looks at of its surroundings: variables that switch a protection off, a
+ * time zone that the runtime does not know, secrets that others may read or that can be guessed. Nothing is created.
+ */
+import { statSync } from "node:fs";
+import { access, constants, readdir, stat, statfs } from "node:fs/promises";
+import { dirname, relative, resolve } from "node:path";
+import { type Config, listSecrets, readSecret, type Section } from "./config.ts";
+import { errorMessage, nearest } from "./explain.ts";
+import { runtime } from "./runtime.ts";
+
+/** What `--check` says: each step as a line `ok`, `warn` or `FAULT`, or all as JSON. Nothing is said twice. */
+export class Checks {
+  #script = "";
+  #file = "";
+  #json = false;
+  #code = 0;
+  readonly #said = new Map<string, string>();
+
+  /** Before anything else is said. */
+  begin(script: string, configFile: string, json: boolean): void {
+    this.#script = script;
+    this.#file = configFile;
+    this.#json = json;
+  }
+
+  ok(text: string): void {
+    this.#say("ok", text);
+  }
+
+  warn(text: string): void {
+    this.#say("warn", text);
+  }
+
+  /** `code` is 78 for what stands in the config, 1 for what it names and can't be had. */
+  fault(text: string, code: 78 | 1 = 78): void {
+    this.#code = Math.max(this.#code, code);
+    this.#say("fault", text.startsWith(`${this.#file}: `) ? text : `${this.#file}: ${text}`);
+  }
+
+  /** Whether a fault was found so far. */
+  get faulty(): boolean {
+    return this.#code !== 0;
+  }
+
+  /** Does `work` and says `name` with what it gives; what it throws is a fault of what the config names. */
+  async step(name: string, work: () => unknown): Promise<void> {
+    try {
+      const found = await work();
+      this.ok(typeof found === "string" ? `${name}: ${found}` : name);
+    } catch (error) {
+      this.fault(`${name}: ${errorMessage(error)}`, 1);
+    }
+  }
+
+  /**
+   * A folder: `read` and `write` want it to be there; `make` is content with one that it can be made in. Of a path that
+   * is not there it says which part of it is missing, and what is there that has a similar name.
+   */
+  async folder(key: string, dir: string, need: "read" | "write" | "make"): Promise<void> {
+    const can = need === "read" ? "read" : "written";
+    await this.step(`${key}: ${dir}`, async () => {
+      const wanted = resolve(dir);
+      let there = wanted;
+      while (!(await stat(there).catch(ifAbsent)) && there !== dirname(there)) there = dirname(there);
+      if (there !== wanted && need !== "make")
+        throw new Error(`expected a folder that can be ${can}; ${await whatIsThere(there, wanted)}`);
+      const { W_OK, R_OK, X_OK } = constants;
+      const refused = (error: NodeJS.ErrnoException) => {
+        throw new Error(
+          `expected a folder that can be ${can} (${error.code}); this is user ${process.getuid?.()}`,
+        );
+      };
+      await access(there, X_OK | (need === "read" ? R_OK : W_OK)).catch(refused);
+      if (!(await stat(there)).isDirectory()) throw new Error(`${there} is no folder`);
+      const { bavail, blocks, bsize } = await statfs(there);
+      if (need !== "read" && blocks === 0) throw new Error(`${there} is no place for files`); // /proc takes no folder, also of root
+      const free = need === "read" ? "" : `, ${((bavail * bsize) / 2 ** 30).toFixed(1)} GiB free`;
+      return `${there === wanted ? `can be ${can}` : "will be made"}${free}`;
+    });
+  }
+
+  #say(level: "ok" | "warn" | "fault", text: string): void {
+    const line = text.replaceAll("\n", " ");
+    if (this.#said.has(line)) return;
+    this.#said.set(line, level);
+    if (!this.#json) process.stdout.write(`${(level === "fault" ? "FAULT" : level).padEnd(5)} ${line}\n`);
+  }
+
+  /** The last word; gives the exit code. */
+  end(): number {
+    const faults = [...this.#said.values()].filter((level) => level === "fault").length;
+    const verdict = faults === 0 ? "ok" : `${faults} ${faults === 1 ? "fault" : "faults"}`;
+    const checks = [...this.#said].map(([text, level]) => ({ level, text }));
+    const all = { script: this.#script, config: this.#file, ok: faults === 0, checks };
+    process.stdout.write(
+      this.#json ? `${JSON.stringify(all, null, 2)}\n` : `${this.#file}: ${this.#script}: ${verdict}\n`,
+    );
+    return this.#code;
+  }
+}
+
+function ifAbsent(error: NodeJS.ErrnoException): undefined {
+  if (error.code !== "ENOENT" && error.code !== "ENOTDIR") throw error;
+}
+
+/** `received is not in /srv, where receive is`. */
+async function whatIsThere(there: string, wanted: string): Promise<string> {
+  const missing = relative(there, wanted).split("/")[0] ?? "";
+  const meant = nearest(missing, await readdir(there).catch(() => []));
+  return `"${missing}" is not in ${there}${meant ? `, where "${meant}" is` : ""}`;
+}
+
+// ---- surroundings
+
+/** A token that can be guessed: fewer signs than 96 bits in base64. */
+const SHORT_TOKEN = 16;
+
+/** Variables with which the runtime or a library drops a protection, and the values with which they do. */
+const DANGEROUS: [name: string, value: RegExp, what: string][] = [
+  ["NODE_TLS_REJECT_UNAUTHORIZED", /^0$/, "certificates would not be checked"],
+  ["BUN_CONFIG_VERBOSE_FETCH", /^(?!0$|false$|$)/, "tokens would be printed"],
+  ["SSLKEYLOGFILE", /./, "keys of connections would be written to a file"],
+];
+
+/** One fault for each variable that switches a protection off: no script starts with one. */
+export function findDangers(env: NodeJS.ProcessEnv): string[] {
+  return DANGEROUS.flatMap(([name, value, what]) =>
+    value.test(env[name] ?? "")
+      ? [`the variable ${name} is set, with which ${what}: take it out of the environment`]
+      : [],
+  );
+}
+
+/** The zone that times are told in, and a warning when $TZ is one that the runtime does not know. */
+export function findZone(now: number): { zone: string; warning: string | undefined } {
+  const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
+  const east = -new Date(now).getTimezoneOffset();
+  const two = (n: number) => String(Math.trunc(n)).padStart(2, "0");
+  const zone = `${timeZone} (${east < 0 ? "-" : "+"}${two(Math.abs(east) / 60)}:${two(Math.abs(east) % 60)})`;
+  const wanted = (process.env.TZ ?? "").replace(/^:/, "").replace(/^\/usr\/share\/zoneinfo\//, "");
+  const isUtc = /^(Etc\/)?(UTC|UCT|GMT|Zulu|Universal|Greenwich)([+-]?0)?$/i.test(wanted);
+  const unknown = wanted !== "" && timeZone === "UTC" && east === 0 && !isUtc;
+  const warning = `TZ=${wanted} is not known to ${runtime}: times are told in UTC; set a name such as Asia/Kolkata`;
+  return { zone, warning: unknown ? warning : undefined };
+}
+
+/** What works, and should not stay so: a config or secret that others may read, a token that is too short. */
+export function findLeaks<S extends Section>(section: S, config: Config[S], configFile: string): string[] {
+  const leaks = isReadByOthers(configFile) ? [`others may read ${configFile}; chmod 640 it`] : [];
+  for (const { key, ref } of listSecrets(config)) {
+    if ("file" in ref && isReadByOthers(ref.file))
+      leaks.push(`${section}.${key}: others may read ${ref.file}; chmod 640 it`);
+    if (/token/i.test(key) && lengthOf(ref) < SHORT_TOKEN)
+      leaks.push(
+        `${section}.${key}: shorter than ${SHORT_TOKEN} characters; make one with: openssl rand -base64 32`,
+      );
+  }
+  return leaks;
+}
+
+function lengthOf(ref: Parameters<typeof readSecret>[0]): number {
+  try {
+    return readSecret(ref).length;
+  } catch {
+    return Number.POSITIVE_INFINITY; // told as a fault
+  }
+}
+
+function isReadByOthers(file: string): boolean {
+  return ((statSync(file, { throwIfNoEntry: false })?.mode ?? 0) & 0o004) !== 0;
+}
