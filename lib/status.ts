@@ -615,87 +615,68 @@ function receiverProblems({ receivers, now }: Snapshot): Problem[] {
 }
 
 function senderProblems(snapshot: Snapshot, { alertWhenQuiet }: Thresholds): Problem[] {
-  const { hosts, receivers, now } = snapshot;
-  const refused = receivers
-    .flatMap((receiver) => (receiver.runs ? receiver.refused : []))
-    .filter(isRefusedSender);
+  const { hosts, now } = snapshot;
+  const refused = refusedSenders(snapshot);
   const problems: Problem[] = [];
   const add = (
     key: string,
     found: HostStatus[],
-    title: [string, string],
+    what: [string, string],
     say: (host: HostStatus) => string,
   ) => {
-    if (found.length === 0) return;
-    const text = list(found.map(say));
-    const next = nextForSenders(key, found[0]?.host ?? "");
-    problems.push({
-      key,
-      leg: "arrival",
-      title: count(found.length, ...title),
-      text,
-      hosts: found.map(({ host }) => host),
-      next,
-    });
+    const names = found.map(({ host }) => host);
+    const next = nextForSenders(key, names[0] ?? "");
+    if (found.length > 0)
+      problems.push({
+        ...{ key, leg: "arrival", title: count(found.length, ...what) },
+        ...{ text: list(found.map(say)), hosts: names, next },
+      });
   };
-  const audible = hosts.filter(({ muted }) => !muted);
-  const inState = (state: HostState) => audible.filter((host) => host.state === state);
+  const inState = (state: HostState) => hosts.filter((host) => !host.muted && host.state === state);
   const since = (at: number) => `since ${formatClock(at, now)} (${formatDuration(now - at)})`;
-  const whyRefused = ({ host }: HostStatus) => {
+  const why = ({ host }: HostStatus) => {
     const row =
-      refused.find((refusal) => refusal.host === host) ??
-      refused.find((refusal) => isAlike(refusal.host, host));
+      refused.find((other) => other.host === host) ?? refused.find((other) => isAlike(other.host, host));
     return row ? `; refused: ${formatRefusal(row, now)}` : "";
   };
-  add(
-    "silent",
-    inState("silent"),
-    ["sender is silent", "senders are silent"],
-    (host) => `${host.host} ${since(host.heardAt)}${whyRefused(host)}`,
-  );
-  add(
-    "never",
-    inState("never"),
-    ["sender was never seen", "senders were never seen"],
-    (host) => `${host.host}${whyRefused(host)}`,
-  );
+  add("silent", inState("silent"), ["sender is silent", "senders are silent"], (host) => {
+    return `${host.host} ${since(host.heardAt)}${why(host)}`;
+  });
+  add("never", inState("never"), ["sender was never seen", "senders were never seen"], (host) => {
+    return `${host.host}${why(host)}`;
+  });
   if (alertWhenQuiet)
-    add(
-      "quiet",
-      inState("quiet"),
-      ["sender is quiet", "senders are quiet"],
-      (host) => `${host.host} ${since(host.lineAt || host.heardAt)}`,
-    );
-  add(
-    "contested",
-    hosts.filter(({ contested }) => contested),
-    ["name is claimed by two shippers", "names are claimed by two shippers"],
-    ({ host, contested = [] }) => `${host}: from ${contested.join(" and ")}`,
-  );
-  if (refused.length > 0) {
-    const names = [...new Set(refused.map(({ host, peer }) => host || peer))];
-    const text = list(refused.map((row) => formatRefusal(row, now)));
-    const title = count(names.length, "sender is refused", "senders are refused");
-    problems.push({
-      key: "refused",
-      leg: "arrival",
-      title,
-      text,
-      hosts: names,
-      next: nextForSenders("refused", ""),
+    add("quiet", inState("quiet"), ["sender is quiet", "senders are quiet"], (host) => {
+      return `${host.host} ${since(host.lineAt || host.heardAt)}`;
     });
-  }
-  return problems;
+  const contested = hosts.filter((host) => host.contested);
+  const claimed = ["name is claimed by two shippers", "names are claimed by two shippers"] as [
+    string,
+    string,
+  ];
+  add("contested", contested, claimed, (host) => `${host.host}: from ${host.contested?.join(" and ")}`);
+  return [...problems, ...refusedProblem(refused, now)];
 }
 
-/** Of a sender that keeps knocking, not a stranger's single request. */
-function isRefusedSender({ host, count: times }: ReceiverState["refused"][number]): boolean {
-  return host !== "" && times > 1;
+type RefusedSender = ReceiverState["refused"][number];
+
+/** Senders that keep knocking, not a stranger's single request. */
+function refusedSenders({ receivers }: Snapshot): RefusedSender[] {
+  const rows = receivers.flatMap(({ runs, refused }) => (runs ? refused : []));
+  return rows.filter(({ host, count: times }) => host !== "" && times > 1);
+}
+
+function refusedProblem(refused: RefusedSender[], now: number): Problem[] {
+  if (refused.length === 0) return [];
+  const hosts = [...new Set(refused.map(({ host }) => host))];
+  const text = list(refused.map((row) => formatRefusal(row, now)));
+  const title = count(hosts.length, "sender is refused", "senders are refused");
+  return [{ key: "refused", leg: "arrival", title, text, hosts, next: nextForSenders("refused", "") }];
 }
 
 /** `10.10.21.190 from 10.0.3.7: token not known, 9 times since 04:25`. */
 export function formatRefusal(
-  { host, peer, reason, count: times, since }: ReceiverState["refused"][number],
+  { host, peer, reason, count: times, since }: RefusedSender,
   now: number,
 ): string {
   return `${host} from ${peer}: ${reason}, ${times} times since ${formatClock(since, now)}`;
