@@ -41,16 +41,7 @@ import {
 } from "./lib/durable.ts";
 import { parseHost } from "./lib/host.ts";
 import { holdLock } from "./lib/lock.ts";
-import {
-  appendReport,
-  FAULT_KINDS,
-  type ForwarderState,
-  failReportPath,
-  forwarderStatePath,
-  type ReportLine,
-  readForwarderState,
-  readReportTail,
-} from "./lib/report.ts";
+import { appendReport, failReportPath, type ReportLine, readReportTail } from "./lib/report.ts";
 import {
   createFaultLog,
   createProgress,
@@ -66,6 +57,7 @@ import {
   wait,
 } from "./lib/service.ts";
 import { readState, writeState } from "./lib/state.ts";
+import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderState } from "./lib/status.ts";
 import { formatTable } from "./lib/table.ts";
 import { openSftpTarget } from "./lib/target/sftp.ts";
 import {
@@ -84,6 +76,7 @@ type Settings = Config["forwarder"];
 
 /** A line that breaks again and again, but lets batches through, is worth a prompt return. */
 const AFTER_PROGRESS_MS = 200;
+const SIGN_OF_LIFE_MS = 30_000;
 /** A file in failed/ is tried again after one interval, then two, four, …, at most so many ms. */
 const MAX_RETRY_MS = 3_600_000;
 const HOUR_MS = 3_600_000;
@@ -112,6 +105,8 @@ async function main(service: Service<"forwarder">): Promise<number> {
     return left > 0 && !signal.aborted ? EXIT.failed : EXIT.done;
   }
 
+  showLife(config.dir);
+  const signOfLife = setInterval(() => showLife(config.dir), SIGN_OF_LIFE_MS);
   service.log.info("forwarder started", { dir: config.dir, target: config.target });
   for (let faulty = 0; !signal.aborted; ) {
     const { fault, sent } = await forwardOnce(forwarder);
@@ -119,7 +114,18 @@ async function main(service: Service<"forwarder">): Promise<number> {
     if (faulty > 0) await wait(retryDelay(faulty, { min: 1000, max: 180_000 }), signal);
     else await wait(fault ? AFTER_PROGRESS_MS : config.intervalSeconds * 1000, signal);
   }
+  clearInterval(signOfLife);
   return EXIT.done;
+}
+
+/** The time of the state file tells that a forwarder runs, also within a long cycle. */
+function showLife(dir: string): void {
+  const now = new Date();
+  try {
+    utimesSync(forwarderStatePath(dir), now, now);
+  } catch {
+    // there is none yet: the first cycle writes it
+  }
 }
 
 /** What lasts from one cycle to the next. */
@@ -833,8 +839,10 @@ async function saveState({ service, state, faults }: Forwarder, cycle: Cycle): P
     delete state.fault;
   }
   state.ok = !fault;
-  if (!began && !fault && sent + failures === 0) return;
+  const stays = service.flags.once !== true;
+  if (!began && !fault && sent + failures === 0 && state.stays === stays) return;
   state.at = now();
+  state.stays = stays;
   try {
     await writeDurably(forwarderStatePath(config.dir), JSON.stringify(state));
     faults.recovered("state", "state saved again");

@@ -50,7 +50,7 @@ import {
   wait,
 } from "./lib/service.ts";
 import { writeState } from "./lib/state.ts";
-import { createStatusReader, type Status } from "./lib/status.ts";
+import { createStatusReader, DEFAULT_THRESHOLDS, type Snapshot, type Thresholds } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
 import { Intake, release } from "./lib/store/intake.ts";
 import { createStore, type Outcome, type Store, StoreError } from "./lib/store/store.ts";
@@ -67,6 +67,8 @@ const RELEASE_FROM = 65_536;
 /** How often the state file is written at least, and `.forget` looked for. */
 const STATE_EVERY_MS = 10_000;
 const FORGET_EVERY_MS = 30_000;
+/** A clock that moved by so much against the machine's own was set. */
+const CLOCK_SET_MS = 30_000;
 const RETRY_AFTER_SECONDS = "1";
 /** Makes a browser ask for a token, which goes into the field of the password. RFC 7617 wants the realm. */
 const BROWSER_LOGIN = 'Basic realm="log-rt-sync"';
@@ -314,7 +316,7 @@ export class Receiver {
   readonly now: () => number;
   readonly signal: AbortSignal;
   readonly startedAt: number;
-  readonly status: () => Promise<Status>;
+  readonly status: () => Promise<Snapshot>;
   readonly #monitor: MonitorConfig | undefined;
   #forgetsAt = Number.NEGATIVE_INFINITY;
 
@@ -329,10 +331,19 @@ export class Receiver {
     this.intake = new Intake(config);
     this.refusals = new Refusals(log, now);
     this.store = createStore(this.#storeOptions(config));
-    this.status = createStatusReader(config, {
+    this.status = createStatusReader(config.dir, () => this.#thresholds(), {
       now,
       ledgerOf: (host) => this.store.senders.get(host)?.ledger,
+      ...(monitor && { monitorFile: monitor.stateFile }),
     });
+  }
+
+  /** Those of the config's section `monitor`; without one its defaults, and all senders that a group names. */
+  #thresholds(): Thresholds {
+    if (this.#monitor) return this.#monitor;
+    const senders = this.config.groups.flatMap((group) => group.senders);
+    const expected = senders.flatMap((sender) => (sender.includes("/") ? [] : (parseHost(sender) ?? [])));
+    return { ...DEFAULT_THRESHOLDS, expected };
   }
 
   #storeOptions(config: ReceiverConfig) {
@@ -545,8 +556,14 @@ class StateFile {
   readonly #faults: FaultLog;
   #at = Number.NEGATIVE_INFINITY;
   #health: string | undefined;
+  #healthSince = 0;
+  /** Since when senders could be heard, and the difference of the two clocks then: one that is set begins anew. */
+  #startedAt: number;
+  #clocks: number;
 
   constructor(receiver: Receiver, ports: Port[]) {
+    this.#startedAt = receiver.startedAt;
+    this.#clocks = receiver.now() - performance.now();
     this.#receiver = receiver;
     this.#ports = ports;
     this.#faults = createFaultLog(receiver.log, receiver.now);
@@ -554,19 +571,27 @@ class StateFile {
 
   /** Every ten seconds, and when something changed. */
   async write(): Promise<void> {
-    const { config, refusals, store, startedAt, now } = this.#receiver;
+    const { config, refusals, store, now } = this.#receiver;
     const health = store.health();
-    if (!refusals.changed && health === this.#health && now() - this.#at < STATE_EVERY_MS) return;
+    const at = now();
+    const wasSet = Math.abs(at - performance.now() - this.#clocks) > CLOCK_SET_MS;
+    if (wasSet) {
+      this.#startedAt = at;
+      this.#clocks = at - performance.now();
+    }
+    if (!refusals.changed && health === this.#health && Math.abs(at - this.#at) < STATE_EVERY_MS) return;
     refusals.changed = false;
+    if (health === undefined || this.#health === undefined) this.#healthSince = at;
     this.#health = health;
-    this.#at = now();
+    this.#at = at;
     const ports = this.#ports.map(({ port }) => port).sort((a, b) => a - b);
     const state = {
       version: 1,
-      at: this.#at,
-      startedAt,
+      at,
+      startedAt: this.#startedAt,
+      pid: process.pid,
       ports,
-      ...(health !== undefined && { health }),
+      ...(health !== undefined && { health, healthSince: this.#healthSince }),
       refused: refusals.list(),
       pressed: refusals.pressed(),
     };
@@ -616,10 +641,10 @@ type Row = [name: string, type: "gauge" | "counter" | "histogram", help: string,
  * Prometheus' text format 0.0.4; names by its guide: one prefix, base units, `_total` on counters. What is in the
  * ledgers survives a restart; the rest is counted since the start.
  */
-function renderMetrics({ counts, intake, refusals, store }: Receiver, status: Status): string {
+function renderMetrics({ counts, intake, refusals, store, startedAt }: Receiver, status: Snapshot): string {
   const counted = (key: keyof Count): Sample[] =>
     [...counts.hosts].map(([host, count]) => [{ host }, count[key]]);
-  const told = (value: (host: Status["hosts"][number]) => number): Sample[] =>
+  const told = (value: (host: Snapshot["hosts"][number]) => number): Sample[] =>
     status.hosts.map((host) => [{ host: host.host }, value(host)]);
   const facts = (key: "skipped" | "untimed" | "ahead" | "gone"): Sample[] =>
     [...store.senders].map(([host, { ledger }]) => [{ host }, ledger.facts[key] ?? 0]);
@@ -630,7 +655,7 @@ function renderMetrics({ counts, intake, refusals, store }: Receiver, status: St
   const { disk } = status;
   const rows: Row[] = [
     ["build_info", "gauge", "Version that runs", [[{ version: VERSION }, 1]]],
-    ["start_time_seconds", "gauge", "When it started", one(status.startedAt / 1000)],
+    ["start_time_seconds", "gauge", "When it started", one(startedAt / 1000)],
     ["lines_total", "counter", "Lines stored since the start", counted("lines")],
     ["bytes_total", "counter", "Bytes of lines stored since the start", counted("bytes")],
     ["chunks_total", "counter", "Chunks taken since the start", counted("chunks")],
@@ -642,7 +667,7 @@ function renderMetrics({ counts, intake, refusals, store }: Receiver, status: St
       "lag_bytes",
       "gauge",
       "Bytes that a sender still has to ship",
-      told((h) => store.senders.get(h.host)?.ledger.facts.lag ?? h.lag),
+      told((h) => store.senders.get(h.host)?.ledger.facts.lag ?? h.lag ?? 0),
     ],
     ["lost_bytes_total", "counter", "Bytes that vanished before they were read", told((h) => h.lost)],
     [

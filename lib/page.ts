@@ -9,8 +9,18 @@ import { createHash } from "node:crypto";
 import { Html, html } from "./html.ts";
 import { REFRESH_SECONDS, SCRIPT, STYLE } from "./page-assets.ts";
 import { formatBytes, formatDuration } from "./service.ts";
-import { type HostState, type HostStatus, inState, SILENT_MS, type Status, sum } from "./status.ts";
-import { count, findProblems, formatClock, isLate, type Problem, sentence, verdict } from "./verdict.ts";
+import {
+  count,
+  formatClock,
+  type HostState,
+  type HostStatus,
+  headline,
+  inState,
+  type Problem,
+  type Snapshot,
+  sentence,
+  sum,
+} from "./status.ts";
 
 /** Rows of one page; senders beyond it are counted, not listed. */
 const MAX_ROWS = 500;
@@ -43,9 +53,14 @@ export const pageHeaders: Record<string, string> = {
 
 /** How each state is called; the worst come first in the table. */
 const STATES: Record<HostState, { text: string; meaning: string; mark: string }> = {
-  silent: { text: "silent", meaning: `not heard of for ${SILENT_MS / 60_000} minutes`, mark: "bad" },
-  never: { text: "never heard of", meaning: "expected, has not sent yet", mark: "ask" },
-  gone: { text: "gone", meaning: "no longer a sender, batches are left", mark: "off" },
+  silent: { text: "silent", meaning: "not heard for longer than its threshold", mark: "bad" },
+  never: { text: "never seen", meaning: "expected, has not sent yet", mark: "ask" },
+  waiting: {
+    text: "waiting",
+    meaning: "not heard since its receiver started, or while that is down",
+    mark: "ask",
+  },
+  gone: { text: "gone", meaning: "silent for a day and not expected, or only batches are left", mark: "off" },
   quiet: { text: "quiet", meaning: "alive, sends no lines", mark: "off" },
   ok: { text: "ok", meaning: "lines come", mark: "ok" },
 };
@@ -53,15 +68,15 @@ type Verdict = "ok" | "bad" | "off";
 const ORDER = Object.keys(STATES) as HostState[];
 
 /** The whole page. */
-export function renderPage(status: Status): string {
-  const problems = findProblems(status);
-  const headline = verdict(status, problems);
+export function renderPage(status: Snapshot): string {
+  const { problems } = status;
+  const title = headline(status);
   const mark = problems.length > 0 ? "bad" : inState(status.hosts, "ok").length > 0 ? "ok" : "off";
   const page = html`<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<title>${headline} · Log-RT-Sync</title>
+<title>${title} · ${status.server} · Log-RT-Sync</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="robots" content="noindex">
@@ -71,10 +86,10 @@ export function renderPage(status: Status): string {
 </head>
 <body>
 ${SYMBOLS}
-<header><p class="name">Log-RT-Sync</p><button id="pause" type="button" aria-pressed="false" hidden>Pause</button></header>
+<header><p class="name">Log-RT-Sync on ${status.server}</p><button id="pause" type="button" aria-pressed="false" hidden>Pause</button></header>
 <p id="stale" role="alert" hidden></p>
 <main data-at="${formatClock(status.now, status.now)}">
-${renderVerdict(status, headline, mark, problems)}
+${renderVerdict(status, title, mark, problems)}
 ${renderLegs(status, problems)}
 ${renderHosts(status)}
 ${renderAbout(status)}
@@ -86,27 +101,27 @@ ${renderAbout(status)}
   return page.text;
 }
 
-function renderVerdict({ now }: Status, headline: string, mark: Verdict, problems: Problem[]): Html {
-  const explained = problems.filter(({ hosts, detail }) => hosts.length > 0 || detail);
+function renderVerdict({ now }: Snapshot, title: string, mark: Verdict, problems: Problem[]): Html {
   return html`<section class="verdict ${mark}" aria-label="Verdict">
-<div role="status"><h1>${symbol(mark)}${headline}</h1></div>
-${explained.length > 0 && html`<ul>${explained.map((problem) => renderProblem(problem, problems.length))}</ul>`}
+<div role="status"><h1>${symbol(mark)}${title}</h1></div>
+${problems.length > 0 && html`<ul>${problems.map((problem) => renderProblem(problem, problems.length))}</ul>`}
 <p class="at">State of <time datetime="${new Date(now).toISOString()}">${FULL_TIME.format(now)}</time></p>
 </section>`;
 }
 
 /** What is behind the headline; the first few senders alone, the table shows the others. */
-function renderProblem({ kind, text, detail, hosts }: Problem, of: number): Html {
+function renderProblem({ key, title, text, hosts, next = [] }: Problem, of: number): Html {
   const links = hosts.slice(0, MAX_LINKS).map((host) => {
     const href = `#${encodeURIComponent(anchor(host))}`;
-    return html`<a id="${kind}-${host}" href="${href}">${host}</a> `;
+    return html`<a id="${key}-${host}" href="${href}">${host}</a> `;
   });
   const more = hosts.length > MAX_LINKS && `and ${hosts.length - MAX_LINKS} more`;
-  return html`<li>${of > 1 && `${sentence(text)}: `}${detail ?? html`${links}${more}`}</li>`;
+  const command = next[0] && html` <code>${next[0]}</code>`;
+  return html`<li>${of > 1 && `${sentence(title)}: `}${links}${more}${links.length > 0 && " – "}${text}${command}</li>`;
 }
 
 /** The two questions and the disk, each with its numbers. */
-function renderLegs(status: Status, problems: Problem[]): Html {
+function renderLegs(status: Snapshot, problems: Problem[]): Html {
   const { hosts, disk, forwarder } = status;
   const fails = (leg: Problem["leg"]) => problems.some((problem) => problem.leg === leg);
   const sends = inState(hosts, "ok").length > 0;
@@ -136,10 +151,10 @@ ${
 }`;
 }
 
-function renderDelivery({ hosts, forwarder, now }: Status): Html {
+function renderDelivery({ hosts, forwarder, now }: Snapshot): Html {
   return html`<dl>${figure("Open", number(sum(hosts, "open")))}${figure("Waiting", number(sum(hosts, "waiting")))}
 ${figure("Failed", number(sum(hosts, "failed")))}</dl>
-${forwarder && html`<p>Last delivery ${clock(forwarder.lastSentAt ?? 0, now)}, forwarder seen ${clock(forwarder.at, now)}.</p>`}`;
+${forwarder && html`<p>Last delivery ${clock(forwarder.lastSentAt ?? 0, now)}, forwarder seen ${clock(forwarder.aliveAt, now)}.</p>`}`;
 }
 
 function renderDisk({ free, total }: { free: number; total: number }): Html {
@@ -154,11 +169,12 @@ function figure(name: string, value: string): Html {
 }
 
 /** One row per sender, the worst first. */
-function renderHosts({ hosts, now }: Status): Html {
+function renderHosts({ hosts, now, problems }: Snapshot): Html {
   if (hosts.length === 0) {
     return html`<section class="hosts"><h2>Senders</h2><p class="hint">Start a shipper whose config names this receiver: its host appears here.</p></section>`;
   }
   const natural = new Intl.Collator("en", { numeric: true });
+  const late = new Set(problems.find(({ key }) => key === "late")?.hosts);
   const trouble = (host: HostStatus) => Number(host.failed === 0 && host.lost === 0);
   const sorted = hosts.toSorted(
     (a, b) =>
@@ -180,12 +196,12 @@ function renderHosts({ hosts, now }: Status): Html {
   ];
   return html`<section class="hosts"><h2 id="senders">Senders</h2>
 <table role="table" aria-labelledby="senders"><thead role="rowgroup"><tr role="row">${heads.map((head) => html`<th role="columnheader" scope="col">${head}</th>`)}</tr></thead>
-<tbody role="rowgroup">${sorted.slice(0, MAX_ROWS).map((host) => renderHost(host, now))}</tbody></table>
+<tbody role="rowgroup">${sorted.slice(0, MAX_ROWS).map((host) => renderHost(host, now, late.has(host.host)))}</tbody></table>
 ${sorted.length > MAX_ROWS && html`<p class="hint">${count(sorted.length - MAX_ROWS, "more sender is", "more senders are")} counted above and not listed.</p>`}
 </section>`;
 }
 
-function renderHost(host: HostStatus, now: number): Html {
+function renderHost(host: HostStatus, now: number, isLate: boolean): Html {
   const { text, mark } = STATES[host.state];
   const cell = (content: Html | string, kind = "") =>
     html`<td role="cell"${kind && html` class="${kind}"`}>${content}</td>`;
@@ -193,16 +209,19 @@ function renderHost(host: HostStatus, now: number): Html {
     cell(shown, n === 0 ? "z" : bad ? "n bad" : "");
   const since =
     host.waitingSince === undefined ? "" : html` <small>since ${formatClock(host.waitingSince, now)}</small>`;
+  const muted =
+    host.muted &&
+    html` <small>muted until ${formatClock(host.muted.until, now)} by ${host.muted.by}${host.muted.reason && `: ${host.muted.reason}`}</small>`;
   return html`<tr role="row" id="${anchor(host.host)}"><th role="rowheader" scope="row">${breakable(host.host)}</th>${[
-    cell(html`${symbol(mark)}${text}`, `s ${mark}`),
+    cell(html`${symbol(mark)}${text}${muted}`, `s ${mark}`),
     cell(clock(host.lineAt, now)),
     cell(clock(host.heardAt, now)),
     cell(
       html`${curve(host.linesPerMinute, { kind: "c", height: 24, points: ROW_POINTS, label: "Lines per minute" })}${number(latest(host.linesPerMinute))}`,
     ),
-    amount(host.lag, formatBytes(host.lag)),
+    host.lag === undefined ? cell("unknown", "z") : amount(host.lag, formatBytes(host.lag)),
     amount(host.open, number(host.open)),
-    amount(host.waiting, html`${number(host.waiting)}${since}`, isLate(host, now)),
+    amount(host.waiting, html`${number(host.waiting)}${since}`, isLate),
     amount(host.failed, number(host.failed), true),
     amount(host.lost, formatBytes(host.lost), true),
   ]}</tr>`;
@@ -216,12 +235,14 @@ function breakable(name: string): Html | string {
 
 const WORD_BREAK = html`<wbr>`;
 
-function renderAbout({ version, startedAt, now, dir, hosts }: Status): Html {
+function renderAbout({ version, startedAt, now, dir, hosts }: Snapshot): Html {
   const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
-  const states = ORDER.filter((state) => state !== "gone" || inState(hosts, state).length > 0);
+  const states = ORDER.filter(
+    (state) => !["gone", "waiting"].includes(state) || inState(hosts, state).length > 0,
+  );
   return html`<section class="about" aria-label="About this page">
 <ul>${states.map((state) => html`<li class="${STATES[state].mark}">${symbol(STATES[state].mark)}${STATES[state].text}: ${STATES[state].meaning}</li>`)}</ul>
-<p>Receiver ${version}, up ${formatDuration(now - startedAt)}, folder ${dir}. Times are in ${timeZone}. Refreshed every ${REFRESH_SECONDS} seconds.</p>
+<p>Receiver ${version}${startedAt > 0 && `, up ${formatDuration(now - startedAt)}`}, folder ${dir}. Times are in ${timeZone}. Refreshed every ${REFRESH_SECONDS} seconds.</p>
 </section>`;
 }
 

@@ -1,16 +1,14 @@
 /**
  * What the forwarder tells others, on disk:
  *
- *   <report>.log                   one line per delivery, the format that people already parse
- *   <report>.fail                  one line per failed attempt, the same with the reason behind it
- *   <dir>/.forwarder-state.json    what holds delivery up, and what waits in failed/ and why
+ *   <report>.log    one line per delivery, the format that people already parse
+ *   <report>.fail   one line per failed attempt, the same with the reason behind it
  *
  * A file in sent/ has the time of its delivery as its mtime; housekeeping counts retention from that.
  * The forwarder appends to the reports and housekeeping trims them: both through this file, under one lock,
  * so that no line falls between reading the old file and renaming the new one over it.
  */
 import { open } from "node:fs/promises";
-import { join } from "node:path";
 import { appendDurably, readIfExists, writeDurably } from "./durable.ts";
 import { tryLock } from "./runtime.ts";
 import { wait } from "./service.ts";
@@ -92,46 +90,6 @@ export async function readReportTail(path: string, bytes = 1_048_576): Promise<R
   } finally {
     await file.close();
   }
-}
-
-/** What holds up all deliveries, in the order in which one meets them. */
-export const FAULT_KINDS = ["connection", "host key", "login", "server", "local"] as const;
-export type FaultKind = (typeof FAULT_KINDS)[number];
-
-/** The forwarder's state, for the monitor and `--status`. Times are milliseconds since the epoch. */
-export interface ForwarderState {
-  version: 1;
-  /** When this was written. */
-  at: number;
-  /** Whether the last cycle could deliver, or had nothing to deliver. */
-  ok: boolean;
-  /** Why not, in words, and since when without a break. */
-  fault?: { kind: FaultKind; text: string; since: number };
-  /** When the last batch was delivered. */
-  lastSentAt?: number;
-  /** The files in failed/: how often tried there, when again, and why it failed last. */
-  failed: Record<string, { attempts: number; nextAt: number; reason: string }>;
-  /** Batches at which the connection was cut or room was lacking, and how often: they come last, each alone. */
-  later?: Record<string, number>;
-}
-
-/** Where the forwarder's state is. */
-export function forwarderStatePath(dir: string): string {
-  return join(dir, ".forwarder-state.json");
-}
-
-/** The forwarder's state; undefined when it never ran here. Throws when the file is damaged. */
-export async function readForwarderState(dir: string): Promise<ForwarderState | undefined> {
-  const path = forwarderStatePath(dir);
-  const text = await readIfExists(path);
-  if (text === undefined) return undefined;
-  try {
-    const state = JSON.parse(text) as ForwarderState | null;
-    if (typeof state?.failed === "object") return state;
-  } catch (cause) {
-    throw new Error(`Cannot read "${path}": it is no JSON`, { cause });
-  }
-  throw new Error(`Cannot read "${path}": it has no list of what failed`);
 }
 
 const LOCK_PATIENCE_MS = 30_000;

@@ -9,8 +9,8 @@ import { folders, listBatches, listHosts } from "./batch.ts";
 import type { Config } from "./config.ts";
 import { readLedger } from "./ledger.ts";
 import { commonOffset, zoneOffset } from "./mail/summary.ts";
-import { readForwarderState } from "./report.ts";
 import { errorMessage, formatDuration, wait } from "./service.ts";
+import { readForwarderState } from "./status.ts";
 
 type Options = Config["monitor"];
 const MINUTE_MS = 60_000;

@@ -13,9 +13,10 @@ import { escapeHtml } from "../lib/mail/mailpage.ts";
 import { summariseHour } from "../lib/mail/summary.ts";
 import { renderSummary } from "../lib/mail/summarymail.ts";
 import { emptyState, type MonitorState, type Notice } from "../lib/notice.ts";
-import { appendReport, forwarderStatePath } from "../lib/report.ts";
+import { appendReport } from "../lib/report.ts";
 import { createLog } from "../lib/service.ts";
 import type { Sight } from "../lib/sight.ts";
+import { forwarderStatePath } from "../lib/status.ts";
 import { checkOnce } from "../monitor.ts";
 import { onCleanup, runScriptOnce, startScript, tempFolder, until, writeConfig } from "./support.ts";
 

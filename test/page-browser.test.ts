@@ -6,7 +6,7 @@ import { formatChunkHeaders } from "../lib/chunk.ts";
 import { emptyLedger, formatRecord, readLedger } from "../lib/ledger.ts";
 import { pageHeaders, renderPage } from "../lib/page.ts";
 import { type Server, serve } from "../lib/runtime.ts";
-import type { Status } from "../lib/status.ts";
+import type { Snapshot } from "../lib/status.ts";
 import { findViolations, noBrowser, useBrowser, visit } from "./browser.ts";
 import { host, NOW, samples, status } from "./page-samples.ts";
 import {
@@ -31,7 +31,7 @@ const LOOPBACK = { hostname: "127.0.0.1", port: 0, maxBodyBytes: 1024, idleTimeo
 const browser = useBrowser();
 let server: Server;
 /** What the server shows; undefined: it answers 503. */
-let shown: Status | undefined = samples.good;
+let shown: Snapshot | undefined = samples.good;
 
 beforeAll(() => {
   const page = () =>
@@ -80,7 +80,7 @@ describe.skipIf(noBrowser)("the status page in a browser", () => {
     shown = status([host(name, "silent")], { dir: name });
     await visitPage({}, async (page) => {
       expect(await page.locator("tbody th").textContent()).toBe(name);
-      expect(await page.title()).toBe("1 sender is silent · Log-RT-Sync");
+      expect(await page.title()).toBe("1 sender is silent · middle · Log-RT-Sync");
       await page.locator(".verdict a").click();
       expect(await page.locator("tr:target").count()).toBe(1);
     });
@@ -96,7 +96,7 @@ describe.skipIf(noBrowser)("the status page in a browser", () => {
       await page.evaluate("getSelection().selectAllChildren(document.querySelector('h2'))");
       shown = status([host("a", "silent"), ...samples.many.hosts, host("z", "never")], { now: NOW + 5000 });
       await refresh(page);
-      await until("the new verdict is shown", async () => (await page.title()).includes("never heard of"));
+      await until("the new verdict is shown", async () => (await page.title()).includes("never seen"));
       expect(await page.evaluate("document.activeElement.id")).toBe("silent-a");
       // What is read stays in place, though a line came above it.
       expect(Math.abs(Number(await page.evaluate(top)) - before)).toBeLessThan(3);

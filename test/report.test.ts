@@ -8,10 +8,10 @@ import {
   formatReportLine,
   parseReportLine,
   type ReportLine,
-  readForwarderState,
   readReportTail,
   trimReport,
 } from "../lib/report.ts";
+import { readForwarderState } from "../lib/status.ts";
 import { tempFolder } from "./support.ts";
 
 const batch = "accessLog_26112206_20-39_10-10-21-181.log";
