@@ -38,6 +38,7 @@ import {
   cursorPath,
   type FamilyState,
   readCursor,
+  type StreamState,
   writeCursor,
 } from "./lib/tail/cursor.ts";
 import { scanFamily, settleUnasked } from "./lib/tail/family.ts";
@@ -161,14 +162,7 @@ export async function openShipper(
       },
       taken: () =>
         new Set([...shipper.families.values()].flatMap(({ streams }) => streams.map(({ id }) => id ?? ""))),
-      lose(bytes, stream) {
-        transfer.lost += bytes;
-        log.error("bytes lost: they were gone before they could be read", {
-          path: stream.path,
-          stream: stream.id,
-          bytes,
-        });
-      },
+      lose: (bytes, stream) => loseBytes(shipper, bytes, stream),
       changed() {
         shipper.streamsChanged = true;
       },
@@ -176,6 +170,12 @@ export async function openShipper(
   };
   await loadFamilies(shipper, found);
   return shipper;
+}
+
+/** Counts bytes that were gone before they could be read; the next heartbeat tells them. */
+function loseBytes({ transfer, log }: Shipper, bytes: number, { path, id }: StreamState): void {
+  transfer.lost += bytes;
+  log.error("bytes lost: they were gone before they could be read", { path, stream: id, bytes });
 }
 
 /** The cursor, or that there is none; a damaged one is told. */
