@@ -168,6 +168,8 @@ export interface HostStatus {
   skipped: number;
   untimed: number;
   ahead: number;
+  /** Of its newest line's timestamp, minutes east of UTC. */
+  zone?: number;
   /** Every line that was in its files then is stored. */
   through?: number;
   /** The newest window of which a batch was delivered, as in batch names. */
@@ -451,6 +453,7 @@ function tellLedger(look: Look, host: string, ledger: Ledger): HostStatus {
     untimed: facts.untimed ?? 0,
     ahead: facts.ahead ?? 0,
     ...(facts.through !== undefined && { through: Math.min(facts.through, now) }),
+    ...(facts.zone !== undefined && { zone: facts.zone }),
     ...(facts.agent !== undefined && { agent: facts.agent }),
     ...(facts.peer !== undefined && { peer: facts.peer }),
     ...(mute && { muted: mute }),
