@@ -11,10 +11,10 @@
  * counts as done; a file that vanishes unread is counted in bytes and told to the receiver. Which file is which
  * says lib/tail/family.ts, by content and not by name; 1 to 3 are in lib/transfer.ts.
  */
-import { readFileSync } from "node:fs";
+import { readFileSync, statSync } from "node:fs";
 import { access, constants, readdir } from "node:fs/promises";
 import { dirname, join } from "node:path";
-import { IDLE_STREAM } from "./lib/chunk.ts";
+import type { StreamStatus } from "./lib/chunk.ts";
 import { type Config, readSecret } from "./lib/config.ts";
 import { failpoint, makeFolder, moveDurably } from "./lib/durable.ts";
 import { holdLock } from "./lib/lock.ts";
@@ -32,16 +32,26 @@ import {
   type Service,
   wait,
 } from "./lib/service.ts";
-import { type Cursor, type CursorFound, cursorPath, readCursor, writeCursor } from "./lib/tail/cursor.ts";
-import { scanFamily } from "./lib/tail/family.ts";
-import { openLog } from "./lib/tail/file.ts";
+import {
+  type Cursor,
+  type CursorFound,
+  cursorPath,
+  type FamilyState,
+  readCursor,
+  type StreamState,
+  writeCursor,
+} from "./lib/tail/cursor.ts";
+import { scanFamily, settleUnasked } from "./lib/tail/family.ts";
+import { type LogFile, MARK_BYTES, newestFit, openLog } from "./lib/tail/file.ts";
 import { expandFiles, look, whyNotFollowed } from "./lib/tail/rotation.ts";
 import {
   beginAfterTruncation,
   beginStream,
   createFamily,
+  drawName,
   type Family,
   finishStream,
+  isCompressed,
   liveStream,
   mayHaveGrown,
   openStream,
@@ -51,11 +61,13 @@ import {
 } from "./lib/tail/streams.ts";
 import { type Bell, createWatch } from "./lib/tail/watch.ts";
 import { createTransfer, Refused, type Transfer, Truncated } from "./lib/transfer.ts";
-import { createUploader } from "./lib/upload.ts";
+import { createUploader, Unanswered } from "./lib/upload.ts";
 
 /** Pause after a folder could not be read, or the receiver not be asked where a file stands. */
 const FAULT_MS = 1000;
 const SAVE_EVERY_MS = 1000;
+/** With a cursor that is damaged, a chunk of the process before may still be on its way for so long. */
+const PATIENCE_MS = 10_000;
 /** Globs are expanded no more often than that. */
 const NAMES_MS = 200;
 /** At the start the first chunk has so long to be the first sign of life. */
@@ -76,6 +88,8 @@ export interface Shipper {
   streamsChanged: boolean;
   /** The save in hand. */
   saving: Promise<void>;
+  /** A look at all files, for `Log-Through`. */
+  seen?: { at: number; sizes: { stream: Stream; size: number }[] };
 }
 
 async function main({ config, log, signal, now, flags }: Service<"shipper">): Promise<number> {
@@ -106,6 +120,7 @@ export async function openShipper(
   config: Config["shipper"],
   { log, signal, now }: Pick<Shipper, "log" | "signal" | "now">,
 ): Promise<Shipper> {
+  const found = await findCursor(config, log);
   const faults = createFaultLog(log, now);
   const transfer = createTransfer({
     config,
@@ -119,6 +134,7 @@ export async function openShipper(
       return saveCursor(shipper);
     },
   });
+  let known: Promise<StreamStatus[]> | undefined;
   const shipper: Shipper = {
     ...{
       config,
@@ -132,37 +148,56 @@ export async function openShipper(
       saving: Promise.resolve(),
     },
     context: {
-      ...{ config, now, log, faults, signal, ask: transfer.ask },
-      lose(bytes, stream) {
-        transfer.lost += bytes;
-        log.error("bytes lost: they were gone before they could be read", {
-          path: stream.path,
-          stream: stream.id,
-          bytes,
+      ...{ config, now, log, faults, signal },
+      ask: (names) => transfer.ask(names),
+      known() {
+        known ??= askAll(
+          shipper,
+          found.state === "absent" ? 0 : Math.min(PATIENCE_MS, config.timeoutSeconds * 1000),
+        );
+        known.catch(() => {
+          known = undefined;
         });
+        return known;
       },
+      taken: () =>
+        new Set([...shipper.families.values()].flatMap(({ streams }) => streams.map(({ id }) => id ?? ""))),
+      lose: (bytes, stream) => loseBytes(shipper, bytes, stream),
       changed() {
         shipper.streamsChanged = true;
       },
     },
   };
-  const found = await readCursor(config.stateDir).catch((): CursorFound => ({ state: "damaged" }));
+  await loadFamilies(shipper, found);
+  return shipper;
+}
+
+/** Counts bytes that were gone before they could be read; the next heartbeat tells them. */
+function loseBytes({ transfer, log }: Shipper, bytes: number, { path, id }: StreamState): void {
+  transfer.lost += bytes;
+  log.error("bytes lost: they were gone before they could be read", { path, stream: id, bytes });
+}
+
+/** The cursor, or that there is none; a damaged one is told. */
+async function findCursor({ stateDir }: Config["shipper"], log: Log): Promise<CursorFound> {
+  const found = await readCursor(stateDir).catch((): CursorFound => ({ state: "damaged" }));
   if (found.state === "damaged" || found.state === "older") {
     const instead =
       found.state === "older" ? "the one before it is taken" : "the receiver is asked where each file stands";
-    log.warn("cursor is damaged", { cursor: cursorPath(config.stateDir), instead });
+    log.warn("cursor is damaged", { cursor: cursorPath(stateDir), instead });
   }
-  await loadFamilies(shipper, found);
-  return shipper;
+  return found;
 }
 
 async function loadFamilies(shipper: Shipper, found: CursorFound): Promise<void> {
   const { config, now, transfer } = shipper;
   const known = "cursor" in found ? found.cursor : undefined;
   transfer.lost = known?.lost ?? 0;
+  transfer.shipper = known?.shipper ?? drawName();
   for (const [path, state] of Object.entries(known?.families ?? {})) {
     // One that the config does not name any more is followed until everything of it is shipped.
     const unfinished = state.start === "recover" || state.streams.some((stream) => !stream.done);
+    if (known?.version === 1) takeOverNames(state);
     if (unfinished) shipper.families.set(path, createFamily(path, state.start ?? "known", now(), state));
   }
   for (const path of await expandFiles(config.files, shipper.families.keys())) {
@@ -172,6 +207,21 @@ async function loadFamilies(shipper: Shipper, found: CursorFound): Promise<void>
   }
   if (shipper.families.size === 0) shipper.log.warn("no file matches yet", { files: config.files.join(" ") });
   if (found.state === "absent") await takeOverOffset(shipper);
+}
+
+/** Streams of version 1.0: the receiver has no marks of them, and what was shipped counts as delivered until it says otherwise. */
+function takeOverNames({ streams }: FamilyState): void {
+  for (const stream of streams) {
+    if (stream.id === undefined) continue;
+    stream.isOld = true;
+    stream.delivered = stream.offset;
+  }
+}
+
+/** All that the receiver knows of this host, when a chunk of the process before can't be on its way any more. */
+async function askAll({ transfer, signal }: Shipper, waitMs: number): Promise<StreamStatus[]> {
+  await wait(waitMs - process.uptime() * 1000, signal);
+  return transfer.ask();
 }
 
 /** The offset file of the original shipper: its one live file goes on from there at the very first start. */
@@ -212,7 +262,7 @@ async function drainAll(shipper: Shipper): Promise<number> {
     }
   };
   await Promise.all([...shipper.families.values()].map(drainFamily));
-  if (!signal.aborted && transfer.lost > 0) await beatOnce(shipper);
+  if (!signal.aborted && transfer.lost > 0) await askOnce(shipper);
   clearInterval(ticker);
   progress.end();
   const faults = shipper.faults.lasting();
@@ -292,6 +342,7 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
     faults.recovered(`folder ${family.path}`, "folder can be read again", { path: family.path });
     if (live) faults.recovered(`kind ${family.path}`, "log file can be followed", { path: family.path });
     else await tellKind(shipper, family);
+    await settleUnasked(family, shipper.context);
     const streams = family.start === "recover" ? [] : [...family.streams]; // all of them are found first
     for (const stream of streams) {
       if (family.liveHeld && stream === liveStream(family)) continue;
@@ -303,6 +354,8 @@ export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> 
     }
   } catch (error) {
     if (error instanceof Refused) pass.waitMs = error.waitMs;
+    else if (error instanceof Unanswered)
+      pass.waitMs = FAULT_MS; // told already
     else {
       tellFault(shipper, `folder ${family.path}`, "cannot look for log file", family.path, error);
       pass.waitMs = FAULT_MS;
@@ -327,13 +380,14 @@ async function shipStream(shipper: Shipper, family: Family, stream: Stream): Pro
   try {
     stream.file ??= await openStream(family, stream);
     if (!stream.file) return true; // the next look into the folder finds it, or that it is gone
-    await shipper.transfer.drain(family, stream);
+    await shipper.transfer.drain(stream);
     if (!isLive) await finishStream(family, stream, shipper.context);
     shipper.faults.recovered(stream.path, "log file can be read again", { path: stream.path });
     return true;
   } catch (error) {
     if (error instanceof Refused || shipper.signal.aborted) throw error;
     if (error instanceof Truncated && stream.file) {
+      if (await goOnBehindFit(shipper, stream, stream.file)) return false;
       await beginAfterTruncation(family, stream, stream.file, shipper.context);
       return false;
     }
@@ -342,6 +396,27 @@ async function shipStream(shipper: Shipper, family: Family, stream: Stream): Pro
     tellFault(shipper, stream.path, "cannot read log file", stream.path, error);
     return true; // the others go on; this one is tried again at the next pass
   }
+}
+
+/**
+ * The newest bytes are not the ones that were shipped (power loss, snapshot, restored, edited), but much before them is:
+ * a new stream begins behind that. False when at most the head is the same: then it is another log.
+ */
+async function goOnBehindFit(shipper: Shipper, stream: Stream, file: LogFile): Promise<boolean> {
+  const marks = await newestFit(file, stream.signature.marks);
+  const end = marks.at(-1)?.end ?? 0;
+  if (end <= MARK_BYTES) return false;
+  const fields = { path: stream.path, stream: stream.id, shipped: stream.offset, from: end };
+  shipper.log.warn("file has other bytes behind what it kept: a new stream begins there", fields);
+  Object.assign(stream, {
+    id: undefined,
+    offset: end,
+    signature: { ...stream.signature, marks },
+    isOld: undefined,
+  });
+  delete stream.delivered;
+  shipper.streamsChanged = true;
+  return true;
 }
 
 /** Tells what the operator or time can mend; throws a bug on. */
@@ -363,29 +438,91 @@ function lagOf(shipper: Shipper): number {
 
 // ---- beside the files
 
-/** A sign of life when nothing is shipped; also tells at once what was lost. */
+/** The heartbeat: the question where all streams stand, whatever else goes on; at once when bytes were lost. */
 async function beat(shipper: Shipper): Promise<void> {
-  const { config, signal, now, transfer } = shipper;
+  const { config, signal, transfer } = shipper;
   const everyMs = config.heartbeatSeconds * 1000;
+  let told = transfer.lost;
   await wait(Math.min(FIRST_BEAT_MS, everyMs), signal);
-  while (!signal.aborted) {
-    await wait(Math.min(1000, Math.max(50, transfer.heardAt + everyMs - now())), signal);
-    if (transfer.inFlight > 0) continue; // its answer will do, and it is at another offset than we would say
-    if (signal.aborted || (now() - transfer.heardAt < everyMs && transfer.lost === 0)) continue;
-    await wait((await beatOnce(shipper)) ?? 0, signal);
+  for (let dueAt = 0; !signal.aborted; ) {
+    if (performance.now() >= dueAt || transfer.lost !== told) {
+      told = transfer.lost;
+      dueAt = performance.now() + ((await askOnce(shipper)) ? everyMs : Math.min(everyMs, FAULT_MS));
+    }
+    await wait(Math.min(1000, Math.max(50, dueAt - performance.now())), signal);
   }
 }
 
-/** Gives the time to wait when the receiver refused. */
-async function beatOnce(shipper: Shipper): Promise<number | undefined> {
-  const live = [...shipper.families.values()].map(liveStream);
-  try {
-    await shipper.transfer.beat(live.find((stream) => stream?.id !== undefined));
-  } catch (error) {
-    if (error instanceof Refused) return error.waitMs;
-    if (!shipper.signal.aborted) throw error;
+/** Asks where the streams stand, and takes what is told. False when it was not answered. */
+async function askOnce(shipper: Shipper): Promise<boolean> {
+  const { transfer, signal, now } = shipper;
+  const asked = new Map<string, { stream: Stream; offset: number }>();
+  for (const { streams } of shipper.families.values()) {
+    for (const stream of streams) {
+      if (stream.id === undefined || stream.begin !== undefined) continue;
+      asked.set(stream.id, { stream, offset: stream.offset }); // what was answered before the question leaves
+    }
   }
-  return undefined;
+  try {
+    const told = await transfer.ask([...asked.keys()], through(shipper));
+    for (const [id, { stream, offset }] of asked) {
+      const found = told.find((status) => status.stream === id);
+      if (stream.id === id) takeStatus(shipper, stream, found, offset, now());
+    }
+    return true;
+  } catch (error) {
+    if (signal.aborted) return false;
+    if (!(error instanceof Unanswered)) throw error;
+    return false; // told already
+  }
+}
+
+/** A stream that the receiver has lost, or has less of than it had answered, goes back to what was delivered of it. */
+function takeStatus(
+  shipper: Shipper,
+  stream: Stream,
+  found: StreamStatus | undefined,
+  offset: number,
+  at: number,
+): void {
+  if (found && found.offset >= offset) {
+    if (found.delivered !== undefined) Object.assign(stream, { delivered: found.delivered, deliveredAt: at });
+    return;
+  }
+  const wayBack = Math.min(offset, stream.delivered ?? stream.from ?? 0);
+  stream.wayBack = wayBack;
+  if (wayBack >= offset && stream.done) return; // all of it is delivered: nothing is left to be said of it
+  stream.done = false;
+  stream.endSeenAt = undefined;
+  stream.endedAs = "";
+  shipper.streamsChanged = true;
+}
+
+/**
+ * The time up to which every line of every file is answered, as soon as all is that a look at that time saw; undefined
+ * while that is not so. Each answer begins the next look.
+ */
+function through(shipper: Shipper): number | undefined {
+  const families = [...shipper.families.values()];
+  const isDone = ({ stream, size }: { stream: Stream; size: number }) =>
+    stream.done || stream.offset >= size || (stream.drainedAt ?? -1) >= size;
+  const { seen } = shipper;
+  const isSettled = families.every(({ scannedAt = 0, unsettled, start }) => {
+    return start === "known" && !unsettled && scannedAt > (seen?.at ?? 0);
+  });
+  const at =
+    seen && isSettled && seen.sizes.every(isDone) && shipper.faults.lasting() === 0 ? seen.at : undefined;
+  if (at !== undefined || !seen) shipper.seen = { at: shipper.now(), sizes: families.flatMap(sizesOf) };
+  return at;
+}
+
+/** What there is to be answered: the sizes of a family's files now. */
+function sizesOf(family: Family): { stream: Stream; size: number }[] {
+  return family.streams.map((stream) => {
+    const found =
+      stream.done || isCompressed(stream.path) ? undefined : statSync(stream.path, { throwIfNoEntry: false });
+    return { stream, size: Math.max(stream.size, found?.size ?? 0) };
+  });
 }
 
 async function keepSaving(shipper: Shipper): Promise<void> {
@@ -405,7 +542,7 @@ async function saveNow(shipper: Shipper): Promise<void> {
   const { config, transfer, faults } = shipper;
   const keep = shipper.streamsChanged;
   shipper.streamsChanged = transfer.moved = false;
-  const state: Cursor = { version: 1, lost: transfer.lost, families: {} };
+  const state: Cursor = { version: 2, shipper: transfer.shipper, lost: transfer.lost, families: {} };
   for (const [path, family] of shipper.families) state.families[path] = toState(family);
   try {
     await writeCursor(config.stateDir, state, keep);
@@ -478,7 +615,7 @@ async function printStatus(config: Config["shipper"], now: number): Promise<numb
         .trimEnd()}\n`,
     );
   const { lost } = found.cursor;
-  if (lost > 0) process.stdout.write(`Lost, and not told to the receiver yet: ${formatBytes(lost)}\n`);
+  if (lost > 0) process.stdout.write(`Lost since the cursor began: ${formatBytes(lost)}\n`);
   return EXIT.done;
 }
 
@@ -510,7 +647,7 @@ async function check({ config, signal }: Service<"shipper">, connect: boolean): 
     if (file !== undefined) await attempt(key, () => readSecret({ file }));
   }
   if (connect && faults.length === 0) {
-    await attempt("receiver", () => createUploader(config, signal).committed(config.host, IDLE_STREAM));
+    await attempt("receiver", () => createUploader(config, signal).ask(config.host, [], {}));
   }
   return faults;
 }

@@ -130,7 +130,7 @@ interface Ending {
 
 function judge(options: ChaosOptions, pipeline: Pipeline, adversary: Adversary, ending: Ending): ChaosResult {
   const written = pipeline.writers.map(({ host, lines }) => ({ host, lines }));
-  const verdict = checkDelivery(pipeline.client, written, pipeline.report);
+  const verdict = checkDelivery(pipeline.client, written, pipeline.report, pipeline.server);
   const mails = checkMails(pipeline.mailbox.mails, adversary.outages, pipeline.monitor.kills);
   const counts = {
     ...verdict,

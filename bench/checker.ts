@@ -39,6 +39,8 @@ const BATCH = /^accessLog_(\d{8}_\d\d-\d\d)_([a-z0-9-]+?)(?:\.(\d+))?\.log(\.gz)
 const LINE = /\/w(\d+)\/g(\d+)\/n(\d+)\/(\d{8}_\d\d-\d\d) (?:.* )?([0-9a-f]{8})$/s;
 const LINE_FEED = 0x0a;
 const MOST_EXAMPLES = 25;
+/** How a line without a timestamp begins. */
+const UNTIMED = "  continued ";
 
 interface Batch {
   name: string;
@@ -47,8 +49,11 @@ interface Batch {
   part: number;
 }
 
-/** Checks the client's folder against `writers` (their index is w), and the report when there is one. */
-export function checkDelivery(folder: string, writers: Written[], report?: string): Verdict {
+/**
+ * Checks the client's folder against `writers` (their index is w), and the report when there is one. A line without a
+ * timestamp whose window is sealed goes by its arrival: it may still wait in an open batch of `server`, the receiver's folder.
+ */
+export function checkDelivery(folder: string, writers: Written[], report?: string, server?: string): Verdict {
   const verdict: Verdict = {
     lines: 0,
     files: 0,
@@ -74,6 +79,7 @@ export function checkDelivery(folder: string, writers: Written[], report?: strin
     verdict.lines += lines;
     lengths.set(batch.name, lines);
   }
+  if (server !== undefined) noteOpen(server, seen);
   for (const [w, numbers] of seen.entries()) findMissing(w, numbers, fault);
   if (report !== undefined) checkReport(report, lengths, fault);
   return verdict;
@@ -143,13 +149,29 @@ function checkLine(
     return; // its place says nothing about the order of the others
   }
   numbers[number] = 1;
-  if (window !== batch.window || writers[Number(w)]?.host !== batch.host) {
+  const isElsewhere = window !== batch.window && !text.startsWith(UNTIMED); // by its arrival
+  if (isElsewhere || writers[Number(w)]?.host !== batch.host) {
     fault("misfiled", `${label}, belongs to ${window} of ${writers[Number(w)]?.host}`);
   }
   const key = `${batch.window} ${w} ${g}`;
   const last = lastOf.get(key) ?? -1;
   if (number < last) fault("outOfOrder", `${label}, after n${last}`);
   lastOf.set(key, Math.max(last, number));
+}
+
+/** Lines without a timestamp in open batches: they are on their way, each at most once. */
+function noteOpen(server: string, seen: Uint8Array[]): void {
+  for (const host of readdirSync(server, { withFileTypes: true })) {
+    if (!host.isDirectory()) continue;
+    const folder = join(server, host.name);
+    for (const file of readdirSync(folder).filter((name) => name.endsWith(".log.part"))) {
+      for (const line of readFileSync(join(folder, file), "latin1").split("\n")) {
+        const [, w, , n] = line.startsWith(UNTIMED) ? (LINE.exec(line) ?? []) : [];
+        const numbers = seen[Number(w)];
+        if (numbers?.[Number(n)] === 0) numbers[Number(n)] = 1;
+      }
+    }
+  }
 }
 
 function findMissing(w: number, numbers: Uint8Array, fault: Fault): void {

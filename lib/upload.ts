@@ -3,8 +3,19 @@
  * tries and never gives up; when to try again is in the answer.
  */
 import { constants, gzipSync, zstdCompressSync } from "node:zlib";
-import { type ChunkHeaders, formatChunkHeaders, HEADER, UPLOAD_PATH } from "./chunk.ts";
+import {
+  type ChunkHeaders,
+  formatChunkHeaders,
+  formatNews,
+  HEADER,
+  isStreamName,
+  type SenderNews,
+  STREAMS_PATH,
+  type StreamStatus,
+  UPLOAD_PATH,
+} from "./chunk.ts";
 import { type Config, readSecret } from "./config.ts";
+import { parseHost } from "./host.ts";
 import { fetchWith } from "./runtime.ts";
 import { errorMessage, retryDelay } from "./service.ts";
 
@@ -15,6 +26,11 @@ const REFUSED = { min: 2_000, max: 30_000 };
 const AWAY = { min: 500, max: 30_000 };
 /** Longest `Retry-After` that is believed, in seconds. */
 const MAX_RETRY_AFTER = 300;
+/** Of an answer to a chunk, and of one to a question, no more is read. */
+const ANSWER_BYTES = 4096;
+const STREAMS_BYTES = 64 * 1024 * 1024;
+/** After a time limit was met the next one is longer, up to so many times the configured one. */
+const MOST_PATIENCE = 32;
 
 /** A chunk that is ready to be sent: its body is encoded. */
 export interface Chunk extends ChunkHeaders {
@@ -23,12 +39,14 @@ export interface Chunk extends ChunkHeaders {
 }
 
 /**
- * stored: on stable storage, `lines` of it · moved: the stream stands elsewhere, go on from there ·
- * tooLarge: send less at once · refused: hold the offset and try again after `waitMs`.
+ * stored: on stable storage up to the chunk's end, `lines` of it · moved: the stream stands elsewhere, with these bytes
+ * before it · unknown: the receiver does not know the stream · tooLarge: send less at once · refused: hold the offset and
+ * try again after `waitMs`. Only the contract's own 200 is `stored`: whatever else stands at that address holds the chunk.
  */
 export type Answer =
   | { kind: "stored"; offset: number; lines: number }
-  | { kind: "moved"; offset: number }
+  | { kind: "moved"; offset: number; mark: string | undefined }
+  | { kind: "unknown" }
   | { kind: "tooLarge" }
   | { kind: "refused"; waitMs: number; status: number; reason: string };
 
@@ -36,29 +54,27 @@ export type Uploader = ReturnType<typeof createUploader>;
 
 /** The one who talks to the receiver. `signal` ends a request in hand. */
 export function createUploader(config: Config["shipper"], signal: AbortSignal) {
-  const url = config.receiver.replace(/\/+$/, "") + UPLOAD_PATH;
+  const base = config.receiver.replace(/\/+$/, "");
+  const via = config.proxy === undefined ? "" : ` through ${config.proxy}`;
   let tls = { ca: "", cert: "", key: "" };
-  let fetchChunk = fetch;
+  let fetchChunk = fetchWith({ ...(config.proxy && { proxy: config.proxy }) });
   let refusals = 0;
+  let patience = 1;
 
-  async function request(
-    method: string,
-    headers: Record<string, string>,
-    body?: BodyInit,
-  ): Promise<Response> {
+  async function request(path: string, headers: Record<string, string>, body?: BodyInit): Promise<Response> {
     const pem = (file: string | undefined) => (file === undefined ? "" : readSecret({ file }));
     const now = { ca: pem(config.ca), cert: pem(config.cert), key: pem(config.key) };
     if (now.ca !== tls.ca || now.cert !== tls.cert || now.key !== tls.key) {
       tls = now; // read again when a file has changed: a new certificate needs no restart
-      fetchChunk = fetchWith(now);
+      fetchChunk = fetchWith({ ...now, ...(config.proxy && { proxy: config.proxy }) });
     }
     const token = config.token && readSecret(config.token);
-    return fetchChunk(url, {
-      method,
+    return fetchChunk(base + path, {
+      method: "POST",
       headers: { ...headers, ...(token && { Authorization: `Bearer ${token}` }) },
       ...(body !== undefined && { body }),
       redirect: "manual",
-      signal: AbortSignal.any([signal, AbortSignal.timeout(config.timeoutSeconds * 1000)]),
+      signal: AbortSignal.any([signal, AbortSignal.timeout(config.timeoutSeconds * 1000 * patience)]),
     });
   }
 
@@ -72,49 +88,109 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
     /** Sends one chunk, once. Throws only when the signal is aborted. */
     async send(chunk: Chunk): Promise<Answer> {
       try {
-        const response = await request(
-          "POST",
-          {
-            ...formatChunkHeaders(chunk),
-            "Content-Type": "text/plain",
-            ...(chunk.encoding !== "identity" && { "Content-Encoding": chunk.encoding }),
-          },
-          chunk.body,
-        );
-        const text = (await response.text()).slice(0, 300);
+        const headers = {
+          ...formatChunkHeaders(chunk),
+          "Content-Type": "text/plain",
+          ...(chunk.encoding !== "identity" && { "Content-Encoding": chunk.encoding }),
+        };
+        const response = await request(UPLOAD_PATH, headers, chunk.body);
+        const text = await readText(response, ANSWER_BYTES);
         const offset = parseOffset(response);
-        if (response.status === 200) {
+        patience = 1;
+        if (response.status === 200 && offset === chunk.end) {
           refusals = 0;
           release(chunk);
-          return { kind: "stored", offset: offset ?? chunk.end, lines: parseLines(text) };
+          return { kind: "stored", offset, lines: parseLines(text) };
         }
-        if (response.status === 409 && offset !== undefined) return { kind: "moved", offset };
+        if (response.status === 409 && (offset !== undefined || isOurs(response))) {
+          const mark = response.headers.get(HEADER.mark) ?? undefined;
+          return offset === undefined ? { kind: "unknown" } : { kind: "moved", offset, mark };
+        }
         if (response.status === 413) return { kind: "tooLarge" };
         const after = parseRetryAfter(response);
-        const answer = refused(response.status, text.trim(), isPassing(response.status) ? AWAY : REFUSED);
+        const reason = response.ok ? `${whoAnswers(response)}${via}: ${firstWords(text)}` : firstWords(text);
+        const answer = refused(response.status, reason, isPassing(response.status) ? AWAY : REFUSED);
         return answer.kind === "refused" && after !== undefined ? { ...answer, waitMs: after } : answer;
       } catch (error) {
         if (signal.aborted) throw error;
-        return refused(0, errorMessage(error), isCertificateFault(error) ? REFUSED : AWAY);
+        if ((error as Error).name === "TimeoutError") patience = Math.min(MOST_PATIENCE, patience * 2);
+        return refused(0, `${errorMessage(error)}${via}`, isCertificateFault(error) ? REFUSED : AWAY);
       }
     },
 
-    /** Where the receiver stands with a stream; undefined when it does not know it. Throws when it can't tell. */
-    async committed(host: string, stream: string): Promise<number | undefined> {
-      const ask = request("HEAD", { [HEADER.host]: host, [HEADER.stream]: stream });
-      const response = await ask.catch((error) => {
+    /** What the receiver knows of streams of this host, of all when no names are given. A sign of life, too. */
+    async ask(host: string, names: string[] | undefined, news: SenderNews): Promise<StreamStatus[]> {
+      const what = `Cannot ask ${base} where the streams stand${via}`;
+      const headers = { ...formatNews(news), [HEADER.host]: host, "Content-Type": "application/json" };
+      const body = names && JSON.stringify({ streams: names });
+      const response = await request(STREAMS_PATH, headers, body).catch((error) => {
         if (signal.aborted) throw error;
         // fetch tells network faults as TypeErrors, which elsewhere are bugs
-        throw new Error(`Cannot ask ${url} where stream ${stream} stands`, { cause: error });
+        throw new Unanswered(what, 0, errorMessage(error));
       });
-      if (response.status === 404) return undefined;
-      const offset = parseOffset(response);
-      if (response.status !== 200 || offset === undefined) {
-        throw new Error(`Cannot ask ${url} where stream ${stream} stands: it answered ${response.status}`);
-      }
-      return offset;
+      const text = await readText(response, response.status === 200 ? STREAMS_BYTES : ANSWER_BYTES);
+      const streams = response.status === 200 ? parseStreams(text, host) : undefined;
+      if (streams) return streams;
+      const hint =
+        response.status === 404 ? "update the receiver first: it is of version 1.0, or no receiver" : "";
+      throw new Unanswered(what, response.status, hint || `${whoAnswers(response)}: ${firstWords(text)}`);
     },
   };
+}
+
+/** The question where streams stand was not answered. */
+export class Unanswered extends Error {
+  readonly status: number;
+  readonly reason: string;
+  constructor(what: string, status: number, reason: string) {
+    super(`${what}: ${status > 0 ? `it answered ${status}, ${reason}` : reason}`);
+    this.status = status;
+    this.reason = reason;
+  }
+}
+
+/** Every answer of the receiver says so; a 409 of something else at that address does not. */
+function isOurs(response: Response): boolean {
+  return response.headers.get("Cache-Control") === "no-store";
+}
+
+function whoAnswers(response: Response): string {
+  return `not the receiver's answer, but one of ${response.headers.get("Server") ?? "a server without a name"}`;
+}
+
+/** The head of a foreign text, fit for a log. */
+function firstWords(text: string): string {
+  return text
+    .slice(0, 200)
+    .replace(/[\x00-\x1f\x7f-\x9f]+/g, " ")
+    .trim();
+}
+
+/** At most so many bytes of an answer; the rest is not waited for. */
+async function readText(response: Response, most: number): Promise<string> {
+  const reader = response.body?.getReader();
+  const blocks: Uint8Array[] = [];
+  for (let size = 0; reader && size < most; ) {
+    const { value, done } = await reader.read();
+    if (done) return Buffer.concat(blocks).toString();
+    blocks.push(value);
+    size += value.length;
+  }
+  await reader?.cancel().catch(() => {});
+  return Buffer.concat(blocks).subarray(0, most).toString();
+}
+
+function parseStreams(text: string, host: string): StreamStatus[] | undefined {
+  try {
+    const answer = JSON.parse(text) as { host?: unknown; streams?: unknown };
+    if (parseHost(String(answer.host)) !== parseHost(host) || !Array.isArray(answer.streams))
+      return undefined;
+    const isStatus = ({ stream, offset }: StreamStatus) =>
+      isStreamName(stream) && Number.isSafeInteger(offset);
+    return answer.streams.every(isStatus) ? answer.streams : undefined;
+  } catch {
+    return undefined;
+  }
 }
 
 /**
@@ -125,7 +201,8 @@ export function encodeBody(
   body: Uint8Array<ArrayBuffer>,
   compression: Config["shipper"]["compression"],
 ): Pick<Chunk, "body" | "encoding"> {
-  if (compression === "none" || body.length < COMPRESS_FROM) return { body, encoding: "identity" };
+  if (compression === "none" || body.length < COMPRESS_FROM)
+    return { body: new Uint8Array(body), encoding: "identity" };
   const encoded =
     compression === "gzip"
       ? gzipSync(body, { level: 1 })

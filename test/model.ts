@@ -26,10 +26,11 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { gunzipSync, gzipSync, zstdDecompressSync } from "node:zlib";
-import { HEADER, parseChunkHeaders } from "../lib/chunk.ts";
+import { parseChunkHeaders, parseNews } from "../lib/chunk.ts";
 import { parseConfig } from "../lib/config.ts";
 import { createLog } from "../lib/service.ts";
 import { openShipper, type Shipper, saveCursor, shipOnce } from "../shipper.ts";
+import { isChunk, Wire } from "./wire.ts";
 
 /** One thing that happens; `n` is a number that the action reads as it likes. */
 export interface Action {
@@ -54,7 +55,7 @@ interface Receiver {
   url: string;
   /** Bodies in the order in which they were committed. */
   text: string;
-  lost: number;
+  readonly lost: number;
   mode: "here" | "away" | "answer lost" | "too large";
   requests: number;
   close(): void;
@@ -62,12 +63,14 @@ interface Receiver {
 
 /** Keeps the contract of DESIGN section 4 and nothing else. */
 export function startReceiver(): Receiver {
-  const committed = new Map<string, number>();
+  const wire = new Wire();
   const pieces = new Map<string, string>();
   const receiver: Receiver = {
     url: "",
     text: "",
-    lost: 0,
+    get lost() {
+      return wire.lost;
+    },
     mode: "here",
     requests: 0,
     close: () => server.stop(true),
@@ -78,32 +81,26 @@ export function startReceiver(): Receiver {
     async fetch(request) {
       receiver.requests++;
       if (receiver.mode === "away") return new Response("away", { status: 503 });
-      if (request.method === "HEAD") {
-        const offset = committed.get(request.headers.get(HEADER.stream) ?? "");
-        if (offset === undefined) return new Response(null, { status: 404 });
-        return new Response(null, { headers: { [HEADER.offset]: String(offset) } });
+      if (!isChunk(request)) {
+        wire.hear(parseNews(request.headers));
+        return wire.tell(request);
       }
-      const { stream, offset, end, lost } = parseChunkHeaders(request.headers);
+      const chunk = parseChunkHeaders(request.headers);
+      const { stream, offset, end } = chunk;
       const raw = new Uint8Array(await request.arrayBuffer());
       if (receiver.mode === "too large" && end - offset > 4096) return new Response("", { status: 413 });
       const encoding = request.headers.get("Content-Encoding");
       const body =
         encoding === "zstd" ? zstdDecompressSync(raw) : encoding === "gzip" ? gunzipSync(raw) : raw;
-      const at = committed.get(stream);
-      if (at !== undefined && at !== offset) {
-        return new Response("elsewhere", { status: 409, headers: { [HEADER.offset]: String(at) } });
-      }
-      committed.set(stream, end);
-      const text = (pieces.get(stream) ?? "") + Buffer.from(body).toString("latin1");
-      const whole = text.lastIndexOf("\n") + 1;
-      receiver.text += text.slice(0, whole);
-      pieces.set(stream, text.slice(whole)); // a piece of a long line waits for the rest
-      receiver.lost += lost ?? 0;
-      if (receiver.mode === "answer lost") {
-        receiver.mode = "here";
-        return new Response("lost", { status: 502 });
-      }
-      return new Response('{"lines":0}', { headers: { [HEADER.offset]: String(end) } });
+      const answer = wire.take(chunk, 0, () => {
+        const text = (pieces.get(stream) ?? "") + Buffer.from(body).toString("latin1");
+        const whole = text.lastIndexOf("\n") + 1;
+        receiver.text += text.slice(0, whole);
+        pieces.set(stream, text.slice(whole)); // a piece of a long line waits for the rest
+      });
+      if (answer.status !== 200 || receiver.mode !== "answer lost") return answer;
+      receiver.mode = "here";
+      return new Response("lost", { status: 502 });
     },
   });
   receiver.url = `http://127.0.0.1:${server.port}`;

@@ -16,7 +16,7 @@ import {
 import { join } from "node:path";
 import { gunzipSync, zstdDecompressSync } from "node:zlib";
 import { parseBatchName } from "../lib/batch.ts";
-import { HEADER, parseChunkHeaders } from "../lib/chunk.ts";
+import { HEADER, parseChunkHeaders, parseNews } from "../lib/chunk.ts";
 import {
   expectSameLines,
   freePort,
@@ -29,6 +29,7 @@ import {
   until,
   writeConfig,
 } from "./support.ts";
+import { isChunk, Wire } from "./wire.ts";
 
 /** Lines `from` to `to` of a tag, all in one window of the past, so that they end in one batch. */
 export function lines(tag: string, from: number, to: number): string {
@@ -89,6 +90,7 @@ function storedBy(dir: string, host: string): Buffer {
 // ---- a receiver that gives the answers that it is told
 
 export interface Asked {
+  /** POST for a chunk, `streams` for the question where streams stand: the heartbeat. */
   method: string;
   stream: string;
   offset: number;
@@ -109,19 +111,21 @@ export interface StubReceiver {
   asked: Asked[];
   /** Bodies in the order in which they were committed. */
   text(): string;
-  lost: number;
+  readonly lost: number;
   script: Script | undefined;
 }
 
 /** Keeps the contract of the wire in memory, unless `script` answers. */
 export function startStub(script?: Script, port = 0): StubReceiver {
-  const committed = new Map<string, number>();
+  const wire = new Wire();
   const bodies: Buffer[] = [];
   const stub: StubReceiver = {
     url: "",
     asked: [],
     text: () => Buffer.concat(bodies).toString("latin1"),
-    lost: 0,
+    get lost() {
+      return wire.lost;
+    },
     script,
   };
   const server = Bun.serve({
@@ -130,38 +134,31 @@ export function startStub(script?: Script, port = 0): StubReceiver {
     async fetch(request) {
       const { headers } = request;
       const stream = headers.get(HEADER.stream) ?? "";
-      const at = committed.get(stream);
       const common = { method: request.method, stream, token: headers.get("Authorization"), at: Date.now() };
-      if (request.method === "HEAD") {
-        const asked = { ...common, offset: 0, end: 0, lost: 0, lag: 0, encoding: null };
+      if (!isChunk(request)) {
+        const news = parseNews(headers);
+        const { lost = 0, lag = 0 } = news;
+        const asked = { ...common, method: "streams", offset: 0, end: 0, lost, lag, encoding: null };
         stub.asked.push(asked);
         const forced = stub.script?.(asked, () => new Response());
         if (forced) return forced;
-        return new Response(null, at === undefined ? { status: 404 } : standsAt(at));
+        wire.hear(news);
+        return wire.tell(request);
       }
-      const { offset, end, lost = 0, lag = 0 } = parseChunkHeaders(headers);
+      const chunk = parseChunkHeaders(headers);
+      const { offset, end, lost = 0, lag = 0 } = chunk;
       const encoding = headers.get("Content-Encoding");
       const asked = { ...common, offset, end, lost, lag, encoding };
       const body = decode(new Uint8Array(await request.arrayBuffer()), encoding);
       stub.asked.push(asked);
-      const commit = () => {
-        const now = committed.get(stream);
-        if (now !== undefined && now !== offset) return new Response("", { ...standsAt(now), status: 409 });
-        committed.set(stream, end);
-        bodies.push(body);
-        stub.lost += lost;
-        return Response.json({ lines: body.toString("latin1").split("\n").length - 1 }, standsAt(end));
-      };
+      const commit = () =>
+        wire.take(chunk, body.toString("latin1").split("\n").length - 1, () => bodies.push(body));
       return stub.script?.(asked, commit) ?? commit();
     },
   });
   onCleanup(() => server.stop(true));
   stub.url = `http://127.0.0.1:${server.port}`;
   return stub;
-}
-
-function standsAt(offset: number) {
-  return { headers: { [HEADER.offset]: String(offset) } };
 }
 
 function decode(bytes: Uint8Array<ArrayBuffer>, encoding: string | null): Buffer {

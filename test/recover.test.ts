@@ -4,11 +4,12 @@ import { execFileSync } from "node:child_process";
 import { renameSync, writeFileSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
+import { formatMark, type StreamStatus } from "../lib/chunk.ts";
 import { createFaultLog, createLog } from "../lib/service.ts";
 import { readCursor } from "../lib/tail/cursor.ts";
 import { scanFamily } from "../lib/tail/family.ts";
 import { openLog } from "../lib/tail/file.ts";
-import { createFamily, type Family, type ScanContext, streamNames } from "../lib/tail/streams.ts";
+import { createFamily, type Family, type ScanContext } from "../lib/tail/streams.ts";
 import { openShipper, saveCursor } from "../shipper.ts";
 import { createSender, lines, startStub } from "./pipeline.ts";
 import { onCleanup, tempFolder } from "./support.ts";
@@ -23,13 +24,14 @@ async function createLost() {
   const path = join(folder, "access.log");
   const name = (n: number) => (n === 0 ? path : `${path}.${n}`);
   /** By stream: its tag, and where the receiver stands with it. */
-  const receiver = new Map<string, { tag: string; offset: number }>();
+  const receiver = new Map<string, StreamStatus & { tag: string }>();
   for (const [n, tag] of TAGS.entries()) {
-    writeFileSync(name(n), lines(tag, 1, 10));
-    const file = await openLog(name(n));
-    const { value: id } = await streamNames(file, path).next();
-    await file.close();
-    receiver.set(id as string, { tag, offset: lines(tag, 1, 5).length });
+    const text = Buffer.from(lines(tag, 1, 10));
+    writeFileSync(name(n), text);
+    const offset = lines(tag, 1, 5).length;
+    const [head, mark] = [text.subarray(0, 1024), text.subarray(Math.max(0, offset - 1024), offset)];
+    const stream = `stream-${tag}`;
+    receiver.set(stream, { tag, stream, offset, head: formatMark(head), mark: formatMark(mark) });
   }
   const family = createFamily(path, "recover", Date.now());
   let asked = 0;
@@ -43,10 +45,12 @@ async function createLost() {
   const context: ScanContext = {
     config: { startAt: "beginning", rotateWaitSeconds: 0, pollSeconds: 1 },
     ...{ now: Date.now, log, faults: createFaultLog(log), signal },
-    async ask(id) {
+    ask: async (names = []) => names.flatMap((name) => receiver.get(name) ?? []),
+    async known() {
       lost.onAsk(++asked);
-      return receiver.get(id)?.offset;
+      return [...receiver.values()];
     },
+    taken: () => new Set(),
     lose: (bytes) => {
       throw new Error(`${bytes} bytes are told as lost`);
     },

@@ -149,9 +149,10 @@ describe("rename and create", () => {
   });
 
   test("the receiver away over forty rotations: all arrives later, with few descriptors meanwhile", async () => {
-    const stub = startStub(() => new Response("away", { status: 503, headers: { "Retry-After": "0" } }));
+    const stub = startStub();
     const sender = await createSender(stub.url);
     const shipper = await startShipper(sender);
+    stub.script = () => new Response("away", { status: 503, headers: { "Retry-After": "0" } });
     let most = 0;
     for (let n = 1; n <= 40; n++) {
       sender.write(lines(`r${n}`, 1, 50));
@@ -173,9 +174,10 @@ describe("rename and create", () => {
   });
 
   test("names that are shifted at any moment, also while they are listed, hide no file", async () => {
-    const stub = startStub(() => new Response("away", { status: 503, headers: { "Retry-After": "0" } }));
+    const stub = startStub();
     const sender = await createSender(stub.url);
     const shipper = await startShipper(sender);
+    stub.script = () => new Response("away", { status: 503, headers: { "Retry-After": "0" } });
     for (let n = 1; n <= 150; n++) {
       sender.write(lines(`r${n}`, 1, 5));
       shiftNames(sender);
@@ -508,7 +510,8 @@ describe("truncated and reused files", () => {
     const config = readFileSync(sender.config, "utf8");
     writeFileSync(sender.config, config.replace(receiver.url, `http://127.0.0.1:${await freePort()}`));
     sender.write(lines("a", 1, 10));
-    const away = await startShipper(sender);
+    const away = sender.start();
+    running.push(away);
     await away.says("receiver does not take chunks");
     sender.rotate();
     sender.write(lines("b", 1, 50));

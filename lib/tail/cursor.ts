@@ -15,6 +15,14 @@ const mark = z.object({ end: z.number(), length: z.number(), hash: z.string() })
 const stream = z.object({
   /** Name on the wire; absent until the first line is there. */
   id: z.string().optional(),
+  /** Its first chunk was not answered yet. */
+  begin: z.enum(["new", "again"]).optional(),
+  /** Where in the file it began. */
+  from: z.number().optional(),
+  /** Every line before it lies at the client, as the receiver told last. */
+  delivered: z.number().optional(),
+  /** Version 1.0 named it: the receiver may have no marks of it. */
+  isOld: z.boolean().optional(),
   /** Keys of the file and of copies of it that were seen (compressed, copied). */
   keys: z.array(z.string()),
   /** Where it was last seen. */
@@ -39,12 +47,16 @@ const family = z.object({
   since: z.number(),
   /** How the first look takes what it finds; absent once that look is over. */
   start: z.enum(["first", "new", "recover"]).optional(),
+  /** The receiver was not asked yet what it knows of these files. */
+  unasked: z.boolean().optional(),
   streams: z.array(stream),
 });
 
 const cursor = z.object({
-  version: z.literal(1),
-  /** Bytes lost that the receiver has not been told of yet. */
+  version: z.union([z.literal(1), z.literal(2)]),
+  /** Drawn with the cursor: names this shipper. */
+  shipper: z.string().optional(),
+  /** Bytes lost since the cursor began. */
   lost: z.number().nonnegative().default(0),
   /** By the path of the live file; streams oldest first. */
   families: z.record(z.string(), family),

@@ -13,7 +13,7 @@
 
 import { errorMessage } from "../service.ts";
 import { type LogFile, matchesSignature, openLog, UnfinishedFile } from "./file.ts";
-import { recover, skipOldFiles, wasShipped } from "./firstlook.ts";
+import { askPlace, recover, skipOldFiles } from "./firstlook.ts";
 import { checkComplete, findOwner } from "./owner.ts";
 import { listSiblings, look, type Sibling } from "./rotation.ts";
 import {
@@ -21,6 +21,7 @@ import {
   beginStream,
   endOf,
   type Family,
+  goOnAt,
   isCompressed,
   openStream,
   type ScanContext,
@@ -47,8 +48,8 @@ export async function scanFamily(family: Family, context: ScanContext): Promise<
   const live = files.find(({ path }) => path === family.path);
   const siblings = files.filter((file) => file !== live);
   family.liveKey = live?.key;
-  if (family.start === "first" && family.streams.length === 0 && (await wasShipped(family, files, context)))
-    family.start = "recover";
+  // Only when the receiver knows nothing of this host, this is the very first start: it is asked before a chunk leaves.
+  if (family.start === "first" && family.streams.length === 0) family.unasked = true;
   if (family.start === "recover" && !(await recover(family, files, context))) {
     family.unsettled = true;
     family.scanAt = time + SHIFTING_MS;
@@ -67,6 +68,7 @@ export async function scanFamily(family: Family, context: ScanContext): Promise<
     else if (!(await claim(family, file, file === live, located, context))) waiting = true;
   }
   family.start = "known";
+  family.scannedAt = time;
   family.streams = inOrder(family.streams, located, files);
   if (waiting) family.scanAt = Math.min(family.scanAt, time + 1000);
   // What was rotated while we were away goes before the live file, if it is settled soon.
@@ -75,6 +77,31 @@ export async function scanFamily(family: Family, context: ScanContext): Promise<
   family.unsettled = waiting || !(await settleOrphans(family, located, time, context));
   forget(family, located, time, context);
   await closeSome(family, located);
+}
+
+/**
+ * The receiver is asked what it knows of a host that has no cursor: what it has of the files that are followed goes on
+ * there, and the others are looked for. Until it answers, files are followed all the same. Throws Unanswered.
+ */
+export async function settleUnasked(family: Family, context: ScanContext): Promise<void> {
+  if (!family.unasked) return;
+  const known = await context.known();
+  family.unasked = false;
+  context.changed();
+  if (known.length === 0) return;
+  for (const stream of family.streams) {
+    const file =
+      stream.id === undefined ? await openStream(family, stream).catch(() => undefined) : undefined;
+    if (!file) continue;
+    try {
+      const place = await askPlace(family, file, context);
+      if (place) goOnAt(stream, place);
+    } finally {
+      await file.close();
+    }
+  }
+  family.start = "recover";
+  family.scanAt = 0;
 }
 
 /**
@@ -252,7 +279,8 @@ async function settleOrphans(
       settled = false;
       continue;
     }
-    const committed = stream.id === undefined ? 0 : ((await context.ask(stream.id)) ?? 0);
+    const [found] = stream.id === undefined ? [] : await context.ask([stream.id]);
+    const committed = found?.offset ?? 0;
     stream.offset = Math.max(stream.offset, committed);
     stream.done = true;
     context.changed();

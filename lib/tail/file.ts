@@ -19,7 +19,7 @@ const NEWLINE = 0x0a;
 export const MARK_BYTES = 1024;
 
 /** How many marks a stream keeps: the head, the newest, and ever fewer of the older ones. */
-const MARKS = 12;
+const MARKS = 32;
 
 /** A hash of the `length` bytes before `end`. */
 export interface Mark {
@@ -68,7 +68,7 @@ export async function openLog(path: string): Promise<LogFile> {
       path,
       key: fileKey(stat),
       compression,
-      read: inflated ?? ((into, position) => readFully(handle, into, position)),
+      read: inflated ?? ((into, position) => readOnce(handle, into, position)),
       async stat() {
         const { size, mtimeMs } = await handle.stat();
         return { size, mtimeMs };
@@ -86,14 +86,12 @@ export function kindOf(stat: { isDirectory(): boolean; isFIFO(): boolean }): str
   return stat.isDirectory() ? "a directory" : stat.isFIFO() ? "a FIFO" : "a device or a socket";
 }
 
-async function readFully(handle: FileHandle, into: Uint8Array, position: number): Promise<number> {
-  let done = 0;
-  while (done < into.length) {
-    const { bytesRead } = await handle.read(into, done, into.length - done, position + done);
-    if (bytesRead === 0) break;
-    done += bytesRead;
-  }
-  return done;
+/**
+ * One read: a short one is the end of the file as it is now. A second read behind it could see another generation, when
+ * the file was truncated and refilled in between, and glue the two together.
+ */
+async function readOnce(handle: FileHandle, into: Uint8Array, position: number): Promise<number> {
+  return (await handle.read(into, 0, into.length, position)).bytesRead;
 }
 
 /**
@@ -109,7 +107,7 @@ function createInflatedReader(handle: FileHandle, compression: Compression, path
   async function* compressed(): AsyncGenerator<Buffer> {
     for (let position = 0; ; ) {
       const buffer = Buffer.alloc(64 * 1024);
-      const bytes = await readFully(handle, buffer, position);
+      const bytes = await readOnce(handle, buffer, position);
       if (bytes === 0) return;
       position += bytes;
       yield buffer.subarray(0, bytes);
@@ -217,6 +215,18 @@ export async function matchesSignature(
     if (markOf(bytes, mark.end).hash !== mark.hash) return false;
   }
   return marks.length > 0;
+}
+
+/** The marks up to the newest one that the file still holds and at which a line ends. */
+export async function newestFit(file: LogFile, marks: Mark[]): Promise<Mark[]> {
+  const bytes = new Uint8Array(MARK_BYTES);
+  for (let i = marks.length - 1; i >= 0; i--) {
+    const { end, length, hash } = marks[i] as Mark;
+    const seen = bytes.subarray(0, length);
+    const isWhole = (await file.read(seen, end - length)) === length && seen.at(-1) === NEWLINE;
+    if (isWhole && markOf(seen, end).hash === hash) return marks.slice(0, i + 1);
+  }
+  return [];
 }
 
 // ---- lines

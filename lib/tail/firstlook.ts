@@ -3,17 +3,18 @@
  * the receiver knows how far each file was shipped.
  */
 
-import { type LogFile, openLog, UnfinishedFile } from "./file.ts";
+import { formatMark, parseMarkLength, type StreamStatus } from "../chunk.ts";
+import { contentStart, type LogFile, openLog, UnfinishedFile } from "./file.ts";
 import { findOwner } from "./owner.ts";
 import type { Sibling } from "./rotation.ts";
 import {
   beginStream,
   endOf,
   type Family,
+  goOnAt,
   isCompressed,
   type ScanContext,
   type Stream,
-  streamNames,
 } from "./streams.ts";
 
 /** At the very first look, a rotated file written within this time (ms) may still get lines. */
@@ -31,24 +32,6 @@ export async function skipOldFiles(family: Family, siblings: Sibling[], context:
     stream.done = true;
     await file.close();
   }
-}
-
-/**
- * Whether the receiver knows one of these files, although there is no cursor: then the state folder is gone, and
- * this is no first start. It is only asked where that makes a difference: a live file alone is begun at 0, and
- * answered 409. A receiver that can't be asked now does not hold up the first start.
- */
-export async function wasShipped(family: Family, files: Sibling[], context: ScanContext): Promise<boolean> {
-  if (files.length < 2 && context.config.startAt === "beginning") return false;
-  try {
-    for (const found of files.toReversed()) {
-      if (!found.readable || isCompressed(found.path)) continue;
-      if (await withFile(found.path, (file) => askPlace(family, file, [], context))) return true;
-    }
-  } catch (error) {
-    if (context.signal.aborted) throw error;
-  }
-  return false;
 }
 
 /**
@@ -93,13 +76,12 @@ async function recoverFile(
   { files, known }: { files: Sibling[]; known: boolean },
   context: ScanContext,
 ): Promise<boolean> {
-  const taken = family.streams.map(({ id }) => id);
-  const place = await askPlace(family, file, taken, context);
+  const place = await askPlace(family, file, context);
   if (!place && (await findOwner(family, file, found.size, false, locatedIn(family, files)))) return false;
   const past = place === undefined && known;
   const offset = past && !file.compression ? await endOf(file) : 0;
   const stream = await beginStream(family, file, place?.offset ?? offset, context);
-  if (place) stream.id = place.id;
+  if (place) goOnAt(stream, place);
   if (past) leaveAlone(stream, context);
   return place !== undefined;
 }
@@ -119,38 +101,33 @@ function leaveAlone(stream: Stream, { log }: ScanContext): void {
   log.warn("rotated file is not shipped: the receiver has never heard of it", { path, bytes });
 }
 
-/** Opens a file for some work; one that can't be opened now, or is still being compressed, is looked at later. */
-async function withFile<T>(path: string, work: (file: LogFile) => Promise<T>): Promise<T | undefined> {
-  const file = await openLog(path).catch(() => undefined);
-  try {
-    return file && (await work(file));
-  } catch (error) {
-    if (!(error instanceof UnfinishedFile)) throw error;
-    return undefined;
-  } finally {
-    await file?.close();
-  }
-}
-
-interface Place {
-  id: string;
-  offset: number;
-}
-
-/** Where the receiver stands with a file; of several that begin with the same line it is the newest one's. */
-async function askPlace(
+/** Where the receiver stands with a file: the stream whose head and mark it holds, of several the longest. */
+export async function askPlace(
   family: Family,
   file: LogFile,
-  taken: (string | undefined)[],
   context: ScanContext,
-): Promise<Place | undefined> {
+): Promise<StreamStatus | undefined> {
   const { size } = await file.stat();
-  let place: Place | undefined;
-  for await (const id of streamNames(file, family.path)) {
-    if (taken.includes(id)) break; // a newer file's
-    const offset = await context.ask(id);
-    if (offset === undefined) break;
-    if (file.compression || offset <= size) place = { id, offset };
+  const own = family.streams.map(({ id }) => id);
+  let place: StreamStatus | undefined;
+  for (const status of await context.known()) {
+    if (own.includes(status.stream) || context.taken().has(status.stream)) continue;
+    if (status.offset <= (place?.offset ?? 0) || (!file.compression && status.offset > size)) continue;
+    if (await holds(file, status)) place = status;
   }
   return place;
+}
+
+/** Whether a file has the bytes of a stream's head and those before its offset; false for a stream without marks. */
+async function holds(file: LogFile, { head, mark, offset }: StreamStatus): Promise<boolean> {
+  const isSame = async (seen: string, end: (length: number) => number) => {
+    const length = parseMarkLength(seen) ?? 0;
+    const bytes = new Uint8Array(length);
+    const at = end(length) - length;
+    return length > 0 && at >= 0 && (await file.read(bytes, at)) === length && formatMark(bytes) === seen;
+  };
+  if (mark === undefined || !(await isSame(mark, () => offset))) return false;
+  if (head === undefined) return true;
+  const start = await contentStart(file, true);
+  return isSame(head, (length) => start + length);
 }

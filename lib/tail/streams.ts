@@ -2,10 +2,11 @@
  * A stream is one log file from its first byte to its last, whatever it is called meanwhile; a family is the
  * streams of one live file and its rotated siblings. Here a stream begins, gets its name, is opened, and is done.
  */
-import { createHash } from "node:crypto";
+import { randomBytes } from "node:crypto";
+import { parseMarkLength, type StreamStatus } from "../chunk.ts";
 import type { FaultLog, Log } from "../service.ts";
 import type { FamilyState, StreamState } from "./cursor.ts";
-import { contentStart, type LogFile, MARK_BYTES, openLog, readMark, wholeLines } from "./file.ts";
+import { type LogFile, MARK_BYTES, openLog, readMark, wholeLines } from "./file.ts";
 
 /** A file's time of writing may lie so far (ms) behind the clock: the kernel takes the time of its last tick. */
 const CLOCK_TICK_MS = 10;
@@ -21,6 +22,14 @@ export interface Stream extends StreamState {
   endSeenAt?: number | undefined;
   /** Size and time of writing of the live file when its end was reached last. */
   endedAs?: string;
+  /** False until the name that was drawn is on stable storage. */
+  isNamed?: boolean;
+  /** The receiver has lost it: from here it is shipped again. */
+  wayBack?: number;
+  /** When `delivered` was told, ms. */
+  deliveredAt?: number;
+  /** Size at which no further whole line was there. */
+  drainedAt?: number;
   /** Since when its file is nowhere to be found, ms. */
   missingSince?: number | undefined;
 }
@@ -32,6 +41,8 @@ export interface Family {
   streams: Stream[];
   /** Key of the file under the live path now. */
   liveKey: string | undefined;
+  /** When the folder was looked at last, ms. */
+  scannedAt?: number;
   /** The folder is to be looked at again at this time, ms; 0 for at once. */
   scanAt: number;
   /** Some file is not settled: still being copied or compressed, or missing for a moment only. */
@@ -42,6 +53,8 @@ export interface Family {
   liveHeld: boolean;
   /** Unknown files that are not ours, as they were when this was found out. */
   ignored: Set<string>;
+  /** The receiver was not asked yet what it knows of these files. */
+  unasked: boolean;
   /** How the first look takes what it finds. */
   start: "known" | "first" | "new" | "recover";
 }
@@ -58,8 +71,12 @@ export interface ScanContext {
   log: Log;
   faults: FaultLog;
   signal: AbortSignal;
-  /** Offset at which the receiver stands with a stream; undefined when it does not know it. */
-  ask(id: string): Promise<number | undefined>;
+  /** What the receiver knows of these streams, or of all of this host. Throws Unanswered. */
+  ask(names?: string[]): Promise<StreamStatus[]>;
+  /** All that the receiver knew of this host at the start, when there was no cursor. Throws Unanswered. */
+  known(): Promise<StreamStatus[]>;
+  /** Names of the streams that are followed, of all families. */
+  taken(): Set<string>;
   /** Counts bytes that can't be read any more. */
   lose(bytes: number, stream: StreamState): void;
   /** The set of streams has changed. */
@@ -79,6 +96,7 @@ export function createFamily(path: string, start: Family["start"], now: number, 
     heldUntil: 0,
     liveHeld: false,
     ignored: new Set(),
+    unasked: state?.unasked ?? false,
     start,
   };
 }
@@ -87,12 +105,25 @@ export function createFamily(path: string, start: Family["start"], now: number, 
  * What the cursor keeps of a family. Of one that is being recovered it is only that: from a part of its streams the
  * next start would conclude that the other files are older than the first one.
  */
-export function toState({ since, start, streams }: Family): FamilyState {
+export function toState({ since, start, unasked, streams }: Family): FamilyState {
   const states = streams.map(
-    ({ file, grewAt, checkedSize, endSeenAt, endedAs, missingSince, ...state }) => state,
+    ({
+      file,
+      grewAt,
+      checkedSize,
+      endSeenAt,
+      endedAs,
+      missingSince,
+      isNamed,
+      wayBack,
+      deliveredAt,
+      drainedAt,
+      ...state
+    }) => state,
   );
-  if (start === "known") return { since, streams: states };
-  return { since, start, streams: start === "recover" ? [] : states };
+  const asked = unasked ? { unasked } : {};
+  if (start === "known") return { since, ...asked, streams: states };
+  return { since, ...asked, start, streams: start === "recover" ? [] : states };
 }
 
 /** The stream of the file that is live now. */
@@ -119,6 +150,7 @@ export async function beginStream(
     size: file.compression ? 0 : size,
     done: false,
     truncated,
+    from: offset,
     since: context.now(),
     seenAt: context.now(),
     grewAt: mtimeMs,
@@ -149,35 +181,18 @@ export async function beginAfterTruncation(
   return next;
 }
 
-/**
- * The name of a stream on the wire. Undefined until its first line is whole. No other stream of the family has
- * the same.
- */
-export async function nameStream(
-  file: LogFile,
-  family: Family,
-  truncated = false,
-): Promise<string | undefined> {
-  for await (const name of streamNames(file, family.path, truncated)) {
-    if (!family.streams.some(({ id }) => id === name)) return name;
-  }
-  return undefined;
+/** A new name for a stream on the wire: 128 bits, drawn, never made from the file. */
+export function drawName(): string {
+  return randomBytes(16).toString("base64url");
 }
 
-/**
- * The names that a file may have, made from the path of its family and its first line, so that they can be told
- * again from a copy or a compressed form when the cursor is lost; a serial number for files that begin alike.
- */
-export async function* streamNames(file: LogFile, path: string, truncated = false): AsyncGenerator<string> {
-  const head = new Uint8Array(MARK_BYTES);
-  const bytes = head.subarray(0, await file.read(head, await contentStart(file, truncated)));
-  const newline = bytes.indexOf(0x0a) + 1;
-  if (newline === 0 && bytes.length < MARK_BYTES) return;
-  const first = newline > 0 ? bytes.subarray(0, newline) : bytes;
-  for (let serial = 0; ; serial++) {
-    const hash = createHash("sha256").update(`${path}\0${serial}\0`).update(first);
-    yield hash.digest("base64url").slice(0, 22);
-  }
+/** The receiver has a stream of this file: it goes on there, with its name. */
+export function goOnAt(stream: Stream, { stream: id, offset, delivered, mark }: StreamStatus): void {
+  const length = parseMarkLength(mark ?? "") ?? 0;
+  const hash = mark?.split(":")[1] ?? "";
+  const marks = length > 0 ? [{ end: offset, length, hash }] : [];
+  Object.assign(stream, { id, offset, done: false, signature: { ...stream.signature, marks } });
+  if (delivered !== undefined) stream.delivered = delivered;
 }
 
 /** Opens a stream's file where it was last seen; undefined when another one lies there now. */
