@@ -347,8 +347,9 @@ function curve({ curve: hours, hourEnd }: HourSummary, zone: number): Html {
 }
 
 function hostRow(row: HourRow): Html {
-  const { received, delivered } = row;
-  const width = received.lines > 0 ? Math.round((100 * delivered.lines) / received.lines) : 0;
+  const { received, delivered, waiting } = row;
+  const percentOf = ({ lines }: { lines: number }) => Math.round((100 * lines) / Math.max(1, received.lines));
+  const [done, waits] = [percentOf(delivered), percentOf(waiting)];
   const { text, color } = hostVerdict(row);
   const part = (percent: number, background: string) =>
     percent > 0 &&
@@ -360,7 +361,7 @@ function hostRow(row: HourRow): Html {
 <td align="right" style="color:${COLOR.ink};white-space:nowrap">${formatCount(received.lines)} lines</td></tr>
 <tr><td style="font-size:12px;color:${color}">${text}</td>
 <td align="right" style="font-size:12px;color:${COLOR.faint};white-space:nowrap">${count(received.files, "file", "files")} · ${formatBytes(received.bytes)}</td></tr></table>
-<table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="margin-top:6px"><tr>${part(width, COLOR.good)}${part(100 - width, isEmpty ? COLOR.line : COLOR.bad)}</tr></table></td></tr>`;
+<table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="margin-top:6px"><tr>${part(done, COLOR.good)}${part(waits, COLOR.warn)}${part(100 - done - waits, isEmpty ? COLOR.line : COLOR.bad)}</tr></table></td></tr>`;
 }
 
 /** 0 for what is bad, 1 for what may still become well, 2 for what is well. */
