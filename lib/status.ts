@@ -14,7 +14,7 @@ import { type Config, sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
 import { parseHost } from "./host.ts";
-import { createLedgerReader, emptyLedger, HISTORY_MINUTES, type Ledger } from "./ledger.ts";
+import { createLedgerReader, emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
 import { errorMessage, formatBytes, formatDuration, VERSION } from "./service.ts";
 import { readState } from "./state.ts";
 
@@ -284,8 +284,7 @@ export async function observe(
   options: ObserveOptions,
 ): Promise<Snapshot> {
   const { now } = options;
-  const readLedger = options.readLedger ?? createLedgerReader();
-  const look: Look = { mutes: {}, ...options, readLedger, dir, thresholds, unreadable: [], receivers: [] };
+  const look: Look = { mutes: {}, readLedger, ...options, dir, thresholds, unreadable: [], receivers: [] };
   const monitor = options.monitorFile ? await readMonitorNews(options.monitorFile) : undefined;
   Object.assign(look.mutes, monitor?.mutes);
   look.receivers = await readReceivers(look);
