@@ -87,10 +87,18 @@ async function main(service: Service<"monitor">): Promise<number> {
     config = { ...next, schedule: config.schedule, stateFile: config.stateFile };
     return kept;
   });
-  const pass = () => checkOnce({ config, log, signal, now });
-  if (flags.watch)
-    await followSchedule(config.schedule, pass, { where: `${configFile}: monitor.schedule`, log, signal });
-  else if (!(await pass()) && !signal.aborted) return EXIT.failed;
+  if (!flags.watch)
+    return (await checkOnce({ config, log, signal, now })) || signal.aborted ? EXIT.done : EXIT.failed;
+  // A mail server may take ten minutes for an answer: meanwhile the schedule goes on.
+  const sending = new Set<Promise<unknown>>();
+  const pass = async () => {
+    const sent: Promise<unknown> = send(await lookAndQueue({ config, log, signal, now }))
+      .catch((error) => signal.aborted || log.error("sending failed", { error: errorMessage(error) }))
+      .finally(() => sending.delete(sent));
+    sending.add(sent);
+  };
+  await followSchedule(config.schedule, pass, { where: `${configFile}: monitor.schedule`, log, signal });
+  await Promise.all(sending);
   return EXIT.done;
 }
 
@@ -107,6 +115,17 @@ export interface MonitorContext {
 
 /** One run. Gives true when every mail that was due is accepted. */
 export async function checkOnce(context: MonitorContext): Promise<boolean> {
+  return send(await lookAndQueue(context));
+}
+
+/** What a run has to send. */
+interface Queued {
+  store: StateStore;
+  context: MonitorContext;
+  snapshot: Snapshot;
+}
+
+async function lookAndQueue(context: MonitorContext): Promise<Queued> {
   const { config, log } = context;
   const store = new StateStore(context);
   const { state: before, fault } = await store.read();
@@ -124,6 +143,11 @@ export async function checkOnce(context: MonitorContext): Promise<boolean> {
   const wasUnsaved = before.incidents[STATE]?.status === "fault";
   if (store.unsaved || wasUnsaved) await store.change((state) => tellSaved(state, run, store.unsaved));
   failpoint("monitor:queued");
+  return { store, context, snapshot };
+}
+
+async function send({ store, context, snapshot }: Queued): Promise<boolean> {
+  const { config, log } = context;
   const sending = await tryLock(`${config.stateFile}.sending`).catch(() => ({ release: () => {} }));
   if (!sending) {
     log.info("another run sends: what is due is queued");

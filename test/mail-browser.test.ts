@@ -51,7 +51,7 @@ function hour(rows: HourRow[], over: Partial<HourSummary> = {}): MailText {
   const curve = Array.from({ length: 24 }, (_, i) => (i === 3 ? 0 : 1000 + i * 100));
   const hourEnd = Date.UTC(2026, 10, 22, 10);
   return renderSummary(
-    { hourEnd, rows, total, vanished: [], unreadable: [], curve, ...over },
+    { hourEnd, rows, total, missing: [], vanished: [], unreadable: [], curve, ...over },
     {
       ...AROUND,
       zone: 60,

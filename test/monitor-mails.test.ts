@@ -202,6 +202,23 @@ describe("summariseHour()", () => {
     expect((await summariseHour(config, span({ missingFrom: CUT - HOUR }))).vanished).toEqual([]);
   });
 
+  test("a batch that is missing in its own account is not told again in the next", async () => {
+    const { config, write, span } = await account();
+    const gone = batch("06_00-19", "10.0.0.1", 8, CUT - MINUTE);
+    await write("10.0.0.1", { heardAt: CUT }, [gone]);
+    const { total, missing } = await summariseHour(config, span());
+    expect([total.missing.lines, missing]).toEqual([8, [gone.name]]);
+    const next = span({ from: CUT, to: CUT + HOUR, missingTold: missing });
+    expect((await summariseHour(config, next)).vanished).toEqual([]);
+  });
+
+  test("without a report nothing that was cleared away after its delivery is called missing", async () => {
+    const { dir, config, write, span } = await account();
+    await write("10.0.0.1", { heardAt: CUT }, [batch("01_00-19", "10.0.0.1", 8, CUT - 6 * HOUR)]);
+    await mkdir(join(dir, "sent"), { recursive: true });
+    expect((await summariseHour(config, span())).vanished).toEqual([]);
+  });
+
   test("counts each batch once in 25 hours of a day whose clock is set back", async () => {
     const { config, write, span } = await account();
     const start = Date.UTC(2026, 9, 25, 22) - DAY_MS;

@@ -381,6 +381,54 @@ test("a recipient that is deferred gets its mail later, and no other gets it twi
   expect(mails.map((one) => one.to)).toEqual([["ops@example.com"], ["busy@example.com"]]);
 });
 
+test("a recipient that is deferred for five days is given up, and that is told", async () => {
+  const { mail } = await startSmtp({ onRcptTo: (_address, _session, done) => done(refusal(450, "later")) });
+  const { config } = await setUp({ expected: ["10.0.0.1"], mail });
+  await runAt(config, NOON);
+  const { log } = await runAt(config, NOON + 5 * 24 * HOUR + MINUTE);
+  expect(log).toContain("mail refused for good");
+  const { queue, undeliverable } = JSON.parse(await readFile(config.stateFile, "utf8"));
+  expect(undeliverable).toMatchObject([{ to: "b@example.com", subject: "10.0.0.1 never seen" }]);
+  expect(queue.map(({ at }: { at: number }) => at)).not.toContain(NOON);
+});
+
+test("a post is bounded, whatever changed", async () => {
+  let post = { text: "", changes: [], moreChanges: 0 };
+  const webhook = await startHttp((_request, body, response) => {
+    post = JSON.parse(body);
+    response.end();
+  });
+  const expected = Array.from({ length: 400 }, (_, i) => `sender-${i}.${"x".repeat(60)}.example.com`);
+  const { config } = await setUp({ expected, webhook });
+  await runAt(config, NOON);
+  expect(post.text.length).toBeLessThanOrEqual(12_000);
+  expect([post.changes.length, post.moreChanges]).toEqual([100, 300]);
+});
+
+test("monitor --watch goes on looking while a mail server takes its time", async () => {
+  const { promise: end, resolve: finish } = Promise.withResolvers<void>();
+  let copies = 0;
+  const { mail } = await startSmtp({
+    onData: (stream, _session, done) =>
+      stream.resume().on("end", () => {
+        copies++;
+        end.then(() => done());
+      }),
+  });
+  const { dir, config, file } = await setUp({ expected: ["10.0.0.1"], mail, schedule: "* * * * * *" });
+  const watching = startScript("monitor", file, ["--watch"]);
+  await until("the mail is with the server", () => copies === 1);
+  await writeLedger(dir, "10.0.0.1", heard(Date.now()));
+  await until("the return is queued", async () => {
+    const { queue } = JSON.parse(await readFile(config.stateFile, "utf8"));
+    return queue.length === 2;
+  });
+  expect(copies).toBe(1);
+  finish();
+  await until("the second mail is sent", () => copies === 2);
+  expect(await watching.stop()).toBe(0);
+}, 60_000);
+
 test("a mail that is refused for good is tried five times in an hour, then the refusal is told", async () => {
   let tries = 0;
   const posts: string[] = [];

@@ -28,6 +28,8 @@ const DAY = 24 * HOUR_MS;
 /** Waits between the tries of a mail that a recipient's server refuses for good, and of one that it defers. */
 const REFUSED_WAITS = [5, 10, 15, 30].map((minutes) => minutes * MINUTE);
 const DEFERRED_WAITS = { first: MINUTE, later: 10 * MINUTE, many: 10 };
+/** A mail that a recipient's server defers for longer is given up, as mail servers do (RFC 5321 section 4.5.4.1). */
+const DEFERRED_PATIENCE_MS = 5 * DAY;
 /** Tries of a post that the chat refuses for good; one that does not answer is tried by every run for so long. */
 const POST_TRIES = 3;
 const WEBHOOK_PATIENCE_MS = HOUR_MS;
@@ -35,6 +37,9 @@ const HTTP_TIMEOUT_MS = 5_000;
 const ANSWER_BYTES = 4096;
 const LOCK_PATIENCE_MS = 10_000;
 const MOST_NAMES = 1000;
+/** A post is no longer than a chat takes: characters of its text, changes one by one. */
+const POST_TEXT = 12_000;
+const POST_CHANGES = 100;
 
 /** What the outbox is given. */
 export interface StoreContext {
@@ -299,7 +304,7 @@ export async function deliver(
 
 interface Rendered {
   text: MailText;
-  /** Vanished batches that it tells. */
+  /** Missing and vanished batches that it tells. */
   missing: string[];
 }
 
@@ -313,7 +318,8 @@ async function render(
   if (notice.kind === "alert") return { text: renderAlert(notice as Alert, { page }), missing: [] };
   const summary = await summariseHour(config, { ...notice, missingFrom: begunAt, missingTold });
   const around = { page, zone: notice.zone, problems: problems.map(({ title }) => title), mutes, digest };
-  return { text: renderSummary(summary, around), missing: summary.vanished.map(({ name }) => name) };
+  const missing = [...summary.missing, ...summary.vanished.map(({ name }) => name)];
+  return { text: renderSummary(summary, around), missing };
 }
 
 /** Notes who has got the mail. Gives false when the server takes none now. */
@@ -353,7 +359,8 @@ function noteMailed(
     const refusal = refused.find((one) => one.address === address);
     const recipient = notice.recipients.find((one) => one.address === address);
     if (!recipient) continue;
-    const wait = refusal && waitAfter(refusal, recipient.tries);
+    const isOld = now - notice.at > DEFERRED_PATIENCE_MS;
+    const wait = refusal && !isOld ? waitAfter(refusal, recipient.tries) : undefined;
     if (wait !== undefined) {
       Object.assign(recipient, { tries: recipient.tries + 1, nextAt: now + wait });
       log.warn("recipient refused", {
@@ -427,9 +434,10 @@ function payloadOf(notice: Notice, subject: string, text: string): object {
   const changes = notice.kind === "alert" ? notice.changes : [];
   const statusOf = (change: Change) => (isGood(change) ? "resolved" : "firing");
   return {
-    ...{ text: `${subject}\n${text}`, subject, id, at, kind },
+    ...{ text: `${subject}\n${text}`.slice(0, POST_TEXT), subject, id, at, kind },
     status: changes.some((change) => !isGood(change)) ? "firing" : "resolved",
-    changes: changes.map((change) => ({
+    ...(changes.length > POST_CHANGES && { moreChanges: changes.length - POST_CHANGES }),
+    changes: changes.slice(0, POST_CHANGES).map((change) => ({
       ...{ title: change.title, text: change.text, kind: change.kind, state: change.status },
       ...{ status: statusOf(change), since: change.since },
     })),

@@ -12,7 +12,7 @@ import { readdir, stat } from "node:fs/promises";
 import { createInterface } from "node:readline";
 import { folders, listBatches, listHosts, parseBatchName } from "../batch.ts";
 import type { Config } from "../config.ts";
-import { ifMissing } from "../durable.ts";
+import { exists, ifMissing } from "../durable.ts";
 import { parseHost } from "../host.ts";
 import { type Ledger, readLedger, type SealedBatch } from "../ledger.ts";
 import { parseReportLine } from "../report.ts";
@@ -84,6 +84,8 @@ export interface HourSummary extends Pick<AccountSpan, "hourEnd"> {
   rows: HourRow[];
   /** Sums over all senders. */
   total: Record<(typeof PLACES)[number], Amount> & Pick<HourRow, "differs" | "late" | "since">;
+  /** Names of this account's batches that are nowhere. */
+  missing: string[];
   /** Batches of earlier accounts that vanished since. */
   vanished: { host: string; name: string; lines: number }[];
   /** Lines of each of the 24 hours up to this one, oldest first. */
@@ -101,6 +103,7 @@ export async function summariseHour(
     hourEnd: span.hourEnd,
     rows: [],
     total: { ...emptyAmounts(), differs: 0, late: 0, since: emptyTotals() },
+    missing: [],
     vanished: [],
     curve: new Array(CURVE_HOURS).fill(0),
     unreadable: [],
@@ -117,10 +120,7 @@ export async function summariseHour(
   const places: Places = {
     failed: new Set(await attempt(failed, () => listBatches(failed, "sealed", "compressed"), [])),
     sent: new Set(await attempt(sent, async () => (await ifMissing(readdir(sent))) ?? [], [])),
-    report: await attempt(report, () => readDeliveries(report, span.to - MISSING_MS), {
-      lines: new Map(),
-      from: Infinity,
-    }),
+    report: await attempt(report, () => readDeliveries(report, span.to - MISSING_MS, sent), UNKNOWN),
   };
   const present = (await attempt(dir, () => listHosts(dir), [])).filter((host) => parseHost(host) === host);
   const natural = new Intl.Collator("en", { numeric: true });
@@ -163,7 +163,8 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
     const curveAt = CURVE_HOURS - 1 - hours;
     if (hours >= 0 && hours < CURVE_HOURS)
       summary.curve[curveAt] = (summary.curve[curveAt] ?? 0) + batch.lines;
-    if (batch.at > span.from && batch.at <= span.to) addBatch(row, batch, queue, places);
+    if (batch.at > span.from && batch.at <= span.to && addBatch(row, batch, queue, places) === "missing")
+      summary.missing.push(name);
     const isEarlier = batch.at <= span.from && batch.at > Math.max(span.missingFrom, places.report.from);
     if (
       isEarlier &&
@@ -186,13 +187,14 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
   for (const key of Object.keys(since) as (keyof Totals)[]) summary.total.since[key] += since[key];
 }
 
-function addBatch(row: HourRow, batch: SealedBatch, queue: Set<string>, places: Places): void {
+function addBatch(row: HourRow, batch: SealedBatch, queue: Set<string>, places: Places): string {
   const place = whereIs(batch.name, queue, places);
   add(row.received, batch);
   add(row[place], batch);
   if ((parseBatchName(batch.name)?.part ?? 1) > 1) row.late++;
   const sentLines = place === "delivered" ? places.report.lines.get(fingerprint(batch.name)) : undefined;
   if (sentLines !== undefined && sentLines !== batch.lines) row.differs++;
+  return place;
 }
 
 function whereIs(
@@ -230,11 +232,15 @@ function fingerprint(name: string): number {
   return Number.parseInt(createHash("sha1").update(name).digest("hex").slice(0, 13), 16);
 }
 
+/** Of a report that tells nothing. */
+const UNKNOWN: Places["report"] = { lines: new Map(), from: Number.POSITIVE_INFINITY };
+
 /** What the report's end says was delivered, and from when on it tells that. */
-async function readDeliveries(path: string, oldest: number): Promise<Places["report"]> {
+async function readDeliveries(path: string, oldest: number, sent: string): Promise<Places["report"]> {
   const lines = new Map<number, number>();
   const size = (await ifMissing(stat(path)))?.size;
-  if (size === undefined) return { lines, from: 0 };
+  // What was delivered and cleared away stands in the report alone: without one nothing can be said of it.
+  if (size === undefined) return (await exists(sent)) ? UNKNOWN : { lines, from: 0 };
   const start = Math.max(0, size - REPORT_BYTES);
   const reader = createInterface({
     input: createReadStream(path, { start, encoding: "latin1" }),
