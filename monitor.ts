@@ -12,7 +12,7 @@
  * meanwhile looks and queues. The exit code is 1 while a mail is not accepted.
  */
 import { access, constants } from "node:fs/promises";
-import { uptime, userInfo } from "node:os";
+import { uptime } from "node:os";
 import { dirname, join } from "node:path";
 import type { Config } from "./lib/config.ts";
 import { failpoint } from "./lib/durable.ts";
@@ -685,7 +685,9 @@ async function mute(service: Service<"monitor">, name: string): Promise<number> 
   const [, number, unit = ""] = /^(\d+(?:\.\d+)?)([mhd])$/.exec(String(flags.for ?? "")) ?? [];
   if (!flags.off && number === undefined)
     throw new UsageError("--mute HOST needs --for 90m, 2h or 3d, or --off");
-  const by = process.env.SUDO_USER ?? userInfo().username;
+  const uid = process.getuid?.();
+  const { SUDO_USER, LOGNAME, USER } = process.env;
+  const by = SUDO_USER || LOGNAME || USER || (uid === 0 ? "root" : `user ${uid}`); // without them Bun says "unknown"
   const store = new StateStore(service);
   await store.change((state) => {
     if (flags.off) delete state.mutes[host];
