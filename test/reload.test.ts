@@ -30,10 +30,11 @@ async function reload(
   await until(says, () => running.output.slice(from).includes(says));
 }
 
-test("forwarder: a new target ends the pause of one that is not there; a faulty one and a missing secret stay out", async () => {
+test("forwarder: a new target ends the pause of one that is none; a faulty one and a missing secret stay out", async () => {
   const { home, path, report } = await setUp();
   await writeFile(path("dir/10.0.0.1/") + BATCH, "a line\n");
-  const forwarder = { dir: path("dir"), report, target: `file://${path("none")}`, intervalSeconds: 3600 };
+  await writeFile(path("file"), "no folder");
+  const forwarder = { dir: path("dir"), report, target: `file://${path("file/in")}`, intervalSeconds: 3600 };
   const running = startScript("forwarder", await writeConfig(home, { forwarder }));
   await running.says("delivery is held up");
   await reload(running, home, { forwarder: { ...forwarder, paralel: 1 } }, "config not taken up");
