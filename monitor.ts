@@ -13,9 +13,8 @@
 import { access, constants } from "node:fs/promises";
 import { dirname } from "node:path";
 import type { Config } from "./lib/config.ts";
-import { failpoint, makeFolder } from "./lib/durable.ts";
+import { failpoint, holdLock, makeFolder } from "./lib/durable.ts";
 import { judge } from "./lib/incident.ts";
-import { holdLock } from "./lib/lock.ts";
 import { renderAlert } from "./lib/mail/alertmail.ts";
 import type { MailText } from "./lib/mail/mailpage.ts";
 import { MailError, sendMail, verifyMail } from "./lib/mail/smtp.ts";
