@@ -25,6 +25,8 @@ import {
 const MAX_ROWS = 500;
 /** Links to the senders of one problem. */
 const MAX_LINKS = 6;
+/** Programs of senders that are named; the newest first. */
+const MAX_AGENTS = 6;
 /** Names up to this length, that of any IPv4 address, fit on one line. */
 const MAX_UNBROKEN = 15;
 /** Points of a sender's curve; the curve of all has one per minute. */
@@ -150,7 +152,7 @@ function renderArrival(hosts: HostStatus[]): Html {
   const senders = hosts.length - inState(hosts, "gone").length;
   const perMinute = addCurves(hosts);
   const hours = `${perMinute.length / 60} hours`;
-  const lost = sum(hosts, "lost");
+  const lost = sum(hosts, "lost") + sum(hosts, "gone");
   return html`<dl>${figure("Senders", `${number(sending)} of ${number(senders)}`)}${figure("Lines per minute", number(latest(perMinute)))}
 ${figure("Lag", formatBytes(sum(hosts, "lag")))}${lost > 0 && figure("Bytes lost", formatBytes(lost))}</dl>
 ${
@@ -184,7 +186,8 @@ function renderHosts({ hosts, now, problems }: Snapshot): Html {
   }
   const natural = new Intl.Collator("en", { numeric: true });
   const late = new Set(problems.find(({ key }) => key === "late")?.hosts);
-  const trouble = (host: HostStatus) => Number(host.failed === 0 && host.lost === 0);
+  const trouble = (host: HostStatus) => Number(host.failed + host.lost + host.gone === 0);
+  const newest = countAgents(hosts)[0]?.[0];
   const sorted = hosts.toSorted(
     (a, b) =>
       ORDER.indexOf(a.state) - ORDER.indexOf(b.state) ||
@@ -205,12 +208,12 @@ function renderHosts({ hosts, now, problems }: Snapshot): Html {
   ];
   return html`<section class="hosts"><h2 id="senders">Senders</h2>
 <table role="table" aria-labelledby="senders"><thead role="rowgroup"><tr role="row">${heads.map((head) => html`<th role="columnheader" scope="col">${head}</th>`)}</tr></thead>
-<tbody role="rowgroup">${sorted.slice(0, MAX_ROWS).map((host) => renderHost(host, now, late.has(host.host)))}</tbody></table>
+<tbody role="rowgroup">${sorted.slice(0, MAX_ROWS).map((host) => renderHost(host, now, late.has(host.host), newest))}</tbody></table>
 ${sorted.length > MAX_ROWS && html`<p class="hint">${count(sorted.length - MAX_ROWS, "more sender is", "more senders are")} counted above and not listed.</p>`}
 </section>`;
 }
 
-function renderHost(host: HostStatus, now: number, isLate: boolean): Html {
+function renderHost(host: HostStatus, now: number, isLate: boolean, newest: string | undefined): Html {
   const { text, mark } = STATES[host.state];
   const cell = (content: Html | string, kind = "") =>
     html`<td role="cell"${kind && html` class="${kind}"`}>${content}</td>`;
@@ -221,7 +224,8 @@ function renderHost(host: HostStatus, now: number, isLate: boolean): Html {
   const muted =
     host.muted &&
     html` <small>muted until ${formatClock(host.muted.until, now)} by ${host.muted.by}${host.muted.reason && `: ${host.muted.reason}`}</small>`;
-  return html`<tr role="row" id="${anchor(host.host)}"><th role="rowheader" scope="row">${breakable(host.host)}</th>${[
+  const behind = host.agent !== undefined && host.agent !== newest && html` <small>${host.agent}</small>`;
+  return html`<tr role="row" id="${anchor(host.host)}"><th role="rowheader" scope="row">${breakable(host.host)}${behind}</th>${[
     cell(html`${symbol(mark)}${text}${muted}`, `s ${mark}`),
     cell(clock(host.lineAt, now)),
     cell(clock(host.heardAt, now)),
@@ -232,7 +236,7 @@ function renderHost(host: HostStatus, now: number, isLate: boolean): Html {
     amount(host.open, number(host.open)),
     amount(host.waiting, html`${number(host.waiting)}${since}`, isLate),
     amount(host.failed, number(host.failed), true),
-    amount(host.lost, formatBytes(host.lost), true),
+    amount(host.lost + host.gone, formatBytes(host.lost + host.gone), true),
   ]}</tr>`;
 }
 
@@ -246,13 +250,23 @@ const WORD_BREAK = html`<wbr>`;
 
 function renderAbout({ version, startedAt, now, dir, hosts }: Snapshot): Html {
   const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
+  const agents = countAgents(hosts).slice(0, MAX_AGENTS);
   const states = ORDER.filter(
     (state) => !["gone", "waiting"].includes(state) || inState(hosts, state).length > 0,
   );
   return html`<section class="about" aria-label="About this page">
 <ul>${states.map((state) => html`<li class="${STATES[state].mark}">${symbol(STATES[state].mark)}${STATES[state].text}: ${STATES[state].meaning}</li>`)}</ul>
+${agents.length > 0 && html`<p>Senders run ${agents.map(([agent, senders]) => `${agent} (${number(senders)})`).join(", ")}.</p>`}
 <p>Receiver ${version}${startedAt > 0 && `, up ${formatDuration(now - startedAt)}`}, folder ${dir}. Times are in ${timeZone}. Refreshed every ${REFRESH_SECONDS} seconds.</p>
 </section>`;
+}
+
+/** The programs that senders run and on how many of them, the newest first. */
+function countAgents(hosts: HostStatus[]): [agent: string, senders: number][] {
+  const counts = new Map<string, number>();
+  for (const { agent } of hosts) if (agent) counts.set(agent, (counts.get(agent) ?? 0) + 1);
+  const natural = new Intl.Collator("en", { numeric: true });
+  return [...counts].sort(([a], [b]) => natural.compare(b, a));
 }
 
 /** How long ago, with the full time behind it. */
