@@ -31,6 +31,7 @@ import {
 import {
   exists,
   failpoint,
+  holdLock,
   makeFolder,
   moveAllDurably,
   moveDurably,
@@ -40,7 +41,6 @@ import {
   writeStream,
 } from "./lib/durable.ts";
 import { parseHost } from "./lib/host.ts";
-import { holdLock } from "./lib/lock.ts";
 import { appendReport, failReportPath, type ReportLine, readReportTail } from "./lib/report.ts";
 import {
   createFaultLog,

@@ -29,10 +29,9 @@ import {
   WireError,
 } from "./lib/chunk.ts";
 import { type Config, ConfigError, parseConfig, secretFaults } from "./lib/config.ts";
-import { exists, makeFolder, writeDurably } from "./lib/durable.ts";
+import { exists, holdLock, makeFolder, writeDurably } from "./lib/durable.ts";
 import { isLoopback, parseHost } from "./lib/host.ts";
 import { readLedger } from "./lib/ledger.ts";
-import { holdLock } from "./lib/lock.ts";
 import { pageHeaders, renderPage } from "./lib/page.ts";
 import { type Server, serve, type Tls } from "./lib/runtime.ts";
 import {

@@ -16,8 +16,7 @@ import { access, constants, readdir } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import type { StreamStatus } from "./lib/chunk.ts";
 import { type Config, readSecret } from "./lib/config.ts";
-import { failpoint, makeFolder, moveDurably } from "./lib/durable.ts";
-import { holdLock } from "./lib/lock.ts";
+import { failpoint, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
 import {
   createFaultLog,
   createProgress,

@@ -311,9 +311,7 @@ const housekeep = z
       .number()
       .min(8, "expected at least 8: the monitor looks back a week")
       .default(90)
-      .describe("Report lines are kept for so long"),
-    forgetAfterDays: minutes.default(30).describe("Records of senders not heard of for so long go"),
-    parallel: count.max(64).optional().describe("Files compressed at once"),
+      .describe("Report lines and digests are kept for so long"),
     schedule: schedule.default("*/10 * * * *").describe("For --watch: when to run"),
   })
   .refine((config) => config.compressAfterHours <= config.deleteAfterHours, {
