@@ -48,6 +48,7 @@ import {
   syncFile,
   TEMP_SUFFIX,
 } from "./lib/durable.ts";
+import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import { failReportPath, trimReport } from "./lib/report.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
@@ -143,7 +144,8 @@ async function stepBack(): Promise<void> {
 
 /** One pass over `dir`. Throws an OperatorError when another one runs, or when `dir` is not there or another user's. */
 export async function housekeepOnce(context: HousekeepContext): Promise<HousekeepResult> {
-  const { config, log, dryRun } = context;
+  const { config, log, dryRun, now } = context;
+  const started = now();
   await refuseForeign(config.dir, dryRun !== undefined);
   const lock = dryRun ? undefined : await holdLock(join(config.dir, ".housekeep.lock"), config.dir);
   try {
@@ -151,7 +153,7 @@ export async function housekeepOnce(context: HousekeepContext): Promise<Housekee
     const files = await listDelivered(context);
     const { bavail, blocks, bsize } = await statfs(config.dir);
     const space = { free: bavail * bsize, total: blocks * bsize };
-    const plan = planPass(files, config, context.now(), space);
+    const plan = planPass(files, config, started, space);
     await deleteAll(plan, context, result);
     await compressAll(plan, context, result);
     await trimReports(context);
@@ -164,6 +166,7 @@ export async function housekeepOnce(context: HousekeepContext): Promise<Housekee
       ...(result.faults > 0 && { faults: result.faults }),
       ...undelivered,
     });
+    if (!dryRun) await leaveMetrics(context, result, undelivered, started);
     return result;
   } finally {
     lock?.release();
@@ -555,6 +558,30 @@ async function countUndelivered({ config, log }: HousekeepContext, diskBytes: nu
       bytes: formatBytes(bytes),
     });
   return { waiting, failed: failed.length };
+}
+
+/** For the textfile collector of node_exporter. What can't be written is told, and stops nothing. */
+async function leaveMetrics(
+  { config, log, now }: HousekeepContext,
+  { compressed, deleted, freed, faults }: HousekeepResult,
+  { waiting, failed }: { waiting: number; failed: number },
+  started: number,
+): Promise<void> {
+  const metrics: Metric[] = [
+    ["last_run_timestamp_seconds", "gauge", "When the last run ended", now() / 1000],
+    ["last_run_duration_seconds", "gauge", "How long it took", (now() - started) / 1000],
+    ["last_run_compressed_files", "gauge", "Delivered batches that it compressed", compressed],
+    ["last_run_deleted_files", "gauge", "Delivered batches that it deleted", deleted],
+    ["last_run_freed_bytes", "gauge", "Bytes of the disk that it won", freed],
+    ["last_run_faults", "gauge", "Files that it could not deal with", faults],
+    ["waiting_files", "gauge", "Sealed batches that wait for the forwarder", waiting],
+    ["failed_files", "gauge", "Batches in failed/", failed],
+  ];
+  try {
+    await writeMetrics(folders(config.dir).metrics, "housekeep", metrics);
+  } catch (error) {
+    log.warn("metrics not written", { error: errorMessage(error) });
+  }
 }
 
 async function check({ config, checks }: Service<"housekeep">): Promise<void> {

@@ -69,6 +69,21 @@ test("housekeepOnce() compresses and deletes by the time of delivery", async () 
   expect(result).toMatchObject({ compressed: 1, deleted: 2, faults: 0 });
 });
 
+test("housekeepOnce() leaves metrics for node_exporter, and goes on where it can't", async () => {
+  const { dir, sent, config } = await setUp();
+  await deliver(sent, batch(1), 3.1, content(1));
+  await run(config);
+  const text = await readFile(join(dir, ".metrics", "housekeep.prom"), "utf8");
+  expect(text).toContain("# TYPE log_rt_sync_housekeep_last_run_compressed_files gauge\n");
+  expect(text).toContain("\nlog_rt_sync_housekeep_last_run_compressed_files 1\n");
+  expect(text).toContain(`\nlog_rt_sync_housekeep_last_run_timestamp_seconds ${NOW / 1000}\n`);
+  rmSync(join(dir, ".metrics"), { recursive: true });
+  await writeFile(join(dir, ".metrics"), "a file");
+  const { faults, log } = await run(config);
+  expect(faults).toBe(0);
+  expect(log).toContain("metrics not written");
+});
+
 test("housekeepOnce() never touches what is not delivered, however old, and says how much there is", async () => {
   const { dir, config } = await setUp({ compressAfterHours: 0, deleteAfterHours: 0, minFreePercent: 100 });
   for (const folder of ["failed", "10.0.0.1"]) {
@@ -210,7 +225,7 @@ test("housekeep --dry-run shows what a run then does, with the reason, and chang
   expect(row(batch(11))).toMatch(/^stays .* is there with other content/);
   expect(row(`${batch(1)}.gz.tmp`)).toMatch(/^remove .* a run was interrupted$/);
   expect(row(config.report)).toMatch(/^trim .* 1 lines are older than reportDays \(90\)$/);
-  expect((await readdir(dir)).sort()).toEqual([".housekeep.lock", "sent"]);
+  expect((await readdir(dir)).sort()).toEqual([".housekeep.lock", ".metrics", "sent"]);
 });
 
 async function snapshot(folder: string): Promise<string[]> {
