@@ -139,12 +139,14 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
       const what = `Cannot ask ${base} where the streams stand${via}`;
       const headers = { ...formatNews(news), [HEADER.host]: host, "Content-Type": "application/json" };
       const body = names && JSON.stringify({ streams: names });
-      const response = await request(STREAMS_PATH, headers, body).catch((error) => {
+      // fetch tells network faults, also in the middle of an answer, as TypeErrors, which elsewhere are bugs
+      const unanswered = (error: unknown): never => {
         if (signal.aborted) throw error;
-        // fetch tells network faults as TypeErrors, which elsewhere are bugs
         throw new Unanswered(what, 0, errorMessage(error));
-      });
-      const text = await readText(response, response.status === 200 ? STREAMS_BYTES : ANSWER_BYTES);
+      };
+      const response = await request(STREAMS_PATH, headers, body).catch(unanswered);
+      const most = response.status === 200 ? STREAMS_BYTES : ANSWER_BYTES;
+      const text = await readText(response, most).catch(unanswered);
       const streams = response.status === 200 ? parseStreams(text, host) : undefined;
       if (streams) return streams;
       const hint =

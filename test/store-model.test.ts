@@ -3,7 +3,7 @@
  * power cuts. The folder as it stands at a cut is copied, and another store goes on with the copy.
  */
 import { describe, expect, test } from "bun:test";
-import { cp, readdir, readFile } from "node:fs/promises";
+import { cp, mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { join } from "node:path";
 import fc from "fast-check";
 import { parseBatchName } from "../lib/batch.ts";
@@ -214,6 +214,28 @@ describe("the store", () => {
     const ledger = again.senders.get("10.0.0.1")?.ledger;
     expect([...(ledger?.open.values() ?? [])].reduce((sum, { lines }) => sum + lines, 0)).toBe(LINES);
     await again.close();
+    await world.store.close();
+  });
+
+  test("a replay that the disk refuses ends nothing: the host is held, and what was answered is there when it can", async () => {
+    const world = await createWorld();
+    const host = "10.0.0.1";
+    await send(world, host, [[0, 50]]);
+    const dir = join(await tempFolder(), "data");
+    await cp(world.dir, dir, { recursive: true });
+    await world.store.close();
+    const part = (await readdir(join(dir, host))).find((name) => name.endsWith(".log.part")) as string;
+    await rm(join(dir, host, part));
+    await mkdir(join(dir, host, part)); // can't be opened as a file
+    world.dir = dir;
+    world.store = await openStore(dir, world);
+    for (let tries = 0; tries < 2; tries++)
+      await expect(send(world, host, [[50, LINES]])).rejects.toMatchObject({ status: 503 });
+    await world.store.seal();
+    await rm(join(dir, host, part), { recursive: true });
+    await send(world, host, [[50, LINES]]);
+    await checkOffsets(world);
+    expect(await storedText(dir, host)).toBe(TEXT.toString());
     await world.store.close();
   });
 

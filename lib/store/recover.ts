@@ -222,8 +222,11 @@ export async function replayJournals(
     for (const [id, paths] of others()) {
       const dead = await tryLock(journalLock(dir, id));
       if (!dead) continue; // its process lives
-      await replayJournal(dir, id, paths, log);
-      dead.release();
+      try {
+        await replayJournal(dir, id, paths, log);
+      } finally {
+        dead.release(); // else this process would take it for a living one at the next try, and pass it over
+      }
       await removeDurably(journalLock(dir, id));
     }
   } finally {
@@ -248,19 +251,22 @@ async function replayJournal(dir: string, id: string, paths: string[], log: Log)
     isDamaged = true;
     log.error("journal is damaged: what was acknowledged can't be read", { where });
   };
-  for await (const { entry, body } of readJournal(paths, onDamage)) {
-    const place = places.get(entry.host) ?? (await placeOf(dir, entry.host, parts, log));
-    places.set(entry.host, place);
-    const { journal } = place.ledger;
-    if (journal?.id === id && journal.seq >= entry.seq) continue; // the checkpoint has it
-    await writeEntry(place, entry, decodeBody(entry, body));
-    noteEntry(place.ledger, entry, id);
+  try {
+    for await (const { entry, body } of readJournal(paths, onDamage)) {
+      const place = places.get(entry.host) ?? (await placeOf(dir, entry.host, parts, log));
+      places.set(entry.host, place);
+      const { journal } = place.ledger;
+      if (journal?.id === id && journal.seq >= entry.seq) continue; // the checkpoint has it
+      await writeEntry(place, entry, decodeBody(entry, body));
+      noteEntry(place.ledger, entry, id);
+    }
+    for (const place of places.values()) {
+      for (const path of place.dirty) await ifMissing(syncFile(path));
+      await writeDurably(join(place.folder, LEDGER), formatRecord(snapshot(place.ledger)));
+    }
+  } finally {
+    parts.closeAll();
   }
-  for (const place of places.values()) {
-    for (const path of place.dirty) await ifMissing(syncFile(path));
-    await writeDurably(join(place.folder, LEDGER), formatRecord(snapshot(place.ledger)));
-  }
-  parts.closeAll();
   failpoint("replay:written");
   for (const path of paths) {
     if (isDamaged) await moveDurably(path, join(dir, `.damaged${path.slice(dir.length + 1)}`));

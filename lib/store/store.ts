@@ -67,7 +67,10 @@ export class Store {
   /** Opens every sender that `isOurs` and has something on disk, so that what is due is sealed without it. */
   async start(isOurs: (host: string) => boolean): Promise<void> {
     await makeFolder(this.#options.dir);
-    await replayJournals(this.#options.dir, this.#journal.id, this.#options.log);
+    // A full disk, say: no sender is opened before its journal is replayed, and each opening tries it again.
+    await replayJournals(this.#options.dir, this.#journal.id, this.#options.log).catch((error) => {
+      this.#options.log.error("journal not replayed yet: tried again", { error: errorMessage(error) });
+    });
     for (const host of await listHosts(this.#options.dir)) {
       const folder = join(this.#options.dir, host);
       const names = await readdir(folder).catch(() => [] as string[]); // not ours: lost+found
