@@ -467,6 +467,7 @@ export class Streams {
     if (!file) return true;
     try {
       if (file.key !== found.key) return false; // renamed between the look and the opening
+      found.size = (await file.stat()).size; // it may have been cut since
       let what = await identify(file, found, this.#candidates(), (stream) => this.#hasHome(stream));
       const isOwn =
         found.isLive && this.#isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
