@@ -339,19 +339,22 @@ describe("forwarder", () => {
     expect((await site.failures())[0]).toContain("says that it was delivered already");
   });
 
-  test("--check tells a folder that is not there, and with --connect a target that cannot be reached", async () => {
-    const site = await makeSite({ folder: "", settings: { target: "file:///dev/null/x" } });
+  test("--check tells folders that are not there, here and at a target that is a folder", async () => {
+    const backend = await toFolder();
+    const site = await makeSite(backend);
     const check = (...flags: string[]) => runScriptOnce("forwarder", site.configFile, ["--check", ...flags]);
     const absent = await check();
     expect(absent.code).toBe(1);
     expect(absent.output).toContain("forwarder.dir: ");
     await mkdir(site.dir);
-    expect((await check()).code).toBe(0);
-    const unreachable = await check("--connect");
-    expect(unreachable.code).toBe(1);
-    expect(unreachable.output).toContain(
-      'forwarder.target: file:///dev/null/x: Cannot create the folder "/dev/null/x"',
+    expect((await check("--connect")).code).toBe(0);
+    await rename(backend.folder, `${backend.folder}s`);
+    const mistyped = await check("--connect");
+    expect(mistyped.code).toBe(1);
+    expect(mistyped.output).toContain(
+      `forwarder.target: ${backend.folder}: expected a folder that can be written`,
     );
+    expect(mistyped.output).toContain('where "clients" is');
   });
 
   test("the daemon delivers what is sealed later", async () => {
