@@ -41,7 +41,11 @@ const rawPaths = new Map<string, Buffer>();
 
 /** A path for the system: names that are no UTF-8 are kept as the bytes that they are. */
 export function rawPath(path: string): string | Buffer {
-  return (rawPaths.size > 0 && rawPaths.get(path)) || path;
+  for (let end = rawPaths.size > 0 ? path.length : 0; end > 0; end = path.lastIndexOf("/", end - 1)) {
+    const raw = rawPaths.get(path.slice(0, end));
+    if (raw) return Buffer.concat([raw, Buffer.from(path.slice(end))]);
+  }
+  return path;
 }
 
 /** The text for a name in a folder; one that is no UTF-8 shows its bytes as `\xNN`. */
@@ -50,7 +54,8 @@ export function nameOf(folder: string, raw: Buffer): string {
   if (!text.includes("\uFFFD")) return text;
   const shown = raw.toString("latin1").replace(/[\x80-\xff]/g, (c) => `\\x${c.charCodeAt(0).toString(16)}`);
   const path = join(folder, shown);
-  if (!rawPaths.has(path)) rawPaths.set(path, Buffer.concat([Buffer.from(`${folder}/`), raw]));
+  if (!rawPaths.has(path))
+    rawPaths.set(path, Buffer.concat([Buffer.from(rawPath(folder)), Buffer.from("/"), raw]));
   return shown;
 }
 
