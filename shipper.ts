@@ -425,11 +425,11 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
       stream.retryAt = mono() + NAMES_MS;
       return true;
     }
-    await drain(shipper, stream, file);
-    stream.endedAs = shipper.unknown.has(stream) ? "" : place;
+    const isDone = await drain(shipper, stream, file);
+    stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
     await streams.finish(stream);
-    return !shipper.unknown.has(stream);
+    return isDone;
   } catch (error) {
     if (error instanceof Refused || shipper.signal.aborted)
       throw error instanceof Refused ? error : new Refused(0);
@@ -475,8 +475,8 @@ interface Flight {
   isSingle: boolean;
 }
 
-/** Ships a stream up to the present end of its file. Throws Refused, Changed, the system's error. */
-async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<void> {
+/** Ships a stream up to the present end of its file. False when it can't go on before others do. Throws Refused, Changed, the system's error. */
+async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<boolean> {
   const buffer = await shipper.buffers.take();
   const flight: Flight = { file, buffer, flying: [], isSingle: false };
   try {
@@ -485,14 +485,15 @@ async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<v
     while (!shipper.signal.aborted) {
       last = await fill(shipper, stream, flight, last);
       const first = flight.flying.shift();
-      if (!first) return;
+      if (!first) return true;
       const answer = await first.answer;
       failpoint("shipper:answered");
       if (answer.kind === "stored") commit(shipper, stream, first, flight);
-      else if (!(await goBack(shipper, stream, flight, answer))) return;
+      else if (!(await goBack(shipper, stream, flight, answer))) return false;
       if (answer.kind !== "stored") last = undefined;
-      if (stream.wayBack !== undefined) return;
+      if (stream.wayBack !== undefined) return false;
     }
+    return false;
   } finally {
     // Before the buffer and the file go to somebody else, nobody may still send of them.
     await settle(shipper, stream, flight);
