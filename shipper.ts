@@ -123,12 +123,14 @@ class Refused extends Error {
 /** The file's bytes are not the ones that were seen before. */
 class Changed extends Error {}
 
-async function main({ config, log, signal, now, flags }: Service<"shipper">): Promise<number> {
+async function main(service: Service<"shipper">): Promise<number> {
+  const { config, log, signal, now, flags } = service;
   if (flags.status) return printStatus(config, flags.json === true);
   if (flags.delivered) return printDelivered(config, String(flags.delivered), signal);
   const isFresh = !existsSync(join(config.stateDir, ".lock"));
   await takeStateDir(config, log);
   const shipper = await openShipper(config, { log, signal, now, isFresh });
+  service.onReload((next) => reload(shipper, next));
   let code: number = EXIT.done;
   if (flags.once) code = await drainAll(shipper);
   else await Promise.all([followAll(shipper), heartbeat(shipper), keepSaving(shipper), report(shipper)]);
@@ -146,6 +148,20 @@ async function takeStateDir({ stateDir }: Config["shipper"], log: Log): Promise<
     const consequence = "shipping goes on; a restart asks the receiver where it stands";
     log.error("cannot use state folder", { stateDir, error: errorMessage(error), consequence });
   }
+}
+
+/** Takes up another config; gives the keys that stay until a restart. */
+function reload(shipper: Shipper, next: Config["shipper"]): string[] {
+  const { config, streams, signal } = shipper;
+  const fixed = ["host", "stateDir", "chunkBytes", "startAt"] as const;
+  const kept = Object.fromEntries(fixed.map((key) => [key, config[key]]));
+  shipper.config = { ...next, ...kept };
+  shipper.skip = next.skip.map(parseSkipRule);
+  shipper.uploader = createUploader(shipper.config, signal);
+  streams.reconfigure(shipper.config);
+  shipper.lookAt = 0;
+  shipper.wakeup.ring();
+  return fixed.filter((key) => next[key] !== config[key]);
 }
 
 /** What a shipper is opened with. `isFresh`: nothing of ours was in the state folder. */
@@ -349,14 +365,14 @@ function refresh(shipper: Shipper, path: string): void {
 
 /** A line after a pause goes at once, steady traffic once per `flushMs`, a backlog without waiting. */
 async function follow(shipper: Shipper, log: FollowedLog): Promise<void> {
-  const { config, signal, mono, streams } = shipper;
+  const { signal, mono } = shipper;
   log.isRunning = true;
   try {
     do {
       const started = mono();
       const pass = await shipLog(shipper, log);
-      await wait(pass.waitMs ?? config.flushMs - (mono() - started), signal);
-      for (const { isLive, path } of streams.list.filter((each) => each.log === log.path))
+      await wait(pass.waitMs ?? shipper.config.flushMs - (mono() - started), signal);
+      for (const { isLive, path } of shipper.streams.list.filter((each) => each.log === log.path))
         if (isLive) refresh(shipper, path);
     } while (!signal.aborted && hasWork(shipper, log));
   } finally {
@@ -775,10 +791,10 @@ async function moveTo(
 
 /** The heartbeat: the question where all streams stand, whatever else goes on; at once when something hangs on the answer. */
 async function heartbeat(shipper: Shipper): Promise<void> {
-  const { config, signal, mono, streams } = shipper;
-  const everyMs = config.heartbeatSeconds * 1000;
+  const { signal, mono, streams } = shipper;
   let told = streams.lost;
-  for (let dueAt = mono() + Math.min(500, everyMs); !signal.aborted; ) {
+  for (let dueAt = mono() + Math.min(500, shipper.config.heartbeatSeconds * 1000); !signal.aborted; ) {
+    const everyMs = shipper.config.heartbeatSeconds * 1000;
     const isDue = mono() >= dueAt || shipper.askNow || streams.lost !== told;
     if (isDue && mono() >= shipper.askAt && (streams.asked || streams.seenAt > 0)) {
       told = streams.lost;
