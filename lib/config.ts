@@ -29,7 +29,7 @@ const count = z.number().int().positive();
 const host = z
   .string()
   .refine((text) => parseHost(text) !== undefined, "expected an IP address or a host name")
-  .transform((text) => text.toLowerCase());
+  .transform((text) => parseHost(text) ?? text);
 const httpUrl = z.url({ protocol: /^https?$/, error: "expected http://HOST[:PORT] or https://…" });
 /** Also of a host without a domain, as root@localhost. */
 const address = z.string().regex(/^[^\s@<>(),:;"\\[\]]+@[^\s@<>(),:;"\\[\]]+$/, "expected an email address");
@@ -311,9 +311,7 @@ const housekeep = z
       .number()
       .min(8, "expected at least 8: the monitor looks back a week")
       .default(90)
-      .describe("Report lines are kept for so long"),
-    forgetAfterDays: minutes.default(30).describe("Records of senders not heard of for so long go"),
-    parallel: count.max(64).optional().describe("Files compressed at once"),
+      .describe("Report lines and digests are kept for so long"),
     schedule: schedule.default("*/10 * * * *").describe("For --watch: when to run"),
   })
   .refine((config) => config.compressAfterHours <= config.deleteAfterHours, {

@@ -1,5 +1,5 @@
 /**
- * The only fsync, rename and unlink of things that must survive a power loss.
+ * The only fsync, rename and unlink of things that must survive a power loss, and the lock that makes one process their owner.
  *
  * A file is replaced whole: temp, write, sync, close, rename, sync the folder. A reader therefore sees the
  * old content or the new one, never a part. A temp file has a fixed name, so a stale one is overwritten by
@@ -14,11 +14,14 @@ import {
   fstatSync,
   lstatSync,
   openSync,
+  readFileSync,
   renameSync,
+  writeFileSync,
 } from "node:fs";
 import { type FileHandle, mkdir, open, readFile, rename, rm, statfs } from "node:fs/promises";
 import { dirname } from "node:path";
-import { loadSyncFs } from "./runtime.ts";
+import { loadSyncFs, tryLock } from "./runtime.ts";
+import { OperatorError } from "./service.ts";
 
 /** The ending of every temp file of ours; housekeeping removes stale ones by it. */
 export const TEMP_SUFFIX = ".tmp";
@@ -39,7 +42,11 @@ export function failpoint(step: string): void {
  * Replaces the file at `path` by `data`, on stable storage when it returns; owner and mode stay. Throws the system's
  * error.
  */
-export async function writeDurably(path: string, data: string | Uint8Array, mode = 0o640): Promise<void> {
+export async function writeDurably(
+  path: string,
+  data: string | Uint8Array | AsyncIterable<Uint8Array>,
+  mode = 0o640,
+): Promise<void> {
   const temp = path + TEMP_SUFFIX;
   await rm(temp, { force: true }); // what waits there may be a link to somewhere else
   const { O_WRONLY, O_CREAT, O_EXCL, O_NOFOLLOW } = constants;
@@ -48,7 +55,8 @@ export async function writeDurably(path: string, data: string | Uint8Array, mode
     const old = lstatSync(path, { throwIfNoEntry: false });
     giveTo(file.fd, old ? path : dirname(path));
     if (old) fchmodSync(file.fd, old.mode & 0o777);
-    await file.writeFile(data);
+    if (typeof data === "string" || data instanceof Uint8Array) await file.writeFile(data);
+    else await writeAll(file, data);
     await file.sync();
   } finally {
     await file.close();
@@ -139,6 +147,15 @@ export async function writeFully(file: FileHandle, data: Uint8Array, position: n
   }
 }
 
+async function writeAll(file: FileHandle, chunks: AsyncIterable<Uint8Array>): Promise<number> {
+  let written = 0;
+  for await (const chunk of chunks) {
+    await writeFully(file, chunk, written);
+    written += chunk.length;
+  }
+  return written;
+}
+
 /**
  * Writes a stream to the file at `path`, from nothing, on stable storage when it returns; its mode follows the umask.
  * Gives the number of bytes written and the size that the file then has. The name itself is not synced: it is a temp
@@ -153,11 +170,7 @@ export async function writeStream(
   const { O_WRONLY, O_CREAT, O_EXCL, O_NOFOLLOW } = constants;
   const file = await open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0o666);
   try {
-    let written = 0;
-    for await (const chunk of chunks) {
-      await writeFully(file, chunk, written);
-      written += chunk.length;
-    }
+    const written = await writeAll(file, chunks);
     await file.sync();
     const [ours, named] = [await file.stat(), lstatSync(path, { throwIfNoEntry: false })];
     if (named?.ino !== ours.ino || named.dev !== ours.dev)
@@ -266,6 +279,21 @@ export async function ifMissing<T>(work: Promise<T>): Promise<T | undefined> {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
     throw error;
   }
+}
+
+/**
+ * Takes the lock at `path` until `release` or the end of the process, or throws an OperatorError that names the holder.
+ * The kernel holds the lock itself, so that it ends with its process even after kill -9; the process id in the file is
+ * only for people to read.
+ */
+export async function holdLock(path: string, what: string): Promise<{ release: () => void }> {
+  const lock = await tryLock(path);
+  if (!lock) {
+    const holder = readFileSync(path, "utf8").trim() || "unknown";
+    throw new OperatorError(`${what} is in use by process ${holder} (lock ${path}); stop that one first`);
+  }
+  writeFileSync(path, `${process.pid}\n`);
+  return lock;
 }
 
 /** Offset after the last `\n` of the first `size` bytes. */

@@ -98,7 +98,7 @@ export interface TailContext {
 /** All streams of one shipper. */
 export class Streams {
   readonly logs = new Map<string, FollowedLog>();
-  readonly paths: Paths;
+  paths: Paths;
   list: Stream[] = [];
   /** Bytes lost since the cursor began. */
   lost = 0;
@@ -114,7 +114,7 @@ export class Streams {
   /** When everything was looked at last, on the wall clock, and whether it was settled. */
   seenAt = 0;
   isSettled = false;
-  readonly #config: TailConfig;
+  #config: TailConfig;
   readonly #context: TailContext;
   #lastFaults = new Map<string, string>();
   /** Times up to which rotated files of a log are not ours, by its live path; undefined when all are. */
@@ -136,7 +136,7 @@ export class Streams {
 
   /** Takes up what the cursor knows. */
   async open(): Promise<void> {
-    const { stateDir, files } = this.#config;
+    const { stateDir } = this.#config;
     const { log, mono } = this.#context;
     const found = await readCursor(stateDir).catch((error): CursorFound => {
       if (!(error as NodeJS.ErrnoException).code) throw error;
@@ -158,12 +158,25 @@ export class Streams {
     this.#since = found.since ?? new Map();
     this.list = cursor.streams.map((state) => withFile(state, mono()));
     for (const [path, folder] of Object.entries(cursor.folders)) this.#logOf(path).folder = folder;
-    const before = new Set(new Paths(cursor.files, this.#config.olddir).livePaths());
-    const added = files.filter((pattern) => !cursor.files.includes(pattern));
-    if (added.length === 0 || found.since) return;
-    // What is named for the first time starts as at the very first start: its old rotations are not ours.
-    for (const path of new Paths(added, this.#config.olddir).livePaths()) {
-      if (!before.has(path) && !cursor.folders[path]) this.#since.set(path, this.#context.now());
+    if (!found.since) this.#startAdded(cursor.files);
+  }
+
+  /** Another config while running: what it names for the first time is looked for, what it does not name is left. */
+  reconfigure(config: TailConfig): void {
+    const { files } = this.#config;
+    this.#config = config;
+    this.paths = new Paths(config.files, config.olddir);
+    this.#startAdded(files);
+    this.isChanged = true;
+  }
+
+  /** What is named for the first time starts as at the very first start: its old rotations are not ours. */
+  #startAdded(before: string[]): void {
+    const { files, olddir } = this.#config;
+    const known = new Set(new Paths(before, olddir).livePaths());
+    const added = files.filter((pattern) => !before.includes(pattern));
+    for (const path of new Paths(added, olddir).livePaths()) {
+      if (!known.has(path) && !this.logs.has(path)) this.#since.set(path, this.#context.now());
     }
   }
 
