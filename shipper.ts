@@ -366,7 +366,10 @@ function refresh(shipper: Shipper, path: string): void {
   if (!stream) return;
   const found = lookAt(path, stream.log, true, true, new Map());
   if (found?.key === stream.key && found.size >= stream.size) {
-    if (found.size > stream.size) stream.grewAt = mono();
+    if (found.size > stream.size) {
+      stream.grewAt = mono();
+      streams.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
+    }
     Object.assign(stream, { size: found.size, mtimeMs: found.mtimeMs });
   } else shipper.lookAt = Math.min(shipper.lookAt, mono());
 }
@@ -605,11 +608,12 @@ async function prepare(
   const room = Math.min(shipper.chunkBytes, (stream.until ?? Number.POSITIVE_INFINITY) - offset);
   if (room <= 0) return undefined;
   const limit = guard + room;
+  const seen = stream.size;
   const view = buffer.subarray(0, await file.readOnce(buffer.subarray(0, limit), offset - guard));
   const isFull = view.length === limit;
   const end = offset - guard + view.length;
   checkGuard([stream.head, marks.at(-1)], view, offset, !isFull);
-  if (!file.compression && !isFull && end < stream.size) throw new Changed();
+  if (!file.compression && !isFull && end < seen) throw new Changed();
   stream.size =
     isFull && !file.compression
       ? Math.max(stream.size, end)

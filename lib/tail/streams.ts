@@ -336,7 +336,10 @@ export class Streams {
     const isOther = !isPacked && (file.size < stream.size || file.size > stream.checkedSize);
     if (isOther && !(await this.#holding(stream, () => this.#checkFile(stream, file)))) return false;
     if (!isPacked) {
-      if (file.size !== stream.size) stream.grewAt = this.#context.mono();
+      if (file.size !== stream.size) {
+        stream.grewAt = this.#context.mono();
+        this.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
+      }
       stream.size = file.size;
     }
     stream.mtimeMs = file.mtimeMs;
