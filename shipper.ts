@@ -107,6 +107,8 @@ export interface Shipper {
   unknown: Set<Stream>;
   /** Streams without a file, of which the receiver may have more than the cursor says. */
   orphans: Stream[];
+  /** What the receiver told last of all streams. */
+  told: StreamStatus[];
   /** When it may be asked what it knows of a host without a cursor. */
   askAt: number;
   /** A look at all files, for `Log-Through`. */
@@ -199,6 +201,7 @@ export async function openShipper(
     askNow: false,
     unknown: new Set(),
     orphans: [],
+    told: [],
     askAt: 0,
     lookAt: 0,
   };
@@ -444,13 +447,14 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
   const place = placeOf(stream);
   stream.isBusy = true;
   try {
-    takeWayBack(shipper, stream);
     const file = await streams.openStream(stream);
     if (!file) {
       shipper.lookAt = Math.min(shipper.lookAt, mono()); // it finds the file, or that it is gone
       stream.retryAt = mono() + NAMES_MS;
       return true;
     }
+    await findWayBack(shipper, stream, file);
+    takeWayBack(shipper, stream);
     const isDone = await drain(shipper, stream, file);
     stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
@@ -840,6 +844,7 @@ async function ask(shipper: Shipper): Promise<boolean> {
       ...(through && { through }),
     });
     noteAnswered(shipper, shipper.unanswered);
+    shipper.told = told;
     if (isFirst) takeFirstAnswer(shipper, told);
     const byName = new Map(told.map((status) => [status.stream, status]));
     for (const [id, { stream, offset }] of asked)
@@ -904,7 +909,20 @@ function takeStatus(
     return;
   }
   streams.reopen(stream);
-  if (stream.phase.is === "gone") takeWayBack(shipper, stream);
+  if (stream.phase.is === "gone" && !stream.file) takeWayBack(shipper, stream);
+}
+
+/** A receiver that was set back has more of a lost stream than was delivered, when it stands at bytes that the file has there. */
+async function findWayBack({ told }: Shipper, stream: Stream, file: LogFile): Promise<void> {
+  const head = stream.head && wireMark(stream.head);
+  for (const status of stream.wayBack === undefined ? [] : told) {
+    const { offset, mark } = status;
+    const isAlike = status.stream === stream.id || (head !== undefined && status.head === head);
+    if (!isAlike || offset <= (stream.wayBack ?? 0) || offset > stream.offset) continue;
+    const seen = await readMark(file, offset);
+    const isSame = seen && wireMark(seen) === mark && (await endOfLines(file, offset)) === offset;
+    if (isSame) stream.wayBack = offset;
+  }
 }
 
 /** What was not delivered is shipped again, as a new stream that says so; what was all delivered goes on under a new name. */
