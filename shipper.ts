@@ -18,6 +18,7 @@ import type { StreamStatus } from "./lib/chunk.ts";
 import { MARK_BYTES } from "./lib/chunk.ts";
 import type { Config } from "./lib/config.ts";
 import { failpoint, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
+import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import {
   createFaultLog,
   createProgress,
@@ -69,6 +70,7 @@ const PATIENCE_MS = 10_000;
 /** Names that change in a burst are looked at together. */
 const NAMES_MS = 20;
 const TELL_EVERY_MS = 60_000;
+const METRICS_EVERY_MS = 15_000;
 /** Files in hand at once: a buffer each, so that memory does not grow with the files. */
 const TRANSFERS = 3;
 /** On a link on which a chunk takes so long, one is on its way. */
@@ -98,6 +100,8 @@ export interface Shipper {
   unanswered: Set<number>;
   /** Counts since the start. */
   sent: { lines: number; bytes: number; chunks: number };
+  /** When the receiver answered last as the contract says, on the wall clock. */
+  answeredAt: number;
   /** The receiver is to be asked at once; streams that it said it does not know. */
   askNow: boolean;
   unknown: Set<Stream>;
@@ -133,7 +137,10 @@ async function main(service: Service<"shipper">): Promise<number> {
   service.onReload((next) => reload(shipper, next));
   let code: number = EXIT.done;
   if (flags.once) code = await drainAll(shipper);
-  else await Promise.all([followAll(shipper), heartbeat(shipper), keepSaving(shipper), report(shipper)]);
+  else {
+    const loops = [followAll, heartbeat, keepSaving, report, keepMetrics];
+    await Promise.all(loops.map((loop) => loop(shipper)));
+  }
   await saveCursor(shipper);
   return code;
 }
@@ -188,6 +195,7 @@ export async function openShipper(
     failing: new Set(),
     unanswered: new Set(),
     sent: { lines: 0, bytes: 0, chunks: 0 },
+    answeredAt: 0,
     askNow: false,
     unknown: new Set(),
     orphans: [],
@@ -721,7 +729,10 @@ function noteRefused(shipper: Shipper, statuses: Set<number>, status: number, re
   shipper.faults.failed(`receiver ${status}`, "receiver does not take chunks: held, and tried again", fields);
 }
 
-function noteAnswered({ failing, faults, config: { receiver } }: Shipper, statuses: Set<number>): void {
+function noteAnswered(shipper: Shipper, statuses: Set<number>): void {
+  const { failing, faults, now, config } = shipper;
+  const { receiver } = config;
+  shipper.answeredAt = now();
   for (const status of statuses) {
     statuses.delete(status);
     if (!failing.has(status))
@@ -975,6 +986,41 @@ async function report(shipper: Shipper): Promise<void> {
       lag,
     });
     before = { ...sent };
+  }
+}
+
+/** `<stateDir>/shipper.prom`, for the textfile collector of node_exporter. */
+async function keepMetrics(shipper: Shipper): Promise<void> {
+  const { signal, config, log, faults, now, sent, streams } = shipper;
+  const startedAt = now();
+  const own = createFaultLog(log); // no fault of shipping
+  while (!signal.aborted) {
+    const metrics: Metric[] = [
+      ["build_info", "gauge", "Version that runs", [[{ version: VERSION }, 1]]],
+      ["start_time_seconds", "gauge", "When it started", startedAt / 1000],
+      ["last_run_timestamp_seconds", "gauge", "When this file was written", now() / 1000],
+      [
+        "last_answer_timestamp_seconds",
+        "gauge",
+        "When the receiver answered last",
+        shipper.answeredAt / 1000,
+      ],
+      ["lines_total", "counter", "Lines shipped since the start", sent.lines],
+      ["bytes_total", "counter", "Bytes of logs shipped since the start", sent.bytes],
+      ["chunks_total", "counter", "Chunks shipped since the start", sent.chunks],
+      ["lag_bytes", "gauge", "Bytes that are still to be shipped", lagOf(shipper)],
+      ["lost_bytes_total", "counter", "Bytes that vanished before they were read", streams.lost],
+      ["files", "gauge", "Followed logs", streams.logs.size],
+      ["faults", "gauge", "Files, folders and servers that can't be used now", faults.lasting()],
+    ];
+    try {
+      await writeMetrics(config.stateDir, "shipper", metrics);
+      own.recovered("metrics", "metrics are written again", { stateDir: config.stateDir });
+    } catch (error) {
+      const fields = { stateDir: config.stateDir, error: errorMessage(error) };
+      own.failed("metrics", "cannot write metrics: shipping goes on", fields);
+    }
+    await wait(METRICS_EVERY_MS, signal);
   }
 }
 

@@ -1,8 +1,10 @@
 /** SIGHUP at scripts that stay: what they take up, what they keep, and that a faulty config changes nothing. */
 import { expect, setDefaultTimeout, test } from "bun:test";
+import { existsSync } from "node:fs";
 import { appendFile, mkdir, readdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Section } from "../lib/config.ts";
+import { forwarderStatePath } from "../lib/status.ts";
 import { lines, startRealReceiver } from "./pipeline.ts";
 import { type Running, startScript, tempFolder, until, writeConfig } from "./support.ts";
 
@@ -54,7 +56,7 @@ test("forwarder: folder, report and digest stay until a restart, and are named; 
   const { home, path, report } = await setUp();
   const forwarder = { dir: path("dir"), report, target: `file://${path("old")}`, intervalSeconds: 3600 };
   const running = startScript("forwarder", await writeConfig(home, { forwarder }));
-  await running.says("forwarder started");
+  await until("the first pass over", () => existsSync(forwarderStatePath(path("dir"))));
   await writeFile(path("dir/10.0.0.1/") + BATCH, "a line\n");
   const moved = { dir: path("other"), report: path("other.log"), digest: true };
   const next = { ...forwarder, ...moved, target: `file://${path("new")}` };
