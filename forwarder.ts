@@ -36,6 +36,7 @@ import {
   moveAllDurably,
   moveDurably,
   removeDurably,
+  setTime,
   TEMP_SUFFIX,
   writeDurably,
   writeStream,
@@ -570,7 +571,7 @@ class DeliveryPass {
         one.step = "gone";
         continue;
       }
-      utimesSync(from, at / 1000, at / 1000); // retention counts from the delivery
+      setTime(from, at); // retention counts from the delivery
       moves.push({ from, to });
     }
     await moveAllDurably(moves);
