@@ -138,6 +138,46 @@ describe.skipIf(missing({ "systemd-analyze": "systemd" }))("systemd units", () =
   );
 });
 
+/** What a command prints that is started in a stranger's folder, whose settings of Bun run code and set variables. */
+async function inHostileFolder(command: string[]): Promise<string> {
+  const folder = await tempFolder();
+  await writeFile(join(folder, "bunfig.toml"), 'preload = ["./evil.ts"]\n');
+  await writeFile(join(folder, "evil.ts"), 'console.log("a stranger\'s code runs");\n');
+  await writeFile(join(folder, ".env"), "LOG_RT_SYNC_CONFIG=/a/strangers/config.json\n");
+  await writeFile(join(folder, "tsconfig.json"), '{"compilerOptions":{"paths":{"zod":["./evil.ts"]}}}\n');
+  const [program = "", ...args] = command;
+  const { stdout, stderr } = spawnSync(program, args, { cwd: folder, encoding: "utf8" });
+  return stdout + stderr;
+}
+
+describe("Bun in a stranger's folder", () => {
+  const script = ["run", join(ROOT, "shipper.ts"), "--check"];
+
+  test("takes its bunfig.toml and .env: this is why units, cron and docs do not stand in one", async () => {
+    const output = await inHostileFolder([process.execPath, ...script]);
+    expect(output).toContain("a stranger's code runs");
+    expect(output).toContain("/a/strangers/config.json");
+  });
+
+  test("takes nothing of it with the flags of deploy/log-rt-sync, nor when cd comes first", async () => {
+    const command = (await readFile(join(DEPLOY, "log-rt-sync"), "utf8"))
+      .replaceAll("/usr/local/bin/bun", process.execPath)
+      .replaceAll("/opt/log-rt-sync", ROOT);
+    const file = join(await tempFolder(), "log-rt-sync");
+    await writeFile(file, command, { mode: 0o755 });
+    for (const safe of [
+      [file, "shipper", "--check"],
+      ["sh", "-c", `cd ${ROOT} && exec "$@"`, "sh", process.execPath, ...script],
+    ]) {
+      const output = await inHostileFolder(safe);
+      expect(output).not.toContain("stranger");
+      expect(output).toContain("config.json");
+    }
+    const help = run("sh", [file]);
+    expect(help).toMatchObject({ code: 2, output: expect.stringContaining("shipper") });
+  });
+});
+
 test("log-rt-sync.cron has a valid schedule, user and command in every line", async () => {
   const lines = (await readFile(join(DEPLOY, "log-rt-sync.cron"), "utf8")).split("\n");
   const jobs = lines.filter((line) => /^[*\d]/.test(line));
