@@ -37,6 +37,7 @@ import { formatTable } from "./lib/table.ts";
 import { cursorPath, drawName, readCursor, type Stream, type StreamState } from "./lib/tail/cursor.ts";
 import {
   addMark,
+  compressionOf,
   contentStart,
   endOfLines,
   LogFile,
@@ -325,7 +326,7 @@ async function followAll(shipper: Shipper): Promise<void> {
   const either = AbortSignal.any([signal, failed.signal]);
   if (streams.list.length === 0 && config.files.length > 0) noteMissing(shipper);
   while (!either.aborted) {
-    for (const path of touched) refresh(shipper, path);
+    for (const stream of streams.list) if (touched.has(stream.path)) refresh(shipper, stream);
     touched.clear();
     if (mono() >= shipper.lookAt) {
       await lookOnce(shipper);
@@ -362,12 +363,12 @@ async function saveFirst(shipper: Shipper): Promise<void> {
   if (!shipper.streams.asked && shipper.streams.isChanged) await saveCursor(shipper);
 }
 
-/** A live file that was written to: its size. Any other change is for the next look. */
-function refresh(shipper: Shipper, path: string): void {
+/** A file that was written to: its size. Any other change is for the next look. */
+function refresh(shipper: Shipper, stream: Stream): void {
   const { streams, mono } = shipper;
-  const stream = streams.list.find((each) => each.isLive && each.path === path);
-  if (!stream) return;
-  const found = lookAt(path, stream.log, true, true, new Map());
+  const { path, log, isLive } = stream;
+  if (!isLive && (stream.phase.is !== "reading" || compressionOf(path))) return;
+  const found = lookAt(path, log, isLive, true, new Map());
   if (found?.key === stream.key && found.size >= stream.size) {
     if (found.size > stream.size) {
       stream.grewAt = mono();
@@ -386,8 +387,7 @@ async function follow(shipper: Shipper, log: FollowedLog): Promise<void> {
       const started = mono();
       const pass = await shipLog(shipper, log);
       await wait(pass.waitMs ?? shipper.config.flushMs - (mono() - started), signal);
-      for (const { isLive, path } of shipper.streams.list.filter((each) => each.log === log.path))
-        if (isLive) refresh(shipper, path);
+      for (const stream of streamsOf(shipper, log)) if (stream.isLive) refresh(shipper, stream);
     } while (!signal.aborted && hasWork(shipper, log));
   } finally {
     log.isRunning = false;
@@ -429,6 +429,7 @@ async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "
   for (const stream of streamsOf(shipper, log)) {
     if (signal.aborted) return { atEnd: false };
     try {
+      if (!stream.isLive) refresh(shipper, stream); // what its writer still put there goes before the live file's lines
       if (isDue(shipper, log, stream)) atEnd = (await shipStream(shipper, stream)) && atEnd;
       else if (!stream.isLive && !stream.isBusy && stream.phase.is === "reading")
         await streams.finish(stream);

@@ -73,7 +73,11 @@ function addUnits(folder: string, pack: Package): void {
     write(folder, `lib/systemd/system/${unit}.d/hardening.conf`, packagedUnit(hardening, pack));
   }
   for (const kind of ["sysusers", "tmpfiles"])
-    copyInto(folder, join(units, `log-rt-sync-${pack.side}.${kind}.conf`), `usr/lib/${kind}.d/${pack.name}.conf`);
+    copyInto(
+      folder,
+      join(units, `log-rt-sync-${pack.side}.${kind}.conf`),
+      `usr/lib/${kind}.d/${pack.name}.conf`,
+    );
 }
 
 function copyInto(folder: string, from: string, path: string, mode = 0o644): void {
