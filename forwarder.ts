@@ -18,6 +18,7 @@ import { fileURLToPath } from "node:url";
 import { createGunzip } from "node:zlib";
 import { z } from "zod";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName, withState } from "./lib/batch.ts";
+import { whatIsMissing } from "./lib/check.ts";
 import { type Config, ConfigError, readSecret, secretFaults } from "./lib/config.ts";
 import {
   Digests,
@@ -36,6 +37,7 @@ import {
   moveAllDurably,
   moveDurably,
   removeDurably,
+  setTime,
   TEMP_SUFFIX,
   writeDurably,
   writeStream,
@@ -570,7 +572,7 @@ class DeliveryPass {
         one.step = "gone";
         continue;
       }
-      utimesSync(from, at / 1000, at / 1000); // retention counts from the delivery
+      setTime(from, at); // retention counts from the delivery
       moves.push({ from, to });
     }
     await moveAllDurably(moves);
@@ -1081,11 +1083,12 @@ async function checkHost({ config, signal, checks }: Service<"forwarder">, conne
   const { dir, report, agent, target: url } = config;
   for (const fault of checkSecrets(config)) checks.fault(fault, EXIT.failed);
   await checks.file("forwarder.agent", agent);
-  if (url.startsWith("file:")) await checks.folder("forwarder.target", fileURLToPath(url), "write");
+  const folder = url.startsWith("file:") ? fileURLToPath(url) : undefined;
+  if (folder) await checks.folder("forwarder.target", folder, "make");
   const asks = checks.asks(connect);
   await checks.folder("forwarder.dir", dir, "write");
   await checks.folder("forwarder.report", dirname(report), "write");
-  if (!asks) return;
+  if (!asks || (folder && (await whatIsMissing(folder)))) return; // a look makes no folder
   await checks.step(`forwarder.target: ${url}`, async () => {
     const target = await openTarget(config, signal);
     try {

@@ -19,6 +19,7 @@ import type { StreamStatus } from "./lib/chunk.ts";
 import { MARK_BYTES } from "./lib/chunk.ts";
 import type { Config } from "./lib/config.ts";
 import { failpoint, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
+import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import {
   createFaultLog,
   createProgress,
@@ -37,6 +38,7 @@ import { formatTable } from "./lib/table.ts";
 import { cursorPath, drawName, readCursor, type Stream, type StreamState } from "./lib/tail/cursor.ts";
 import {
   addMark,
+  compressionOf,
   contentStart,
   endOfLines,
   LogFile,
@@ -70,6 +72,7 @@ const PATIENCE_MS = 10_000;
 /** Names that change in a burst are looked at together. */
 const NAMES_MS = 20;
 const TELL_EVERY_MS = 60_000;
+const METRICS_EVERY_MS = 15_000;
 /** How often it is told that a path of the config matches nothing. */
 const MISSING_EVERY_MS = 3_600_000;
 /** Files in hand at once: a buffer each, so that memory does not grow with the files. */
@@ -101,11 +104,15 @@ export interface Shipper {
   unanswered: Set<number>;
   /** Counts since the start. */
   sent: { lines: number; bytes: number; chunks: number };
+  /** When the receiver answered last as the contract says, on the wall clock. */
+  answeredAt: number;
   /** The receiver is to be asked at once; streams that it said it does not know. */
   askNow: boolean;
   unknown: Set<Stream>;
   /** Streams without a file, of which the receiver may have more than the cursor says. */
   orphans: Stream[];
+  /** What the receiver told last of all streams. */
+  told: StreamStatus[];
   /** When it may be asked what it knows of a host without a cursor. */
   askAt: number;
   /** A look at all files, for `Log-Through`. */
@@ -126,15 +133,20 @@ class Refused extends Error {
 /** The file's bytes are not the ones that were seen before. */
 class Changed extends Error {}
 
-async function main({ config, log, signal, now, flags }: Service<"shipper">): Promise<number> {
+async function main(service: Service<"shipper">): Promise<number> {
+  const { config, log, signal, now, flags } = service;
   if (flags.status) return printStatus(config, flags.json === true);
   if (flags.delivered) return printDelivered(config, String(flags.delivered), signal);
   const isFresh = !existsSync(join(config.stateDir, ".lock"));
   await takeStateDir(config, log);
   const shipper = await openShipper(config, { log, signal, now, isFresh });
+  service.onReload((next) => reload(shipper, next));
   let code: number = EXIT.done;
   if (flags.once) code = await drainAll(shipper);
-  else await Promise.all([followAll(shipper), heartbeat(shipper), keepSaving(shipper), report(shipper)]);
+  else {
+    const loops = [followAll, heartbeat, keepSaving, report, keepMetrics];
+    await Promise.all(loops.map((loop) => loop(shipper)));
+  }
   await saveCursor(shipper);
   return code;
 }
@@ -149,6 +161,20 @@ async function takeStateDir({ stateDir }: Config["shipper"], log: Log): Promise<
     const consequence = "shipping goes on; a restart asks the receiver where it stands";
     log.error("cannot use state folder", { stateDir, error: errorMessage(error), consequence });
   }
+}
+
+/** Takes up another config; gives the keys that stay until a restart. */
+function reload(shipper: Shipper, next: Config["shipper"]): string[] {
+  const { config, streams, signal } = shipper;
+  const fixed = ["host", "stateDir", "chunkBytes", "startAt"] as const;
+  const kept = Object.fromEntries(fixed.map((key) => [key, config[key]]));
+  shipper.config = { ...next, ...kept };
+  shipper.skip = next.skip.map(parseSkipRule);
+  shipper.uploader = createUploader(shipper.config, signal);
+  streams.reconfigure(shipper.config);
+  shipper.lookAt = 0;
+  shipper.wakeup.ring();
+  return fixed.filter((key) => next[key] !== config[key]);
 }
 
 /** What a shipper is opened with. `isFresh`: nothing of ours was in the state folder. */
@@ -175,9 +201,11 @@ export async function openShipper(
     failing: new Set(),
     unanswered: new Set(),
     sent: { lines: 0, bytes: 0, chunks: 0 },
+    answeredAt: 0,
     askNow: false,
     unknown: new Set(),
     orphans: [],
+    told: [],
     askAt: 0,
     lookAt: 0,
   };
@@ -301,7 +329,7 @@ async function followAll(shipper: Shipper): Promise<void> {
   const either = AbortSignal.any([signal, failed.signal]);
   let missingAt = mono();
   while (!either.aborted) {
-    for (const path of touched) refresh(shipper, path);
+    for (const stream of streams.list) if (touched.has(stream.path)) refresh(shipper, stream);
     touched.clear();
     if (mono() >= shipper.lookAt) {
       await lookOnce(shipper);
@@ -345,29 +373,31 @@ async function saveFirst(shipper: Shipper): Promise<void> {
   if (!shipper.streams.asked && shipper.streams.isChanged) await saveCursor(shipper);
 }
 
-/** A live file that was written to: its size. Any other change is for the next look. */
-function refresh(shipper: Shipper, path: string): void {
+/** A file that was written to: its size. Any other change is for the next look. */
+function refresh(shipper: Shipper, stream: Stream): void {
   const { streams, mono } = shipper;
-  const stream = streams.list.find((each) => each.isLive && each.path === path);
-  if (!stream) return;
-  const found = lookAt(path, stream.log, true, true, new Map());
+  const { path, log, isLive } = stream;
+  if (!isLive && (stream.phase.is !== "reading" || compressionOf(path))) return;
+  const found = lookAt(path, log, isLive, true, new Map());
   if (found?.key === stream.key && found.size >= stream.size) {
-    if (found.size > stream.size) stream.grewAt = mono();
+    if (found.size > stream.size) {
+      stream.grewAt = mono();
+      streams.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
+    }
     Object.assign(stream, { size: found.size, mtimeMs: found.mtimeMs });
   } else shipper.lookAt = Math.min(shipper.lookAt, mono());
 }
 
 /** A line after a pause goes at once, steady traffic once per `flushMs`, a backlog without waiting. */
 async function follow(shipper: Shipper, log: FollowedLog): Promise<void> {
-  const { config, signal, mono, streams } = shipper;
+  const { signal, mono } = shipper;
   log.isRunning = true;
   try {
     do {
       const started = mono();
       const pass = await shipLog(shipper, log);
-      await wait(pass.waitMs ?? config.flushMs - (mono() - started), signal);
-      for (const { isLive, path } of streams.list.filter((each) => each.log === log.path))
-        if (isLive) refresh(shipper, path);
+      await wait(pass.waitMs ?? shipper.config.flushMs - (mono() - started), signal);
+      for (const stream of streamsOf(shipper, log)) if (stream.isLive) refresh(shipper, stream);
     } while (!signal.aborted && hasWork(shipper, log));
   } finally {
     log.isRunning = false;
@@ -409,6 +439,7 @@ async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "
   for (const stream of streamsOf(shipper, log)) {
     if (signal.aborted) return { atEnd: false };
     try {
+      if (!stream.isLive) refresh(shipper, stream); // what its writer still put there goes before the live file's lines
       if (isDue(shipper, log, stream)) atEnd = (await shipStream(shipper, stream)) && atEnd;
       else if (!stream.isLive && !stream.isBusy && stream.phase.is === "reading")
         await streams.finish(stream);
@@ -427,18 +458,19 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
   const place = placeOf(stream);
   stream.isBusy = true;
   try {
-    takeWayBack(shipper, stream);
     const file = await streams.openStream(stream);
     if (!file) {
       shipper.lookAt = Math.min(shipper.lookAt, mono()); // it finds the file, or that it is gone
       stream.retryAt = mono() + NAMES_MS;
       return true;
     }
-    await drain(shipper, stream, file);
-    stream.endedAs = shipper.unknown.has(stream) ? "" : place;
+    await findWayBack(shipper, stream, file);
+    takeWayBack(shipper, stream);
+    const isDone = await drain(shipper, stream, file);
+    stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
     await streams.finish(stream);
-    return !shipper.unknown.has(stream);
+    return isDone;
   } catch (error) {
     if (error instanceof Refused || shipper.signal.aborted)
       throw error instanceof Refused ? error : new Refused(0);
@@ -484,8 +516,8 @@ interface Flight {
   isSingle: boolean;
 }
 
-/** Ships a stream up to the present end of its file. Throws Refused, Changed, the system's error. */
-async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<void> {
+/** Ships a stream up to the present end of its file. False when it can't go on before others do. Throws Refused, Changed, the system's error. */
+async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<boolean> {
   const buffer = await shipper.buffers.take();
   const flight: Flight = { file, buffer, flying: [], isSingle: false };
   try {
@@ -494,14 +526,15 @@ async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<v
     while (!shipper.signal.aborted) {
       last = await fill(shipper, stream, flight, last);
       const first = flight.flying.shift();
-      if (!first) return;
+      if (!first) return true;
       const answer = await first.answer;
       failpoint("shipper:answered");
       if (answer.kind === "stored") commit(shipper, stream, first, flight);
-      else if (!(await goBack(shipper, stream, flight, answer))) return;
+      else if (!(await goBack(shipper, stream, flight, answer))) return false;
       if (answer.kind !== "stored") last = undefined;
-      if (stream.wayBack !== undefined) return;
+      if (stream.wayBack !== undefined) return false;
     }
+    return false;
   } finally {
     // Before the buffer and the file go to somebody else, nobody may still send of them.
     await settle(shipper, stream, flight);
@@ -590,11 +623,12 @@ async function prepare(
   const room = Math.min(shipper.chunkBytes, (stream.until ?? Number.POSITIVE_INFINITY) - offset);
   if (room <= 0) return undefined;
   const limit = guard + room;
+  const seen = stream.size;
   const view = buffer.subarray(0, await file.readOnce(buffer.subarray(0, limit), offset - guard));
   const isFull = view.length === limit;
   const end = offset - guard + view.length;
   checkGuard([stream.head, marks.at(-1)], view, offset, !isFull);
-  if (!file.compression && !isFull && end < stream.size) throw new Changed();
+  if (!file.compression && !isFull && end < seen) throw new Changed();
   stream.size =
     isFull && !file.compression
       ? Math.max(stream.size, end)
@@ -715,7 +749,10 @@ function noteRefused(shipper: Shipper, statuses: Set<number>, status: number, re
   shipper.faults.failed(`receiver ${status}`, "receiver does not take chunks: held, and tried again", fields);
 }
 
-function noteAnswered({ failing, faults, config: { receiver } }: Shipper, statuses: Set<number>): void {
+function noteAnswered(shipper: Shipper, statuses: Set<number>): void {
+  const { failing, faults, now, config } = shipper;
+  const { receiver } = config;
+  shipper.answeredAt = now();
   for (const status of statuses) {
     statuses.delete(status);
     if (!failing.has(status))
@@ -785,10 +822,10 @@ async function moveTo(
 
 /** The heartbeat: the question where all streams stand, whatever else goes on; at once when something hangs on the answer. */
 async function heartbeat(shipper: Shipper): Promise<void> {
-  const { config, signal, mono, streams } = shipper;
-  const everyMs = config.heartbeatSeconds * 1000;
+  const { signal, mono, streams } = shipper;
   let told = streams.lost;
-  for (let dueAt = mono() + Math.min(500, everyMs); !signal.aborted; ) {
+  for (let dueAt = mono() + Math.min(500, shipper.config.heartbeatSeconds * 1000); !signal.aborted; ) {
+    const everyMs = shipper.config.heartbeatSeconds * 1000;
     const isDue = mono() >= dueAt || shipper.askNow || streams.lost !== told;
     if (isDue && mono() >= shipper.askAt && (streams.asked || streams.seenAt > 0)) {
       told = streams.lost;
@@ -818,6 +855,7 @@ async function ask(shipper: Shipper): Promise<boolean> {
       ...(through && { through }),
     });
     noteAnswered(shipper, shipper.unanswered);
+    shipper.told = told;
     if (isFirst) takeFirstAnswer(shipper, told);
     const byName = new Map(told.map((status) => [status.stream, status]));
     for (const [id, { stream, offset }] of asked)
@@ -882,7 +920,20 @@ function takeStatus(
     return;
   }
   streams.reopen(stream);
-  if (stream.phase.is === "gone") takeWayBack(shipper, stream);
+  if (stream.phase.is === "gone" && !stream.file) takeWayBack(shipper, stream);
+}
+
+/** A receiver that was set back has more of a lost stream than was delivered, when it stands at bytes that the file has there. */
+async function findWayBack({ told }: Shipper, stream: Stream, file: LogFile): Promise<void> {
+  const head = stream.head && wireMark(stream.head);
+  for (const status of stream.wayBack === undefined ? [] : told) {
+    const { offset, mark } = status;
+    const isAlike = status.stream === stream.id || (head !== undefined && status.head === head);
+    if (!isAlike || offset <= (stream.wayBack ?? 0) || offset > stream.offset) continue;
+    const seen = await readMark(file, offset);
+    const isSame = seen && wireMark(seen) === mark && (await endOfLines(file, offset)) === offset;
+    if (isSame) stream.wayBack = offset;
+  }
 }
 
 /** What was not delivered is shipped again, as a new stream that says so; what was all delivered goes on under a new name. */
@@ -969,6 +1020,41 @@ async function report(shipper: Shipper): Promise<void> {
       lag,
     });
     before = { ...sent };
+  }
+}
+
+/** `<stateDir>/shipper.prom`, for the textfile collector of node_exporter. */
+async function keepMetrics(shipper: Shipper): Promise<void> {
+  const { signal, config, log, faults, now, sent, streams } = shipper;
+  const startedAt = now();
+  const own = createFaultLog(log); // no fault of shipping
+  while (!signal.aborted) {
+    const metrics: Metric[] = [
+      ["build_info", "gauge", "Version that runs", [[{ version: VERSION }, 1]]],
+      ["start_time_seconds", "gauge", "When it started", startedAt / 1000],
+      ["last_run_timestamp_seconds", "gauge", "When this file was written", now() / 1000],
+      [
+        "last_answer_timestamp_seconds",
+        "gauge",
+        "When the receiver answered last",
+        shipper.answeredAt / 1000,
+      ],
+      ["lines_total", "counter", "Lines shipped since the start", sent.lines],
+      ["bytes_total", "counter", "Bytes of logs shipped since the start", sent.bytes],
+      ["chunks_total", "counter", "Chunks shipped since the start", sent.chunks],
+      ["lag_bytes", "gauge", "Bytes that are still to be shipped", lagOf(shipper)],
+      ["lost_bytes_total", "counter", "Bytes that vanished before they were read", streams.lost],
+      ["files", "gauge", "Followed logs", streams.logs.size],
+      ["faults", "gauge", "Files, folders and servers that can't be used now", faults.lasting()],
+    ];
+    try {
+      await writeMetrics(config.stateDir, "shipper", metrics);
+      own.recovered("metrics", "metrics are written again", { stateDir: config.stateDir });
+    } catch (error) {
+      const fields = { stateDir: config.stateDir, error: errorMessage(error) };
+      own.failed("metrics", "cannot write metrics: shipping goes on", fields);
+    }
+    await wait(METRICS_EVERY_MS, signal);
   }
 }
 

@@ -1,7 +1,7 @@
 /** What is in deploy/ is checked by the programs that will read it: systemd, nginx, HAProxy, logrotate, sh. */
 import { beforeAll, describe, expect, test } from "bun:test";
 import { spawnSync } from "node:child_process";
-import { cp, mkdir, readdir, readFile, writeFile } from "node:fs/promises";
+import { cp, mkdir, readdir, readFile, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { Cron } from "croner";
 import { findProgram, freePort, missing, notRoot, ROOT, selfSigned, tempFolder } from "./support.ts";
@@ -67,15 +67,22 @@ describe.skipIf(missing({ "systemd-analyze": "systemd" }))("systemd units", () =
   });
 
   test("a fault of flags or config is final, a reload is a signal, each service has a user that sysusers makes", async () => {
-    const users = await readFile(join(folder, "log-rt-sync.sysusers.conf"), "utf8");
+    const users = new Set<string>();
     for (const service of services) {
       const text = await readFile(join(folder, service), "utf8");
-      const user = /^User=(.+)$/m.exec(text)?.[1];
-      expect(users).toMatch(new RegExp(`^u ${user} `, "m"));
+      const [user = "", group] = [/^User=(.+)$/m.exec(text)?.[1], /^Group=(.+)$/m.exec(text)?.[1]];
+      const side = service.includes("shipper") ? "shipper" : "middle";
+      const made = await readFile(join(folder, `log-rt-sync-${side}.sysusers.conf`), "utf8");
+      expect(made).toMatch(new RegExp(`^u ${user} `, "m"));
+      expect(group).toBe(side === "shipper" ? user : "log-rt-sync");
+      if (side === "middle") expect(made).toMatch(new RegExp(`^m ${user} +log-rt-sync$`, "m"));
+      users.add(user);
+      expect(text).toMatch(/^ExecStart=.* --no-env-file run /m);
       if (!text.includes("Restart=always")) continue;
       expect(text).toContain("\nRestartPreventExitStatus=2 78\n");
-      if (service.includes("receiver")) expect(text).toContain("\nExecReload=/bin/kill -HUP $MAINPID\n");
+      expect(text).toContain("\nExecReload=/bin/kill -HUP $MAINPID\n");
     }
+    expect(users.size).toBe(SCRIPTS.length); // no two services are one user
     const shared = await readFile(join(folder, "log-rt-sync-.service.d/hardening.conf"), "utf8");
     expect(shared).toContain("\nPrivateUsers=yes\n");
     expect(shared).not.toMatch(/^User=/m);
@@ -111,10 +118,9 @@ describe.skipIf(missing({ "systemd-analyze": "systemd" }))("systemd units", () =
     async () => {
       const root = await tempFolder();
       await mkdir(join(root, "etc"));
-      const users = run("systemd-sysusers", [`--root=${root}`, join(folder, "log-rt-sync.sysusers.conf")]);
-      expect(users.code).toBe(0);
-      expect(await readFile(join(root, "etc/passwd"), "utf8")).toContain("log-rt-sync:");
       for (const side of ["middle", "shipper"]) {
+        const users = join(folder, `log-rt-sync-${side}.sysusers.conf`);
+        expect(run("systemd-sysusers", [`--root=${root}`, users])).toMatchObject({ code: 0 });
         const file = join(folder, `log-rt-sync-${side}.tmpfiles.conf`);
         const { code, output } = run("systemd-tmpfiles", ["--create", `--root=${root}`, file]);
         expect({ code, output }).toEqual({ code: 0, output: "" });
@@ -122,8 +128,54 @@ describe.skipIf(missing({ "systemd-analyze": "systemd" }))("systemd units", () =
       expect((await readdir(join(root, "etc/log-rt-sync"))).sort()).toEqual(
         ["environment", "id_ed25519", "key.pem", "sftp-password", "smtp-password", "token"].sort(),
       );
+      const passwd = await readFile(join(root, "etc/passwd"), "utf8");
+      for (const script of SCRIPTS) expect(passwd).toMatch(new RegExp(`^log-rt-sync-${script}:`, "m"));
+      const { mode, gid } = await stat(join(root, "app/log/access-log-receiver"));
+      expect((mode & 0o7777).toString(8)).toBe("2770");
+      const group = /^log-rt-sync:[^:]*:(\d+):/m.exec(await readFile(join(root, "etc/group"), "utf8"))?.[1];
+      expect(String(gid)).toBe(group ?? "");
     },
   );
+});
+
+/** What a command prints that is started in a stranger's folder, whose settings of Bun run code and set variables. */
+async function inHostileFolder(command: string[]): Promise<string> {
+  const folder = await tempFolder();
+  await writeFile(join(folder, "bunfig.toml"), 'preload = ["./evil.ts"]\n');
+  await writeFile(join(folder, "evil.ts"), 'console.log("a stranger\'s code runs");\n');
+  await writeFile(join(folder, ".env"), "LOG_RT_SYNC_CONFIG=/a/strangers/config.json\n");
+  await writeFile(join(folder, "tsconfig.json"), '{"compilerOptions":{"paths":{"zod":["./evil.ts"]}}}\n');
+  const [program = "", ...args] = command;
+  const { stdout, stderr } = spawnSync(program, args, { cwd: folder, encoding: "utf8" });
+  return stdout + stderr;
+}
+
+describe("Bun in a stranger's folder", () => {
+  const script = ["run", join(ROOT, "shipper.ts"), "--check"];
+
+  test("takes its bunfig.toml and .env: this is why units, cron and docs do not stand in one", async () => {
+    const output = await inHostileFolder([process.execPath, ...script]);
+    expect(output).toContain("a stranger's code runs");
+    expect(output).toContain("/a/strangers/config.json");
+  });
+
+  test("takes nothing of it with the flags of deploy/log-rt-sync, nor when cd comes first", async () => {
+    const command = (await readFile(join(DEPLOY, "log-rt-sync"), "utf8"))
+      .replaceAll("/usr/local/bin/bun", process.execPath)
+      .replaceAll("/opt/log-rt-sync", ROOT);
+    const file = join(await tempFolder(), "log-rt-sync");
+    await writeFile(file, command, { mode: 0o755 });
+    for (const safe of [
+      [file, "shipper", "--check"],
+      ["sh", "-c", `cd ${ROOT} && exec "$@"`, "sh", process.execPath, ...script],
+    ]) {
+      const output = await inHostileFolder(safe);
+      expect(output).not.toContain("stranger");
+      expect(output).toContain("config.json");
+    }
+    const help = run("sh", [file]);
+    expect(help).toMatchObject({ code: 2, output: expect.stringContaining("shipper") });
+  });
 });
 
 test("log-rt-sync.cron has a valid schedule, user and command in every line", async () => {
@@ -133,7 +185,8 @@ test("log-rt-sync.cron has a valid schedule, user and command in every line", as
   for (const job of jobs) {
     const [, schedule = "", user, command = ""] = /^((?:\S+\s+){5})(\S+)\s+(.+)$/.exec(job) ?? [];
     expect(new Cron(schedule.trim()).nextRun()).toBeInstanceOf(Date);
-    expect(user).toBe("log-rt-sync");
+    expect(user).toBe(`log-rt-sync-${/run (\w+)\.ts/.exec(command)?.[1]}`);
+    expect(command).toStartWith("cd /opt/log-rt-sync && ");
     expect(command).not.toContain("%"); // cron(8) would make a line break of it
     expect(run("sh", ["-n", "-c", command])).toEqual({ code: 0, output: "" });
   }

@@ -1,6 +1,6 @@
 import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdir, readdir, rename, rm, stat, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { readForwarderState } from "../lib/status.ts";
 import { BACKENDS, type Backend, makeSite, remoteFiles, type Site, takeAway } from "./backends.ts";
@@ -347,14 +347,19 @@ describe("forwarder", () => {
     expect(absent.code).toBe(1);
     expect(absent.output).toContain("forwarder.dir: ");
     await mkdir(site.dir);
-    expect((await check("--connect")).code).toBe(0);
-    await rename(backend.folder, `${backend.folder}s`);
+    expect((await check("--connect")).output).toContain(`forwarder.target: ${backend.folder}: will be made`);
+    await mkdir(`${backend.folder}s`);
     const mistyped = await check("--connect");
-    expect(mistyped.code).toBe(1);
-    expect(mistyped.output).toContain(
-      `forwarder.target: ${backend.folder}: expected a folder that can be written`,
+    expect(mistyped.output).toContain('where "clients" is; it will be made when that is no slip');
+    expect(mistyped.code).toBe(0);
+    expect(await readdir(dirname(backend.folder))).toEqual(["clients"]);
+    await rename(`${backend.folder}s`, backend.folder);
+    expect((await check("--connect")).output).toContain("a file was put, renamed and removed there");
+    await rm(backend.folder, { recursive: true });
+    await writeFile(backend.folder, "");
+    expect((await check()).output).toContain(
+      `forwarder.target: ${backend.folder}: ${backend.folder} is no folder`,
     );
-    expect(mistyped.output).toContain('where "clients" is');
   });
 
   test("the daemon delivers what is sealed later", async () => {

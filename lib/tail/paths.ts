@@ -39,8 +39,8 @@ export interface Survey {
   logs: Map<string, { folder: string | undefined; isNamed: boolean }>;
   /** What could not be looked at, by path: folders and logs. */
   faults: Map<string, string>;
-  /** Files whose names begin with a log's and that are none of its rotations. */
-  leftOut: { path: string; key: string; size: number }[];
+  /** Files whose names begin with a log's and that are none of its rotations by their names. */
+  leftOut: FoundFile[];
 }
 
 /** The live paths and globs of a config. */
@@ -90,9 +90,10 @@ export class Paths {
         const log = logs.get(base ?? "");
         const file = log && lookAt(path, log, false, false, survey.faults);
         if (file) rotated.push(file);
-        else if (!log && beginsLike(name, logs)) {
-          const other = lookAt(path, path, false, true, new Map());
-          if (other && !keys.has(other.key)) survey.leftOut.push({ path, key: other.key, size: other.size });
+        else if (!log) {
+          const alike = beginsLike(name, logs);
+          const other = alike && lookAt(path, alike, false, true, new Map());
+          if (other && !keys.has(other.key)) survey.leftOut.push(other);
         }
       }
     }
@@ -238,6 +239,17 @@ class Folders {
     return numbers;
   }
 
+  /** Whether there is something else than a folder; what may not be looked at is a fault of its folder. */
+  hasFile(path: string): boolean {
+    try {
+      return statSync(rawPath(path), { throwIfNoEntry: false })?.isDirectory() === false;
+    } catch (error) {
+      const isDenied = ["EACCES", "EPERM", "EIO"].includes((error as NodeJS.ErrnoException).code ?? "");
+      if (isDenied) this.#faults.set(dirname(path), errorMessage(error));
+      return false;
+    }
+  }
+
   listed(): Iterable<string> {
     return this.#names.keys();
   }
@@ -284,10 +296,13 @@ function isDay(year = 0, month = 0, day = 0): boolean {
   return year >= 1970 && year < 2200 && month >= 1 && month <= 12 && day >= 1 && day <= 31;
 }
 
-/** Whether a name goes on where one of the logs' names ends. */
-function beginsLike(name: string, logs: Map<string, string>): boolean {
-  for (const match of name.matchAll(/[-._~]/g)) if (logs.has(name.slice(0, match.index))) return true;
-  return false;
+/** The log whose name this name begins with. */
+function beginsLike(name: string, logs: Map<string, string>): string | undefined {
+  for (const match of name.matchAll(/[-._~]/g)) {
+    const log = logs.get(name.slice(0, match.index));
+    if (log !== undefined) return log;
+  }
+  return undefined;
 }
 
 /** A file as it is now under this path; undefined when there is none, and with a fault when it is none to be followed. */
@@ -348,7 +363,7 @@ function expand(pattern: string, folders: Folders): string[] {
     }
     paths = isLast || !isGlob(segment) ? next : next.filter((path) => segment === "**" || isFolder(path));
   }
-  return paths.filter((path) => statSafely(path)?.isDirectory() === false);
+  return paths.filter((path) => folders.hasFile(path));
 }
 
 function matching(folder: string, segment: string, folders: Folders): string[] {
@@ -370,14 +385,10 @@ function foldersBelow(folder: string, folders: Folders): string[] {
 }
 
 function isFolder(path: string): boolean {
-  return statSafely(path)?.isDirectory() === true;
-}
-
-function statSafely(path: string) {
   try {
-    return statSync(rawPath(path), { throwIfNoEntry: false });
+    return statSync(rawPath(path), { throwIfNoEntry: false })?.isDirectory() === true;
   } catch {
-    return undefined;
+    return false;
   }
 }
 
@@ -441,7 +452,7 @@ export class Watch {
 
   #watch(folder: string): void {
     try {
-      const watcher = watch(folder, (event, name) => this.#heard(join(folder, name ?? ""), event));
+      const watcher = watch(rawPath(folder), (event, name) => this.#heard(join(folder, name ?? ""), event));
       watcher.on("error", () => {
         this.#watchers.delete(folder); // the next update makes a new one
         watcher.close();

@@ -98,7 +98,7 @@ export interface TailContext {
 /** All streams of one shipper. */
 export class Streams {
   readonly logs = new Map<string, FollowedLog>();
-  readonly paths: Paths;
+  paths: Paths;
   list: Stream[] = [];
   /** Bytes lost since the cursor began. */
   lost = 0;
@@ -114,7 +114,7 @@ export class Streams {
   /** When everything was looked at last, on the wall clock, and whether it was settled. */
   seenAt = 0;
   isSettled = false;
-  readonly #config: TailConfig;
+  #config: TailConfig;
   readonly #context: TailContext;
   #lastFaults = new Map<string, string>();
   /** Times up to which rotated files of a log are not ours, by its live path; undefined when all are. */
@@ -136,7 +136,7 @@ export class Streams {
 
   /** Takes up what the cursor knows. */
   async open(): Promise<void> {
-    const { stateDir, files } = this.#config;
+    const { stateDir } = this.#config;
     const { log, mono } = this.#context;
     const found = await readCursor(stateDir).catch((error): CursorFound => {
       if (!(error as NodeJS.ErrnoException).code) throw error;
@@ -158,12 +158,25 @@ export class Streams {
     this.#since = found.since ?? new Map();
     this.list = cursor.streams.map((state) => withFile(state, mono()));
     for (const [path, folder] of Object.entries(cursor.folders)) this.#logOf(path).folder = folder;
-    const before = new Set(new Paths(cursor.files, this.#config.olddir).livePaths());
-    const added = files.filter((pattern) => !cursor.files.includes(pattern));
-    if (added.length === 0 || found.since) return;
-    // What is named for the first time starts as at the very first start: its old rotations are not ours.
-    for (const path of new Paths(added, this.#config.olddir).livePaths()) {
-      if (!before.has(path) && !cursor.folders[path]) this.#since.set(path, this.#context.now());
+    if (!found.since) this.#startAdded(cursor.files);
+  }
+
+  /** Another config while running: what it names for the first time is looked for, what it does not name is left. */
+  reconfigure(config: TailConfig): void {
+    const { files } = this.#config;
+    this.#config = config;
+    this.paths = new Paths(config.files, config.olddir);
+    this.#startAdded(files);
+    this.isChanged = true;
+  }
+
+  /** What is named for the first time starts as at the very first start: its old rotations are not ours. */
+  #startAdded(before: string[]): void {
+    const { files, olddir } = this.#config;
+    const known = new Set(new Paths(before, olddir).livePaths());
+    const added = files.filter((pattern) => !before.includes(pattern));
+    for (const path of new Paths(added, olddir).livePaths()) {
+      if (!known.has(path) && !this.logs.has(path)) this.#since.set(path, this.#context.now());
     }
   }
 
@@ -187,12 +200,13 @@ export class Streams {
       const log = this.#logOf(path);
       if (survey.files.some((file) => file.isLive && file.log === path)) log.folder = folder;
     }
-    this.#reportFaults(survey);
     if (this.found === "absent" && !this.asked && this.list.length === 0)
       this.#since = allLogs(survey, now());
 
     const unknown = await this.#locate(survey);
     const waiting = await this.#identifyAll(unknown, survey);
+    await this.#findUnderOtherNames(survey);
+    this.#reportFaults(survey);
     const orphans = this.#findOrphans(survey);
     const isMissing = this.list.some(({ phase, offset, size }) => phase.is === "gone" && size > offset);
     this.#holdLive(waiting);
@@ -322,7 +336,10 @@ export class Streams {
     const isOther = !isPacked && (file.size < stream.size || file.size > stream.checkedSize);
     if (isOther && !(await this.#holding(stream, () => this.#checkFile(stream, file)))) return false;
     if (!isPacked) {
-      if (file.size !== stream.size) stream.grewAt = this.#context.mono();
+      if (file.size !== stream.size) {
+        stream.grewAt = this.#context.mono();
+        this.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
+      }
       stream.size = file.size;
     }
     stream.mtimeMs = file.mtimeMs;
@@ -442,6 +459,29 @@ export class Streams {
       if (!(await this.#identifyOne(file))) waiting.add(file.log);
     }
     return waiting;
+  }
+
+  /** A stream without a file is looked for in files that no rule knows as rotations, too: there its bytes are needed as proof. */
+  async #findUnderOtherNames({ leftOut }: Survey): Promise<void> {
+    const homeless = this.list.filter(
+      (stream) => !this.#hasHome(stream) && (stream.head?.length ?? 0) >= MARK_BYTES,
+    );
+    for (const found of homeless.length > 0 ? leftOut : []) {
+      const tried = `${asSeen(found)} ${homeless.length}`;
+      if (this.#ignored.has(tried) || this.list.some(({ key }) => key === found.key) || !found.isReadable)
+        continue;
+      const file = await this.#openFile(found);
+      if (file?.key !== found.key) continue;
+      try {
+        const what = await identify(file, found, homeless, () => false);
+        if (what.is === "stream") this.#settle(found, what);
+        else this.#ignored.add(tried);
+      } catch (error) {
+        if (!(error instanceof UnfinishedFile)) throw error; // it is still being written: looked at again
+      } finally {
+        await file.close();
+      }
+    }
   }
 
   /** False when it can't be told yet what a file is. */
