@@ -82,6 +82,8 @@ const MAX_RETRY_MS = 3_600_000;
 const HOUR_MS = 3_600_000;
 /** How much of the report's end tells of an hour without digests. */
 const REPORT_BYTES = 32 * 1024 * 1024;
+/** What a running forwarder was started with; all else is taken up by SIGHUP. */
+const KEPT = ["dir", "report", "digest"] as const;
 /** Batches that are committed together at most. */
 const GROUP = 64;
 
@@ -108,14 +110,42 @@ async function main(service: Service<"forwarder">): Promise<number> {
   showLife(config.dir);
   const signOfLife = setInterval(() => showLife(config.dir), SIGN_OF_LIFE_MS);
   service.log.info("forwarder started", { dir: config.dir, target: config.target });
+  const reloads = followConfig(service);
   for (let faulty = 0; !signal.aborted; ) {
+    reloads.takeUp();
     const { fault, sent } = await forwardOnce(forwarder);
     faulty = fault && sent === 0 ? faulty + 1 : 0;
-    if (faulty > 0) await wait(retryDelay(faulty, { min: 1000, max: 180_000 }), signal);
-    else await wait(fault ? AFTER_PROGRESS_MS : config.intervalSeconds * 1000, signal);
+    if (faulty > 0) await reloads.wait(retryDelay(faulty, { min: 1000, max: 180_000 }));
+    else await reloads.wait(fault ? AFTER_PROGRESS_MS : service.config.intervalSeconds * 1000);
   }
   clearInterval(signOfLife);
   return EXIT.done;
+}
+
+/**
+ * The config of SIGHUP, taken up between two passes: a batch keeps the target and the name that it began with. It ends
+ * a pause, for it may be what mends a fault.
+ */
+function followConfig(service: Service<"forwarder">) {
+  let next: Settings | undefined;
+  let arrival = new AbortController();
+  service.onReload((read) => {
+    const faults = checkSecrets(read);
+    if (faults.length > 0) throw new ConfigError(faults, EXIT.failed);
+    next = read;
+    arrival.abort();
+    return KEPT.filter((key) => read[key] !== service.config[key]);
+  });
+  return {
+    takeUp(): void {
+      if (!next) return;
+      const { dir, report, digest } = service.config;
+      service.config = { ...next, dir, report, digest };
+      next = undefined;
+      arrival = new AbortController();
+    },
+    wait: (ms: number) => wait(ms, AbortSignal.any([service.signal, arrival.signal])),
+  };
 }
 
 /** The time of the state file tells that a forwarder runs, also within a long cycle. */

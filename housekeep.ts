@@ -63,11 +63,17 @@ export interface HousekeepResult {
   faults: number;
 }
 
-async function main({ config, configFile, flags, log, signal, now }: Service<"housekeep">): Promise<number> {
+async function main(service: Service<"housekeep">): Promise<number> {
+  const { config, configFile, flags, log, signal, now } = service;
   await stepBack();
   const context = { config, log, signal, now, dryRun: flags["dry-run"] === true };
   if (!flags.watch) return (await housekeepOnce(context)).faults === 0 ? EXIT.done : EXIT.failed;
-  const pass = () => housekeepOnce(context);
+  let current = config;
+  service.onReload((next) => {
+    current = next;
+    return next.schedule === config.schedule ? [] : ["schedule"];
+  });
+  const pass = () => housekeepOnce({ ...context, config: current });
   await followSchedule(config.schedule, pass, { where: `${configFile}: housekeep.schedule`, log, signal });
   return EXIT.done;
 }

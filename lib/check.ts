@@ -159,6 +159,20 @@ export function findLeaks<S extends Section>(section: S, config: Config[S], conf
   return leaks;
 }
 
+/**
+ * For `--check` by root, who may read and write everything: the command that looks as the unit's user, by `passwd`
+ * (the content of /etc/passwd). Undefined on a host without that user.
+ */
+export function asUnitUser(section: Section, passwd: string, command: string[]): string | undefined {
+  const isShipper = section === "shipper";
+  const user = isShipper ? "log-rt-sync-shipper" : "log-rt-sync"; // as in deploy/systemd
+  if (!passwd.split("\n").some((line) => line.startsWith(`${user}:`))) return undefined;
+  const quoted = command.map((word) =>
+    /^[\w./:=@-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`,
+  );
+  return ["runuser", "-u", user, ...(isShipper ? ["-g", user, "-G", "adm"] : []), "--", ...quoted].join(" ");
+}
+
 function lengthOf(ref: Parameters<typeof readSecret>[0]): number {
   try {
     return readSecret(ref).length;

@@ -29,7 +29,7 @@ const count = z.number().int().positive();
 const host = z
   .string()
   .refine((text) => parseHost(text) !== undefined, "expected an IP address or a host name")
-  .transform((text) => text.toLowerCase());
+  .transform((text) => parseHost(text) ?? text);
 const httpUrl = z.url({ protocol: /^https?$/, error: "expected http://HOST[:PORT] or https://…" });
 /** Also of a host without a domain, as root@localhost. */
 const address = z.string().regex(/^[^\s@<>(),:;"\\[\]]+@[^\s@<>(),:;"\\[\]]+$/, "expected an email address");

@@ -2,8 +2,9 @@
  * The life of a script: flags, config, signals, logging, loops, exit codes. The same for all five, so that
  * each reads alike: `if (import.meta.main) await runScript(spec, main)`.
  */
+import { readFileSync } from "node:fs";
 import packageJson from "../package.json" with { type: "json" };
-import { Checks, findDangers, findLeaks, findZone } from "./check.ts";
+import { asUnitUser, Checks, findDangers, findLeaks, findZone } from "./check.ts";
 import {
   type Config,
   ConfigError,
@@ -270,6 +271,11 @@ function usage(name: string, about: string, flags: Record<string, string>): stri
 async function lookAround<S extends Section>(spec: ScriptSpec<S>, service: Service<S>): Promise<void> {
   const { checks, config, configFile, now, flags } = service;
   checks.ok(`config: the section "${spec.name}" of ${configFile}`);
+  if (process.getuid?.() === 0) {
+    const [program = "", ...args] = process.argv;
+    const command = asUnitUser(spec.name, readFileSync("/etc/passwd", "utf8"), [program, "run", ...args]);
+    if (command) checks.warn(`this is root, who may do more than the unit's user; as that one: ${command}`);
+  }
   const { zone, warning } = findZone(now());
   checks.ok(`time zone: ${zone}`);
   for (const text of [warning ?? [], findLeaks(spec.name, config, configFile)].flat()) checks.warn(text);

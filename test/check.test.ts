@@ -3,6 +3,7 @@ import { describe, expect, test } from "bun:test";
 import { chmod, copyFile, mkdir, readdir, readFile, writeFile } from "node:fs/promises";
 import { type AddressInfo, createServer, type Socket } from "node:net";
 import { join } from "node:path";
+import { asUnitUser } from "../lib/check.ts";
 import type { Section } from "../lib/config.ts";
 import { fetchWith, serve } from "../lib/runtime.ts";
 import { errorMessage } from "../lib/service.ts";
@@ -214,6 +215,25 @@ test("--check warns of a time zone that the runtime does not know, and of what o
     const { output } = await check(zone);
     expect(output).toContain(`ok    time zone: ${shown}`);
     expect(output).not.toContain("TZ=");
+  }
+});
+
+test("asUnitUser() gives root the command that looks as the unit's user, where there is one", async () => {
+  const passwd =
+    "root:x:0:0::/:/bin/sh\nlog-rt-sync:x:998:998::/:/bin/false\nlog-rt-sync-shipper:x:997:997::/:\n";
+  const command = ["/usr/local/bin/bun", "run", "/opt/x.ts", "--config", "/etc/my config.json", "--check"];
+  const quoted = "/usr/local/bin/bun run /opt/x.ts --config '/etc/my config.json' --check";
+  expect(asUnitUser("monitor", passwd, command)).toBe(`runuser -u log-rt-sync -- ${quoted}`);
+  expect(asUnitUser("shipper", passwd, command)).toBe(
+    `runuser -u log-rt-sync-shipper -g log-rt-sync-shipper -G adm -- ${quoted}`,
+  );
+  expect(asUnitUser("monitor", "log-rt-sync-shipper:x:1:1::/:\n", command)).toBeUndefined();
+  for (const section of ["shipper", "receiver", "forwarder", "monitor", "housekeep"] as const) {
+    const units = await readdir(join(ROOT, "deploy", "systemd"));
+    const unit = units.find((name) => name.startsWith(`log-rt-sync-${section}`) && name.endsWith(".service"));
+    const text = await readFile(join(ROOT, "deploy", "systemd", String(unit)), "utf8");
+    const user = /^User=(.*)$/m.exec(text)?.[1];
+    expect(asUnitUser(section, passwd, command)).toContain(`-u ${user} `);
   }
 });
 

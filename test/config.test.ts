@@ -298,6 +298,24 @@ describe("parseConfig()", () => {
     expect(() => parseConfig("[]", "monitor")).toThrow('expected an object with the section "monitor"');
   });
 
+  test("gives each host in its one spelling, as sender, among the expected and as a key", () => {
+    const hosts: [string, string][] = [
+      ["Web-1.Example", "web-1.example"],
+      ["::FFFF:10.0.0.1", "10.0.0.1"],
+      ["2001:DB8:0:0::1", "2001:db8::1"],
+    ];
+    for (const [written, host] of hosts) {
+      const shipper = { ...LEAST.shipper, host: written };
+      const monitor = { ...LEAST.monitor, expected: [written], silentMinutesByHost: { [written]: 7 } };
+      const text = JSON.stringify({ shipper, monitor });
+      expect(parseConfig(text, "shipper").host).toBe(host);
+      expect(parseConfig(text, "monitor")).toMatchObject({
+        expected: [host],
+        silentMinutesByHost: { [host]: 7 },
+      });
+    }
+  });
+
   test("takes a mail address without a domain, and a file with a byte order mark", () => {
     const mail = { ...LEAST.monitor.mail, to: ["root@localhost"] };
     const text = `\uFEFF${JSON.stringify({ monitor: { ...LEAST.monitor, mail } })}`;
