@@ -73,19 +73,23 @@ function addUnits(folder: string, pack: Package): void {
     write(folder, `lib/systemd/system/${unit}.d/hardening.conf`, packagedUnit(hardening, pack));
   }
   for (const kind of ["sysusers", "tmpfiles"])
-    copyInto(folder, join(units, `log-rt-sync-${pack.side}.${kind}.conf`), `usr/lib/${kind}.d/${pack.name}.conf`);
+    copyInto(
+      folder,
+      join(units, `log-rt-sync-${pack.side}.${kind}.conf`),
+      `usr/lib/${kind}.d/${pack.name}.conf`,
+    );
 }
 
 function copyInto(folder: string, from: string, path: string, mode = 0o644): void {
   write(folder, path, readFileSync(from), mode);
 }
 
-/** The commands that an operator types: they stand in the package's folder, where no stranger's .env or bunfig is. */
+/** The commands that an operator types: in whatever folder, no stranger's .env or bunfig.toml is read. */
 function command(name: string, script: string): string {
   return `#!/bin/sh
 : "\${LOG_RT_SYNC_CONFIG:=/etc/log-rt-sync/config.json}"
 export LOG_RT_SYNC_CONFIG
-cd /usr/lib/${name} && exec ./bun --smol --no-env-file run ./${script}.js "$@"
+exec /usr/lib/${name}/bun --smol --no-env-file --config=/dev/null --no-install run /usr/lib/${name}/${script}.js "$@"
 `;
 }
 
