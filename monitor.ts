@@ -1,275 +1,743 @@
 /**
- * The monitor: tells by mail when something is wrong, when it is over, and once an hour what came and went.
+ * monitor: tells by mail when something is wrong, when it is over, and once an hour what came and went.
  *
- * A run looks (ledgers, folders, /healthz, disk), judges (a pure function, see lib/incident.ts), puts what is to
- * be told into a queue, saves, and then sends the queue in order. A notice leaves the queue only after the SMTP
- * server has accepted it, and that is saved at once. A crash before the first save: the next run sees the
- * same and makes the same notice. A crash after it: the notice is in the queue and is sent by the next
- * run. A crash between the server's acceptance and the save: the mail comes twice, with the same Message-ID; never zero
- * times. A summary stands in the queue as its hour alone, and is written when it is sent.
+ * A run looks (lib/status.ts judges), compares with what was told, puts what is to be told into a queue, saves, and then
+ * sends the queue in order. A recipient leaves a notice only when the server has accepted the mail for it, and that is
+ * saved at once. A crash before the first save: the next run sees the same and makes the same notice. A crash after it:
+ * the notice is in the queue and is sent by the next run. A crash between the server's acceptance and the save: the mail
+ * comes twice, with the same Message-ID; never zero times. A summary stands in the queue as its span alone, and is
+ * written when it is sent.
  *
- * One run at a time, by a lock that ends with its process. The exit code is 1 while a mail is not accepted.
+ * The state is changed under a lock that is held for a moment; one run at a time sends, and another one that comes
+ * meanwhile looks and queues. The exit code is 1 while a mail is not accepted.
  */
-import { access, constants } from "node:fs/promises";
-import { dirname } from "node:path";
+import { uptime } from "node:os";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
 import type { Config } from "./lib/config.ts";
-import { failpoint, makeFolder } from "./lib/durable.ts";
-import { judge } from "./lib/incident.ts";
-import { holdLock } from "./lib/lock.ts";
-import { renderAlert } from "./lib/mail/alertmail.ts";
-import type { MailText } from "./lib/mail/mailpage.ts";
-import { MailError, sendMail, verifyMail } from "./lib/mail/smtp.ts";
-import { HOUR_MS, lastHourEnd, summariseHour } from "./lib/mail/summary.ts";
-import { renderSummary } from "./lib/mail/summarymail.ts";
-import { type MonitorState, type Notice, readState, saveState } from "./lib/notice.ts";
+import { failpoint } from "./lib/durable.ts";
+import { parseHost } from "./lib/host.ts";
+import { type Change, isGood, renderAlert, type Status } from "./lib/mail/message.ts";
+import {
+  callHeartbeat,
+  clientOf,
+  deliver,
+  type Incident,
+  type MonitorState,
+  StateStore,
+} from "./lib/mail/outbox.ts";
+import { sendMail, verifyMail } from "./lib/mail/smtp.ts";
+import { emptyTotals, HOUR_MS, type Totals } from "./lib/mail/summary.ts";
+import { tryLock } from "./lib/runtime.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
   EXIT,
   errorMessage,
+  formatBytes,
   formatDuration,
   type Log,
   OperatorError,
   runScript,
   type Service,
+  UsageError,
+  wait,
 } from "./lib/service.ts";
-import { type LookContext, look } from "./lib/sight.ts";
+import {
+  formatClock,
+  type HostStatus,
+  headline,
+  observe,
+  type Problem,
+  type Snapshot,
+  sentence,
+  undeliverableProblems,
+} from "./lib/status.ts";
+import { formatTable, paint } from "./lib/table.ts";
 
 type Options = Config["monitor"];
-const MINUTE_MS = 60_000;
+const MINUTE = 60_000;
+const DAY = 24 * HOUR_MS;
+/** A problem without a duration of its own is looked at again after so long before it is told. */
+const SECOND_LOOK_MS = 20_000;
+/** So many changes within this time are told as flapping, and it is over after a while without any. */
+const FLAP_CHANGES = 5;
+const FLAP_WITHIN_MS = HOUR_MS;
+const STEADY_MS = 30 * MINUTE;
+/** Bytes lost are told at once, and again at most so often. */
+const LOST_AGAIN_MS = HOUR_MS;
+/** Free space must rise by so much over the threshold before the fault is over, in percent of the disk. */
+const DISK_MARGIN = 2;
+/** A difference between clock and uptime beyond this is a clock that was set; a longer gap by a restart is told. */
+const CLOCK_STEP_MS = MINUTE;
+const AWAY_MS = 10 * MINUTE;
 /** Hours before this are not summarised after a long absence: the records do not reach further by far. */
-const OLDEST_SUMMARY_MS = 7 * 24 * HOUR_MS;
-const HTTP_TIMEOUT_MS = 5_000;
-/** A webhook that refuses is tried by every run for so long. */
-const WEBHOOK_PATIENCE_MS = HOUR_MS;
-
-/** What a run is given. */
-export interface MonitorContext extends LookContext {
-  log: Log;
-}
-
+const OLDEST_SUMMARY_MS = 7 * DAY;
+/** Beyond so many notices in the queue, changes join the last one: the queue stays small in a long outage. */
+const QUEUE_LIMIT = 100;
 async function main(service: Service<"monitor">): Promise<number> {
-  const { config, configFile, flags, log, signal, now } = service;
-  const where = `${configFile}: monitor.schedule`;
-  if (flags["test-mail"]) return sendTestMail(service);
+  const { configFile, flags, log, signal, now } = service;
+  for (const flag of ["for", "reason", "off"])
+    if (flags[flag] && !flags.mute) throw new UsageError(`--${flag} goes with --mute`);
+  if (flags["test-mail"]) return sendTest(service);
   if (flags.status) return printStatus(service);
-  const pass = () => checkOnce({ config, log, signal, now });
-  if (flags.watch) await followSchedule(config.schedule, pass, { where, log, signal });
-  else if (!(await pass()) && !signal.aborted) return EXIT.failed;
+  if (flags.mute) return mute(service, String(flags.mute));
+  let { config } = service;
+  service.onReload((next) => {
+    const kept = (["schedule", "stateFile"] as const).filter((key) => next[key] !== config[key]);
+    config = { ...next, schedule: config.schedule, stateFile: config.stateFile };
+    return kept;
+  });
+  if (!flags.watch)
+    return (await checkOnce({ config, log, signal, now })) || signal.aborted ? EXIT.done : EXIT.failed;
+  // A mail server may take ten minutes for an answer: meanwhile the schedule goes on.
+  const sending = new Set<Promise<unknown>>();
+  const pass = async () => {
+    const sent: Promise<unknown> = send(await lookAndQueue({ config, log, signal, now }))
+      .catch((error) => signal.aborted || log.error("sending failed", { error: errorMessage(error) }))
+      .finally(() => sending.delete(sent));
+    sending.add(sent);
+  };
+  await followSchedule(config.schedule, pass, { where: `${configFile}: monitor.schedule`, log, signal });
+  await Promise.all(sending);
   return EXIT.done;
 }
 
-/**
- * One run. Gives true when every mail that was due is accepted. Throws an OperatorError when another run is in
- * progress, and the system's error when the state cannot be saved.
- */
+/** What a run is given. `uptime` is that of this machine in milliseconds. */
+export interface MonitorContext {
+  config: Options;
+  log: Log;
+  signal: AbortSignal;
+  now: () => number;
+  uptime?: () => number;
+  /** Waits until it is time for the second look. */
+  secondLook?: () => Promise<void>;
+}
+
+/** One run. Gives true when every mail that was due is accepted. */
 export async function checkOnce(context: MonitorContext): Promise<boolean> {
-  const { config, now } = context;
-  await makeFolder(dirname(config.stateFile)).catch((cause) => {
-    throw new OperatorError(`Cannot create the folder of ${config.stateFile}: ${errorMessage(cause)}`);
+  return send(await lookAndQueue(context));
+}
+
+/** What a run has to send. */
+interface Queued {
+  store: StateStore;
+  context: MonitorContext;
+  snapshot: Snapshot;
+}
+
+async function lookAndQueue(context: MonitorContext): Promise<Queued> {
+  const { config, log } = context;
+  const store = new StateStore(context);
+  const { state: before, fault } = await store.read();
+  if (fault) log.error("state file unreadable: starting from what is seen", { error: fault });
+  else if (before.at === 0)
+    log.info("first run: starting from what is seen", { stateFile: config.stateFile });
+  const snapshot = await lookTwice(before, context);
+  const run: Run = { context, snapshot, id: "", changes: [], references: new Set() };
+  await store.change((state, damaged) => {
+    state.future = before.future;
+    if (damaged) run.changes.push(startsAnew(config, damaged, context.now()));
+    evaluate(state, run);
+    queueSummaries(state, run);
   });
-  const lock = await holdLock(`${config.stateFile}.lock`, "The monitor's state");
+  const wasUnsaved = before.incidents[STATE]?.status === "fault";
+  if (store.unsaved || wasUnsaved) await store.change((state) => tellSaved(state, run, store.unsaved));
+  failpoint("monitor:queued");
+  return { store, context, snapshot };
+}
+
+async function send({ store, context, snapshot }: Queued): Promise<boolean> {
+  const { config, log } = context;
+  const sending = await tryLock(`${config.stateFile}.sending`).catch(() => ({ release: () => {} }));
+  if (!sending) {
+    log.info("another run sends: what is due is queued");
+    return true;
+  }
   try {
-    const before = await recall(context);
-    const { sight, offset } = await look(context);
-    const state = judge(before, sight, config, now());
-    queueSummaries(state, { ...context, offset });
-    await saveState(config.stateFile, state);
-    failpoint("monitor:queued");
-    await tell(state, context);
-    const healthy = state.queue.every(({ mailed }) => mailed);
-    if (healthy) await beat(context);
+    const healthy = await deliver(store, context, snapshot);
+    if (healthy) await callHeartbeat(context);
     return healthy;
   } finally {
-    lock.release();
+    sending.release();
   }
 }
 
-/** The state of the run before; an unreadable one is told, and this run starts from what it sees. */
-async function recall({ config, log, now }: MonitorContext): Promise<MonitorState> {
-  const { state, fault } = await readState(config.stateFile, now());
-  if (fault) log.error("state file unreadable: starting from what is seen", { error: fault });
-  else if (state.at === 0) log.info("first run: starting from what is seen", { stateFile: config.stateFile });
-  return state;
+// ---- look
+
+/** What an operator would see; a new problem without a duration of its own counts when it is there 20 s later, too. */
+async function lookTwice(before: MonitorState, context: MonitorContext): Promise<Snapshot> {
+  const first = await lookOnce(before, context);
+  const isNew = ({ key, sudden }: Problem) => sudden === true && before.incidents[key]?.status !== "fault";
+  if (!first.problems.some(isNew)) return first;
+  await (context.secondLook ?? (() => wait(SECOND_LOOK_MS, context.signal)))();
+  const again = await lookOnce(before, context);
+  const seen = new Set(first.problems.map(({ key }) => key));
+  again.problems = again.problems.filter((problem) => !isNew(problem) || seen.has(problem.key));
+  return again;
 }
 
-// ---- tell
+async function lookOnce(state: MonitorState, context: MonitorContext): Promise<Snapshot> {
+  const { config, now, signal } = context;
+  const unhealthy = await askReceivers(context);
+  signal.throwIfAborted();
+  const at = now();
+  const up = upSince(context);
+  if (unhealthy.length === 0 && state.unnamed.wellUntil !== undefined) state.unnamed = { startedAt: at };
+  if (unhealthy.length > 0) state.unnamed.wellUntil ??= at;
+  const snapshot = await observe(config.dir, config, {
+    now: at,
+    since: Math.max(wasSet(state, at, at - up) ? at : state.clockSetAt, up),
+    unnamed: state.unnamed,
+    mutes: state.mutes,
+    future: state.future,
+    more: undeliverableProblems(state.undeliverable, at),
+  });
+  const explained = snapshot.receivers.filter(({ runs, health }) => !runs || health !== undefined);
+  const isTold = (port: number) => explained.some(({ ports }) => ports.includes(port));
+  const more = unhealthy.filter(({ port }) => !isTold(port)).map(({ problem }) => problem);
+  snapshot.problems = [...more, ...snapshot.problems];
+  return snapshot;
+}
+
+/** When this machine was started. */
+function upSince({ now, uptime: clock = () => uptime() * 1000 }: MonitorContext): number {
+  return now() - clock();
+}
+
+/** Whether the clock was set since the last run; a restart is none. */
+function wasSet(state: MonitorState, now: number, up: number): boolean {
+  return state.at > 0 && up >= state.uptime && Math.abs(now - state.at - (up - state.uptime)) > CLOCK_STEP_MS;
+}
+
+async function askReceivers({
+  config,
+  signal,
+}: MonitorContext): Promise<{ port: number; problem: Problem }[]> {
+  const ask = clientOf(config);
+  const found = await Promise.all(
+    config.receivers.map(async (url) => {
+      const { origin, host, port, protocol } = new URL(url);
+      const text = await ask(`${origin}/healthz`, signal).then(
+        ({ ok, status, body }) =>
+          ok ? undefined : `/healthz answers ${status}: ${body.slice(0, 200).trim()}`,
+        (error) => `it does not answer: ${withAdvice(error)}`,
+      );
+      if (text === undefined) return [];
+      const problem: Problem = {
+        ...{
+          key: `receiver ${origin}`,
+          leg: "arrival",
+          title: `receiver ${host} is unhealthy`,
+          text,
+          hosts: [],
+          sudden: true,
+        },
+        next: [`curl -sS ${origin}/healthz`, "journalctl -u 'log-rt-sync-receiver@*' -n 50"],
+      };
+      return [{ port: Number(port || (protocol === "https:" ? 443 : 80)), problem }];
+    }),
+  );
+  return found.flat();
+}
+
+function withAdvice(error: unknown): string {
+  const text = errorMessage(error);
+  if (/certificate required|alert/i.test(text))
+    return `${text}; it wants a client certificate: set monitor.cert and monitor.key`;
+  return /certificate|self.signed/i.test(text) ? `${text}; set monitor.ca to the PEM file of its CA` : text;
+}
+
+// ---- evaluate
+
+/** One run: what it saw, and what it has to tell. */
+interface Run {
+  context: MonitorContext;
+  snapshot: Snapshot;
+  /** Id of the notice that this run makes, if it makes one. */
+  id: string;
+  changes: Change[];
+  references: Set<string>;
+}
+
+/** Compares what is seen with what was told, and puts at most one new alert at the end of the queue. */
+function evaluate(state: MonitorState, run: Run): void {
+  const { context, snapshot } = run;
+  const { now } = snapshot;
+  const up = now - upSince({ ...context, now: () => now });
+  run.id = `alert-${state.instance}-${now}`;
+  noteAway(state, run, up);
+  if (wasSet(state, now, up)) state.clockSetAt = now;
+  Object.assign(state, { at: now, uptime: up });
+  if (context.config.receivers.length > 0) noteUnnamed(state, snapshot);
+  evaluateProblems(state, run);
+  for (const host of snapshot.hosts) evaluateHost(state, run, host);
+  forgetHosts(state, snapshot);
+  enqueueAlert(state, run);
+}
+
+/** The lock was not held while it was looked: what another run noted meanwhile stays. */
+function noteUnnamed({ unnamed }: MonitorState, { problems, now }: Snapshot): void {
+  const isDown = problems.some(({ key }) => key.startsWith("receiver http"));
+  if (isDown) unnamed.wellUntil ??= now;
+  else if (unnamed.wellUntil !== undefined) {
+    unnamed.startedAt = now;
+    delete unnamed.wellUntil;
+  }
+}
+
+/** This server was off: told once, as the cause of what follows. */
+function noteAway(state: MonitorState, { snapshot, changes }: Run, up: number): void {
+  const { now, server } = snapshot;
+  const gap = now - state.at;
+  if (state.at === 0 || gap < AWAY_MS || up >= gap) return;
+  const text = `It was started again ${formatClock(now - up, now)}, ${formatDuration(gap - up)} after the last look. Senders that it did not hear meanwhile keep their lines.`;
+  const title = `this server (${server}) was away from ${formatClock(state.at, now)} to ${formatClock(now - up, now)}`;
+  changes.push({ kind: "note", title, text, status: "ok", sender: false, since: state.at });
+}
+
+/** The incident that the state file can't be written. */
+const STATE = "state";
+/** States of senders are told one by one, with their own times. */
+const OF_SENDERS = ["silent", "never", "quiet"];
+
+function evaluateProblems(state: MonitorState, run: Run): void {
+  const { snapshot, context } = run;
+  const { now, disk } = snapshot;
+  const seen = new Map(
+    snapshot.problems.filter(({ key }) => !OF_SENDERS.includes(key)).map((one) => [one.key, one]),
+  );
+  const isBlind = seen.has("folder") || seen.has("unreadable");
+  const margin = disk && (100 * disk.free) / disk.total < context.config.minFreePercent + DISK_MARGIN;
+  const known = Object.keys(state.incidents).filter((key) => !key.startsWith("host ") && key !== STATE);
+  for (const key of new Set([...seen.keys(), ...known])) {
+    const problem = seen.get(key);
+    const incident = incidentOf(state, key, problem?.title ?? "");
+    if (problem && (problem.mailFrom ?? 0) > now && incident.status === "ok") continue;
+    if (
+      !problem &&
+      incident.status === "fault" &&
+      ((key === "disk" && margin) || (isBlind && key !== "folder"))
+    )
+      continue;
+    if (problem) Object.assign(incident, { title: problem.title, text: problem.text, next: problem.next });
+    follow(state, run, incident, { status: problem ? "fault" : "ok", since: now, sender: false });
+    if (!problem && incident.told === "ok" && !incident.flapping && incident.changes.length === 0)
+      delete state.incidents[key];
+  }
+}
+
+function evaluateHost(state: MonitorState, run: Run, host: HostStatus): void {
+  const { context, snapshot } = run;
+  noteLost(state, run, host);
+  if (host.heardAt === 0 && !host.expected) return;
+  if (host.state === "waiting") return; // nothing can be said of it yet
+  const isBad = host.state === "silent" || host.state === "never" || host.state === "quiet";
+  if (host.muted && isBad) return;
+  const incident = incidentOf(state, `host ${host.host}`, host.host);
+  const isQuiet = host.state === "quiet" && context.config.alertWhenQuiet;
+  const status: Status = host.state === "quiet" ? (isQuiet ? "quiet" : "ok") : host.state;
+  incident.text = isBad ? causeOf(snapshot, host) : "";
+  const sinceOf = {
+    ok: host.heardAt,
+    quiet: host.lineAt || host.heardAt,
+    silent: host.heardAt,
+    gone: host.heardAt,
+    never: snapshot.now,
+  };
+  if (isBad) incident.next = snapshot.problems.find(({ key }) => key === host.state)?.next;
+  follow(state, run, incident, { status, since: sinceOf[status as keyof typeof sinceOf], sender: true });
+}
+
+/** What else is known that explains a sender's silence. */
+function causeOf({ problems, hosts }: Snapshot, { host, state }: HostStatus): string {
+  const text = problems.find(({ key }) => key === state)?.text ?? "";
+  const refused = text
+    .split("; ")
+    .find((part) => part.startsWith("refused: ") && part.slice(9).startsWith(host));
+  if (refused) return refused;
+  if (state !== "silent") return "";
+  const watched = hosts.filter((other) => other.expected || other.heardAt > 0);
+  const all = watched.length > 1 && watched.every((other) => other.state === "silent");
+  const arrival = problems.find(({ key, leg }) => leg === "arrival" && !OF_SENDERS.includes(key));
+  if (!all) return "";
+  return arrival ? `${arrival.title}: ${arrival.text}` : "receiver or network down?";
+}
+
+/** Bytes that vanished: on the sender before they were read, or here after they were stored. */
+function noteLost(state: MonitorState, { snapshot, changes }: Run, host: HostStatus): void {
+  const { now } = snapshot;
+  const isNew = state.lost[host.host] === undefined;
+  const told = state.lost[host.host] ?? { lost: 0, gone: 0, toldAt: 0 };
+  state.lost[host.host] = told;
+  if (isNew && state.begunAt >= now - MINUTE) Object.assign(told, { lost: host.lost, gone: host.gone });
+  if (host.lost < told.lost) told.lost = 0; // a new ledger counts anew
+  if (host.gone < told.gone) told.gone = 0;
+  const [lost, gone] = [host.lost - told.lost, host.gone - told.gone];
+  if (lost + gone === 0 || now - told.toldAt < LOST_AGAIN_MS) return;
+  const since = told.toldAt > 0 ? ` since ${formatClock(told.toldAt, now)}` : "";
+  const texts = [
+    lost > 0
+      ? `${formatBytes(lost)} vanished from its disk unread${since}: deleted or truncated, with no copy left. Its own log names the files.`
+      : "",
+    gone > 0
+      ? `${formatBytes(gone)} that were stored vanished from ${join(snapshot.dir, host.host)}${since}. The receiver's log names the files.`
+      : "",
+  ];
+  changes.push({
+    ...{
+      kind: "lost",
+      title: host.host,
+      text: texts.join(" ").trim(),
+      status: "fault",
+      sender: true,
+      since: now,
+      bytes: lost + gone,
+    },
+    next: [
+      `ssh ${host.host} "journalctl -u log-rt-sync-shipper --since -1h | grep -i lost"`,
+      "journalctl -u 'log-rt-sync-receiver@*' --since -1h | grep -i lost",
+    ],
+  });
+  Object.assign(told, { lost: host.lost, gone: host.gone, toldAt: now });
+}
+
+/** Of a sender whose records were removed, and for whom nobody asks, nothing is kept. */
+function forgetHosts(state: MonitorState, { hosts, problems }: Snapshot): void {
+  if (problems.some(({ key }) => key === "folder")) return;
+  const present = new Set(hosts.map(({ host }) => host));
+  const unreadable = new Set(problems.find(({ key }) => key === "unreadable")?.hosts);
+  const isGone = (host: string) => !present.has(host) && !unreadable.has(host);
+  for (const key of Object.keys(state.incidents))
+    if (key.startsWith("host ") && isGone(key.slice(5))) delete state.incidents[key];
+  for (const host of Object.keys(state.lost)) if (isGone(host)) delete state.lost[host];
+  for (const host of Object.keys(state.totals)) if (isGone(host)) delete state.totals[host];
+}
+
+function incidentOf(state: MonitorState, key: string, title: string): Incident {
+  state.incidents[key] ??= { title, text: "", status: "ok", since: 0, told: "ok", toldAt: 0, changes: [] };
+  return state.incidents[key];
+}
+
+/** Takes the subject's present state into its incident, and adds what there is to tell. */
+function follow(
+  state: MonitorState,
+  { context, snapshot, id, changes, references }: Run,
+  incident: Incident,
+  { status, since, sender }: { status: Status; since: number; sender: boolean },
+): void {
+  const { now } = snapshot;
+  incident.changes = incident.changes.filter((at) => now - at < FLAP_WITHIN_MS);
+  const outage = incident.outage ?? since;
+  if (status !== incident.status) {
+    Object.assign(incident, { status, since, changes: [...incident.changes, now] });
+    if (status === "ok") delete incident.outage;
+    else incident.outage = outage;
+  }
+  const isUnsent = state.queue.some(
+    (notice) =>
+      notice.kind === "alert" &&
+      notice.recipients.length > 0 &&
+      notice.changes.some(({ title }) => title === incident.title),
+  );
+  const kind = whatToTell(incident, now, isUnsent ? Number.POSITIVE_INFINITY : context.config.remindMinutes);
+  if (!kind) return;
+  if (kind === "opened" && incident.told === "ok") incident.thread = id;
+  else if (incident.thread) references.add(incident.thread);
+  changes.push({
+    ...{ kind, title: incident.title, text: incident.text, status, sender },
+    since: status === "ok" ? outage : (incident.outage ?? incident.since),
+    ...(status === "ok" && incident.told !== "never" && { lasted: Math.max(0, since - outage) }),
+    ...(incident.next && { next: incident.next }),
+  });
+  incident.flapping = kind === "flapping" || (kind === "reminder" && incident.flapping === true);
+  Object.assign(incident, { told: status, toldAt: now });
+}
+
+function whatToTell(incident: Incident, now: number, remindMinutes: number): Change["kind"] | undefined {
+  const { status, told, changes } = incident;
+  const reminderDue = now - incident.toldAt >= remindMinutes * MINUTE;
+  if (incident.flapping) {
+    if (now - (changes.at(-1) ?? 0) >= STEADY_MS) return "steady";
+    return reminderDue ? "reminder" : undefined;
+  }
+  if (status !== told) {
+    if (changes.length >= FLAP_CHANGES) return "flapping";
+    return status === "ok" ? "over" : "opened";
+  }
+  return status !== "ok" && status !== "gone" && reminderDue ? "reminder" : undefined;
+}
+
+// ---- queue
+
+/** Puts an alert of the run's changes at the end of the queue, or into its last notice when that is long. */
+function enqueueAlert(state: MonitorState, { context, snapshot, id, changes, references }: Run): void {
+  if (changes.length === 0) return;
+  const counts: Partial<Record<Status, number>> = {};
+  const standing: string[] = [];
+  const isTold = new Set(changes.map(({ title }) => title));
+  for (const [key, { status, title }] of Object.entries(state.incidents)) {
+    if (key.startsWith("host ")) counts[status] = (counts[status] ?? 0) + 1;
+    else if (status === "fault" && !isTold.has(title)) standing.push(title);
+  }
+  const silent = (counts.silent ?? 0) + (counts.never ?? 0);
+  if (changes.every(isGood) && silent > 0)
+    standing.push(`${silent} ${silent === 1 ? "sender" : "senders"} silent or never seen`);
+  const last = state.queue.at(-1);
+  if (last?.kind === "alert" && last.recipients.length > 0 && state.queue.length >= QUEUE_LIMIT) {
+    last.changes.push(...changes);
+    return;
+  }
+  const notice = newNotice(context.config, id, snapshot.now);
+  const told = { changes: [...changes], counts: counts as Record<string, number>, standing };
+  state.queue.push({ ...notice, ...told, kind: "alert", references: [...references] });
+}
+
+function newNotice({ mail, webhook }: Options, id: string, at: number) {
+  const recipients = mail.to.map((address) => ({ address, tries: 0, nextAt: 0 }));
+  return { id, at, references: [] as string[], recipients, ...(webhook && { post: { tries: 0 } }) };
+}
 
 /** Queues the summaries of all hours that have become due since the last one, each once. */
-function queueSummaries(
-  state: MonitorState,
-  { config, log, now, offset }: MonitorContext & { offset: number },
-): void {
-  const due = lastHourEnd(now() - config.summaryMinute * MINUTE_MS, offset);
-  if (state.summarisedUntil === 0) state.summarisedUntil = due; // the first is that of the next hour
+function queueSummaries(state: MonitorState, { context, snapshot }: Run): void {
+  const { config, log } = context;
+  const { now, hosts } = snapshot;
+  const zone = commonZone(hosts, now);
+  const cut = config.summaryMinute * MINUTE;
+  const due = Math.floor((now - cut + zone * MINUTE) / HOUR_MS) * HOUR_MS - zone * MINUTE;
+  if (state.summarisedUntil === 0) {
+    Object.assign(state, { summarisedUntil: due, accountedUntil: due + cut }); // the first is that of the next hour
+    state.totals = Object.fromEntries(hosts.map((host) => [host.host, totalsOf(host)]));
+  }
   const oldest = due - OLDEST_SUMMARY_MS;
   if (state.summarisedUntil < oldest) {
-    log.warn("hours long past are not summarised", { hours: (oldest - state.summarisedUntil) / HOUR_MS });
-    state.summarisedUntil = oldest;
-  }
-  while (state.summarisedUntil < due) {
-    const hourEnd = lastHourEnd(state.summarisedUntil + HOUR_MS, offset); // aligned anew when the zone changed
-    const id = `summary-${state.instance}-${hourEnd}`;
-    state.queue.push({ kind: "summary", id, at: now(), references: [], hourEnd });
-    state.summarisedUntil = hourEnd;
-  }
-}
-
-/** Sends the queue in order. A server that is down ends the attempt; a mail that it refuses holds up no other. */
-async function tell(state: MonitorState, context: MonitorContext): Promise<void> {
-  const { config, log, signal, now } = context;
-  let mailDown = false;
-  let hookDown = config.webhook === undefined;
-  for (const notice of [...state.queue]) {
-    const mailDue = !notice.mailed && !mailDown;
-    const postDue = !notice.posted && !hookDown;
-    if (signal.aborted) return;
-    if (!mailDue && !postDue) continue;
-    const text = await render(notice, config).catch((error) =>
-      log.error("cannot make the account of an hour", { id: notice.id, error: errorMessage(error) }),
-    );
-    if (!text) continue; // it stays in the queue, and holds up no other
-    if (mailDue) mailDown = !(await mailNotice(notice, text, context));
-    if (postDue) hookDown = !(await postNotice(notice, text, context));
-    if (!config.webhook || (hookDown && now() - notice.at > WEBHOOK_PATIENCE_MS)) notice.posted = true; // given up
-    if (notice.mailed && notice.posted) state.queue.splice(state.queue.indexOf(notice), 1);
-    await saveState(config.stateFile, state);
-  }
-}
-
-async function render(notice: Notice, config: Options): Promise<MailText> {
-  return notice.kind === "alert"
-    ? renderAlert(notice)
-    : renderSummary(await summariseHour(config, notice.hourEnd));
-}
-
-/** Marks the notice as mailed when the server took it. Gives false when the server takes none. */
-async function mailNotice(
-  notice: Notice,
-  text: MailText,
-  { config, log, signal }: MonitorContext,
-): Promise<boolean> {
-  const { id, at, references } = notice;
-  try {
-    const refused = await sendMail(config.mail, { id, at, references, ...text }, signal);
-    failpoint("monitor:accepted");
-    notice.mailed = true;
-    log.info("mail sent", { id, subject: text.subject });
-    if (refused.length > 0) log.warn("recipients refused", { id, recipients: refused.join(",") });
-    return true;
-  } catch (error) {
-    log.error("mail not accepted", { id, error: errorMessage(error) });
-    return error instanceof MailError && error.permanent;
-  }
-}
-
-/** The mail's content as JSON. Its address may hold a secret and is never told. */
-async function postNotice(
-  notice: Notice,
-  { subject, text }: MailText,
-  { config, log, signal }: MonitorContext,
-): Promise<boolean> {
-  const { mailed: _, posted: __, references: ___, ...content } = notice;
-  try {
-    const answer = await fetch(config.webhook ?? "", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ subject, text, ...content }),
-      signal: withTimeout(signal),
+    log.warn("hours long past are not summarised", {
+      hours: Math.round((oldest - state.summarisedUntil) / HOUR_MS),
     });
-    if (!answer.ok) throw new Error(`it answers ${answer.status}`);
-    notice.posted = true;
-    return true;
-  } catch (error) {
-    log.warn("webhook not reached; the next run tries again", { id: notice.id, error: withoutUrl(error) });
-    return false;
+    Object.assign(state, { summarisedUntil: oldest, accountedUntil: oldest + cut });
+  }
+  while (state.summarisedUntil + HOUR_MS <= due + HOUR_MS / 2) {
+    const behind = Math.round((due - state.summarisedUntil) / HOUR_MS) - 1;
+    const hourEnd = due - Math.max(0, behind) * HOUR_MS; // aligned anew when the zone changed
+    const to = hourEnd + cut;
+    const notice = newNotice(config, `summary-${state.instance}-${hourEnd}`, now);
+    const from = Math.min(state.accountedUntil || to - HOUR_MS, to);
+    state.queue.push({
+      ...notice,
+      kind: "summary",
+      hourEnd,
+      from,
+      to,
+      zone,
+      since: takeTotals(state, hosts),
+    });
+    Object.assign(state, { summarisedUntil: hourEnd, accountedUntil: to });
   }
 }
 
-/** Tells whoever watches the monitor that it is alive. */
-async function beat({ config, log, signal }: MonitorContext): Promise<void> {
-  if (!config.heartbeatUrl) return;
-  try {
-    const answer = await fetch(config.heartbeatUrl, { signal: withTimeout(signal) });
-    if (!answer.ok) throw new Error(`it answers ${answer.status}`);
-  } catch (error) {
-    log.warn("heartbeat not delivered", { error: withoutUrl(error) });
+/** The zone that most senders' lines have; this machine's when none tells one. Minutes east of UTC. */
+function commonZone(hosts: HostStatus[], now: number): number {
+  const count = new Map<number, number>();
+  for (const { zone } of hosts) if (zone !== undefined) count.set(zone, (count.get(zone) ?? 0) + 1);
+  const [most] = [...count].sort((a, b) => b[1] - a[1]);
+  return most?.[0] ?? -new Date(now).getTimezoneOffset();
+}
+
+function totalsOf({ skipped, untimed, ahead, lost, gone }: HostStatus): Totals {
+  return { skipped, untimed, ahead, lost: lost + gone };
+}
+
+/** What came since the totals were taken last, of hosts where something did. */
+function takeTotals(state: MonitorState, hosts: HostStatus[]): Record<string, Partial<Totals>> {
+  const since: Record<string, Partial<Totals>> = {};
+  for (const host of hosts) {
+    const [before, totals] = [state.totals[host.host] ?? emptyTotals(), totalsOf(host)];
+    const keys = (Object.keys(totals) as (keyof Totals)[]).filter((key) => totals[key] > (before[key] ?? 0));
+    if (keys.length > 0)
+      since[host.host] = Object.fromEntries(keys.map((key) => [key, totals[key] - (before[key] ?? 0)]));
+    state.totals[host.host] = totals;
   }
+  return since;
 }
 
-function withTimeout(signal: AbortSignal): AbortSignal {
-  return AbortSignal.any([signal, AbortSignal.timeout(HTTP_TIMEOUT_MS)]);
+function startsAnew({ stateFile }: Options, reason: string, now: number): Change {
+  const text = `What was told before ${stateFile} became unreadable (${reason}) is not known; it may be told again.`;
+  return { kind: "note", title: "monitor starts anew", text, status: "ok", sender: false, since: now };
 }
 
-function withoutUrl(error: unknown): string {
-  return errorMessage(error).replace(/https?:\/\/\S+/g, "…");
+/** Whether what was told can be remembered is itself told. */
+function tellSaved(state: MonitorState, run: Run, reason: string | undefined): void {
+  const { stateFile } = run.context.config;
+  const incident = incidentOf(state, STATE, "the monitor's state can't be saved");
+  if (reason) incident.text = `${stateFile}: ${reason}. Alerts go out all the same, some perhaps twice`;
+  incident.next = [`df -h ${dirname(stateFile)}`, `ls -ld ${dirname(stateFile)}`];
+  const own: Run = { ...run, id: `${run.id}-state`, changes: [], references: new Set() };
+  const status = reason ? "fault" : "ok";
+  follow(state, own, incident, { status, since: run.snapshot.now, sender: false });
+  enqueueAlert(state, own);
 }
 
 // ---- flags
 
-async function sendTestMail({ config, log, signal, now }: Service<"monitor">): Promise<number> {
+/** `--test-mail`: also to the webhook, so that both are seen to arrive. */
+async function sendTest({ config, log, signal, now }: Service<"monitor">): Promise<number> {
   const at = now();
   const text = "If you can read this, alerts will arrive too.";
-  const fact = { kind: "note", title: "Test mail", text, status: "ok", sender: false, since: at } as const;
-  const notice: Notice = { kind: "alert", id: `test-${at}`, at, references: [], changes: [fact], counts: {} };
-  return (await mailNotice(notice, renderAlert(notice), { config, log, signal, now })) && notice.mailed
-    ? EXIT.done
-    : EXIT.failed;
+  const change = { kind: "note", title: "test mail", text, status: "ok", sender: false, since: at } as const;
+  const mail = renderAlert({ at, changes: [change], counts: {}, standing: [] }, { page: config.page });
+  try {
+    const refused = await sendMail(
+      config.mail,
+      { id: `test-${at}`, at, references: [], ...mail },
+      { signal },
+    );
+    for (const { address, reason } of refused) log.error("recipient refused", { recipient: address, reason });
+    if (config.webhook) {
+      const answer = await clientOf(config)(config.webhook, signal, {
+        text,
+        subject: mail.subject,
+        status: "resolved",
+        changes: [],
+      });
+      if (!answer.ok) throw new OperatorError(`The webhook answers ${answer.status}`);
+    }
+    if (refused.length === 0) log.info("test mail sent", { recipients: config.mail.to.join(",") });
+    return refused.length === 0 ? EXIT.done : EXIT.failed;
+  } catch (error) {
+    log.error("test mail not accepted", { error: errorMessage(error).replace(config.webhook ?? "", "…") });
+    return EXIT.failed;
+  }
 }
 
+const RANK = ["silent", "never", "waiting", "quiet", "gone", "ok"];
+
+/** What is seen now; ends 1 when something is wrong. Tells nobody and changes nothing. */
 async function printStatus(service: Service<"monitor">): Promise<number> {
-  const { config, now } = service;
-  const before = await recall(service);
-  const { sight } = await look(service);
-  const state = judge(before, sight, config, now());
-  const ago = (at: number) => (at > 0 ? `${formatDuration(now() - at)} ago` : "never");
-  const seen = new Map((sight.hosts ?? []).map((host) => [host.host, host]));
-  const rows = [["SENDER", "STATE", "HEARD", "LAST LINE", "LAG", "LOST"]];
-  const faults: string[] = [];
-  for (const [key, incident] of Object.entries(state.incidents)) {
-    const { status, title, text, flapping } = incident;
-    if (!key.startsWith("host ")) {
-      if (status === "fault") faults.push(`${title}: ${text}`);
-      continue;
-    }
-    const { heardAt = 0, lineAt = 0, lag = 0, lost = 0 } = seen.get(title) ?? {};
-    const threshold = (config.silentMinutesByHost[title] ?? config.silentMinutes) * MINUTE_MS;
-    const shown = status === "ok" && heardAt - lineAt >= threshold ? "quiet" : status;
-    rows.push([
-      title,
-      flapping ? `${shown}, flapping` : shown,
-      ago(heardAt),
-      ago(lineAt),
-      `${lag}`,
-      `${lost}`,
-    ]);
-  }
-  const widths = rows[0]?.map((_, i) => Math.max(...rows.map((row) => row[i]?.length ?? 0))) ?? [];
-  const lines = rows.map((row) =>
-    row
-      .map((cell, i) => cell.padEnd(widths[i] ?? 0))
-      .join("  ")
-      .trimEnd(),
+  const { config, flags, now } = service;
+  const { state, fault } = await new StateStore(service).read();
+  const snapshot = await lookOnce(state, service);
+  const isWanted = ({ host }: HostStatus) =>
+    flags.host === undefined || host === parseHost(String(flags.host));
+  const hosts = snapshot.hosts.filter(isWanted).sort((a, b) => RANK.indexOf(a.state) - RANK.indexOf(b.state));
+  const problems = snapshot.problems.filter(
+    ({ hosts: of }) => flags.host === undefined || hosts.some(({ host }) => of.includes(host)),
   );
-  const queue = state.queue.filter(({ mailed }) => !mailed).length;
-  lines.push(
+  if (flags.host !== undefined && hosts.length === 0)
+    throw new OperatorError(`Sender ${flags.host} is not known in ${config.dir}`);
+  const mails = state.queue.filter(({ recipients }) => recipients.length > 0).length;
+  const ok = problems.length === 0 && fault === undefined && mails === 0;
+  if (flags.json)
+    process.stdout.write(
+      `${JSON.stringify({ ...snapshot, ok, hosts, problems, mailsWaiting: mails }, null, 2)}\n`,
+    );
+  else
+    process.stdout.write(formatStatus({ ...snapshot, hosts, problems }, state, { mails, fault, now: now() }));
+  return ok ? EXIT.done : EXIT.failed;
+}
+
+function formatStatus(
+  snapshot: Snapshot,
+  state: MonitorState,
+  { mails, fault, now }: { mails: number; fault: string | undefined; now: number },
+): string {
+  const ago = (at: number) => (at > 0 ? `${formatDuration(now - at)} ago` : "never");
+  const rows = snapshot.hosts.map((host) => [
+    host.host,
+    `${host.state}${state.incidents[`host ${host.host}`]?.flapping ? ", flapping" : ""}${host.muted ? ", muted" : ""}`,
+    ago(host.heardAt),
+    ago(host.lineAt),
+    host.lag === undefined ? "unknown" : formatBytes(host.lag),
+    ...[host.waiting, host.failed].map(String),
+    formatBytes(host.lost + host.gone),
+    host.agent ?? "-",
+  ]);
+  const heads = ["SENDER", "STATE", "HEARD", "LAST LINE", "LAG", "WAITING", "FAILED", "LOST", "AGENT"];
+  const mutes = Object.entries(state.mutes).map(
+    ([host, { until, by, reason }]) =>
+      `muted: ${host} until ${formatClock(until, now)} by ${by}${reason ? `: ${reason}` : ""}`,
+  );
+  const problems = snapshot.problems.flatMap(({ title, text, next = [] }) => [
+    `${sentence(title)}: ${text}`,
+    ...next.map((command) => `    ${command}`),
+  ]);
+  const lines = [
+    paint(headline(snapshot), snapshot.problems.length > 0),
+    ...problems,
+    ...(fault ? [`The state file can't be read: ${fault}`] : []),
+    ...mutes,
+    `Mails waiting: ${mails}`,
     "",
-    faults.length > 0 ? faults.join("\n") : "Receiver, delivery and disk: ok",
-    `Mails waiting: ${queue}`,
-  );
-  process.stdout.write(`${lines.join("\n")}\n`);
+    formatTable(heads, rows, [5, 6]).trimEnd(),
+  ];
+  return `${lines.join("\n")}\n`;
+}
+
+const UNITS: Record<string, number> = { m: MINUTE, h: HOUR_MS, d: DAY };
+
+/** `--mute HOST --for 2h --reason TEXT`, `--mute HOST --off`: a maintenance window. */
+async function mute(service: Service<"monitor">, name: string): Promise<number> {
+  const { flags, log, now } = service;
+  const host = name === "*" ? "*" : parseHost(name);
+  if (host === undefined) throw new UsageError(`--mute ${name}: expected an IP address, a host name or *`);
+  const [, number, unit = ""] = /^(\d+(?:\.\d+)?)([mhd])$/.exec(String(flags.for ?? "")) ?? [];
+  if (!flags.off && number === undefined)
+    throw new UsageError("--mute HOST needs --for 90m, 2h or 3d, or --off");
+  const uid = process.getuid?.();
+  const { SUDO_USER, LOGNAME, USER } = process.env;
+  const by = SUDO_USER || LOGNAME || USER || (uid === 0 ? "root" : `user ${uid}`); // without them Bun says "unknown"
+  const store = new StateStore(service);
+  await store.change((state) => {
+    if (flags.off) delete state.mutes[host];
+    else {
+      const until = now() + Number(number) * (UNITS[unit] ?? 0);
+      state.mutes[host] = { until, at: now(), by, ...(flags.reason && { reason: String(flags.reason) }) };
+    }
+  });
+  if (store.unsaved) throw new OperatorError(`Cannot save ${service.config.stateFile}: ${store.unsaved}`);
+  log.info(flags.off ? "mute ended" : "muted", { host, for: flags.for && String(flags.for), by });
   return EXIT.done;
 }
 
-/** What only this host can tell of the config; with `connect` also whether the mail server lets us in. */
+/** What only this host can tell of the config; with `connect` also every server that it names. */
 async function check({ config, signal, checks }: Service<"monitor">, connect: boolean): Promise<void> {
+  const { smtp } = config.mail;
+  const files = { "mail.ca": config.mail.ca, ca: config.ca, cert: config.cert, key: config.key };
+  for (const [key, file] of Object.entries(files)) await checks.file(`monitor.${key}`, file);
+  const asks = checks.asks(connect);
   for (const fault of checkSchedule(config.schedule)) checks.fault(`monitor.schedule: ${fault}`);
   await checks.folder("monitor.dir", config.dir, "read");
+  await checks.folder("monitor.report", dirname(config.report), "read");
   await checks.folder("monitor.stateFile", dirname(config.stateFile), "write");
-  const { ca } = config.mail;
-  if (ca) await checks.step(`monitor.mail.ca: ${ca}`, () => access(ca, constants.R_OK));
-  if (connect && !checks.faulty) {
-    await checks.step(`monitor.mail.smtp: ${config.mail.smtp}`, () => verifyMail(config.mail, signal));
-  }
+  if (smtp.startsWith("file:")) await checks.folder("monitor.mail.smtp", fileURLToPath(smtp), "make");
+  if (!asks) return;
+  if (!smtp.startsWith("file:"))
+    await checks.step(`monitor.mail.smtp: ${smtp}`, async () => {
+      await verifyMail(config.mail, signal);
+      return `takes mail for ${config.mail.to.join(", ")}; none was sent, --test-mail does`;
+    });
+  const ask = clientOf(config);
+  for (const url of config.receivers)
+    await checks.step(`monitor.receivers: ${new URL(url).origin}`, async () => {
+      const { ok, status, body } = await ask(`${new URL(url).origin}/healthz`, signal).catch((error) => {
+        throw new Error(withAdvice(error));
+      });
+      if (!ok) throw new Error(`/healthz answers ${status}: ${body.slice(0, 200).trim()}`);
+      return "healthy";
+    });
+  const secretUrl = (key: "webhook" | "heartbeatUrl", work: (url: string) => Promise<string>) => {
+    const url = config[key];
+    const hide = (error: unknown) => {
+      throw new Error(withAdvice(errorMessage(error).replaceAll(url ?? "", "…")));
+    };
+    return url && checks.step(`monitor.${key}`, () => work(url).catch(hide));
+  };
+  await secretUrl("webhook", async (url) => {
+    const { status } = await ask(url, signal);
+    return `answers (${status} to a GET; --test-mail posts there)`;
+  });
+  await secretUrl("heartbeatUrl", async (url) => {
+    const { status } = await clientOf({})(new URL(url).origin, signal); // itself would count as a run
+    return `its server answers (${status} to a GET of /)`;
+  });
 }
 
 if (import.meta.main) {
@@ -280,7 +748,12 @@ if (import.meta.main) {
       flags: {
         watch: "stay and follow monitor.schedule",
         status: "print what is seen now, as a table; tells nobody",
-        "test-mail": "send a mail to show that mails arrive, exit",
+        "test-mail": "send a mail, and a post to the webhook, to show that they arrive",
+        "mute=HOST":
+          "tell no silence of a host, or of *, for a while; bytes lost and failed deliveries are told",
+        "for=DURATION": "with --mute: 90m, 2h or 3d",
+        "reason=TEXT": "with --mute: why, for the page and the summary",
+        off: "with --mute: end it",
       },
       check,
     },

@@ -12,7 +12,7 @@
  */
 import { createPrivateKey, X509Certificate } from "node:crypto";
 import { closeSync, openSync, readFileSync, statSync } from "node:fs";
-import { readFile, rm, writeFile } from "node:fs/promises";
+import { readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { type Context, Hono, type Next } from "hono";
@@ -29,10 +29,10 @@ import {
   WireError,
 } from "./lib/chunk.ts";
 import { type Config, ConfigError, parseConfig, secretFaults } from "./lib/config.ts";
-import { exists, makeFolder, writeDurably } from "./lib/durable.ts";
+import { exists, holdLock, makeFolder, writeDurably } from "./lib/durable.ts";
 import { isLoopback, parseHost } from "./lib/host.ts";
 import { readLedger } from "./lib/ledger.ts";
-import { holdLock } from "./lib/lock.ts";
+import { formatMetrics, type Metric, type Sample } from "./lib/metrics.ts";
 import { pageHeaders, renderPage } from "./lib/page.ts";
 import { type Server, serve, type Tls } from "./lib/runtime.ts";
 import {
@@ -606,7 +606,6 @@ class StateFile {
 
 /** Upper bounds of the histogram of commits, in seconds. */
 const COMMIT_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5];
-const PREFIX = "log_rt_sync_receiver_";
 const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
 type Count = { lines: number; bytes: number; chunks: number; duplicates: number };
@@ -634,13 +633,7 @@ class Counts {
   }
 }
 
-type Sample = [labels: Record<string, string>, value: number];
-type Row = [name: string, type: "gauge" | "counter" | "histogram", help: string, samples: Sample[]];
-
-/**
- * Prometheus' text format 0.0.4; names by its guide: one prefix, base units, `_total` on counters. What is in the
- * ledgers survives a restart; the rest is counted since the start.
- */
+/** What is in the ledgers survives a restart; the rest is counted since the start. */
 function renderMetrics({ counts, intake, refusals, store, startedAt }: Receiver, status: Snapshot): string {
   const counted = (key: keyof Count): Sample[] =>
     [...counts.hosts].map(([host, count]) => [{ host }, count[key]]);
@@ -648,14 +641,13 @@ function renderMetrics({ counts, intake, refusals, store, startedAt }: Receiver,
     status.hosts.map((host) => [{ host: host.host }, value(host)]);
   const facts = (key: "skipped" | "untimed" | "ahead" | "gone"): Sample[] =>
     [...store.senders].map(([host, { ledger }]) => [{ host }, ledger.facts[key] ?? 0]);
-  const one = (value: number): Sample[] => [[{}, value]];
   const refused = [...refusals.counts.values()].map(
     ({ status: code, reason, count }): Sample => [{ status: String(code), reason }, count],
   );
   const { disk } = status;
-  const rows: Row[] = [
+  const metrics: Metric[] = [
     ["build_info", "gauge", "Version that runs", [[{ version: VERSION }, 1]]],
-    ["start_time_seconds", "gauge", "When it started", one(startedAt / 1000)],
+    ["start_time_seconds", "gauge", "When it started", startedAt / 1000],
     ["lines_total", "counter", "Lines stored since the start", counted("lines")],
     ["bytes_total", "counter", "Bytes of lines stored since the start", counted("bytes")],
     ["chunks_total", "counter", "Chunks taken since the start", counted("chunks")],
@@ -683,12 +675,12 @@ function renderMetrics({ counts, intake, refusals, store, startedAt }: Receiver,
     ["open_batches", "gauge", "Batches that still take lines", told((h) => h.open)],
     ["sealed_batches", "gauge", "Sealed batches that wait for the forwarder", told((h) => h.waiting)],
     ["failed_batches", "gauge", "Batches in failed/", told((h) => h.failed)],
-    ["requests_in_flight", "gauge", "Requests in hand", one(intake.requests)],
-    ["bytes_in_flight", "gauge", "Bytes of bodies in hand", one(intake.bytes)],
-    ["disk_free_bytes", "gauge", "Free space of dir", disk ? one(disk.free) : []],
-    ["disk_size_bytes", "gauge", "Size of dir's disk", disk ? one(disk.total) : []],
+    ["requests_in_flight", "gauge", "Requests in hand", intake.requests],
+    ["bytes_in_flight", "gauge", "Bytes of bodies in hand", intake.bytes],
+    ["disk_free_bytes", "gauge", "Free space of dir", disk ? disk.free : []],
+    ["disk_size_bytes", "gauge", "Size of dir's disk", disk ? disk.total : []],
   ];
-  return rows.map(formatRow).join("") + formatCommits(counts);
+  return formatMetrics("receiver", metrics) + formatCommits(counts);
 }
 
 function undelivered(store: Store): Sample[] {
@@ -699,21 +691,8 @@ function undelivered(store: Store): Sample[] {
   });
 }
 
-function formatRow([name, type, help, samples]: Row): string {
-  const rows = samples.map(([labels, value]) => `${PREFIX}${name}${formatLabels(labels)} ${value}\n`);
-  return rows.length === 0
-    ? ""
-    : `# HELP ${PREFIX}${name} ${help}.\n# TYPE ${PREFIX}${name} ${type}\n${rows.join("")}`;
-}
-
-function formatLabels(labels: Record<string, string>): string {
-  const quote = (text: string) => text.replace(/[\\"]/g, "\\$&").replace(/\n/g, "\\n");
-  const pairs = Object.entries(labels).map(([name, value]) => `${name}="${quote(value)}"`);
-  return pairs.length > 0 ? `{${pairs.join(",")}}` : "";
-}
-
 function formatCommits({ buckets, seconds, commits }: Counts): string {
-  const name = `${PREFIX}commit_duration_seconds`;
+  const name = "log_rt_sync_receiver_commit_duration_seconds";
   const rows = buckets.map((n, i) => `${name}_bucket{le="${COMMIT_SECONDS[i]}"} ${n}\n`).join("");
   const head = `# HELP ${name} From a whole body to stable storage.\n# TYPE ${name} histogram\n`;
   return `${head}${rows}${name}_bucket{le="+Inf"} ${commits}\n${name}_sum ${seconds}\n${name}_count ${commits}\n`;
@@ -829,12 +808,12 @@ async function checkReceiver({ config, configFile, now, checks }: Service<"recei
   for (const fault of wrong) checks.fault(fault);
   for (const fault of missing) checks.fault(fault, EXIT.failed);
   const monitor = await readMonitorSection(configFile);
-  for (const warning of findWarnings(config, monitor.fault)) checks.warn(warning);
   await checks.folder("receiver.dir", config.dir, "make");
   for (const { port } of config.groups) {
     await checks.step(`receiver.groups: ${config.listen}:${port}`, () => checkPort(config, port, now()));
   }
-  if (checks.faulty) return;
+  if (wrong.length + missing.length > 0) return;
+  for (const warning of findWarnings(config, monitor.fault)) checks.warn(warning);
   const { tls, logFormat = [] } = config;
   if (tls) checks.ok(`receiver.tls.cert: ${tls.cert}: valid until ${certificateEnd(readTls(tls))}`);
   for (const format of logFormat) {
@@ -845,19 +824,31 @@ async function checkReceiver({ config, configFile, now, checks }: Service<"recei
 
 /** A port that can be listened on, or that a receiver of this folder listens on. */
 async function checkPort({ listen, dir }: ReceiverConfig, port: number, now: number): Promise<string> {
-  const state = join(dir, `.receiver-${port}.json`);
-  const seen = statSync(state, { throwIfNoEntry: false })?.mtimeMs ?? 0;
-  if (port !== 0 && now - seen < 3 * STATE_EVERY_MS) return "a receiver listens there";
   const server = createServer();
   const bound = new Promise<void>((resolve, reject) =>
     server.once("error", reject).listen(port, listen, resolve),
   );
   try {
     await bound;
+    return "free";
+  } catch (error) {
+    if (await isOurPort(dir, port, now)) return "a receiver of this folder listens there";
+    throw error;
   } finally {
     server.close();
   }
-  return "free";
+}
+
+/** Whether a receiver of this folder said within the last half minute that it serves a port. */
+async function isOurPort(dir: string, port: number, now: number): Promise<boolean> {
+  for (const name of await readdir(dir).catch(() => [])) {
+    if (!/^\.receiver-\d+\.json$/.test(name)) continue;
+    const path = join(dir, name);
+    if (now - (statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0) > 3 * STATE_EVERY_MS) continue;
+    const text = await readFile(path, "utf8").catch(() => "");
+    if (new RegExp(`"ports":\\[(\\d+,)*${port}[,\\]]`).test(text)) return true;
+  }
+  return false;
 }
 
 if (import.meta.main) {

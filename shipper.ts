@@ -1,23 +1,26 @@
 /**
  * shipper: every line that nginx writes into a log file goes to the receiver, once and in the order of the file.
  *
- *   1. read      whole lines from the stream's offset, checked against the bytes just before it
- *   2. send      POST with stream and byte range; held and tried again for as long as it takes
- *   3. commit    the receiver answered 200: the lines are on its stable storage; the offset moves on
- *   4. save      the cursor, durably, at most once a second and at the end
+ *   1. look      which files there are, and which stream each of them is (lib/tail/streams.ts); the name of a new stream is
+ *                drawn and saved before its first chunk leaves
+ *   2. read      whole lines from the stream's offset, checked against the bytes just before it
+ *   3. send      POST with stream, byte range and marks; held and tried again for as long as it takes (lib/upload.ts)
+ *   4. commit    only 200 with the chunk's end: the lines are on the receiver's stable storage; the offset moves on
+ *   5. save      the cursor, durably, at most once a second and at the end
  *
- * A crash after 1 or 2 repeats the chunk: the receiver answers 409 with the offset where it stands. A crash
- * before 4 does the same. A rotated file is read to its end, and until it was quiet for a while, before it
- * counts as done; a file that vanishes unread is counted in bytes and told to the receiver. Which file is which
- * says lib/tail/family.ts, by content and not by name; 1 to 3 are in lib/transfer.ts.
+ * A crash after 2 or 3 repeats the chunk, and one before 5 does the same: the receiver answers 409 with the offset where it
+ * stands, which is believed when the file has those bytes. Each heartbeat asks where all streams stand: what the receiver
+ * has lost is shipped again from what was delivered of it, and what a file took with it is told in bytes.
  */
-import { readFileSync, statSync } from "node:fs";
-import { access, constants, readdir } from "node:fs/promises";
-import { dirname, join } from "node:path";
+import { existsSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import { whatIsMissing } from "./lib/check.ts";
 import type { StreamStatus } from "./lib/chunk.ts";
-import { type Config, readSecret } from "./lib/config.ts";
-import { failpoint, makeFolder, moveDurably } from "./lib/durable.ts";
-import { holdLock } from "./lib/lock.ts";
+import { MARK_BYTES } from "./lib/chunk.ts";
+import type { Config } from "./lib/config.ts";
+import { failpoint, findHolder, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
+import { parseHost } from "./lib/host.ts";
+import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import {
   createFaultLog,
   createProgress,
@@ -25,80 +28,126 @@ import {
   errorMessage,
   type FaultLog,
   formatBytes,
-  formatDuration,
   type Log,
   OperatorError,
   runScript,
   type Service,
+  VERSION,
   wait,
 } from "./lib/service.ts";
+import { formatTable, paint } from "./lib/table.ts";
+import { cursorPath, drawName, readCursor, type Stream, type StreamState } from "./lib/tail/cursor.ts";
 import {
-  type Cursor,
-  type CursorFound,
-  cursorPath,
-  type FamilyState,
-  readCursor,
-  type StreamState,
-  writeCursor,
-} from "./lib/tail/cursor.ts";
-import { scanFamily, settleUnasked } from "./lib/tail/family.ts";
-import { type LogFile, MARK_BYTES, newestFit, openLog } from "./lib/tail/file.ts";
-import { expandFiles, look, whyNotFollowed } from "./lib/tail/rotation.ts";
+  addMark,
+  compressionOf,
+  contentStart,
+  endOfLines,
+  LogFile,
+  type Mark,
+  markBefore,
+  parseSkipRule,
+  readMark,
+  type SkipRule,
+  skipLines,
+  trimNuls,
+  wholeLines,
+  wireMark,
+} from "./lib/tail/file.ts";
+import { fitOf } from "./lib/tail/identify.ts";
+import { isGlob, lookAt, Paths, Watch, whyNotFollowed } from "./lib/tail/paths.ts";
+import { type FollowedLog, isAtEnd, type Look, placeOf, Streams } from "./lib/tail/streams.ts";
 import {
-  beginAfterTruncation,
-  beginStream,
-  createFamily,
-  drawName,
-  type Family,
-  finishStream,
-  isCompressed,
-  liveStream,
-  mayHaveGrown,
-  openStream,
-  type ScanContext,
-  type Stream,
-  toState,
-} from "./lib/tail/streams.ts";
-import { type Bell, createWatch } from "./lib/tail/watch.ts";
-import { createTransfer, Refused, type Transfer, Truncated } from "./lib/transfer.ts";
-import { createUploader, Unanswered } from "./lib/upload.ts";
+  type Answer,
+  type Chunk,
+  createUploader,
+  encodeBody,
+  Unanswered,
+  type Uploader,
+} from "./lib/upload.ts";
 
-/** Pause after a folder could not be read, or the receiver not be asked where a file stands. */
+/** Pause after the receiver could not be asked. */
 const FAULT_MS = 1000;
 const SAVE_EVERY_MS = 1000;
-/** With a cursor that is damaged, a chunk of the process before may still be on its way for so long. */
+/** Without a cursor, a chunk of the process before may still be on its way for so long. */
 const PATIENCE_MS = 10_000;
-/** Globs are expanded no more often than that. */
-const NAMES_MS = 200;
-/** At the start the first chunk has so long to be the first sign of life. */
-const FIRST_BEAT_MS = 500;
+/** Names that change in a burst are looked at together. */
+const NAMES_MS = 20;
 const TELL_EVERY_MS = 60_000;
+const METRICS_EVERY_MS = 15_000;
+/** How often it is told that a path of the config matches nothing. */
+const MISSING_EVERY_MS = 3_600_000;
+/** Files in hand at once: a buffer each, so that memory does not grow with the files. */
+const TRANSFERS = 3;
+/** On a link on which a chunk takes so long, one is on its way. */
+const SLOW_MS = 2_000;
+/** The smallest chunk that a 413 or a slow link can lead to. */
+const MIN_CHUNK_BYTES = 4096;
 
-/** Everything that the passes share. */
+/** The one object that everything here takes and changes. */
 export interface Shipper {
   config: Config["shipper"];
   log: Log;
   signal: AbortSignal;
+  /** The wall clock, and one that nobody sets, ms. */
   now: () => number;
-  families: Map<string, Family>;
-  transfer: Transfer;
+  mono: () => number;
   faults: FaultLog;
-  context: ScanContext;
-  /** The set of streams has changed since the last save. */
-  streamsChanged: boolean;
-  /** The save in hand. */
-  saving: Promise<void>;
+  streams: Streams;
+  uploader: Uploader;
+  buffers: Buffers;
+  wakeup: Wakeup;
+  skip: SkipRule[];
+  /** Largest chunk now, and the largest that the receiver takes. */
+  chunkBytes: number;
+  mostBytes: number;
+  /** Statuses that were answered since the last good answer, to chunks and to questions: an answered question says nothing of chunks. */
+  failing: Set<number>;
+  unanswered: Set<number>;
+  /** Counts since the start. */
+  sent: { lines: number; bytes: number; chunks: number };
+  /** When the receiver answered last as the contract says, on the wall clock. */
+  answeredAt: number;
+  /** The receiver is to be asked at once; streams that it said it does not know. */
+  askNow: boolean;
+  unknown: Set<Stream>;
+  /** Streams without a file, of which the receiver may have more than the cursor says. */
+  orphans: Stream[];
+  /** What the receiver told last of all streams. */
+  told: StreamStatus[];
+  /** When it may be asked what it knows of a host without a cursor. */
+  askAt: number;
   /** A look at all files, for `Log-Through`. */
-  seen?: { at: number; sizes: { stream: Stream; size: number }[] };
+  noted?: { at: number; sizes: { stream: Stream; size: number }[] };
+  /** The next look is due, on the clock that nobody sets. */
+  lookAt: number;
 }
 
-async function main({ config, log, signal, now, flags }: Service<"shipper">): Promise<number> {
-  if (flags.status) return printStatus(config, now());
+/** The receiver does not take chunks now: hold the offset and try again after `waitMs`. */
+class Refused extends Error {
+  readonly waitMs: number;
+  constructor(waitMs: number) {
+    super("the receiver does not take chunks now");
+    this.waitMs = waitMs;
+  }
+}
+
+/** The file's bytes are not the ones that were seen before. */
+class Changed extends Error {}
+
+async function main(service: Service<"shipper">): Promise<number> {
+  const { config, log, signal, now, flags } = service;
+  if (flags.status) return printStatus(service);
+  if (flags.delivered) return printDelivered(config, String(flags.delivered), signal);
+  const isFresh = !existsSync(join(config.stateDir, ".lock"));
   await takeStateDir(config, log);
-  const shipper = await openShipper(config, { log, signal, now });
+  const shipper = await openShipper(config, { log, signal, now, isFresh });
+  service.onReload((next) => reload(shipper, next));
   let code: number = EXIT.done;
   if (flags.once) code = await drainAll(shipper);
-  else await Promise.all([followAll(shipper), beat(shipper), keepSaving(shipper), tell(shipper)]);
+  else {
+    const loops = [followAll, heartbeat, keepSaving, report, keepMetrics];
+    await Promise.all(loops.map((loop) => loop(shipper)));
+  }
   await saveCursor(shipper);
   return code;
 }
@@ -115,134 +164,82 @@ async function takeStateDir({ stateDir }: Config["shipper"], log: Log): Promise<
   }
 }
 
+/** Takes up another config; gives the keys that stay until a restart. */
+function reload(shipper: Shipper, next: Config["shipper"]): string[] {
+  const { config, streams, signal } = shipper;
+  const fixed = ["host", "stateDir", "chunkBytes", "startAt"] as const;
+  const kept = Object.fromEntries(fixed.map((key) => [key, config[key]]));
+  shipper.config = { ...next, ...kept };
+  shipper.skip = next.skip.map(parseSkipRule);
+  shipper.uploader = createUploader(shipper.config, signal);
+  streams.reconfigure(shipper.config);
+  shipper.lookAt = 0;
+  shipper.wakeup.ring();
+  return fixed.filter((key) => next[key] !== config[key]);
+}
+
+/** What a shipper is opened with. `isFresh`: nothing of ours was in the state folder. */
+export interface ShipperOptions extends Pick<Shipper, "log" | "signal" | "now"> {
+  mono?: () => number;
+  isFresh?: boolean;
+}
+
 /** A shipper that has taken up what the cursor knows and what the config names. */
 export async function openShipper(
   config: Config["shipper"],
-  { log, signal, now }: Pick<Shipper, "log" | "signal" | "now">,
+  { log, signal, now, mono = () => performance.now(), isFresh = true }: ShipperOptions,
 ): Promise<Shipper> {
-  const found = await findCursor(config, log);
-  const faults = createFaultLog(log, now);
-  const transfer = createTransfer({
-    config,
-    log,
-    signal,
-    now,
-    faults,
-    lag: () => lagOf(shipper),
-    named() {
-      shipper.streamsChanged = true;
-      return saveCursor(shipper);
-    },
-  });
-  let known: Promise<StreamStatus[]> | undefined;
+  const faults = createFaultLog(log, mono);
+  const streams = new Streams(config, { log, faults, signal, now, mono });
   const shipper: Shipper = {
-    ...{
-      config,
-      log,
-      signal,
-      now,
-      faults,
-      transfer,
-      families: new Map(),
-      streamsChanged: false,
-      saving: Promise.resolve(),
-    },
-    context: {
-      ...{ config, now, log, faults, signal },
-      ask: (names) => transfer.ask(names),
-      known() {
-        known ??= askAll(
-          shipper,
-          found.state === "absent" ? 0 : Math.min(PATIENCE_MS, config.timeoutSeconds * 1000),
-        );
-        known.catch(() => {
-          known = undefined;
-        });
-        return known;
-      },
-      taken: () =>
-        new Set([...shipper.families.values()].flatMap(({ streams }) => streams.map(({ id }) => id ?? ""))),
-      lose: (bytes, stream) => loseBytes(shipper, bytes, stream),
-      changed() {
-        shipper.streamsChanged = true;
-      },
-    },
+    ...{ config, log, signal, now, mono, faults, streams },
+    uploader: createUploader(config, signal),
+    buffers: new Buffers(MARK_BYTES + config.chunkBytes),
+    wakeup: new Wakeup(),
+    skip: config.skip.map(parseSkipRule),
+    chunkBytes: config.chunkBytes,
+    mostBytes: config.chunkBytes,
+    failing: new Set(),
+    unanswered: new Set(),
+    sent: { lines: 0, bytes: 0, chunks: 0 },
+    answeredAt: 0,
+    askNow: false,
+    unknown: new Set(),
+    orphans: [],
+    told: [],
+    askAt: 0,
+    lookAt: 0,
   };
-  await loadFamilies(shipper, found);
+  await streams.open();
+  if (streams.found === "damaged" || (streams.found === "absent" && !isFresh)) {
+    const patience = Math.min(PATIENCE_MS, config.timeoutSeconds * 1000) - process.uptime() * 1000;
+    shipper.askAt = mono() + Math.max(0, patience);
+  }
+  if (streams.found === "absent") await takeOverOffset(shipper);
   return shipper;
-}
-
-/** Counts bytes that were gone before they could be read; the next heartbeat tells them. */
-function loseBytes({ transfer, log }: Shipper, bytes: number, { path, id }: StreamState): void {
-  transfer.lost += bytes;
-  log.error("bytes lost: they were gone before they could be read", { path, stream: id, bytes });
-}
-
-/** The cursor, or that there is none; a damaged one is told. */
-async function findCursor({ stateDir }: Config["shipper"], log: Log): Promise<CursorFound> {
-  const found = await readCursor(stateDir).catch((): CursorFound => ({ state: "damaged" }));
-  if (found.state === "damaged" || found.state === "older") {
-    const instead =
-      found.state === "older" ? "the one before it is taken" : "the receiver is asked where each file stands";
-    log.warn("cursor is damaged", { cursor: cursorPath(stateDir), instead });
-  }
-  return found;
-}
-
-async function loadFamilies(shipper: Shipper, found: CursorFound): Promise<void> {
-  const { config, now, transfer } = shipper;
-  const known = "cursor" in found ? found.cursor : undefined;
-  transfer.lost = known?.lost ?? 0;
-  transfer.shipper = known?.shipper ?? drawName();
-  for (const [path, state] of Object.entries(known?.families ?? {})) {
-    // One that the config does not name any more is followed until everything of it is shipped.
-    const unfinished = state.start === "recover" || state.streams.some((stream) => !stream.done);
-    if (known?.version === 1) takeOverNames(state);
-    if (unfinished) shipper.families.set(path, createFamily(path, state.start ?? "known", now(), state));
-  }
-  for (const path of await expandFiles(config.files, shipper.families.keys())) {
-    const state = known?.families[path];
-    const start = state ? (state.start ?? "known") : found.state === "damaged" ? "recover" : "first";
-    shipper.families.set(path, createFamily(path, start, now(), state));
-  }
-  if (shipper.families.size === 0) shipper.log.warn("no file matches yet", { files: config.files.join(" ") });
-  if (found.state === "absent") await takeOverOffset(shipper);
-}
-
-/** Streams of version 1.0: the receiver has no marks of them, and what was shipped counts as delivered until it says otherwise. */
-function takeOverNames({ streams }: FamilyState): void {
-  for (const stream of streams) {
-    if (stream.id === undefined) continue;
-    stream.isOld = true;
-    stream.delivered = stream.offset;
-  }
-}
-
-/** All that the receiver knows of this host, when a chunk of the process before can't be on its way any more. */
-async function askAll({ transfer, signal }: Shipper, waitMs: number): Promise<StreamStatus[]> {
-  await wait(waitMs - process.uptime() * 1000, signal);
-  return transfer.ask();
 }
 
 /** The offset file of the original shipper: its one live file goes on from there at the very first start. */
 async function takeOverOffset(shipper: Shipper): Promise<void> {
   const path = join(shipper.config.stateDir, "latest.offset");
-  const [family, ...others] = shipper.families.values();
   let text: string;
   try {
     text = readFileSync(path, "utf8").trim();
   } catch {
     return; // the usual case: there was no other shipper before
   }
-  const size = family && (await look(family.path))?.size;
-  if (!family || others.length > 0 || size === undefined || !/^\d{1,16}$/.test(text) || Number(text) > size) {
+  await shipper.streams.look();
+  const live = shipper.streams.list.filter(({ isLive }) => isLive);
+  const [stream] = live;
+  if (!stream || live.length > 1 || !/^\d{1,16}$/.test(text) || Number(text) > stream.size) {
     const expected = "expected an offset within the one file that is followed; mend or remove it";
     throw new OperatorError(`Cannot take over "${path}": it says "${text.slice(0, 40)}", ${expected}`);
   }
-  const file = await openLog(family.path);
-  await beginStream(family, file, Number(text), shipper.context);
-  await file.close();
-  shipper.log.info("offset taken over", { path, offset: Number(text) });
+  const offset = Number(text);
+  const file = await shipper.streams.openStream(stream);
+  const mark = file && offset > 0 ? await readMark(file, offset) : undefined;
+  Object.assign(stream, { offset, from: offset, marks: mark ? [mark] : [] });
+  shipper.log.info("offset taken over", { path, offset });
   await saveCursor(shipper);
   await moveDurably(path, `${path}.imported`);
 }
@@ -251,78 +248,38 @@ async function takeOverOffset(shipper: Shipper): Promise<void> {
 
 /** Ships to the end of every file, and ends when the receiver has everything that could be read. */
 async function drainAll(shipper: Shipper): Promise<number> {
-  const { signal, now, transfer } = shipper;
-  const progress = createProgress("shipping", await bytesAhead(shipper));
-  const ticker = setInterval(() => progress.show(transfer.sent.bytes), 250);
-  const drainFamily = async (family: Family) => {
-    while (!signal.aborted) {
-      const pass = await shipOnce(shipper, family);
-      if (pass.atEnd) return;
-      await wait(pass.waitMs ?? Math.min(1000, Math.max(10, family.scanAt - now())), signal);
-    }
-  };
-  await Promise.all([...shipper.families.values()].map(drainFamily));
-  if (!signal.aborted && transfer.lost > 0) await askOnce(shipper);
+  const { signal, mono, sent, streams } = shipper;
+  const progress = createProgress("shipping", bytesAhead(shipper));
+  const ticker = setInterval(() => progress.show(sent.bytes), 250);
+  const before = streams.lost;
+  while (!signal.aborted) {
+    const pass = await shipOnce(shipper);
+    if (pass.atEnd) break;
+    const due = Math.min(1000, Math.max(10, shipper.lookAt - mono()));
+    await wait(pass.waitMs ?? (pass.shipped ? 10 : due), signal);
+  }
+  if (!signal.aborted && streams.lost > before) await ask(shipper);
   clearInterval(ticker);
   progress.end();
   const faults = shipper.faults.lasting();
-  const fields = { files: shipper.families.size, ...transfer.sent };
+  const fields = { files: streams.logs.size, ...sent };
   if (faults === 0) shipper.log.info("shipped to the end of every file", fields);
   else shipper.log.error("shipped what could be read", { ...fields, faults });
   return faults === 0 || signal.aborted ? EXIT.done : EXIT.failed;
 }
 
-/** Bytes on disk behind the offsets, before the first look into the folders. */
-async function bytesAhead(shipper: Shipper): Promise<number> {
+/** Bytes on disk behind the offsets, before the first look. */
+function bytesAhead({ streams }: Shipper): number {
   let bytes = 0;
-  for (const family of shipper.families.values()) {
-    const size = (await look(family.path).catch(() => undefined))?.size ?? 0;
-    bytes += Math.max(0, size - (family.streams.at(-1)?.offset ?? 0));
+  for (const path of streams.paths.livePaths()) {
+    const found = lookAt(path, path, true, true, new Map());
+    const offset = streams.list.find(({ key }) => key === found?.key)?.offset ?? 0;
+    bytes += Math.max(0, (found?.size ?? 0) - offset);
   }
   return bytes;
 }
 
-/** Follows every file in a loop of its own; new matches join at once where events tell of them, else within `pollSeconds`. */
-async function followAll(shipper: Shipper): Promise<void> {
-  const { config, signal, now } = shipper;
-  const watch = createWatch(now, config.olddir);
-  const followed = new Set<Family>();
-  const loops: Promise<void>[] = [];
-  const failed = new AbortController(); // a bug in one loop ends them all, and the script
-  const either = AbortSignal.any([signal, failed.signal]);
-  while (!either.aborted) {
-    for (const path of await expandFiles(config.files, shipper.families.keys())) {
-      // A file that came while we are running is all ours, whatever startAt says.
-      const since = now() - config.pollSeconds * 2000;
-      if (!shipper.families.has(path)) shipper.families.set(path, createFamily(path, "new", since));
-    }
-    for (const family of shipper.families.values()) {
-      if (followed.has(family)) continue;
-      followed.add(family);
-      loops.push(follow(shipper, family, watch.bellOf(family)).catch((error) => failed.abort(error)));
-    }
-    await watch.update();
-    await wait(NAMES_MS, either);
-    await watch.names.wait(config.pollSeconds * 1000, either);
-  }
-  watch.close();
-  failed.signal.throwIfAborted();
-  await Promise.all(loops);
-}
-
-/** A line after a pause goes at once, steady traffic once per `flushMs`, a backlog without waiting. */
-async function follow(shipper: Shipper, family: Family, bell: Bell): Promise<void> {
-  const { config, signal, now } = shipper;
-  while (!signal.aborted) {
-    const started = now();
-    const pass = await shipOnce(shipper, family);
-    if (pass.waitMs !== undefined) await wait(pass.waitMs, signal);
-    else if (pass.shipped) await wait(config.flushMs - (now() - started), signal);
-    else await bell.wait(Math.max(10, family.scanAt - now()), signal);
-  }
-}
-
-/** What one pass over a family came to. */
+/** What one pass over all files came to. */
 export interface Pass {
   shipped: boolean;
   /** Everything that there is was shipped, and no file is in the middle of being copied or compressed. */
@@ -331,238 +288,731 @@ export interface Pass {
   waitMs?: number;
 }
 
-/** One pass over a family: looks for rotation, then ships every stream to its end, oldest first. */
-export async function shipOnce(shipper: Shipper, family: Family): Promise<Pass> {
-  const { transfer, now, context, signal, faults } = shipper;
-  const before = transfer.sent.chunks;
-  const pass: Pass = { shipped: false, atEnd: true };
-  try {
-    const live = await look(family.path);
-    if (live?.key !== family.liveKey || now() >= family.scanAt) await scanFamily(family, context);
-    faults.recovered(`folder ${family.path}`, "folder can be read again", { path: family.path });
-    if (live) faults.recovered(`kind ${family.path}`, "log file can be followed", { path: family.path });
-    else await tellKind(shipper, family);
-    await settleUnasked(family, shipper.context);
-    const streams = family.start === "recover" ? [] : [...family.streams]; // all of them are found first
-    for (const stream of streams) {
-      if (family.liveHeld && stream === liveStream(family)) continue;
-      if (stream.done || signal.aborted) continue;
-      const asSeen = live && stream === liveStream(family) ? `${live.size} ${live.mtimeMs}` : "";
-      if (asSeen !== "" && asSeen === stream.endedAs) continue; // not touched since its end was reached
-      if (!(await shipStream(shipper, family, stream))) pass.atEnd = false;
-      else stream.endedAs = stream.file && stream.size === live?.size ? asSeen : "";
-    }
-  } catch (error) {
-    if (error instanceof Refused) pass.waitMs = error.waitMs;
-    else if (error instanceof Unanswered)
-      pass.waitMs = FAULT_MS; // told already
-    else {
-      tellFault(shipper, `folder ${family.path}`, "cannot look for log file", family.path, error);
-      pass.waitMs = FAULT_MS;
-    }
-    pass.atEnd = false;
+/** One pass: looks which file is which, asks the receiver when that is needed, then ships every stream to its end. */
+export async function shipOnce(shipper: Shipper): Promise<Pass> {
+  const { streams, sent, mono } = shipper;
+  const before = sent.chunks;
+  let look = await lookOnce(shipper);
+  const needsAnswer = !streams.asked || shipper.orphans.length > 0 || shipper.askNow;
+  if (needsAnswer && mono() < shipper.askAt)
+    return { shipped: false, atEnd: false, waitMs: shipper.askAt - mono() };
+  if (needsAnswer) {
+    if (!(await ask(shipper))) return { shipped: false, atEnd: false, waitMs: FAULT_MS };
+    look = await lookOnce(shipper);
   }
-  pass.shipped = transfer.sent.chunks > before;
-  if (family.scanAt === 0 || family.unsettled) pass.atEnd = false;
-  return pass;
+  const passes = await Promise.all([...streams.logs.values()].map((log) => shipLog(shipper, log)));
+  const waits = passes.flatMap(({ waitMs }) => waitMs ?? []);
+  const isHeld = [...streams.logs.values()].some((log) => log.isHeld);
+  const atEnd =
+    look.isSettled && !isHeld && !shipper.askNow && passes.every((pass) => pass.atEnd) && streams.asked;
+  return { shipped: sent.chunks > before, atEnd, ...(waits.length > 0 && { waitMs: Math.min(...waits) }) };
 }
 
-/** Tells of a directory or a FIFO under a log's name, which otherwise counts as a log that is not there yet. */
-async function tellKind({ faults }: Shipper, { path }: Family): Promise<void> {
-  const error = await whyNotFollowed(path);
-  if (error) faults.failed(`kind ${path}`, "cannot follow log file", { path, error });
+async function lookOnce(shipper: Shipper): Promise<Look> {
+  const look = await shipper.streams.look();
+  shipper.lookAt = look.nextAt;
+  shipper.orphans = look.orphans;
+  if (look.orphans.length > 0 || !shipper.streams.asked) shipper.askNow = true;
+  return look;
 }
 
-/** Ships one stream to its end, and decides whether it is done. True when its end was reached. */
-async function shipStream(shipper: Shipper, family: Family, stream: Stream): Promise<boolean> {
-  const isLive = stream === liveStream(family);
-  if (!isLive && !mayHaveGrown(stream)) return true;
+/** Looks at the files at each event, else every `pollSeconds`, whatever the receiver does; ships logs that have grown. */
+async function followAll(shipper: Shipper): Promise<void> {
+  const { signal, mono, streams, wakeup, faults } = shipper;
+  const touched = new Set<string>();
+  const watch = new Watch((path, event) => {
+    if (event === "rename") shipper.lookAt = Math.min(shipper.lookAt, mono());
+    else touched.add(path);
+    wakeup.ring();
+  });
+  const loops = new Map<FollowedLog, Promise<void>>();
+  const failed = new AbortController(); // a bug in one loop ends them all, and the script
+  const either = AbortSignal.any([signal, failed.signal]);
+  let missingAt = mono();
+  while (!either.aborted) {
+    for (const stream of streams.list) if (touched.has(stream.path)) refresh(shipper, stream);
+    touched.clear();
+    if (mono() >= shipper.lookAt) {
+      await lookOnce(shipper);
+      await saveFirst(shipper);
+      if (mono() >= missingAt) {
+        await noteMissing(shipper);
+        missingAt = mono() + MISSING_EVERY_MS;
+      }
+      watch.update(streams.paths.folders);
+      for (const [folder, error] of watch.faults)
+        faults.failed(`watch ${folder}`, "no events of this folder: it is looked at every pollSeconds", {
+          folder,
+          error,
+        });
+    }
+    for (const log of streams.logs.values()) {
+      if (log.isRunning || !hasWork(shipper, log)) continue;
+      loops.set(
+        log,
+        follow(shipper, log).catch((error) => failed.abort(error)),
+      );
+    }
+    await wait(NAMES_MS, either);
+    await wakeup.wait(Math.max(0, shipper.lookAt - mono()), either);
+  }
+  watch.close();
+  failed.signal.throwIfAborted();
+  await Promise.all(loops.values());
+}
+
+/** At the start and each hour: of a slip in `files` nothing else would ever be heard. */
+async function noteMissing({ log, streams }: Shipper): Promise<void> {
+  for (const path of streams.paths.missing()) {
+    const { text } = (await whatIsMissing(path).catch(() => undefined)) ?? {};
+    log.warn("no file matches yet", { files: path, hint: isGlob(path) ? undefined : text });
+  }
+}
+
+/** Before the receiver is asked for the first time, what is seen is on stable storage: what comes after it is new. */
+async function saveFirst(shipper: Shipper): Promise<void> {
+  if (!shipper.streams.asked && shipper.streams.isChanged) await saveCursor(shipper);
+}
+
+/** A file that was written to: its size. Any other change is for the next look. */
+function refresh(shipper: Shipper, stream: Stream): void {
+  const { streams, mono } = shipper;
+  const { path, log, isLive } = stream;
+  if (!isLive && (stream.phase.is !== "reading" || compressionOf(path))) return;
+  const found = lookAt(path, log, isLive, true, new Map());
+  if (found?.key === stream.key && found.size >= stream.size) {
+    if (found.size > stream.size) {
+      stream.grewAt = mono();
+      streams.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
+    }
+    Object.assign(stream, { size: found.size, mtimeMs: found.mtimeMs });
+  } else shipper.lookAt = Math.min(shipper.lookAt, mono());
+}
+
+/** A line after a pause goes at once, steady traffic once per `flushMs`, a backlog without waiting. */
+async function follow(shipper: Shipper, log: FollowedLog): Promise<void> {
+  const { signal, mono } = shipper;
+  log.isRunning = true;
   try {
-    stream.file ??= await openStream(family, stream);
-    if (!stream.file) return true; // the next look into the folder finds it, or that it is gone
-    await shipper.transfer.drain(stream);
-    if (!isLive) await finishStream(family, stream, shipper.context);
-    shipper.faults.recovered(stream.path, "log file can be read again", { path: stream.path });
-    return true;
+    do {
+      const started = mono();
+      const pass = await shipLog(shipper, log);
+      await wait(pass.waitMs ?? shipper.config.flushMs - (mono() - started), signal);
+      for (const stream of streamsOf(shipper, log)) if (stream.isLive) refresh(shipper, stream);
+    } while (!signal.aborted && hasWork(shipper, log));
+  } finally {
+    log.isRunning = false;
+    shipper.wakeup.ring();
+  }
+}
+
+// ---- shipping
+
+function streamsOf({ streams }: Shipper, log: FollowedLog): Stream[] {
+  const own = streams.list.filter((stream) => stream.log === log.path);
+  return own.sort((a, b) => Number(a.isLive) - Number(b.isLive) || a.mtimeMs - b.mtimeMs || a.from - b.from);
+}
+
+function hasWork(shipper: Shipper, log: FollowedLog): boolean {
+  if (!shipper.streams.asked) return false;
+  return streamsOf(shipper, log).some((stream) => isDue(shipper, log, stream));
+}
+
+/** Whether there may be something to ship of a stream. */
+function isDue(shipper: Shipper, log: FollowedLog, stream: Stream): boolean {
+  if (
+    stream.isBusy ||
+    shipper.unknown.has(stream) ||
+    shipper.mono() < (stream.retryAt ?? 0) ||
+    (log.isHeld && stream.isLive)
+  )
+    return false;
+  if (stream.wayBack !== undefined) return true;
+  if (stream.phase.is === "ended" || (stream.phase.is === "gone" && !stream.file)) return false;
+  return !isAtEnd(stream);
+}
+
+/** Ships the streams of a log to their ends, oldest first, the live one last. */
+async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "shipped">> {
+  const { streams, signal } = shipper;
+  let atEnd = true;
+  if (!streams.asked) return { atEnd: false };
+  for (const stream of streamsOf(shipper, log)) {
+    if (signal.aborted) return { atEnd: false };
+    try {
+      if (!stream.isLive) refresh(shipper, stream); // what its writer still put there goes before the live file's lines
+      if (isDue(shipper, log, stream)) atEnd = (await shipStream(shipper, stream)) && atEnd;
+      else if (!stream.isLive && !stream.isBusy && stream.phase.is === "reading")
+        await streams.finish(stream);
+      if (log.isHeld && stream.isLive) atEnd = false;
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      return { atEnd: false, waitMs: error.waitMs };
+    }
+  }
+  return { atEnd };
+}
+
+/** Ships one stream to its end, when its turn comes. True when that was reached. Throws Refused. */
+async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
+  const buffer = await shipper.buffers.take();
+  try {
+    return !stream.isBusy && (await shipWith(shipper, stream, buffer));
+  } finally {
+    shipper.buffers.give(buffer);
+    await shipper.streams.closeSome();
+  }
+}
+
+async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBuffer>): Promise<boolean> {
+  const { streams, faults, mono } = shipper;
+  const place = placeOf(stream);
+  stream.isBusy = true;
+  try {
+    const file = await streams.openStream(stream);
+    if (!file) {
+      shipper.lookAt = Math.min(shipper.lookAt, mono()); // it finds the file, or that it is gone
+      stream.retryAt = mono() + NAMES_MS;
+      return true;
+    }
+    await findWayBack(shipper, stream, file);
+    takeWayBack(shipper, stream);
+    const isDone = await drain(shipper, stream, { file, buffer, flying: [], isSingle: false });
+    stream.endedAs = isDone ? place : "";
+    faults.recovered(stream.path, "log file can be read again", { path: stream.path });
+    await streams.finish(stream);
+    return isDone;
   } catch (error) {
-    if (error instanceof Refused || shipper.signal.aborted) throw error;
-    if (error instanceof Truncated && stream.file) {
-      if (await goOnBehindFit(shipper, stream, stream.file)) return false;
-      await beginAfterTruncation(family, stream, stream.file, shipper.context);
+    if (error instanceof Refused || shipper.signal.aborted)
+      throw error instanceof Refused ? error : new Refused(0);
+    if (error instanceof Changed && stream.file) {
+      const { file } = stream;
+      shipper.lookAt = Math.min(shipper.lookAt, mono());
+      const isSame = await streams.rebase(stream, file, (await file.stat()).size);
+      if (!isSame || stream.file !== file) await file.close();
       return false;
     }
     await stream.file?.close().catch(() => {});
     stream.file = undefined;
-    tellFault(shipper, stream.path, "cannot read log file", stream.path, error);
-    return true; // the others go on; this one is tried again at the next pass
+    stream.retryAt = mono() + shipper.config.pollSeconds * 1000; // the others go on
+    logFault(shipper, stream.path, error);
+    return true;
+  } finally {
+    stream.isBusy = false;
   }
+}
+
+/** Logs what the operator or time can mend; throws a bug on. */
+function logFault(shipper: Shipper, path: string, error: unknown): void {
+  if (error instanceof TypeError || error instanceof ReferenceError || error instanceof RangeError)
+    throw error;
+  shipper.faults.failed(path, "cannot read log file", { path, error: errorMessage(error) });
+}
+
+/** A chunk on its way, and what the stream's marks are when it is committed. */
+interface Flown {
+  chunk: Chunk;
+  marks: Mark[];
+  /** There may be more behind it. */
+  isFull: boolean;
+  answer: Promise<Answer>;
+  sentAt: number;
+}
+
+/** The chunks of one stream that are on their way, oldest first. */
+interface Flight {
+  file: LogFile;
+  buffer: Buffer<ArrayBuffer>;
+  flying: Flown[];
+  /** One at a time, until the next 200. */
+  isSingle: boolean;
+}
+
+/** Ships a stream up to the present end of its file. False when it can't go on before others do. Throws Refused, Changed, the system's error. */
+async function drain(shipper: Shipper, stream: Stream, flight: Flight): Promise<boolean> {
+  try {
+    if (stream.offset === 0) await skipHole(shipper, stream, flight.file);
+    let last: Flown | undefined;
+    while (!shipper.signal.aborted) {
+      last = await fill(shipper, stream, flight, last);
+      const first = flight.flying.shift();
+      if (!first) return true;
+      const answer = await first.answer;
+      failpoint("shipper:answered");
+      if (answer.kind === "stored") commit(shipper, stream, first, flight);
+      else if (!(await goBack(shipper, stream, flight, answer))) return false;
+      if (answer.kind !== "stored") last = undefined;
+      if (stream.wayBack !== undefined) return false;
+    }
+    return false;
+  } finally {
+    // Before the buffer and the file go to somebody else, nobody may still send of them.
+    await settle(shipper, stream, flight);
+  }
+}
+
+/** What a truncation left in front of the first line is no part of the log. */
+async function skipHole(shipper: Shipper, stream: Stream, file: LogFile): Promise<void> {
+  const bytes = await contentStart(file, stream.isCut);
+  if (bytes === 0) return;
+  shipper.log.info("hole of NULs skipped", { path: stream.path, bytes });
+  stream.offset = stream.from = bytes;
+}
+
+/** Sends as many chunks as may be on their way: one while a stream begins or after a 409, else `inFlight`. */
+async function fill(
+  shipper: Shipper,
+  stream: Stream,
+  flight: Flight,
+  last?: Flown,
+): Promise<Flown | undefined> {
+  const most = stream.begin || flight.isSingle ? 1 : shipper.config.inFlight;
+  let before = flight.flying.at(-1) ?? last;
+  while (flight.flying.length < most && !shipper.signal.aborted && (before?.isFull ?? true)) {
+    const next = await prepare(shipper, stream, flight, before);
+    if (!next) break;
+    if (stream.begin) next.chunk.begin = stream.begin;
+    const answer = send(shipper, next.chunk);
+    answer.catch(() => {}); // looked at when its turn comes
+    before = { ...next, answer, sentAt: shipper.mono() };
+    flight.flying.push(before);
+    if (stream.begin) break;
+  }
+  return before;
+}
+
+function commit(shipper: Shipper, stream: Stream, { chunk, marks, sentAt }: Flown, flight: Flight): void {
+  const took = shipper.mono() - sentAt;
+  flight.isSingle = took > SLOW_MS;
+  if (took < SLOW_MS / 4) shipper.chunkBytes = Math.min(shipper.mostBytes, shipper.chunkBytes * 2);
+  stream.offset = chunk.end;
+  stream.marks = marks;
+  delete stream.begin;
+  shipper.streams.isMoved = true;
+}
+
+/** After a 409 all that is on its way is waited for; it goes on from the highest offset told. False when the receiver is to be asked. */
+async function goBack(shipper: Shipper, stream: Stream, flight: Flight, first: Answer): Promise<boolean> {
+  const answers = [first, ...(await settle(shipper, stream, flight))];
+  flight.isSingle = true;
+  const [highest] = answers.filter((answer) => answer.kind === "moved").sort((a, b) => b.offset - a.offset);
+  if (highest) return moveTo(shipper, stream, flight.file, highest.offset, highest.mark);
+  if (!answers.some(({ kind }) => kind === "unknown")) return true;
+  shipper.unknown.add(stream);
+  shipper.askNow = true;
+  shipper.wakeup.ring();
+  return false;
+}
+
+/** Waits for all answers. What was stored behind a chunk whose answer was lost counts: the receiver stores in order. */
+async function settle(shipper: Shipper, stream: Stream, flight: Flight): Promise<Answer[]> {
+  const answers: Answer[] = [];
+  for (const flown of flight.flying.splice(0)) {
+    const answer = await flown.answer.catch(() => undefined);
+    if (answer?.kind === "stored") commit(shipper, stream, flown, flight);
+    else if (answer) answers.push(answer);
+  }
+  return answers;
 }
 
 /**
- * The newest bytes are not the ones that were shipped (power loss, snapshot, restored, edited), but much before them is:
- * a new stream begins behind that. False when at most the head is the same: then it is another log.
+ * Reads the next chunk behind `before`, with the bytes before it, which are compared with the mark that was made of them;
+ * leaves out what is to be skipped, and encodes it. Undefined when there is no whole line.
  */
-async function goOnBehindFit(shipper: Shipper, stream: Stream, file: LogFile): Promise<boolean> {
-  const marks = await newestFit(file, stream.signature.marks);
-  const end = marks.at(-1)?.end ?? 0;
-  if (end <= MARK_BYTES) return false;
-  const fields = { path: stream.path, stream: stream.id, shipped: stream.offset, from: end };
-  shipper.log.warn("file has other bytes behind what it kept: a new stream begins there", fields);
-  Object.assign(stream, {
-    id: undefined,
-    offset: end,
-    signature: { ...stream.signature, marks },
-    isOld: undefined,
-  });
-  delete stream.delivered;
-  shipper.streamsChanged = true;
-  return true;
+async function prepare(
+  shipper: Shipper,
+  stream: Stream,
+  { file, buffer }: Flight,
+  before: Flown | undefined,
+): Promise<Omit<Flown, "answer" | "sentAt"> | undefined> {
+  const { config, skip, streams } = shipper;
+  const offset = before?.chunk.end ?? stream.offset;
+  const marks = before?.marks ?? stream.marks;
+  const guard = Math.min(MARK_BYTES, offset);
+  const room = Math.min(shipper.chunkBytes, (stream.until ?? Number.POSITIVE_INFINITY) - offset);
+  if (room <= 0) return undefined;
+  const limit = guard + room;
+  const seen = stream.size;
+  const view = buffer.subarray(0, await file.readOnce(buffer.subarray(0, limit), offset - guard));
+  const isFull = view.length === limit;
+  const end = offset - guard + view.length;
+  checkGuard([stream.head, marks.at(-1)], view, offset, !isFull);
+  if (!file.compression && !isFull && end < seen) throw new Changed();
+  stream.size =
+    isFull && !file.compression
+      ? Math.max(stream.size, end)
+      : Math.max(end, file.compression ? stream.size : 0);
+  stream.checkedSize = stream.size;
+  noteHead(stream, view, offset - guard);
+
+  const bytes = view.subarray(guard);
+  const length =
+    wholeLines(bytes) || (isFull && !(await isBlank(file, bytes, stream.size)) ? bytes.length : 0); // a piece
+  if (length === 0) {
+    stream.drainedAt = end;
+    return undefined;
+  }
+  if (stream.id === undefined) {
+    beginAs(stream, "new", offset);
+    for (const each of streams.list) // one save for all that begin now
+      if (each.id === undefined && each.size > each.offset) beginAs(each, "new", each.offset);
+  }
+  if (!stream.isNamed) {
+    streams.isChanged = true; // the name is to be in both saves
+    await saveCursor(shipper);
+  }
+  stream.isNamed = true; // a state folder that can't be written stops nothing
+  const mark = markBefore(view.subarray(0, guard + length), offset + length);
+  const from = guard > 0 ? markBefore(view.subarray(0, guard), offset) : undefined;
+  const inLine = guard > 0 && view[guard - 1] !== 0x0a && view[guard - 1] !== 0;
+  const lines = skip.length > 0 ? countNewlines(bytes.subarray(0, length)) : 0; // before they are cut out in place
+  const body = chooseLines(bytes.subarray(0, length), inLine, skip);
+  const skipped = body.length < length ? lines - countNewlines(body) : 0;
+  const isHeadDue = stream.begin || offset < MARK_BYTES || (stream.head?.length ?? 0) < MARK_BYTES;
+  const chunk: Chunk = {
+    ...{ host: config.host, stream: stream.id as string, offset, end: offset + length, mark: wireMark(mark) },
+    ...(from && { from: wireMark(from) }),
+    ...(isHeadDue && stream.head && { head: wireMark(stream.head) }),
+    ...(skipped > 0 && { skipped }),
+    ...encodeBody(body, config.compression),
+  };
+  return { chunk, marks: addMark(marks, mark), isFull };
 }
 
-/** Tells what the operator or time can mend; throws a bug on. */
-function tellFault(shipper: Shipper, key: string, message: string, path: string, error: unknown): void {
-  if (shipper.signal.aborted) return;
-  if (error instanceof TypeError || error instanceof ReferenceError || error instanceof RangeError)
-    throw error;
-  shipper.faults.failed(key, message, { path, error: errorMessage(error) });
+/**
+ * Throws Changed when the bytes before `offset`, or the head, are not the ones that were seen before. `view` begins at most
+ * {@link MARK_BYTES} before the offset; `atEnd` says that it goes to the end of the file.
+ */
+function checkGuard(seen: (Mark | undefined)[], view: Buffer, offset: number, atEnd: boolean): void {
+  const guard = Math.min(MARK_BYTES, offset);
+  if (view.length < guard) throw new Changed();
+  const start = offset - guard;
+  for (const mark of seen) {
+    if (!mark || mark.end - mark.length < start) continue;
+    const bytes = view.subarray(mark.end - mark.length - start, mark.end - start);
+    const isCut = bytes.length < mark.length;
+    if (isCut ? atEnd : markBefore(bytes, mark.end).hash !== mark.hash) throw new Changed();
+  }
+}
+
+/** The head grows as far as `view`, that begins at `start`, shows it. */
+function noteHead(stream: Stream, view: Buffer, start: number): void {
+  const { head } = stream;
+  if ((head?.length ?? 0) >= MARK_BYTES) return;
+  const first = head ? head.end - head.length : stream.from;
+  if (first < start) return;
+  const bytes = trimNuls(view.subarray(first - start, first - start + MARK_BYTES));
+  if (bytes.length > (head?.length ?? 0)) stream.head = markBefore(bytes, first + bytes.length);
+}
+
+/** Whether the NULs at the end of `bytes` are room that a writer in place has not filled yet. */
+async function isBlank(file: LogFile, bytes: Uint8Array, size: number): Promise<boolean> {
+  if (bytes.at(-1) !== 0 || file.compression) return false;
+  const last = new Uint8Array(1);
+  return (await file.read(last, size - 1)) === 1 && last[0] === 0;
+}
+
+/** The lines that are not to be skipped. A line that goes over several chunks is never skipped, not even in part. */
+function chooseLines(bytes: Buffer<ArrayBuffer>, inLine: boolean, skip: SkipRule[]): Buffer<ArrayBuffer> {
+  if (skip.length === 0 || bytes.at(-1) !== 0x0a) return bytes;
+  const first = inLine ? bytes.indexOf(0x0a) + 1 : 0;
+  if (inLine && first === 0) return bytes;
+  const kept = skipLines(bytes.subarray(first), skip);
+  return bytes.subarray(0, first + kept.length);
+}
+
+function countNewlines(bytes: Uint8Array): number {
+  let count = 0;
+  for (let at = bytes.indexOf(0x0a); at >= 0; at = bytes.indexOf(0x0a, at + 1)) count++;
+  return count;
+}
+
+/** Sends a chunk once. Throws Refused: it is to be held. */
+async function send(shipper: Shipper, chunk: Chunk): Promise<Answer> {
+  failpoint("shipper:sending");
+  const bytes = chunk.end - chunk.offset;
+  const answer = await shipper.uploader.send({ ...news(shipper, bytes), ...chunk });
+  if (answer.kind === "refused") {
+    if (answer.isSlow) shipper.chunkBytes = Math.max(MIN_CHUNK_BYTES, shipper.chunkBytes >> 1);
+    noteRefused(shipper, shipper.failing, answer.status, answer.reason);
+    throw new Refused(answer.waitMs);
+  }
+  if (answer.kind === "tooLarge") {
+    if (bytes <= shipper.chunkBytes) halve(shipper); // others of the same size may be told so, too
+    return answer;
+  }
+  noteAnswered(shipper, shipper.failing);
+  noteAnswered(shipper, shipper.unanswered);
+  if (answer.kind !== "stored") return answer;
+  shipper.sent.lines += answer.lines;
+  shipper.sent.bytes += bytes;
+  shipper.sent.chunks++;
+  return answer;
+}
+
+function news(shipper: Shipper, ahead = 0) {
+  const { streams } = shipper;
+  const lag = Math.max(0, lagOf(shipper) - ahead);
+  return { lag, lost: streams.lost, shipper: streams.shipper, agent: `log-rt-sync/${VERSION}` };
+}
+
+function noteRefused(shipper: Shipper, statuses: Set<number>, status: number, reason: string): void {
+  statuses.add(status);
+  const fields = { receiver: shipper.config.receiver, status: status || undefined, reason };
+  shipper.faults.failed(`receiver ${status}`, "receiver does not take chunks: held, and tried again", fields);
+}
+
+function noteAnswered(shipper: Shipper, statuses: Set<number>): void {
+  const { failing, faults, now, config } = shipper;
+  const { receiver } = config;
+  shipper.answeredAt = now();
+  for (const status of statuses) {
+    statuses.delete(status);
+    if (!failing.has(status))
+      faults.recovered(`receiver ${status}`, "receiver takes chunks again", { receiver });
+  }
+}
+
+function halve(shipper: Shipper): void {
+  const { faults, failing, config } = shipper;
+  if (shipper.chunkBytes <= MIN_CHUNK_BYTES) {
+    faults.failed("receiver 413", "receiver takes no chunk, however small", { receiver: config.receiver });
+    failing.add(413);
+    throw new Refused(10_000);
+  }
+  shipper.mostBytes = shipper.chunkBytes = Math.max(MIN_CHUNK_BYTES, shipper.chunkBytes >> 1);
+  shipper.log.warn("chunk is too large for the receiver: halved", { chunkBytes: shipper.chunkBytes });
 }
 
 /** Bytes that are still to be shipped, over all files. */
-function lagOf(shipper: Shipper): number {
+function lagOf({ streams }: Shipper): number {
   let bytes = 0;
-  for (const { streams } of shipper.families.values()) {
-    for (const stream of streams) if (!stream.done) bytes += Math.max(0, stream.size - stream.offset);
-  }
+  for (const { size, offset, until } of streams.list) bytes += Math.max(0, (until ?? size) - offset);
   return bytes;
 }
 
-// ---- beside the files
+// ---- what the receiver says of a stream
 
-/** The heartbeat: the question where all streams stand, whatever else goes on; at once when bytes were lost. */
-async function beat(shipper: Shipper): Promise<void> {
-  const { config, signal, transfer } = shipper;
-  const everyMs = config.heartbeatSeconds * 1000;
-  let told = transfer.lost;
-  await wait(Math.min(FIRST_BEAT_MS, everyMs), signal);
-  for (let dueAt = 0; !signal.aborted; ) {
-    if (performance.now() >= dueAt || transfer.lost !== told) {
-      told = transfer.lost;
-      dueAt = performance.now() + ((await askOnce(shipper)) ? everyMs : Math.min(everyMs, FAULT_MS));
+/** Draws a name: nothing of the file is in it, so no two streams ever share one. */
+function beginAs(stream: Stream, begin: "new" | "again", offset: number): void {
+  Object.assign(stream, { id: drawName(), begin, isNamed: false, offset, from: offset, endedAs: "" });
+  stream.marks = stream.marks.filter(({ end }) => end <= offset);
+  delete stream.delivered;
+  delete stream.isOld;
+}
+
+/**
+ * The receiver has the stream up to another offset. That is believed only when the file has these bytes there (a stream of
+ * version 1.0 has no marks); else a new stream begins where the own cursor fits. True when this one goes on.
+ */
+async function moveTo(
+  shipper: Shipper,
+  stream: Stream,
+  file: LogFile,
+  offset: number,
+  mark: string | undefined,
+): Promise<boolean> {
+  const { log, streams } = shipper;
+  streams.isMoved = true;
+  const seen = offset > 0 ? await readMark(file, offset) : undefined;
+  const isSame = seen && (mark === undefined ? !stream.begin && stream.isOld : wireMark(seen) === mark);
+  const fields = { path: stream.path, stream: stream.id, sent: stream.offset, receiver: offset };
+  if (offset === 0 || isSame) {
+    log.info("receiver has this file up to another byte: going on there", fields);
+    const marks = stream.marks.filter(({ end }) => end < offset);
+    stream.marks = seen ? [...marks, seen] : marks;
+    stream.offset = offset;
+    if (offset > 0) delete stream.begin;
+    return true;
+  }
+  log.warn("receiver has other bytes than this file: a new stream begins", fields);
+  const fit = await fitOf(file, stream);
+  const isInLine = fit.is === "all" && stream.offset > 0;
+  const at = isInLine ? await endOfLines(file, stream.offset) : fit.is === "behind" ? fit.at : 0;
+  streams.succeed(stream, at);
+  return false;
+}
+
+/** The heartbeat: the question where all streams stand, whatever else goes on; at once when something hangs on the answer. */
+async function heartbeat(shipper: Shipper): Promise<void> {
+  const { signal, mono, streams } = shipper;
+  let told = streams.lost;
+  for (let dueAt = mono() + Math.min(500, shipper.config.heartbeatSeconds * 1000); !signal.aborted; ) {
+    const everyMs = shipper.config.heartbeatSeconds * 1000;
+    const isDue = mono() >= dueAt || shipper.askNow || streams.lost !== told;
+    if (isDue && mono() >= shipper.askAt && (streams.asked || streams.seenAt > 0)) {
+      told = streams.lost;
+      const isAnswered = await ask(shipper);
+      dueAt = mono() + (isAnswered ? everyMs : Math.min(everyMs, FAULT_MS));
+      if (!isAnswered) await wait(Math.min(everyMs, FAULT_MS), signal);
     }
-    await wait(Math.min(1000, Math.max(50, dueAt - performance.now())), signal);
+    await wait(Math.min(100, Math.max(10, dueAt - mono())), signal);
   }
 }
 
 /** Asks where the streams stand, and takes what is told. False when it was not answered. */
-async function askOnce(shipper: Shipper): Promise<boolean> {
-  const { transfer, signal, now } = shipper;
+async function ask(shipper: Shipper): Promise<boolean> {
+  const { streams, config, signal, orphans } = shipper;
+  await saveFirst(shipper);
   const asked = new Map<string, { stream: Stream; offset: number }>();
-  for (const { streams } of shipper.families.values()) {
-    for (const stream of streams) {
-      if (stream.id === undefined || stream.begin !== undefined) continue;
-      asked.set(stream.id, { stream, offset: stream.offset }); // what was answered before the question leaves
-    }
+  for (const stream of streams.list) {
+    if (stream.id !== undefined) asked.set(stream.id, { stream, offset: stream.offset }); // answered before the question leaves
   }
+  const isFirst = !streams.asked;
+  shipper.askNow = false;
   try {
-    const told = await transfer.ask([...asked.keys()], through(shipper));
-    for (const [id, { stream, offset }] of asked) {
-      const found = told.find((status) => status.stream === id);
-      if (stream.id === id) takeStatus(shipper, stream, found, offset, now());
+    const through = isFirst ? undefined : throughOf(shipper);
+    const names = isFirst ? undefined : [...asked.keys()];
+    const told = await shipper.uploader.ask(config.host, names, {
+      ...news(shipper),
+      ...(through && { through }),
+    });
+    noteAnswered(shipper, shipper.unanswered);
+    shipper.told = told;
+    if (isFirst) takeFirstAnswer(shipper, told);
+    const byName = new Map(told.map((status) => [status.stream, status]));
+    for (const [id, { stream, offset }] of asked)
+      if (stream.id === id) takeStatus(shipper, stream, byName.get(id), offset);
+    for (const stream of orphans) {
+      if (stream.phase.is === "gone" && !stream.file && !stream.isBusy) streams.giveUp(stream);
     }
+    shipper.orphans = [];
+    shipper.wakeup.ring();
     return true;
   } catch (error) {
+    shipper.askNow = true;
     if (signal.aborted) return false;
     if (!(error instanceof Unanswered)) throw error;
-    return false; // told already
+    noteRefused(shipper, shipper.unanswered, error.status, error.reason);
+    return false;
   }
 }
 
-/** A stream that the receiver has lost, or has less of than it had answered, goes back to what was delivered of it. */
+/** What the receiver knew of this host, when no cursor says that it was asked before. */
+function takeFirstAnswer(shipper: Shipper, told: StreamStatus[]): void {
+  const { streams } = shipper;
+  if (
+    streams.found === "damaged" &&
+    told.length > 0 &&
+    told.every(({ mark, offset }) => !mark && offset > 0)
+  ) {
+    throw new OperatorError(
+      "The cursor is damaged, and the receiver's streams are of version 1.0: start version 1.0 once more",
+    );
+  }
+  streams.takeAnswer(told);
+  if (told.length > 0) shipper.lookAt = 0;
+}
+
+/**
+ * A stream that the receiver has lost, or has less of than it had answered, goes back to what was delivered of it. What is
+ * told of a stream without a file may be more than the cursor knew.
+ */
 function takeStatus(
   shipper: Shipper,
   stream: Stream,
   found: StreamStatus | undefined,
-  offset: number,
-  at: number,
+  committed: number,
 ): void {
-  if (found && found.offset >= offset) {
-    if (found.delivered !== undefined) Object.assign(stream, { delivered: found.delivered, deliveredAt: at });
+  const { streams, now } = shipper;
+  shipper.unknown.delete(stream);
+  if (found && found.offset >= committed) {
+    if (found.delivered !== undefined) {
+      if (found.delivered !== stream.delivered) streams.isMoved = true;
+      Object.assign(stream, { delivered: found.delivered, deliveredAt: now() });
+    }
+    if (stream.phase.is === "gone" && !stream.file)
+      stream.offset = Math.max(stream.offset, Math.min(found.offset, stream.size));
     return;
   }
-  const wayBack = Math.min(offset, stream.delivered ?? stream.from ?? 0);
-  stream.wayBack = wayBack;
-  if (wayBack >= offset && stream.done) return; // all of it is delivered: nothing is left to be said of it
-  stream.done = false;
-  stream.endSeenAt = undefined;
-  stream.endedAs = "";
-  shipper.streamsChanged = true;
+  if (stream.begin) return; // its first chunk is on its way
+  stream.wayBack = Math.min(committed, stream.delivered ?? stream.from);
+  const isNothing = stream.wayBack >= Math.min(committed, stream.until ?? committed);
+  if (isNothing && (stream.phase.is === "gone" || stream.phase.is === "ended")) {
+    stream.wayBack = undefined; // all of it is delivered: nothing is left to be said of it
+    return;
+  }
+  streams.reopen(stream);
+  if (stream.phase.is === "gone" && !stream.file) takeWayBack(shipper, stream);
+}
+
+/** A receiver that was set back has more of a lost stream than was delivered, when it stands at bytes that the file has there. */
+async function findWayBack({ told }: Shipper, stream: Stream, file: LogFile): Promise<void> {
+  const head = stream.head && wireMark(stream.head);
+  for (const status of stream.wayBack === undefined ? [] : told) {
+    const { offset, mark } = status;
+    const isAlike = status.stream === stream.id || (head !== undefined && status.head === head);
+    if (!isAlike || offset <= (stream.wayBack ?? 0) || offset > stream.offset) continue;
+    const seen = await readMark(file, offset);
+    const isSame = seen && wireMark(seen) === mark && (await endOfLines(file, offset)) === offset;
+    if (isSame) stream.wayBack = offset;
+  }
+}
+
+/** What was not delivered is shipped again, as a new stream that says so; what was all delivered goes on under a new name. */
+function takeWayBack({ log, streams }: Shipper, stream: Stream): void {
+  const { wayBack, offset, path, id, deliveredAt, phase, file } = stream;
+  if (wayBack === undefined) return;
+  stream.wayBack = undefined;
+  const from = Math.min(offset, wayBack);
+  if (from < offset) {
+    const deliveredAsOf = deliveredAt === undefined ? undefined : new Date(deliveredAt).toISOString();
+    const message =
+      phase.is === "gone" && !file
+        ? "receiver has lost lines of a file that is gone"
+        : "receiver has lost lines: shipping them again";
+    log.warn(message, { path, stream: id, from, bytes: offset - from, deliveredAsOf });
+  }
+  beginAs(stream, from < offset ? "again" : "new", from);
+  streams.isChanged = true;
 }
 
 /**
  * The time up to which every line of every file is answered, as soon as all is that a look at that time saw; undefined
  * while that is not so. Each answer begins the next look.
  */
-function through(shipper: Shipper): number | undefined {
-  const families = [...shipper.families.values()];
+function throughOf(shipper: Shipper): number | undefined {
+  const { noted, streams, faults } = shipper;
   const isDone = ({ stream, size }: { stream: Stream; size: number }) =>
-    stream.done || stream.offset >= size || (stream.drainedAt ?? -1) >= size;
-  const { seen } = shipper;
-  const isSettled = families.every(({ scannedAt = 0, unsettled, start }) => {
-    return start === "known" && !unsettled && scannedAt > (seen?.at ?? 0);
-  });
-  const at =
-    seen && isSettled && seen.sizes.every(isDone) && shipper.faults.lasting() === 0 ? seen.at : undefined;
-  if (at !== undefined || !seen) shipper.seen = { at: shipper.now(), sizes: families.flatMap(sizesOf) };
+    Math.min(stream.until ?? size, size) <= Math.max(stream.offset, stream.drainedAt ?? 0);
+  const isSettled = streams.isSettled && streams.seenAt > (noted?.at ?? 0);
+  const at = noted && isSettled && noted.sizes.every(isDone) && faults.lasting() === 0 ? noted.at : undefined;
+  if (at !== undefined || !noted) {
+    shipper.noted = {
+      at: streams.seenAt,
+      sizes: streams.list.map((stream) => ({ stream, size: stream.size })),
+    };
+  }
   return at;
 }
 
-/** What there is to be answered: the sizes of a family's files now. */
-function sizesOf(family: Family): { stream: Stream; size: number }[] {
-  return family.streams.map((stream) => {
-    const found =
-      stream.done || isCompressed(stream.path) ? undefined : statSync(stream.path, { throwIfNoEntry: false });
-    return { stream, size: Math.max(stream.size, found?.size ?? 0) };
-  });
-}
+// ---- beside the files
 
 async function keepSaving(shipper: Shipper): Promise<void> {
   while (!shipper.signal.aborted) {
     await wait(SAVE_EVERY_MS, shipper.signal);
-    if (shipper.transfer.moved || shipper.streamsChanged) await saveCursor(shipper);
+    if (shipper.streams.isMoved || shipper.streams.isChanged) await saveCursor(shipper);
   }
 }
 
-/** Saves the cursor, one save after the other. All that it says is shipped is on the receiver's stable storage. */
-export function saveCursor(shipper: Shipper): Promise<void> {
-  shipper.saving = shipper.saving.then(() => saveNow(shipper));
-  return shipper.saving;
-}
-
-async function saveNow(shipper: Shipper): Promise<void> {
-  const { config, transfer, faults } = shipper;
-  const keep = shipper.streamsChanged;
-  shipper.streamsChanged = transfer.moved = false;
-  const state: Cursor = { version: 2, shipper: transfer.shipper, lost: transfer.lost, families: {} };
-  for (const [path, family] of shipper.families) state.families[path] = toState(family);
+/** Saves the cursor. All that it says is shipped is on the receiver's stable storage. */
+export async function saveCursor({ config, faults, streams }: Shipper): Promise<void> {
+  const { stateDir } = config;
   try {
-    await writeCursor(config.stateDir, state, keep);
+    await streams.save();
     failpoint("shipper:saved");
-    faults.recovered("cursor", "cursor is saved again", { stateDir: config.stateDir });
+    faults.recovered("cursor", "cursor is saved again", { stateDir });
   } catch (error) {
-    transfer.moved = true;
-    shipper.streamsChanged ||= keep;
-    const fields = { stateDir: config.stateDir, error: errorMessage(error) };
-    faults.failed("cursor", "cannot save cursor: shipping goes on", fields);
+    faults.failed("cursor", "cannot save cursor: shipping goes on", { stateDir, error: errorMessage(error) });
   }
 }
 
 /** A line a minute while there is traffic; on a terminal also the progress of a backlog. */
-async function tell(shipper: Shipper): Promise<void> {
-  const { signal, log, now } = shipper;
-  const { sent } = shipper.transfer;
+async function report(shipper: Shipper): Promise<void> {
+  const { signal, log, mono, sent } = shipper;
   let before = { ...sent };
   let progress: ReturnType<typeof createProgress> | undefined;
-  for (let told = now(); !signal.aborted; ) {
+  for (let logged = mono(); !signal.aborted; ) {
     await wait(1000, signal);
     const lag = lagOf(shipper);
     if (lag > 16 * shipper.config.chunkBytes) {
@@ -572,84 +1022,246 @@ async function tell(shipper: Shipper): Promise<void> {
       progress?.end();
       progress = undefined;
     }
-    if (now() - told < TELL_EVERY_MS && !signal.aborted) continue;
-    told = now();
+    if (mono() - logged < TELL_EVERY_MS && !signal.aborted) continue;
+    logged = mono();
     if (sent.chunks === before.chunks) continue;
-    const [lines, bytes, chunks] = [
-      sent.lines - before.lines,
-      sent.bytes - before.bytes,
-      sent.chunks - before.chunks,
-    ];
-    log.info("shipped", { lines, bytes, chunks, lag });
+    const { lines, bytes, chunks } = before;
+    log.info("shipped", {
+      lines: sent.lines - lines,
+      bytes: sent.bytes - bytes,
+      chunks: sent.chunks - chunks,
+      lag,
+    });
     before = { ...sent };
+  }
+}
+
+/** `<stateDir>/shipper.prom`, for the textfile collector of node_exporter. */
+async function keepMetrics(shipper: Shipper): Promise<void> {
+  const { signal, config, log, faults, now, sent, streams } = shipper;
+  const startedAt = now();
+  const own = createFaultLog(log); // no fault of shipping
+  while (!signal.aborted) {
+    const metrics: Metric[] = [
+      ["build_info", "gauge", "Version that runs", [[{ version: VERSION }, 1]]],
+      ["start_time_seconds", "gauge", "When it started", startedAt / 1000],
+      ["last_run_timestamp_seconds", "gauge", "When this file was written", now() / 1000],
+      [
+        "last_answer_timestamp_seconds",
+        "gauge",
+        "When the receiver answered last",
+        shipper.answeredAt / 1000,
+      ],
+      ["lines_total", "counter", "Lines shipped since the start", sent.lines],
+      ["bytes_total", "counter", "Bytes of logs shipped since the start", sent.bytes],
+      ["chunks_total", "counter", "Chunks shipped since the start", sent.chunks],
+      ["lag_bytes", "gauge", "Bytes that are still to be shipped", lagOf(shipper)],
+      ["lost_bytes_total", "counter", "Bytes that vanished before they were read", streams.lost],
+      ["files", "gauge", "Followed logs", streams.logs.size],
+      ["faults", "gauge", "Files, folders and servers that can't be used now", faults.lasting()],
+    ];
+    try {
+      await writeMetrics(config.stateDir, "shipper", metrics);
+      own.recovered("metrics", "metrics are written again", { stateDir: config.stateDir });
+    } catch (error) {
+      const fields = { stateDir: config.stateDir, error: errorMessage(error) };
+      own.failed("metrics", "cannot write metrics: shipping goes on", fields);
+    }
+    await wait(METRICS_EVERY_MS, signal);
+  }
+}
+
+/** The buffers of the files in hand: made when first needed, handed from stream to stream. */
+class Buffers {
+  readonly #size: number;
+  readonly #free: Buffer<ArrayBuffer>[] = [];
+  readonly #waiting: ((buffer: Buffer<ArrayBuffer>) => void)[] = [];
+  #made = 0;
+
+  constructor(size: number) {
+    this.#size = size;
+  }
+
+  take(): Promise<Buffer<ArrayBuffer>> {
+    const buffer = this.#free.pop();
+    if (buffer) return Promise.resolve(buffer);
+    if (this.#made >= TRANSFERS) return new Promise((resolve) => this.#waiting.push(resolve));
+    this.#made++;
+    return Promise.resolve(Buffer.allocUnsafeSlow(this.#size));
+  }
+
+  give(buffer: Buffer<ArrayBuffer>): void {
+    const next = this.#waiting.shift();
+    if (next) next(buffer);
+    else this.#free.push(buffer);
+  }
+}
+
+/** Something that one loop waits for and events ring; a ring while nobody waits is not lost. */
+class Wakeup {
+  #isRung = false;
+  #wake: (() => void) | undefined;
+
+  ring(): void {
+    this.#isRung = true;
+    this.#wake?.();
+  }
+
+  /** Waits for a ring, `ms` at most, or the signal. */
+  async wait(ms: number, signal: AbortSignal): Promise<void> {
+    if (!this.#isRung && !signal.aborted) {
+      await new Promise<void>((resolve) => {
+        const done = () => {
+          clearTimeout(timer);
+          signal.removeEventListener("abort", done);
+          this.#wake = undefined;
+          resolve();
+        };
+        const timer = setTimeout(done, ms);
+        signal.addEventListener("abort", done, { once: true });
+        this.#wake = done;
+      });
+    }
+    this.#isRung = false;
   }
 }
 
 // ---- for the operator
 
-async function printStatus(config: Config["shipper"], now: number): Promise<number> {
+/** What of each file is shipped and delivered; 1 when a log is not there, or nobody ships what is. */
+async function printStatus({ config, flags }: Service<"shipper">): Promise<number> {
+  if (flags.host !== undefined && parseHost(String(flags.host)) !== config.host)
+    throw new OperatorError(`This is the sender ${config.host}, not ${flags.host}`);
   const found = await readCursor(config.stateDir);
-  if (!("cursor" in found)) {
-    const reason =
-      found.state === "absent"
-        ? "nothing was shipped yet"
-        : "it is damaged; the next start asks the receiver";
-    process.stdout.write(`No cursor in ${config.stateDir}: ${reason}\n`);
-    return found.state === "absent" ? EXIT.done : EXIT.failed;
+  const { streams, lost } = "cursor" in found ? found.cursor : { streams: [], lost: 0 };
+  const rows = streams
+    .filter(
+      ({ phase, size, offset, delivered = 0 }) =>
+        phase.is === "reading" || offset < size || delivered < offset,
+    )
+    .map((stream) => ({
+      ...stream,
+      size: sizeNow(stream),
+      lag: Math.max(0, (stream.until ?? sizeNow(stream)) - stream.offset),
+    }))
+    .sort((a, b) => b.lag - a.lag);
+  const lag = rows.reduce((sum, row) => sum + row.lag, 0);
+  const problems = new Paths(config.files, config.olddir).missing().map((path) => `no file matches ${path}`);
+  if (found.state === "damaged")
+    problems.push(`no cursor in ${config.stateDir}: it is damaged; the next start asks the receiver`);
+  if (lag > 0 && findHolder(join(config.stateDir, ".lock")) === undefined)
+    problems.push(`no shipper is running: ${formatBytes(lag)} wait; systemctl status log-rt-sync-shipper`);
+  const ok = problems.length === 0;
+  if (flags.json) {
+    const files = rows.map(({ path, id, size, offset, delivered, lag }) => ({
+      path,
+      stream: id,
+      size,
+      shipped: offset,
+      delivered,
+      lag,
+    }));
+    process.stdout.write(`${JSON.stringify({ ok, problems, files, lost }, null, 2)}\n`);
+  } else process.stdout.write(formatStatus(config, found.state, rows, problems, lost));
+  return ok ? EXIT.done : EXIT.failed;
+}
+
+function formatStatus(
+  { stateDir }: Config["shipper"],
+  state: string,
+  rows: (StreamState & { lag: number })[],
+  problems: string[],
+  lost: number,
+): string {
+  const cells = rows.map(({ path, id = "-", size, offset, delivered, lag }) => {
+    return [path, id, String(size), String(offset), String(delivered ?? "-"), formatBytes(lag)];
+  });
+  const lag = rows.reduce((sum, row) => sum + row.lag, 0);
+  const isFirst = state === "absent";
+  const good = isFirst
+    ? `No cursor in ${stateDir}: nothing was shipped yet`
+    : `ok, ${formatBytes(lag)} to ship`;
+  const lines = [
+    ...problems.map((problem) => paint(problem, true)),
+    ...(problems.length === 0 ? [paint(good, false)] : []),
+    ...(isFirst
+      ? []
+      : [formatTable(["FILE", "STREAM", "SIZE", "SHIPPED", "DELIVERED", "LAG"], cells, [2, 3, 4]).trimEnd()]),
+    ...(lost > 0 ? [`Lost since the cursor began: ${formatBytes(lost)}`] : []),
+  ];
+  return `${lines.join("\n")}\n`;
+}
+
+/** The size of a stream's log: of an archive what was seen of its content. */
+function sizeNow({ path, key, size, offset }: StreamState): number {
+  const isPacked = /\.(gz|zst)$/.test(path);
+  const found = isPacked ? undefined : lookAt(path, path, false, true, new Map());
+  return found?.key === key ? found.size : Math.max(size, offset);
+}
+
+/** 0 when all of a file, whatever it is called now, is at the client; else 1 and how many bytes are not. */
+async function printDelivered(config: Config["shipper"], path: string, signal: AbortSignal): Promise<number> {
+  const found = await readCursor(config.stateDir);
+  if (!("cursor" in found))
+    throw new OperatorError(`Cannot say what is delivered: no cursor in ${cursorPath(config.stateDir)}`);
+  const file = await LogFile.open(path).catch((error) => {
+    throw new OperatorError(`Cannot look at "${path}": ${errorMessage(error)}`);
+  });
+  const { streams } = found.cursor;
+  const own = streams.find(
+    ({ key, copies }) => key === file.key || copies.some((copy) => copy.key === file.key),
+  );
+  let key = own?.key;
+  for (const stream of own ? [] : streams) {
+    const isEnough = stream.offset > 0 && stream.marks.length > 0;
+    if (isEnough && (await fitOf(file, stream as Stream)).is === "all") key = stream.key;
   }
-  const rows = [["FILE", "STREAM", "SIZE", "OFFSET", "LAG", "SINCE"]];
-  for (const { streams } of Object.values(found.cursor.families)) {
-    for (const { path, id, offset, since, size: seen } of streams.filter(({ done }) => !done)) {
-      const size = (await look(path).catch(() => undefined))?.size ?? seen;
-      const lag = formatBytes(Math.max(0, size - offset));
-      const age = `${formatDuration(now - since)} ago`;
-      rows.push([path, id ?? "-", String(size), String(offset), lag, age]);
-    }
+  const chain = key === undefined ? [] : streams.filter((stream) => stream.key === key);
+  const names = chain.flatMap(({ id }) => id ?? []);
+  const told =
+    names.length === 0
+      ? []
+      : await createUploader(config, signal)
+          .ask(config.host, names, {})
+          .catch(() => []);
+  const length = await file.contentLength();
+  await file.close();
+  let waiting = chain.length === 0 ? length : 0;
+  for (const { id, from, until, delivered } of chain) {
+    const upTo = told.find((status) => status.stream === id)?.delivered ?? delivered ?? from;
+    waiting += Math.max(0, Math.min(until ?? length, length) - Math.max(from, upTo));
   }
-  const widths = (rows[0] ?? []).map((_, i) => Math.max(...rows.map((row) => row[i]?.length ?? 0)));
-  for (const row of rows)
-    process.stdout.write(
-      `${row
-        .map((cell, i) => cell.padEnd(widths[i] ?? 0))
-        .join("  ")
-        .trimEnd()}\n`,
-    );
-  const { lost } = found.cursor;
-  if (lost > 0) process.stdout.write(`Lost since the cursor began: ${formatBytes(lost)}\n`);
-  return EXIT.done;
+  const text =
+    waiting === 0
+      ? `all ${length} bytes are delivered`
+      : `${waiting} of ${length} bytes are not delivered yet`;
+  process.stdout.write(`${path}: ${text}\n`);
+  return waiting === 0 ? EXIT.done : EXIT.failed;
 }
 
 /** What only the host can tell, for `--check`. */
-async function check({ config, signal }: Service<"shipper">, connect: boolean): Promise<string[]> {
-  const faults: string[] = [];
-  const attempt = async (key: string, action: () => unknown) => {
-    try {
-      await action();
-    } catch (error) {
-      faults.push(`shipper.${key}: ${errorMessage(error)}`);
-    }
-  };
-  for (const path of await expandFiles(config.files, [])) {
-    await attempt("files", async () => {
-      await readdir(dirname(path));
-      const other = await whyNotFollowed(path);
-      if (other) throw new OperatorError(`Cannot follow "${path}": ${other}`);
-      if (await look(path)) await (await openLog(path)).close(); // one that is not there yet is no fault
-    });
+async function check({ config, signal, checks }: Service<"shipper">, connect: boolean): Promise<void> {
+  for (const key of ["ca", "cert", "key"] as const) await checks.file(`shipper.${key}`, config[key]);
+  const asks = checks.asks(connect);
+  const paths = new Paths(config.files, config.olddir);
+  const live = paths.livePaths();
+  const missing = paths.missing();
+  for (const path of live.filter((each) => !missing.includes(each))) {
+    const other = whyNotFollowed(path);
+    if (other) checks.fault(`shipper.files: Cannot follow "${path}": ${other}`, 1);
+    else await checks.step(`shipper.files: ${path}`, async () => (await LogFile.open(path)).close());
   }
-  await attempt("stateDir", async () => {
-    await makeFolder(config.stateDir);
-    await access(config.stateDir, constants.W_OK);
+  for (const pattern of missing) {
+    const { text = "no file has such a name" } = (await whatIsMissing(pattern).catch(() => undefined)) ?? {};
+    // the logs of a glob may come later, as long as there is something to ship
+    if (isGlob(pattern) && live.length > 0) checks.warn(`shipper.files: nothing matches ${pattern} yet`);
+    else checks.fault(`shipper.files: ${pattern}: ${text}`, EXIT.failed);
+  }
+  await checks.folder("shipper.stateDir", config.stateDir, "make");
+  if (!asks) return;
+  await checks.step(`shipper.receiver: ${config.receiver}`, async () => {
+    await createUploader(config, signal).ask(config.host, [], {});
   });
-  await attempt("token", () => config.token && readSecret(config.token));
-  for (const key of ["ca", "cert", "key"] as const) {
-    const file = config[key];
-    if (file !== undefined) await attempt(key, () => readSecret({ file }));
-  }
-  if (connect && faults.length === 0) {
-    await attempt("receiver", () => createUploader(config, signal).ask(config.host, [], {}));
-  }
-  return faults;
 }
 
 if (import.meta.main) {
@@ -659,7 +1271,8 @@ if (import.meta.main) {
       about: "Follows log files and ships every line to the receiver: none lost, none twice.",
       flags: {
         once: "ship to the end of every file, then exit",
-        status: "show each followed file and its lag",
+        status: "show each followed file, what of it is shipped and delivered",
+        "delivered=FILE": "0 when all of this file is at the client, whatever it is called now",
       },
       check,
     },

@@ -55,7 +55,8 @@ export async function tallyLogs(
 export async function tallyDelivered(folder: string): Promise<{ tally: Tally; parts: Map<string, number> }> {
   const tally: Tally = new Map();
   const parts = new Map<string, number>();
-  const names = (await readdir(folder)).map((name) => {
+  const batches = (await readdir(folder)).filter((name) => !/_\d{8}(\.\d+)?\.sha256$/.test(name)); // digests
+  const names = batches.map((name) => {
     const match = /_(\d{8}_\d\d-\d\d)_([a-z0-9-]+?)(?:\.(\d+))?\.log$/.exec(name);
     if (!match) throw new Error(`${join(folder, name)}: not a batch's name`);
     const [, window = "", host = "", part = "1"] = match;

@@ -100,7 +100,7 @@ export async function createPlaces(hosts: string[]): Promise<Places> {
       sealAfterSeconds: PACE.sealAfterSeconds,
       tokens: { "*": { file: token } },
     },
-    forwarder: { dir, target: `file://${places.client}`, intervalSeconds: 1, report },
+    forwarder: { dir, target: `file://${places.client}`, digest: true, intervalSeconds: 1, report },
     monitor: {
       dir,
       expected: hosts,

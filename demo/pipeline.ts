@@ -68,8 +68,7 @@ export async function readPipeline(places: Places, writers: Writer[]): Promise<H
 async function shippedBytes(machine: string): Promise<number> {
   const found = await readCursor(join(machine, "state"));
   if (!("cursor" in found)) return 0;
-  const streams = Object.values(found.cursor.families).flatMap((family) => family.streams);
-  return streams.reduce((sum, { offset }) => sum + offset, 0);
+  return found.cursor.streams.reduce((sum, { offset }) => sum + offset, 0);
 }
 
 /** Lines that the forwarder reports as sent, by batch: a batch that was sent again after a crash counts once. */

@@ -134,11 +134,12 @@ export async function listBatches(folder: string, ...states: BatchState[]): Prom
   return names.sort(compareBatchNames);
 }
 
-/** The folders of `dir`: one per host, and the two of the forwarder. */
+/** The folders of `dir`: one per host, the two of the forwarder, and one for the metrics of parts without a port. */
 export function folders(dir: string) {
   return {
     host: (host: string) => join(dir, host),
     sent: join(dir, SENT),
     failed: join(dir, FAILED),
+    metrics: join(dir, ".metrics"),
   };
 }

@@ -12,11 +12,18 @@
  */
 import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
-import { readdir, readFile } from "node:fs/promises";
+import { lstat, readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { z } from "zod";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
-import { appendDurably, makeFolder, readIfExists, writeDurably } from "./durable.ts";
+import {
+  appendDurably,
+  ifMissing,
+  makeFolder,
+  readIfExists,
+  removeDurably,
+  writeDurably,
+} from "./durable.ts";
 import { parseHost } from "./host.ts";
 import { readLedger } from "./ledger.ts";
 import { readState, writeState } from "./state.ts";
@@ -256,6 +263,30 @@ export async function readList(dir: string, hour: string): Promise<Map<string, L
     else lines = Number(/^# lines=(\d+)$/.exec(line)?.[1] ?? 0);
   }
   return listed;
+}
+
+/**
+ * Removes what lies in `.digest/` of hours of which nothing was written since `before`, and gives what. The list goes
+ * before its digests, or the next forwarder would take it for news. What is not at the client yet stays, and so does the
+ * newest digest, which the next one names.
+ */
+export async function removeOldDigests(dir: string, before: number, { dryRun = false } = {}) {
+  const folder = join(dir, ".digest");
+  const found = await readState(stateFile(dir), stateSchema, 1);
+  if (found.state !== "ok") return [];
+  const { head, pending } = found.value;
+  const hours = new Map<string, { file: string; bytes: number; at: number }[]>();
+  for (const file of await readdir(folder)) {
+    const hour = parseDigestName(file)?.hour ?? /^(\d{8})\.list$/.exec(file)?.[1];
+    const info = hour && (await ifMissing(lstat(join(folder, file))));
+    if (info) hours.set(hour, [...(hours.get(hour) ?? []), { file, bytes: info.size, at: info.mtimeMs }]);
+  }
+  const old = [...hours.values()].filter((files) =>
+    files.every(({ file, at }) => at < before && file !== head?.name && !pending.includes(file)),
+  );
+  const files = old.flatMap((files) => files.sort((a, b) => (a.file < b.file ? -1 : 1))); // digits before letters
+  if (!dryRun) for (const { file } of files) await removeDurably(join(folder, file));
+  return files;
 }
 
 /** The record of what is delivered and the digests made of it; of the one forwarder that holds the lock. */

@@ -8,8 +8,9 @@
  * The forwarder appends to the reports and housekeeping trims them: both through this file, under one lock,
  * so that no line falls between reading the old file and renaming the new one over it.
  */
+import { createReadStream } from "node:fs";
 import { open } from "node:fs/promises";
-import { appendDurably, readIfExists, writeDurably } from "./durable.ts";
+import { appendDurably, exists, writeDurably } from "./durable.ts";
 import { tryLock } from "./runtime.ts";
 import { wait } from "./service.ts";
 
@@ -61,17 +62,63 @@ export async function appendReport(path: string, lines: ReportLine[]): Promise<v
 }
 
 /**
- * Drops the lines of a report that are older than `keepFrom` (milliseconds since the epoch) and gives their
- * number; `dryRun` only counts them. Whatever is no report line of ours stays: nobody knows how old it is.
+ * Drops the lines of a report that are older than `keepFrom` (milliseconds since the epoch) and gives their number and
+ * bytes; `dryRun` only counts them. Whatever is no report line of ours stays: nobody knows how old it is.
  */
-export async function trimReport(path: string, keepFrom: number, { dryRun = false } = {}): Promise<number> {
+export async function trimReport(path: string, keepFrom: number, { dryRun = false } = {}) {
   return underLock(path, async () => {
-    const lines = (await readIfExists(path))?.split("\n") ?? [];
-    const kept = lines.filter((line) => (parseReportLine(line)?.at ?? keepFrom) >= keepFrom);
-    const old = lines.length - kept.length;
-    if (old > 0 && !dryRun) await writeDurably(path, kept.join("\n"));
+    const old = { lines: 0, bytes: 0 };
+    if (!(await exists(path))) return old;
+    for await (const line of readLines(path)) {
+      if (!isOlder(line, keepFrom)) continue;
+      old.lines++;
+      old.bytes += line.length;
+    }
+    if (old.lines > 0 && !dryRun) await writeDurably(path, newerLines(path, keepFrom));
     return old;
   });
+}
+
+function isOlder(line: Buffer, keepFrom: number): boolean {
+  const at =
+    line.length < LONGEST_LINE ? parseReportLine(line.toString("utf8", 0, line.length - 1))?.at : undefined;
+  return at !== undefined && at < keepFrom;
+}
+
+async function* newerLines(path: string, keepFrom: number): AsyncGenerator<Buffer> {
+  let kept: Buffer[] = [];
+  let bytes = 0;
+  for await (const line of readLines(path)) {
+    if (isOlder(line, keepFrom)) continue;
+    kept.push(line);
+    bytes += line.length;
+    if (bytes < BLOCK) continue;
+    yield Buffer.concat(kept);
+    [kept, bytes] = [[], 0];
+  }
+  yield Buffer.concat(kept);
+}
+
+const BLOCK = 65_536;
+/** What is longer is no report line, and is handed on in pieces. */
+const LONGEST_LINE = 65_536;
+
+/** The lines of a file with their line breaks; the last one may have none. */
+async function* readLines(path: string): AsyncGenerator<Buffer> {
+  let rest = Buffer.alloc(0);
+  for await (const block of createReadStream(path, { highWaterMark: BLOCK })) {
+    const bytes: Buffer = rest.length > 0 ? Buffer.concat([rest, block]) : block;
+    let from = 0;
+    for (let end = bytes.indexOf(0x0a); end >= 0; end = bytes.indexOf(0x0a, from)) {
+      yield bytes.subarray(from, end + 1);
+      from = end + 1;
+    }
+    rest = Buffer.from(bytes.subarray(from));
+    if (rest.length < LONGEST_LINE) continue;
+    yield rest;
+    rest = Buffer.alloc(0);
+  }
+  if (rest.length > 0) yield rest;
 }
 
 /** The last lines of a report, oldest first, from at most the last `bytes` of it; none when there is no report. */

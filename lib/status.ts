@@ -14,7 +14,7 @@ import { type Config, sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
 import { parseHost } from "./host.ts";
-import { createLedgerReader, emptyLedger, HISTORY_MINUTES, type Ledger } from "./ledger.ts";
+import { createLedgerReader, emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
 import { errorMessage, formatBytes, formatDuration, VERSION } from "./service.ts";
 import { readState } from "./state.ts";
 
@@ -168,6 +168,8 @@ export interface HostStatus {
   skipped: number;
   untimed: number;
   ahead: number;
+  /** Of its newest line's timestamp, minutes east of UTC. */
+  zone?: number;
   /** Every line that was in its files then is stored. */
   through?: number;
   /** The newest window of which a batch was delivered, as in batch names. */
@@ -282,8 +284,7 @@ export async function observe(
   options: ObserveOptions,
 ): Promise<Snapshot> {
   const { now } = options;
-  const readLedger = options.readLedger ?? createLedgerReader();
-  const look: Look = { mutes: {}, ...options, readLedger, dir, thresholds, unreadable: [], receivers: [] };
+  const look: Look = { mutes: {}, readLedger, ...options, dir, thresholds, unreadable: [], receivers: [] };
   const monitor = options.monitorFile ? await readMonitorNews(options.monitorFile) : undefined;
   Object.assign(look.mutes, monitor?.mutes);
   look.receivers = await readReceivers(look);
@@ -451,6 +452,7 @@ function tellLedger(look: Look, host: string, ledger: Ledger): HostStatus {
     untimed: facts.untimed ?? 0,
     ahead: facts.ahead ?? 0,
     ...(facts.through !== undefined && { through: Math.min(facts.through, now) }),
+    ...(facts.zone !== undefined && { zone: facts.zone }),
     ...(facts.agent !== undefined && { agent: facts.agent }),
     ...(facts.peer !== undefined && { peer: facts.peer }),
     ...(mute && { muted: mute }),

@@ -29,6 +29,9 @@ const MAX_RETRY_AFTER = 300;
 /** Of an answer to a chunk, and of one to a question, no more is read. */
 const ANSWER_BYTES = 4096;
 const STREAMS_BYTES = 64 * 1024 * 1024;
+/** A connection that was not used for so long is not used again; a runtime closes those it keeps after so long. */
+const IDLE_MS = 5_000;
+const FORGOTTEN_MS = 310_000;
 /** After a time limit was met the next one is longer, up to so many times the configured one. */
 const MOST_PATIENCE = 32;
 
@@ -48,7 +51,7 @@ export type Answer =
   | { kind: "moved"; offset: number; mark: string | undefined }
   | { kind: "unknown" }
   | { kind: "tooLarge" }
-  | { kind: "refused"; waitMs: number; status: number; reason: string };
+  | { kind: "refused"; waitMs: number; status: number; reason: string; isSlow?: boolean };
 
 export type Uploader = ReturnType<typeof createUploader>;
 
@@ -60,6 +63,8 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
   let fetchChunk = fetchWith({ ...(config.proxy && { proxy: config.proxy }) });
   let refusals = 0;
   let patience = 1;
+  /** When a connection that is kept was used last: the runtime forgets it after `FORGOTTEN_MS`. */
+  let keptAt = Number.NEGATIVE_INFINITY;
 
   async function request(path: string, headers: Record<string, string>, body?: BodyInit): Promise<Response> {
     const pem = (file: string | undefined) => (file === undefined ? "" : readSecret({ file }));
@@ -74,8 +79,17 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
       headers: { ...headers, ...(token && { Authorization: `Bearer ${token}` }) },
       ...(body !== undefined && { body }),
       redirect: "manual",
+      keepalive: mayKeep(),
       signal: AbortSignal.any([signal, AbortSignal.timeout(config.timeoutSeconds * 1000 * patience)]),
     });
+  }
+
+  /** A connection that was idle is not used again: whatever stands between may have forgotten it. */
+  function mayKeep(): boolean {
+    const idleMs = performance.now() - keptAt;
+    const isFresh = idleMs < IDLE_MS || idleMs > FORGOTTEN_MS;
+    if (isFresh) keptAt = performance.now();
+    return isFresh;
   }
 
   /** A fault's pause grows with the number of faults in a row, over all streams. */
@@ -108,13 +122,15 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
         }
         if (response.status === 413) return { kind: "tooLarge" };
         const after = parseRetryAfter(response);
-        const reason = response.ok ? `${whoAnswers(response)}${via}: ${firstWords(text)}` : firstWords(text);
+        const reason = response.ok ? `${whoAnswers(response, text)}${via}` : firstWords(text);
         const answer = refused(response.status, reason, isPassing(response.status) ? AWAY : REFUSED);
         return answer.kind === "refused" && after !== undefined ? { ...answer, waitMs: after } : answer;
       } catch (error) {
         if (signal.aborted) throw error;
-        if ((error as Error).name === "TimeoutError") patience = Math.min(MOST_PATIENCE, patience * 2);
-        return refused(0, `${errorMessage(error)}${via}`, isCertificateFault(error) ? REFUSED : AWAY);
+        const isSlow = (error as Error).name === "TimeoutError";
+        if (isSlow) patience = Math.min(MOST_PATIENCE, patience * 2);
+        const answer = refused(0, `${errorMessage(error)}${via}`, isCertificateFault(error) ? REFUSED : AWAY);
+        return { ...answer, isSlow } as Answer;
       }
     },
 
@@ -135,7 +151,9 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
       if (streams) return streams;
       const hint =
         response.status === 404 ? "update the receiver first: it is of version 1.0, or no receiver" : "";
-      throw new Unanswered(what, response.status, hint || `${whoAnswers(response)}: ${firstWords(text)}`);
+      const advice = ADVICE[response.status] ?? "";
+      const reason = isOurs(response) ? firstWords(text) + advice : whoAnswers(response, text);
+      throw new Unanswered(what, response.status, hint || reason);
     },
   };
 }
@@ -156,8 +174,17 @@ function isOurs(response: Response): boolean {
   return response.headers.get("Cache-Control") === "no-store";
 }
 
-function whoAnswers(response: Response): string {
-  return `not the receiver's answer, but one of ${response.headers.get("Server") ?? "a server without a name"}`;
+/** What to compare when the receiver refuses this sender. */
+const ADVICE: Record<number, string> = {
+  401: "; compare shipper.token with receiver.tokens",
+  403: "; compare shipper.host and shipper.token with receiver.groups and receiver.tokens",
+  421: "; set that port in shipper.receiver",
+};
+
+function whoAnswers({ headers }: Response, text: string): string {
+  const to = headers.get("Location");
+  const words = to ? `, which sends to ${firstWords(to)}` : text && `: ${firstWords(text)}`;
+  return `not the receiver's answer, but one of ${headers.get("Server") ?? "a server without a name"}${words}`;
 }
 
 /** The head of a foreign text, fit for a log. */

@@ -1,8 +1,7 @@
 import { expect, test } from "bun:test";
 import { readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { appendDurably, moveDurably, readIfExists, writeDurably } from "../lib/durable.ts";
-import { holdLock } from "../lib/lock.ts";
+import { appendDurably, holdLock, moveDurably, readIfExists, writeDurably } from "../lib/durable.ts";
 import { start, tempFolder } from "./support.ts";
 
 test("writeDurably() replaces a file and leaves no temp file", async () => {
@@ -45,7 +44,7 @@ test("holdLock() names the process that holds it and is free again after kill -9
   const path = join(await tempFolder(), "lock");
   const holder = start(process.execPath, [
     "-e",
-    `const { holdLock } = await import("${import.meta.dirname}/../lib/lock.ts");
+    `const { holdLock } = await import("${import.meta.dirname}/../lib/durable.ts");
      await holdLock(${JSON.stringify(path)}, "it"); console.log("held"); setInterval(() => {}, 1000);`,
   ]);
   await holder.says("held");

@@ -1,13 +1,24 @@
 import { expect, test } from "bun:test";
-import { mkdir, readdir, readFile, stat, symlink, utimes, writeFile } from "node:fs/promises";
+import { randomBytes } from "node:crypto";
+import { readFileSync, rmSync } from "node:fs";
+import {
+  appendFile,
+  chmod,
+  chown,
+  mkdir,
+  readdir,
+  readFile,
+  stat,
+  symlink,
+  utimes,
+  writeFile,
+} from "node:fs/promises";
 import { join } from "node:path";
 import { gunzipSync, gzipSync } from "node:zlib";
-import { housekeepOnce } from "../housekeep.ts";
+import { type Delivered, housekeepOnce, planPass } from "../housekeep.ts";
 import { parseConfig } from "../lib/config.ts";
-import { formatRecord } from "../lib/ledger.ts";
-import { holdLock } from "../lib/lock.ts";
-import { appendReport, readReportTail } from "../lib/report.ts";
-import { type Delivered, planPass } from "../lib/retention.ts";
+import { holdLock } from "../lib/durable.ts";
+import { appendReport, formatReportLine, readReportTail } from "../lib/report.ts";
 import { createLog } from "../lib/service.ts";
 import { missing, runScriptOnce, start, startScript, tempFolder, until, writeConfig } from "./support.ts";
 
@@ -58,6 +69,21 @@ test("housekeepOnce() compresses and deletes by the time of delivery", async () 
   expect(result).toMatchObject({ compressed: 1, deleted: 2, faults: 0 });
 });
 
+test("housekeepOnce() leaves metrics for node_exporter, and goes on where it can't", async () => {
+  const { dir, sent, config } = await setUp();
+  await deliver(sent, batch(1), 3.1, content(1));
+  await run(config);
+  const text = await readFile(join(dir, ".metrics", "housekeep.prom"), "utf8");
+  expect(text).toContain("# TYPE log_rt_sync_housekeep_last_run_compressed_files gauge\n");
+  expect(text).toContain("\nlog_rt_sync_housekeep_last_run_compressed_files 1\n");
+  expect(text).toContain(`\nlog_rt_sync_housekeep_last_run_timestamp_seconds ${NOW / 1000}\n`);
+  rmSync(join(dir, ".metrics"), { recursive: true });
+  await writeFile(join(dir, ".metrics"), "a file");
+  const { faults, log } = await run(config);
+  expect(faults).toBe(0);
+  expect(log).toContain("metrics not written");
+});
+
 test("housekeepOnce() never touches what is not delivered, however old, and says how much there is", async () => {
   const { dir, config } = await setUp({ compressAfterHours: 0, deleteAfterHours: 0, minFreePercent: 100 });
   for (const folder of ["failed", "10.0.0.1"]) {
@@ -68,7 +94,7 @@ test("housekeepOnce() never touches what is not delivered, however old, and says
   const { log } = await run(config);
   expect((await readdir(join(dir, "failed"))).length).toBe(3);
   expect((await readdir(join(dir, "10.0.0.1"))).length).toBe(4);
-  expect(log).toContain('waiting=3 waitingBytes="20.5 KiB" failed=3');
+  expect(log).toContain("waiting=3 failed=3");
 });
 
 test("housekeepOnce() leaves links, folders and foreign names alone and never leaves the folder", async () => {
@@ -133,7 +159,7 @@ const STEPS = [
   "housekeep:deleted",
 ];
 test.each(STEPS)("housekeep killed at %s loses nothing, and the next run ends the work", async (step) => {
-  const { sent, file } = await setUp({ parallel: 2 });
+  const { sent, file } = await setUp();
   const now = Date.now();
   for (let n = 1; n <= 4; n++) await deliver(sent, batch(n), 3.5, content(n), now);
   await deliver(sent, batch(9), 5, content(9), now);
@@ -153,24 +179,15 @@ test.each(STEPS)("housekeep killed at %s loses nothing, and the next run ends th
 });
 
 test("housekeepOnce() survives a file that vanishes meanwhile", async () => {
-  const { sent, config } = await setUp({ parallel: 1 });
-  for (let n = 1; n <= 3; n++) await deliver(sent, batch(n), 3.5, content(n));
-  const { unlinkSync } = await import("node:fs");
-  const log = createLog((line) => {
-    if (line.includes("compressed file")) unlinkSync(join(sent, batch(3)));
-  });
-  let told = 0;
-  const result = await housekeepOnce({
-    config,
-    signal: new AbortController().signal,
-    now: () => NOW,
-    log: {
-      ...log,
-      info: (message, fields) =>
-        message === "compressed" && told++ === 0 ? log.info(message, fields) : undefined,
-    },
-  });
-  expect(result).toMatchObject({ compressed: 2, faults: 0 });
+  const { sent, config } = await setUp();
+  const last = 40; // far behind those that are worked on side by side
+  for (let n = 1; n <= last; n++) await deliver(sent, batch(n), 3.5 - n / 1000, content(n));
+  const log = createLog(() => {});
+  const vanish = (message: string) => {
+    if (message === "compressed") rmSync(join(sent, batch(last)), { force: true });
+  };
+  const result = await run(config, { log: { ...log, info: vanish } });
+  expect(result).toMatchObject({ compressed: last - 1, faults: 0 });
 });
 
 test("housekeepOnce() refuses to run twice at once, and names the other", async () => {
@@ -182,24 +199,33 @@ test("housekeepOnce() refuses to run twice at once, and names the other", async 
   expect((await run(config)).deleted).toBe(1);
 });
 
-test("housekeep --dry-run says exactly what a run then does, and changes nothing", async () => {
-  const { folder, dir, sent, config, file } = await setUp({ minFreePercent: 0 });
+test("housekeep --dry-run shows what a run then does, with the reason, and changes nothing", async () => {
+  const { folder, dir, sent, config, file } = await setUp();
   const now = Date.now();
   for (let n = 1; n <= 9; n++) await deliver(sent, batch(n), n * 0.7, content(n), now);
+  await deliver(sent, batch(10), 3.5, "short", now);
+  await deliver(sent, batch(11), 3.5, content(11), now);
+  await deliver(sent, `${batch(11)}.gz`, 3.5, gzipSync("something else"), now);
   await writeFile(join(sent, `${batch(1)}.gz.tmp`), "stale");
   await appendReport(config.report, [{ at: now - 91 * DAY, batch: batch(1), lines: 1, status: "Sent" }]);
   const before = await snapshot(folder);
   const dry = await runScriptOnce("housekeep", file, ["--dry-run"]);
-  expect(dry.code).toBe(0);
+  expect(dry.code).toBe(1); // as the run, that has a fault
   expect(await snapshot(folder)).toEqual(before);
   const wet = await runScriptOnce("housekeep", file);
-  const steps = (output: string) =>
-    [...output.matchAll(/(compress|delete|trim).* file=(\S+)/g)].map((m) => `${m[1]} ${m[2]}`);
-  expect(steps(dry.output).sort()).toEqual(steps(wet.output).sort());
-  expect(steps(dry.output).length).toBe(5);
-  expect(dry.output).toContain("would trim a report");
-  expect(wet.output).toContain("report trimmed");
-  expect((await readdir(dir)).sort()).toEqual([".housekeep.lock", "sent"]);
+  expect(wet.code).toBe(1);
+  const planned = [...dry.output.matchAll(/^(compress|delete|trim) +(\S+) .* (because|than|is) /gm)];
+  const done = [...wet.output.matchAll(/info (compress|delete)\w* file=(\S+)/g)];
+  const steps = (rows: RegExpMatchArray[]) => rows.map(([, what, name]) => `${what} ${name}`).sort();
+  expect(steps(planned)).toEqual(steps([...done, ["", "trim", config.report]]));
+  expect(planned.length).toBe(6);
+  const row = (name: string) => dry.output.split("\n").find((line) => line.includes(` ${name} `));
+  expect(row(batch(9))).toMatch(/^delete .* delivered 6h 18m.* ago, deleteAfterHours is 4$/);
+  expect(row(batch(10))).toMatch(/^stays .* it would grow$/);
+  expect(row(batch(11))).toMatch(/^stays .* is there with other content/);
+  expect(row(`${batch(1)}.gz.tmp`)).toMatch(/^remove .* a run was interrupted$/);
+  expect(row(config.report)).toMatch(/^trim .* 1 lines are older than reportDays \(90\)$/);
+  expect((await readdir(dir)).sort()).toEqual([".housekeep.lock", ".metrics", "sent"]);
 });
 
 async function snapshot(folder: string): Promise<string[]> {
@@ -257,30 +283,103 @@ test("housekeepOnce() trims reports by age while others append", async () => {
   expect(lines.sort((a, b) => a - b)).toEqual([3, ...Array.from({ length: 20 }, (_, i) => 100 + i)]);
 });
 
-test("housekeepOnce() removes the records of senders long gone, but for the newest name that they used", async () => {
-  const { dir, config } = await setUp();
-  const write = async (host: string, heardAt: number, more: string[] = []) => {
-    const folder = join(dir, host);
-    await mkdir(folder);
-    await writeFile(join(folder, ".ledger"), formatRecord({ v: 1, heardAt }));
-    const sealed = { name: batch(1), lines: 1, bytes: 1, at: heardAt };
-    await writeFile(join(folder, ".ledger-sealed"), formatRecord(sealed));
-    for (const name of more) await writeFile(join(folder, name), "x");
-  };
-  await write("gone", NOW - 31 * DAY);
-  await write("here", NOW - 29 * DAY);
-  await write("waiting", NOW - 31 * DAY, [batch(2)]);
-  await write("served", NOW - 31 * DAY);
-  const lock = await holdLock(join(dir, "served", ".ledger-lock"), "it");
-  await run(config);
-  lock.release();
-  expect((await readdir(join(dir, "gone"))).sort()).toEqual([".ledger-lock", ".ledger-sealed"]);
-  expect(await readFile(join(dir, "gone", ".ledger-sealed"), "utf8")).toContain(
-    '"forgotten":"26112206_00-19"',
-  );
-  for (const host of ["here", "waiting", "served"])
-    expect(await readdir(join(dir, host))).toContain(".ledger");
+test("housekeepOnce() leaves a file that would grow as it is", async () => {
+  const { sent, config } = await setUp();
+  await deliver(sent, batch(1), 3.5, "one short line\n");
+  await deliver(sent, batch(2), 3.5, randomBytes(200_000));
+  const before = await snapshot(sent);
+  expect(await run(config)).toMatchObject({ compressed: 0, faults: 0, freed: 0 });
+  expect(await snapshot(sent)).toEqual(before);
 });
+
+test.skipIf(process.getuid?.() !== 0)("a .gz has owner, group, mode and time of its original", async () => {
+  const { sent, config } = await setUp();
+  await deliver(sent, batch(1), 3.5, content(1));
+  await chown(join(sent, batch(1)), 1234, 2345);
+  await chmod(join(sent, batch(1)), 0o604);
+  await run(config);
+  const { uid, gid, mode, mtimeMs } = await stat(join(sent, `${batch(1)}.gz`));
+  expect({ uid, gid, mode: mode & 0o777, mtimeMs }).toEqual({
+    ...{ uid: 1234, gid: 2345, mode: 0o604, mtimeMs: NOW - 3.5 * HOUR },
+  });
+});
+
+test.skipIf(process.getuid?.() !== 0)(
+  "housekeep run by another user says so and changes nothing",
+  async () => {
+    const { folder, dir, sent, file } = await setUp();
+    await deliver(sent, batch(1), 3.5, content(1), Date.now());
+    await chown(dir, 1234, 2345);
+    for (const path of [folder, dir, sent]) await chmod(path, 0o777);
+    await chmod(file, 0o644);
+    const before = await snapshot(dir);
+    const script = join(import.meta.dirname, "..", "housekeep.ts");
+    const command = [
+      "--reuid=3456",
+      "--regid=3456",
+      "--clear-groups",
+      process.execPath,
+      script,
+      "--config",
+      file,
+    ];
+    const ran = start("setpriv", command);
+    expect(await ran.ended).toBe(1);
+    expect(ran.output).toContain("it belongs to user 1234, this is user 3456");
+    expect(await snapshot(dir)).toEqual(before);
+  },
+);
+
+test("housekeepOnce() warns of a failed/ of 1,000 files", async () => {
+  const { dir, config } = await setUp();
+  await mkdir(join(dir, "failed"));
+  for (let n = 1; n <= 1000; n++) await writeFile(join(dir, "failed", batch(n)), "");
+  expect((await run(config)).log).toContain("failed/ grows: look why the client refuses");
+  rmSync(join(dir, "failed", batch(1)));
+  expect((await run(config)).log).not.toContain("failed/ grows");
+});
+
+test("housekeepOnce() keeps digests for reportDays, the newest and what waits for longer", async () => {
+  const { dir, config } = await setUp();
+  const digests = join(dir, ".digest");
+  await mkdir(digests);
+  const head = { name: "accessLog_26082203.sha256", sha256: "0".repeat(64), complete: true, at: NOW };
+  const pending = ["accessLog_26082202.sha256"];
+  const state = { version: 1, begins: 0, prefix: "accessLog", head, hours: {}, totals: {}, pending };
+  await writeFile(join(digests, "state.json"), JSON.stringify(state));
+  for (const hour of ["26082200", "26082201", "26082202", "26082203"])
+    for (const name of [`${hour}.list`, `accessLog_${hour}.sha256`])
+      await deliver(digests, name, 91 * 24, "x");
+  await deliver(digests, "accessLog_26082201.2.sha256", 24, "x");
+  await run(config);
+  const left = await readdir(digests);
+  expect(left.filter((name) => name.includes("26082200"))).toEqual([]);
+  expect(left.length).toBe(8);
+});
+
+test("housekeep trims a long report in bounded memory", async () => {
+  const { config, file } = await setUp();
+  const at = (days: number) => ({
+    at: Date.now() - days * DAY,
+    batch: batch(1),
+    lines: 1,
+    status: "Sent" as const,
+  });
+  const block = formatReportLine(at(91)).repeat(10_000);
+  for (let n = 0; n < 100; n++) await appendFile(config.report, block);
+  await appendReport(config.report, [at(1)]);
+  const script = join(import.meta.dirname, "..", "housekeep.ts");
+  const trimming = start(process.execPath, ["--smol", "run", script, "--config", file]);
+  let peak = 0; // KiB
+  const watch = setInterval(() => {
+    const status = readFileSync(`/proc/${trimming.process.pid}/status`, "utf8");
+    peak = Math.max(peak, Number(/VmHWM:\s*(\d+)/.exec(status)?.[1] ?? 0));
+  }, 5);
+  expect(await trimming.ended.finally(() => clearInterval(watch))).toBe(0);
+  expect(peak / 1024).toBeLessThan(128);
+  expect(trimming.output).toContain("lines=1000000");
+  expect((await readReportTail(config.report)).length).toBe(1);
+}, 60_000);
 
 test("housekeep --watch follows its schedule and ends on SIGTERM, also in the middle of a file", async () => {
   const { sent, file } = await setUp({ schedule: "* * * * * *" });
@@ -304,13 +403,14 @@ test.skipIf(missing({ gzip: "gzip" }))("the gzip command reads what was compress
 });
 
 test("housekeep --check and a missing folder say what to do", async () => {
-  const { file } = await setUp({ dir: "/nonexistent", schedule: "61 * * * *" });
+  const gone = join(await tempFolder(), "gone");
+  const { file } = await setUp({ dir: gone, schedule: "61 * * * *" });
   const checked = await runScriptOnce("housekeep", file, ["--check"]);
   expect(checked.code).toBe(78);
-  expect(checked.output).toContain("housekeep.dir: /nonexistent: expected a folder");
+  expect(checked.output).toContain(`housekeep.dir: ${gone}: expected a folder`);
   expect(checked.output).toContain("housekeep.schedule: 61 * * * *: expected a cron expression");
   expect((await runScriptOnce("housekeep", file, ["--watch"])).code).toBe(78);
   const ran = await runScriptOnce("housekeep", file);
   expect(ran.code).toBe(1);
-  expect(ran.output).toContain("Cannot work in /nonexistent");
+  expect(ran.output).toContain(`Cannot work in ${gone}`);
 });

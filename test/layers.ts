@@ -20,7 +20,7 @@ export const SCRIPTS: Record<string, { pass: string; room?: string }> = {
 /** What the five scripts may use of the registry, and who imports it; each further one needs a reason. */
 export const PACKAGES: Record<string, RegExp> = {
   croner: /^lib\/schedule\.ts$/,
-  hono: /^(receiver|lib\/page|lib\/html|lib\/mail\/\w+)\.ts$/,
+  hono: /^(receiver|lib\/page|lib\/mail\/\w+)\.ts$/,
   nodemailer: /^lib\/mail\//,
   ssh2: /^lib\/target\//,
   zod: /./,
@@ -177,7 +177,7 @@ export function functionsOf(source: string): { name: string; lines: number }[] {
       (other, at) => at > index && other.startsWith(indent) && /^\S/.test(other.slice(indent.length)),
     );
     // an argument list over several lines ends with `) {` or `): Type {` under the first letter
-    const body = next >= 0 && /^\)/.test(lines[next]?.slice(indent.length) ?? "") ? end : next;
+    const body = next >= 0 && /^\).*\{$/.test(lines[next]?.slice(indent.length) ?? "") ? end : next;
     return body < 0 || body !== end ? [] : [{ name, lines: end - index + 1 }];
   });
 }

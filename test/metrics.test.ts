@@ -1,11 +1,13 @@
 import { describe, expect, test } from "bun:test";
-import { mkdir } from "node:fs/promises";
+import { existsSync, mkdirSync, rmSync } from "node:fs";
+import { appendFile, mkdir, readFile, writeFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import { parseConfig } from "../lib/config.ts";
 import { createApp, createReceiver } from "../receiver.ts";
+import { lines, startRealReceiver } from "./pipeline.ts";
 import { post, quiet } from "./sending.ts";
-import { accessLine, onCleanup, tempFolder } from "./support.ts";
+import { accessLine, onCleanup, startScript, tempFolder, until, writeConfig } from "./support.ts";
 
 interface Family {
   name: string;
@@ -92,4 +94,28 @@ describe("/metrics", () => {
     const buckets = [...text.matchAll(/_bucket\{le="[^"]+"\} (\d+)/g)].map((match) => Number(match[1]));
     expect(buckets).toEqual([...buckets].sort((a, b) => a - b));
   });
+});
+
+test("a shipper leaves its figures in its state folder, and ships on where it can't", async () => {
+  const home = await tempFolder();
+  const receiver = await startRealReceiver();
+  const [log, stateDir] = [join(home, "access.log"), join(home, "state")];
+  await writeFile(log, lines("m", 1, 3));
+  const section = { files: [log], receiver: receiver.url, host: "10.0.0.1", stateDir };
+  const config = await writeConfig(home, { shipper: section });
+  const metrics = join(stateDir, "shipper.prom");
+  const first = startScript("shipper", config);
+  await until("the first figures", () => existsSync(metrics));
+  const families = new Map(parse(await readFile(metrics, "utf8")).map((each) => [each.name, each]));
+  expect(families.get("log_rt_sync_shipper_lag_bytes")?.type).toBe("GAUGE");
+  expect(families.get("log_rt_sync_shipper_lines_total")?.type).toBe("COUNTER");
+  expect(families.get("log_rt_sync_shipper_build_info")?.metrics[0]?.labels?.version).toMatch(/^\d/);
+  expect(await first.stop()).toBe(0);
+  rmSync(metrics);
+  mkdirSync(join(metrics, "in-the-way"), { recursive: true });
+  const second = startScript("shipper", config);
+  await second.says("cannot write metrics: shipping goes on");
+  await appendFile(log, lines("m", 4, 4));
+  await until("the line", () => receiver.stored("10.0.0.1").includes("/m/4 "));
+  expect(await second.stop()).toBe(0);
 });

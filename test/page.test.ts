@@ -113,3 +113,15 @@ describe("renderPage()", () => {
     expectText(page, "2,997 of 3,000");
   });
 });
+
+test("renderPage() counts the programs of senders, and names those that are behind", () => {
+  const agents = ["log-rt-sync/2.0.0", "log-rt-sync/2.0.0", "log-rt-sync/1.10.0", undefined];
+  const senders = agents.map((agent, n) => host(`10.0.0.${n}`, "ok", { ...(agent && { agent }) }));
+  const page = renderPage(status(senders));
+  expect(page).toContain("Senders run log-rt-sync/2.0.0 (2), log-rt-sync/1.10.0 (1).");
+  expect(page.match(/<small>log-rt-sync\/[\d.]+<\/small>/g)).toEqual(["<small>log-rt-sync/1.10.0</small>"]);
+});
+
+test("renderPage() shows bytes that vanished here beside those that vanished at the sender", () => {
+  expect(renderPage(status([host("10.0.0.1", "ok", { lost: 1024, gone: 1024 })]))).toContain("2.0 KiB");
+});

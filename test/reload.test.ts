@@ -1,8 +1,11 @@
 /** SIGHUP at scripts that stay: what they take up, what they keep, and that a faulty config changes nothing. */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { mkdir, readdir, writeFile } from "node:fs/promises";
+import { existsSync } from "node:fs";
+import { appendFile, mkdir, readdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Section } from "../lib/config.ts";
+import { forwarderStatePath } from "../lib/status.ts";
+import { lines, startRealReceiver } from "./pipeline.ts";
 import { type Running, startScript, tempFolder, until, writeConfig } from "./support.ts";
 
 setDefaultTimeout(60_000);
@@ -53,7 +56,7 @@ test("forwarder: folder, report and digest stay until a restart, and are named; 
   const { home, path, report } = await setUp();
   const forwarder = { dir: path("dir"), report, target: `file://${path("old")}`, intervalSeconds: 3600 };
   const running = startScript("forwarder", await writeConfig(home, { forwarder }));
-  await running.says("forwarder started");
+  await until("the first pass over", () => existsSync(forwarderStatePath(path("dir"))));
   await writeFile(path("dir/10.0.0.1/") + BATCH, "a line\n");
   const moved = { dir: path("other"), report: path("other.log"), digest: true };
   const next = { ...forwarder, ...moved, target: `file://${path("new")}` };
@@ -66,7 +69,7 @@ test("forwarder: folder, report and digest stay until a restart, and are named; 
 
 test("housekeep --watch: the next pass goes by the new hours; the schedule stays, and is named", async () => {
   const { home, path, report } = await setUp();
-  await writeFile(path("dir/sent/") + BATCH, "a line\n");
+  await writeFile(path("dir/sent/") + BATCH, "a line\n".repeat(100));
   const housekeep = { dir: path("dir"), report, schedule: "* * * * * *" };
   const running = startScript("housekeep", await writeConfig(home, { housekeep }), ["--watch"]);
   await running.says("following the schedule");
@@ -75,4 +78,38 @@ test("housekeep --watch: the next pass goes by the new hours; the schedule stays
   await reload(running, home, { housekeep: next }, "needRestart=schedule");
   await until("the .gz", async () => (await readdir(path("dir/sent"))).join() === `${BATCH}.gz`);
   expect(await running.stop()).toBe(0);
+});
+
+test("shipper: files, rules and receiver are taken up, what was unread of a log that is out is told; the host stays", async () => {
+  const { home, path } = await setUp();
+  const [first, second] = [await startRealReceiver(), await startRealReceiver()];
+  await writeFile(path("a.log"), lines("a", 1, 2));
+  await writeFile(path("b.log"), lines("b", 1, 2));
+  const shipper = {
+    files: [path("a.log")],
+    receiver: first.url,
+    host: "10.0.0.1",
+    stateDir: path("state"),
+    ...{ pollSeconds: 0.2, heartbeatSeconds: 0.5 },
+  };
+  const running = startScript("shipper", await writeConfig(home, { shipper }));
+  const has = (receiver: typeof first, text: string) => () => receiver.stored("10.0.0.1").includes(text);
+  await until("a.log at the receiver", has(first, "/a/2 "));
+  expect(has(first, "/b/1 ")()).toBe(false);
+
+  const both = { ...shipper, files: [path("a.log"), path("b.log")], skip: [["/a/3 "]], host: "10.0.0.2" };
+  await reload(running, home, { shipper: both }, "needRestart=host");
+  await until("b.log at the receiver", has(first, "/b/2 "));
+  await appendFile(path("a.log"), lines("a", 3, 4));
+  await until("the next line of a.log", has(first, "/a/4 "));
+  expect(has(first, "/a/3 ")()).toBe(false);
+
+  const other = { ...shipper, files: [path("b.log")], receiver: second.url };
+  await reload(running, home, { shipper: other }, "config read again");
+  await running.says(`log is not followed any more path=${path("a.log")} unread=0`);
+  await appendFile(path("a.log"), lines("a", 5, 5));
+  await appendFile(path("b.log"), lines("b", 3, 4));
+  await until("b.log at the other receiver", has(second, "/b/4 "));
+  expect(await running.stop()).toBe(0);
+  expect(has(first, "/a/5 ")() || has(second, "/a/5 ")()).toBe(false);
 });

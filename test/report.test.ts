@@ -60,12 +60,12 @@ test("trimReport() drops old lines while another appends, and loses none of thos
       for (const one of appended) await appendReport(path, [one]);
     })(),
   ]);
-  expect(dropped).toBe(2);
+  expect(dropped.lines).toBe(2);
   expect(await readReportTail(path)).toEqual(appended);
-  expect(await trimReport(path, at)).toBe(0);
-  expect(await trimReport(path, at + 1e9)).toBe(20);
+  expect((await trimReport(path, at)).lines).toBe(0);
+  expect((await trimReport(path, at + 1e9)).lines).toBe(20);
   expect(await readFile(path, "utf8")).toBe("");
-  expect(await trimReport(join(path, "..", "absent.log"), at)).toBe(0);
+  expect((await trimReport(join(path, "..", "absent.log"), at)).lines).toBe(0);
 });
 
 test("readReportTail() reads no more than asked for and skips a cut first line", async () => {
@@ -93,7 +93,7 @@ test("trimReport() drops what is known to be old, and nothing else", async () =>
     "\xff\n",
   ].join("");
   await writeFile(path, old + foreign + old);
-  expect(await trimReport(path, at)).toBe(2);
+  expect((await trimReport(path, at)).lines).toBe(2);
   expect(await readFile(path, "utf8")).toBe(foreign);
 });
 
@@ -107,7 +107,7 @@ test.skipIf(process.getuid?.() !== 0)(
     expect([statSync(path).uid, statSync(`${path}.lock`).uid]).toEqual([1234, 1234]);
     chmodSync(path, 0o664);
     chownSync(path, 1236, 1237);
-    expect(await trimReport(path, at)).toBe(1);
+    expect((await trimReport(path, at)).lines).toBe(1);
     const { uid, gid, mode } = statSync(path);
     expect([uid, gid, mode & 0o777]).toEqual([1236, 1237, 0o664]);
   },

@@ -1,24 +1,32 @@
 /**
- * The account of one hour: for each sender what was received, and where it is now. Read from what the receiver
- * and the forwarder write: sealed and open batches, the report, and the folders.
+ * The account of an hour: for each sender what was read, and where it is now. It is of the batches that were sealed from
+ * one account to the next, so each is in exactly one of them, whatever its lines' clocks and zones say: a late part or a
+ * line of the future, too, and an hour that the clock repeats or leaves out. read = delivered + skipped + waiting + failed
+ * + missing.
  *
- * An hour is that of the batch names, the wall clock of the lines. How far a sender's wall clock is from UTC
- * is told by its ledger: the end of a window as written, and the same as an instant. Hours end for all senders at
- * the same instants; a sender in another zone has the hour of its own clock that ended then.
+ * It reads one ledger at a time and keeps only what has to be looked up: the memory does not grow with the senders' days.
  */
-import { readdir } from "node:fs/promises";
-import { join } from "node:path";
-import { FAILED, folders, listHosts, parseBatchName, parseWindow } from "../batch.ts";
+import { createHash } from "node:crypto";
+import { createReadStream } from "node:fs";
+import { readdir, stat } from "node:fs/promises";
+import { createInterface } from "node:readline";
+import { folders, listBatches, listHosts, parseBatchName } from "../batch.ts";
 import type { Config } from "../config.ts";
-import { exists } from "../durable.ts";
-import { type Ledger, readLedger, readSealed, type SealedBatch } from "../ledger.ts";
-import { readReportTail } from "../report.ts";
+import { exists, ifMissing } from "../durable.ts";
+import { parseHost } from "../host.ts";
+import { type Ledger, readLedger, type SealedBatch } from "../ledger.ts";
+import { parseReportLine } from "../report.ts";
+import { errorMessage } from "../service.ts";
 
 export const HOUR_MS = 3_600_000;
 /** Hours of the curve. */
 const CURVE_HOURS = 24;
+/** How far back it is looked for batches that vanished. */
+const MISSING_MS = 48 * HOUR_MS;
 /** How much of the report's end is read, in bytes: some 150,000 deliveries. */
 const REPORT_BYTES = 16 * 1024 * 1024;
+/** Names of vanished batches in one account. */
+const MOST_MISSING = 1000;
 
 export interface Amount {
   files: number;
@@ -26,220 +34,242 @@ export interface Amount {
   bytes: number;
 }
 
-/** What one sender wrote in the hour. `received` = delivered + waiting + failed + missing. */
+/** Totals of a sender, of which an account tells what came since the one before. */
+export interface Totals {
+  skipped: number;
+  untimed: number;
+  ahead: number;
+  lost: number;
+}
+
+/** What an account is of. Times are milliseconds since the epoch. */
+export interface AccountSpan {
+  /** End of the hour that it is called by. */
+  hourEnd: number;
+  /** Batches that were sealed after `from` and up to `to`. */
+  from: number;
+  to: number;
+  /** Vanished batches are looked for from then on, and these were told. */
+  missingFrom: number;
+  missingTold: string[];
+  /** What came since the account before, by host; of hosts with nothing it is absent. */
+  since: Record<string, Partial<Totals>>;
+}
+
+/** One sender's hour. `received` = delivered + waiting + failed + missing. */
 export interface HourRow {
   host: string;
-  /** The hour on the sender's clock, `2026-11-22 06:00`. */
-  hour: string;
   received: Amount;
   delivered: Amount;
-  /** Sealed or still open, not delivered yet. */
+  /** Sealed and not delivered yet. */
   waiting: Amount;
   failed: Amount;
   /** Was sealed, and is neither in a folder nor in the report. */
   missing: Amount;
+  /** Still taking lines: told in the account of the hour in which it is sealed. */
+  open: Amount;
   /** Delivered with another number of lines than received. */
   differs: number;
   /** Files that are second and later parts of their window. */
   late: number;
+  since: Totals;
+  heardAt: number;
   /** `silent`: nothing was heard of the sender since; more may come when it is back. */
   state: "complete" | "incomplete" | "silent";
 }
 
-export interface HourSummary {
-  /** End of the hour, milliseconds since the epoch. */
-  end: number;
-  /** The hour on most senders' clocks, `2026-11-22 06:00`. */
-  hour: string;
+const PLACES = ["received", "delivered", "waiting", "failed", "missing", "open"] as const;
+
+export interface HourSummary extends Pick<AccountSpan, "hourEnd"> {
   rows: HourRow[];
   /** Sums over all senders. */
-  total: Pick<HourRow, "received" | "delivered" | "waiting" | "failed" | "missing" | "differs" | "late">;
-  /** Batches of earlier hours that were sealed after the summary before this one. */
-  stragglers: Amount;
+  total: Record<(typeof PLACES)[number], Amount> & Pick<HourRow, "differs" | "late" | "since">;
+  /** Names of this account's batches that are nowhere. */
+  missing: string[];
+  /** Batches of earlier accounts that vanished since. */
+  vanished: { host: string; name: string; lines: number }[];
   /** Lines of each of the 24 hours up to this one, oldest first. */
   curve: number[];
+  /** What could not be read. */
+  unreadable: string[];
 }
 
-/** The offset of a sender's wall clock from UTC in milliseconds, as its latest lines tell; undefined without any. */
-export function zoneOffset({ streams, open }: Ledger): number | undefined {
-  const latest = [...streams.values()]
-    .filter((s) => s.windowEnd !== undefined)
-    .sort((a, b) => b.at - a.at)[0];
-  if (latest?.window && latest.windowEnd !== undefined)
-    return parseWindow(latest.window).end - latest.windowEnd;
-  for (const [name, { endsAt }] of open) {
-    const batch = parseBatchName(name);
-    if (batch) return parseWindow(batch.window).end - endsAt;
-  }
-  return undefined;
-}
-
-/** The offset that most senders have; this machine's when none tells one. */
-export function commonOffset(offsets: (number | undefined)[], now: number): number {
-  const count = new Map<number, number>();
-  for (const offset of offsets) if (offset !== undefined) count.set(offset, (count.get(offset) ?? 0) + 1);
-  const [most] = [...count].sort((a, b) => b[1] - a[1]);
-  return most?.[0] ?? -new Date(now).getTimezoneOffset() * 60_000;
-}
-
-/** The end of the latest hour, at wall clocks of this offset, that had ended at `now`. */
-export function lastHourEnd(now: number, offset: number): number {
-  return Math.floor((now + offset) / HOUR_MS) * HOUR_MS - offset;
-}
-
-/** Makes the account of the hour that ended at `end`, for all senders that are known or expected. */
+/** Makes the account, for all senders that are known or expected. */
 export async function summariseHour(
-  { dir, report, expected, summaryMinute }: Config["monitor"],
-  end: number,
+  { dir, report, expected }: Config["monitor"],
+  span: AccountSpan,
 ): Promise<HourSummary> {
-  const present = await listHosts(dir);
-  const ledgers = new Map<string, Ledger | undefined>();
-  for (const host of present) ledgers.set(host, await readLedger(folders(dir).host(host)));
-  const offsets = [...ledgers.values()].map((ledger) => ledger && zoneOffset(ledger));
-  const common = commonOffset(offsets, end);
-  const dueAt = end + summaryMinute * 60_000;
-  const whereabouts = await findWhereabouts(dir, report);
   const summary: HourSummary = {
-    end,
-    hour: formatHour(end - HOUR_MS + common),
+    hourEnd: span.hourEnd,
     rows: [],
-    total: { ...emptyAmounts(), differs: 0, late: 0 },
-    stragglers: emptyAmount(),
+    total: { ...emptyAmounts(), differs: 0, late: 0, since: emptyTotals() },
+    missing: [],
+    vanished: [],
     curve: new Array(CURVE_HOURS).fill(0),
+    unreadable: [],
   };
-  for (const host of [...new Set([...expected, ...present])].sort()) {
-    const ledger = ledgers.get(host);
-    const wallEnd = lastHourEnd(end + ((ledger && zoneOffset(ledger)) ?? common), 0);
-    await addHost(summary, {
-      dir,
-      host,
-      ledger,
-      wallEnd,
-      whereabouts,
-      dueAt,
-      expected: expected.includes(host),
-    });
+  const attempt = async <T>(path: string, work: () => Promise<T>, instead: T): Promise<T> => {
+    try {
+      return await work();
+    } catch (error) {
+      summary.unreadable.push(`${path}: ${errorMessage(error)}`);
+      return instead;
+    }
+  };
+  const { failed, sent } = folders(dir);
+  const places: Places = {
+    failed: new Set(await attempt(failed, () => listBatches(failed, "sealed", "compressed"), [])),
+    sent: new Set(await attempt(sent, async () => (await ifMissing(readdir(sent))) ?? [], [])),
+    report: await attempt(report, () => readDeliveries(report, span.to - MISSING_MS, sent), UNKNOWN),
+  };
+  const present = (await attempt(dir, () => listHosts(dir), [])).filter((host) => parseHost(host) === host);
+  const natural = new Intl.Collator("en", { numeric: true });
+  for (const host of [...new Set([...expected, ...present])].sort(natural.compare)) {
+    const account = { dir, host, span, places, isExpected: expected.includes(host) };
+    await attempt(folders(dir).host(host), () => addHost(summary, account), undefined);
   }
   return summary;
 }
 
-/** Where batches are, by name: what the report says of them, and what stands in failed/. */
-interface Whereabouts {
-  sent: Map<string, number>;
+/** Where batches are, by name. */
+interface Places {
   failed: Set<string>;
+  /** What stands in sent/, and what the report says was delivered: lines by fingerprint, and from when on. */
+  sent: Set<string>;
+  report: { lines: Map<number, number>; from: number };
 }
 
-async function findWhereabouts(dir: string, report: string): Promise<Whereabouts> {
-  const lines = (await readReportTail(report, REPORT_BYTES)).filter(({ status }) => status === "Sent");
-  const failed = await readdir(join(dir, FAILED)).catch((error: NodeJS.ErrnoException) => {
-    if (error.code === "ENOENT") return [];
-    throw error;
-  });
-  return { sent: new Map(lines.map((line) => [line.batch, line.lines])), failed: new Set(failed) };
-}
-
-interface HostHour {
+interface HostAccount {
   dir: string;
   host: string;
-  ledger: Ledger | undefined;
-  /** End of the hour on the sender's clock. */
-  wallEnd: number;
-  whereabouts: Whereabouts;
-  /** When the summary of this hour is due. */
-  dueAt: number;
-  /** Whether the sender stands in the account also when it is long gone. */
-  expected: boolean;
+  span: AccountSpan;
+  places: Places;
+  isExpected: boolean;
 }
 
-async function addHost(summary: HourSummary, hostHour: HostHour): Promise<void> {
-  const { host, ledger, wallEnd, dueAt, expected } = hostHour;
-  const amounts = { ...emptyAmounts(), differs: 0, late: 0 };
-  const hour = formatHour(wallEnd - HOUR_MS);
-  const row: HourRow = { host, hour, ...amounts, state: hourState(ledger, summary.end) };
-  for (const batch of await listKnown(hostHour)) {
-    const { window = "" } = parseBatchName(batch.name) ?? {};
-    const age = Math.floor((wallEnd - 1 - parseWindow(window).start) / HOUR_MS); // in hours; 0 is this one
-    const curveAt = CURVE_HOURS - 1 - age;
-    if (age >= 0 && age < CURVE_HOURS) summary.curve[curveAt] = (summary.curve[curveAt] ?? 0) + batch.lines;
-    if (age > 0 && batch.at > dueAt - HOUR_MS && batch.at <= dueAt) add(summary.stragglers, batch);
-    if (age === 0) await addBatch(row, batch, hostHour);
+async function addHost(summary: HourSummary, account: HostAccount): Promise<void> {
+  const { dir, host, span, places, isExpected } = account;
+  const folder = folders(dir).host(host);
+  const ledger = await readLedger(folder);
+  const queue = new Set(await listBatches(folder, "sealed"));
+  const told = new Set(span.missingTold);
+  const since = { ...emptyTotals(), ...span.since[host] };
+  const row: HourRow = {
+    ...{ host, ...emptyAmounts(), differs: 0, late: 0, since, heardAt: ledger?.heardAt ?? 0 },
+    state: hourState(ledger, span.hourEnd),
+  };
+  for (const [name, batch] of ledger?.sealed ?? []) {
+    const hours = Math.floor((span.to - batch.at) / HOUR_MS); // 0 is this one
+    const curveAt = CURVE_HOURS - 1 - hours;
+    if (hours >= 0 && hours < CURVE_HOURS)
+      summary.curve[curveAt] = (summary.curve[curveAt] ?? 0) + batch.lines;
+    if (batch.at > span.from && batch.at <= span.to && addBatch(row, batch, queue, places) === "missing")
+      summary.missing.push(name);
+    const isEarlier = batch.at <= span.from && batch.at > Math.max(span.missingFrom, places.report.from);
+    if (
+      isEarlier &&
+      !told.has(name) &&
+      summary.vanished.length < MOST_MISSING &&
+      whereIs(name, queue, places) === "missing"
+    )
+      summary.vanished.push({ host, name, lines: batch.lines });
   }
-  const isGone = !expected && (ledger?.heardAt ?? 0) < summary.end - CURVE_HOURS * HOUR_MS;
-  if (isGone && row.received.files === 0) return;
+  for (const batch of ledger?.open.values() ?? []) add(row.open, batch);
+  if (row.open.files > 0 && row.state === "complete" && isBehind(ledger, span.hourEnd))
+    row.state = "incomplete";
+  const isGone = !isExpected && row.heardAt < span.hourEnd - CURVE_HOURS * HOUR_MS;
+  const isEmpty = row.received.files + row.open.files === 0;
+  if ((isGone || ledger === undefined) && isEmpty && !isExpected) return;
   summary.rows.push(row);
-  for (const place of ["received", "delivered", "waiting", "failed", "missing"] as const) {
-    add(summary.total[place], row[place], row[place].files);
-  }
+  for (const place of PLACES) add(summary.total[place], row[place], row[place].files);
   summary.total.differs += row.differs;
   summary.total.late += row.late;
+  for (const key of Object.keys(since) as (keyof Totals)[]) summary.total.since[key] += since[key];
 }
 
-/** Every batch of the sender that the receiver remembers; of open ones `at` is 0. */
-async function listKnown({ dir, host, ledger }: HostHour): Promise<SealedBatch[]> {
-  const sealed = await readSealed(folders(dir).host(host));
-  const names = new Set(sealed.map(({ name }) => name));
-  const open = [...(ledger?.open ?? [])].filter(([name]) => !names.has(name));
-  return [...sealed, ...open.map(([name, { lines, bytes }]) => ({ name, lines, bytes, at: 0 }))];
-}
-
-async function addBatch(
-  row: HourRow,
-  batch: SealedBatch,
-  { dir, host, whereabouts }: HostHour,
-): Promise<void> {
-  const open = batch.at === 0;
-  const place = open ? "waiting" : await whereIs(dir, host, batch.name, whereabouts);
+function addBatch(row: HourRow, batch: SealedBatch, queue: Set<string>, places: Places): string {
+  const place = whereIs(batch.name, queue, places);
   add(row.received, batch);
   add(row[place], batch);
   if ((parseBatchName(batch.name)?.part ?? 1) > 1) row.late++;
-  if (open && row.state === "complete") row.state = "incomplete"; // more lines may come
-  const sentLines = whereabouts.sent.get(batch.name);
-  if (place === "delivered" && sentLines !== undefined && sentLines !== batch.lines) row.differs++;
+  const sentLines = place === "delivered" ? places.report.lines.get(fingerprint(batch.name)) : undefined;
+  if (sentLines !== undefined && sentLines !== batch.lines) row.differs++;
+  return place;
 }
 
-/**
- * Complete when every stream that was heard of since the hour's end has moved past it or has nothing left to
- * ship; a sender that was not heard of since may have more.
- */
+function whereIs(
+  name: string,
+  queue: Set<string>,
+  { failed, sent, report }: Places,
+): "delivered" | "failed" | "waiting" | "missing" {
+  if (queue.has(name)) return "waiting";
+  if (failed.has(name)) return "failed";
+  return sent.has(name) || sent.has(`${name}.gz`) || report.lines.has(fingerprint(name))
+    ? "delivered"
+    : "missing";
+}
+
+/** Complete when all that was in its files at the hour's end is here; a sender that was not heard since may have more. */
 function hourState(ledger: Ledger | undefined, end: number): HourRow["state"] {
   if (!ledger || ledger.heardAt < end) return "silent";
-  const alive = [...ledger.streams.values()].filter(({ at }) => at >= end);
-  const past = alive.every(({ windowEnd = 0, lag = 0 }) => windowEnd > end || lag === 0);
-  return past ? "complete" : "incomplete";
+  const { through } = ledger.facts;
+  if (through !== undefined) return through >= end ? "complete" : "incomplete";
+  const alive = [...ledger.streams.values()].filter(({ at }) => at >= end); // of version 1.0
+  return alive.every(({ windowEnd = 0, lag = 0 }) => windowEnd > end || lag === 0)
+    ? "complete"
+    : "incomplete";
 }
 
-async function whereIs(
-  dir: string,
-  host: string,
-  name: string,
-  { sent, failed }: Whereabouts,
-): Promise<"delivered" | "failed" | "waiting" | "missing"> {
-  if (sent.has(name)) return "delivered";
-  if (failed.has(name)) return "failed";
-  if (await exists(join(folders(dir).host(host), name))) return "waiting";
-  const delivered = join(folders(dir).sent, name);
-  return (await exists(delivered)) || (await exists(`${delivered}.gz`)) ? "delivered" : "missing";
+/** Whether a batch of a window that is over still takes lines. */
+function isBehind(ledger: Ledger | undefined, end: number): boolean {
+  return [...(ledger?.open.values() ?? [])].some(({ endsAt }) => endsAt <= end);
+}
+
+// ---- the report
+
+/** A name as a number of 52 bits: many thousands of names fit into little memory. */
+function fingerprint(name: string): number {
+  return Number.parseInt(createHash("sha1").update(name).digest("hex").slice(0, 13), 16);
+}
+
+/** Of a report that tells nothing. */
+const UNKNOWN: Places["report"] = { lines: new Map(), from: Number.POSITIVE_INFINITY };
+
+/** What the report's end says was delivered, and from when on it tells that. */
+async function readDeliveries(path: string, oldest: number, sent: string): Promise<Places["report"]> {
+  const lines = new Map<number, number>();
+  const size = (await ifMissing(stat(path)))?.size;
+  // What was delivered and cleared away stands in the report alone: without one nothing can be said of it.
+  if (size === undefined) return (await exists(sent)) ? UNKNOWN : { lines, from: 0 };
+  const start = Math.max(0, size - REPORT_BYTES);
+  const reader = createInterface({
+    input: createReadStream(path, { start, encoding: "latin1" }),
+    crlfDelay: Infinity,
+  });
+  let from = start === 0 ? 0 : undefined;
+  for await (const text of reader) {
+    const line = parseReportLine(text);
+    if (!line) continue;
+    from ??= line.at + HOUR_MS; // its clock may have been set back by an hour
+    if (line.status === "Sent" && line.at >= oldest - HOUR_MS) lines.set(fingerprint(line.batch), line.lines);
+  }
+  return { lines, from: from ?? Infinity };
 }
 
 function emptyAmount(): Amount {
   return { files: 0, lines: 0, bytes: 0 };
 }
 
-function emptyAmounts() {
-  const [received, delivered, waiting, failed, missing] = Array.from({ length: 5 }, emptyAmount);
-  return { received, delivered, waiting, failed, missing } as Record<
-    "received" | "delivered" | "waiting" | "failed" | "missing",
-    Amount
-  >;
+function emptyAmounts(): Record<(typeof PLACES)[number], Amount> {
+  return Object.fromEntries(PLACES.map((place) => [place, emptyAmount()])) as ReturnType<typeof emptyAmounts>;
+}
+
+export function emptyTotals(): Totals {
+  return { skipped: 0, untimed: 0, ahead: 0, lost: 0 };
 }
 
 function add(sum: Amount, { lines, bytes }: { lines: number; bytes: number }, files = 1): void {
   sum.files += files;
   sum.lines += lines;
   sum.bytes += bytes;
-}
-
-/** `2026-11-22 06:00` of a wall clock that is given as if it were UTC. */
-function formatHour(wall: number): string {
-  return new Date(wall).toISOString().slice(0, 16).replace("T", " ");
 }

@@ -13,6 +13,7 @@ import { LEDGER, listBatches, parseBatchName, parseWindow, withState } from "../
 import {
   exists,
   failpoint,
+  holdLock,
   ifMissing,
   moveDurably,
   readIfExists,
@@ -32,7 +33,6 @@ import {
   readLedger,
   snapshot,
 } from "../ledger.ts";
-import { holdLock } from "../lock.ts";
 import { tryLock } from "../runtime.ts";
 import { type Log, OperatorError, wait } from "../service.ts";
 import { type Entry, journalLock, listJournals, type Run, readJournal } from "./journal.ts";

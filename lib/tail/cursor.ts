@@ -1,108 +1,191 @@
 /**
  * The shipper's memory: which files there were, and up to which byte each was shipped.
  *
- * It is saved after the receiver has answered, so it may lag behind what is shipped: the receiver then answers
- * 409 with the offset where it stands. What is in it is enough to know a file again under any name, see
- * tail.ts. The save before the last change of files is kept beside it, for the case that the newest is damaged.
+ * It is saved after the receiver has answered, so it may lag behind what is shipped: the receiver then answers 409 with
+ * the offset where it stands. What is in it is enough to know a file again under any name (lib/tail/streams.ts). The save
+ * before the last change of files is kept beside it, for the case that the newest is damaged.
  */
+import { randomBytes } from "node:crypto";
 import { mkdir } from "node:fs/promises";
 import { join } from "node:path";
 import { z } from "zod";
-import { readIfExists, writeDurably } from "../durable.ts";
+import { writeDurably } from "../durable.ts";
+import { OperatorError } from "../service.ts";
+import { readState, writeState } from "../state.ts";
+import type { LogFile } from "./file.ts";
 
 const mark = z.object({ end: z.number(), length: z.number(), hash: z.string() });
+
+const phase = z.discriminatedUnion("is", [
+  /** There is a file, and maybe more to come. */
+  z.object({ is: z.literal("reading") }),
+  /** Read to its end, with this size on disk, and quiet since. */
+  z.object({ is: z.literal("ended"), size: z.number() }),
+  /** Its file is nowhere. */
+  z.object({ is: z.literal("gone") }),
+]);
 
 const stream = z.object({
   /** Name on the wire; absent until the first line is there. */
   id: z.string().optional(),
   /** Its first chunk was not answered yet. */
   begin: z.enum(["new", "again"]).optional(),
-  /** Where in the file it began. */
-  from: z.number().optional(),
-  /** Every line before it lies at the client, as the receiver told last. */
-  delivered: z.number().optional(),
-  /** Version 1.0 named it: the receiver may have no marks of it. */
-  isOld: z.boolean().optional(),
-  /** Keys of the file and of copies of it that were seen (compressed, copied). */
-  keys: z.array(z.string()),
-  /** Where it was last seen. */
-  path: z.string(),
+  /** Where in the file it began, and where another stream of the same file goes on. */
+  from: z.number(),
+  until: z.number().optional(),
   /** The next byte to ship. */
   offset: z.number().int().nonnegative(),
-  signature: z.object({ head: mark.optional(), marks: z.array(mark) }),
-  /** Its size when it was last looked at: what is lost when it vanishes. Bytes of the log, not on disk. */
+  /** Every line before it lies at the client, as the receiver told last, and when. */
+  delivered: z.number().optional(),
+  deliveredAt: z.number().optional(),
+  /** Version 1.0 named it: the receiver may have no marks of it. */
+  isOld: z.boolean().optional(),
+  /** The live path of its log. */
+  log: z.string(),
+  /** Where it was last seen. */
+  path: z.string(),
+  /** Inode and time of birth of its file; empty while it is known from the receiver's answer alone. */
+  key: z.string(),
+  /** Files with nothing but what its own has, with their sizes. */
+  copies: z.array(z.object({ key: z.string(), size: z.number() })).default([]),
+  head: mark.optional(),
+  /** Ends ascending; the last one ends at the offset. */
+  marks: z.array(mark),
+  /** What was seen of it: what is lost when it vanishes. Bytes of the log, not on disk. */
   size: z.number(),
-  /** Everything of it is shipped and no more will come. */
-  done: z.boolean().default(false),
-  /** It began after the same file was truncated: a hole of NULs may stand at its head. */
-  truncated: z.boolean().default(false),
-  /** When it was first followed, ms. */
-  since: z.number(),
-  /** When it was last seen in the folder, ms. */
-  seenAt: z.number(),
-});
-
-const family = z.object({
-  /** Time of the first start, ms: rotated files that were last written before it are not ours. */
-  since: z.number(),
-  /** How the first look takes what it finds; absent once that look is over. */
-  start: z.enum(["first", "new", "recover"]).optional(),
-  /** The receiver was not asked yet what it knows of these files. */
-  unasked: z.boolean().optional(),
-  streams: z.array(stream),
+  mtimeMs: z.number().default(0),
+  /** It began after the same file was cut: a hole of NULs may stand at its head. */
+  isCut: z.boolean().optional(),
+  phase,
 });
 
 const cursor = z.object({
-  version: z.union([z.literal(1), z.literal(2)]),
+  version: z.literal(2),
   /** Drawn with the cursor: names this shipper. */
-  shipper: z.string().optional(),
+  shipper: z.string(),
   /** Bytes lost since the cursor began. */
+  lost: z.number().nonnegative(),
+  /** False until the receiver has said that it knows no stream of this host. */
+  asked: z.boolean(),
+  /** Paths and globs that were followed, and the keys of the folders of the logs. */
+  files: z.array(z.string()),
+  folders: z.record(z.string(), z.string()).default({}),
+  streams: z.array(stream),
+});
+
+const oldStream = z.object({
+  id: z.string().optional(),
+  keys: z.array(z.string()),
+  path: z.string(),
+  offset: z.number(),
+  signature: z.object({ head: mark.optional(), marks: z.array(mark) }),
+  size: z.number(),
+  done: z.boolean().default(false),
+});
+
+/** The cursor of version 1.0. */
+const oldCursor = z.object({
+  version: z.literal(1),
   lost: z.number().nonnegative().default(0),
-  /** By the path of the live file; streams oldest first. */
-  families: z.record(z.string(), family),
+  families: z.record(
+    z.string(),
+    z.object({ since: z.number(), start: z.string().optional(), streams: z.array(oldStream) }),
+  ),
 });
 
 export type StreamState = z.infer<typeof stream>;
-export type FamilyState = z.infer<typeof family>;
+export type Phase = z.infer<typeof phase>;
 export type Cursor = z.infer<typeof cursor>;
 
+/** A stream, and its file as far as it is open. Times are of the monotonic clock. */
+export interface Stream extends StreamState {
+  file?: LogFile | undefined;
+  /** Its file is the one under the live path. */
+  isLive: boolean;
+  /** Somebody reads or sends it now: which file it is, is not looked at meanwhile. */
+  isBusy: boolean;
+  /** Since when its phase is what it is. */
+  phaseAt: number;
+  /** Size and time of writing at which its end was reached last; "" when there may be more. */
+  endedAs: string;
+  /** It could not be read: not tried again before. */
+  retryAt?: number;
+  /** Up to this size its bytes were checked to be the ones of this stream. */
+  checkedSize: number;
+  /** Size up to which there is no further whole line. */
+  drainedAt?: number;
+  /** When it last grew. */
+  grewAt: number;
+  /** False until the name that was drawn is on stable storage. */
+  isNamed: boolean;
+  /** The receiver has lost it: from here it is shipped again. */
+  wayBack?: number | undefined;
+}
+
 /**
- * What was found in the state folder. `absent` is a first run; `damaged` is not: the receiver is to be asked
- * where each stream stands. `older` says that the newest save is damaged and the one before it was taken.
+ * What was found in the state folder. `absent` is a first run; `damaged` is not: the receiver is to be asked where each
+ * stream stands. `older` says that the newest save is damaged and the one before it was taken. `since`: a cursor of
+ * version 1.0, whose logs were followed since these times.
  */
-export type CursorFound = { state: "found" | "older"; cursor: Cursor } | { state: "absent" | "damaged" };
+export type CursorFound =
+  | { state: "found" | "older"; cursor: Cursor; since?: Map<string, number> }
+  | { state: "absent" | "damaged" };
 
 const PREVIOUS = ".previous";
+
+/** A new name for a stream or a shipper: 128 bits, drawn, never made from a file. */
+export function drawName(): string {
+  return randomBytes(16).toString("base64url");
+}
 
 export function cursorPath(stateDir: string): string {
   return join(stateDir, "cursor.json");
 }
 
-/** Reads the cursor. Throws the system's error when the folder can't be read. */
+/** Reads the cursor. Throws the system's error when the folder can't be read, and an error for one of a later version. */
 export async function readCursor(stateDir: string): Promise<CursorFound> {
-  const text = await readIfExists(cursorPath(stateDir));
-  if (text !== undefined) {
-    const newest = parseCursor(text);
-    if (newest) return { state: "found", cursor: newest };
+  const path = cursorPath(stateDir);
+  const newest = await readOne(path);
+  if (typeof newest === "object") return { state: "found", ...newest };
+  const previous = await readOne(path + PREVIOUS);
+  if (typeof previous === "object") return { state: "older", ...previous };
+  return { state: newest === "absent" && previous === "absent" ? "absent" : "damaged" };
+}
+
+type Read = { cursor: Cursor; since?: Map<string, number> } | "absent" | "damaged";
+
+async function readOne(path: string): Promise<Read> {
+  const found = await readState(path, z.union([cursor, oldCursor]), 2);
+  if (found.state === "newer")
+    throw new OperatorError(`"${path}" is of a later version (${found.version}) than this program`);
+  if (found.state !== "ok") return found.state;
+  return found.value.version === 2 ? { cursor: found.value } : takeOver(found.value, drawName());
+}
+
+/** A cursor of version 1.0: what was shipped counts as delivered until the receiver says otherwise. */
+function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string): Read {
+  const since = new Map<string, number>();
+  const streams: StreamState[] = [];
+  for (const [log, family] of Object.entries(families)) {
+    since.set(log, family.since);
+    for (const { id, keys, path, offset, signature, size, done } of family.streams) {
+      const [key = "", ...others] = keys.toReversed();
+      streams.push({
+        ...(id !== undefined && { id, isOld: true, delivered: offset }),
+        ...{ from: 0, offset, log, path, key, size, mtimeMs: 0, marks: signature.marks },
+        copies: others.map((other) => ({ key: other, size: -1 })),
+        ...(signature.head && { head: signature.head }),
+        phase: done ? { is: "ended", size: -1 } : { is: "reading" },
+      });
+    }
   }
-  const previous = await readIfExists(cursorPath(stateDir) + PREVIOUS);
-  if (previous === undefined) return { state: text === undefined ? "absent" : "damaged" };
-  const older = parseCursor(previous);
-  return older ? { state: "older", cursor: older } : { state: "damaged" };
+  const files = Object.keys(families);
+  return { cursor: { version: 2, shipper, lost, asked: true, files, folders: {}, streams }, since };
 }
 
 /** Saves the cursor; with `keep` also as the one to fall back to. */
 export async function writeCursor(stateDir: string, state: Cursor, keep: boolean): Promise<void> {
   await mkdir(stateDir, { recursive: true, mode: 0o750 });
-  const text = `${JSON.stringify(state)}\n`;
-  await writeDurably(cursorPath(stateDir), text);
-  if (keep) await writeDurably(cursorPath(stateDir) + PREVIOUS, text);
-}
-
-function parseCursor(text: string): Cursor | undefined {
-  try {
-    return cursor.parse(JSON.parse(text));
-  } catch {
-    return undefined;
-  }
+  await writeState(cursorPath(stateDir), state);
+  if (keep) await writeDurably(cursorPath(stateDir) + PREVIOUS, `${JSON.stringify(state)}\n`);
 }

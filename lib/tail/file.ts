@@ -1,24 +1,23 @@
 /**
- * Which file is this, and which of its bytes are whole lines.
+ * The bytes of one log file, plain or compressed: which of them are whole lines, and the marks by which they are known again.
  *
- * A log file is known by its key (inode and time of birth) and by marks: hashes of its first bytes and of the
- * bytes just before offsets that were shipped. The key survives a rename; the marks survive copying and
- * compressing, and tell when an inode was reused or a file was truncated and has grown past the old offset
- * again. Both are read from the open handle, never from the path.
+ * A mark is the hash of at most 1,024 bytes before a position; the head is the mark of the first ones. Marks survive
+ * renaming, copying and compressing, and tell when an inode was used again or a file was cut and has grown past the old
+ * offset. Everything is read from the open handle, never from the path.
  */
-import { createHash } from "node:crypto";
 import { constants } from "node:fs";
 import { type FileHandle, open } from "node:fs/promises";
+import { join } from "node:path";
 import { Readable } from "node:stream";
-import { createGunzip, createZstdDecompress } from "node:zlib";
+import { createGunzip, createZstdDecompress, constants as zlib } from "node:zlib";
+import { formatMark, MARK_BYTES, parseMarkLength } from "../chunk.ts";
 import { OperatorError } from "../service.ts";
 
 const NEWLINE = 0x0a;
-
-/** Longest stretch of bytes that one mark covers. */
-export const MARK_BYTES = 1024;
-
-/** How many marks a stream keeps: the head, the newest, and ever fewer of the older ones. */
+const BLOCK_BYTES = 64 * 1024;
+/** So many NULs at the head of a file are a hole: no line begins like that. */
+const HOLE_BYTES = 32;
+/** How many marks a stream keeps: the newest, and ever fewer of the older ones. */
 const MARKS = 32;
 
 /** A hash of the `length` bytes before `end`. */
@@ -30,19 +29,6 @@ export interface Mark {
 
 export type Compression = "gzip" | "zstd";
 
-/** An open log file. Positions are bytes of the log itself, also when the file is compressed. */
-export interface LogFile {
-  path: string;
-  /** Inode and time of birth: the same under every name of the file. */
-  key: string;
-  compression: Compression | undefined;
-  /** Fills `into` from `position`; fewer bytes than asked for mean the present end of the file. */
-  read(into: Uint8Array, position: number): Promise<number>;
-  /** Size in bytes on disk now, and the time of the last write in ms. */
-  stat(): Promise<{ size: number; mtimeMs: number }>;
-  close(): Promise<void>;
-}
-
 /** A compressed file that ends in the middle: it is still being written, or damaged. */
 export class UnfinishedFile extends Error {}
 
@@ -51,34 +37,26 @@ export function fileKey(stat: { ino: bigint; birthtimeMs: bigint }): string {
   return `${stat.ino}:${stat.birthtimeMs}`;
 }
 
-/**
- * Opens a log file, a compressed one by its ending. Throws the system's error, an OperatorError for what is no
- * regular file (a FIFO or a directory), an UnfinishedFile for a `.gz` without a header.
- */
-export async function openLog(path: string): Promise<LogFile> {
-  const handle = await open(path, constants.O_RDONLY | constants.O_NONBLOCK); // a FIFO must not block
-  try {
-    const stat = await handle.stat({ bigint: true });
-    if (!stat.isFile()) {
-      throw new OperatorError(`Cannot follow "${path}": it is ${kindOf(stat)}, expected a regular file`);
-    }
-    const compression = path.endsWith(".gz") ? "gzip" : path.endsWith(".zst") ? "zstd" : undefined;
-    const inflated = compression && createInflatedReader(handle, compression, path);
-    return {
-      path,
-      key: fileKey(stat),
-      compression,
-      read: inflated ?? ((into, position) => readOnce(handle, into, position)),
-      async stat() {
-        const { size, mtimeMs } = await handle.stat();
-        return { size, mtimeMs };
-      },
-      close: () => handle.close(),
-    };
-  } catch (error) {
-    await handle.close();
-    throw error;
+const rawPaths = new Map<string, Buffer>();
+
+/** A path for the system: names that are no UTF-8 are kept as the bytes that they are. */
+export function rawPath(path: string): string | Buffer {
+  for (let end = rawPaths.size > 0 ? path.length : 0; end > 0; end = path.lastIndexOf("/", end - 1)) {
+    const raw = rawPaths.get(path.slice(0, end));
+    if (raw) return Buffer.concat([raw, Buffer.from(path.slice(end))]);
   }
+  return path;
+}
+
+/** The text for a name in a folder; one that is no UTF-8 shows its bytes as `\xNN`. */
+export function nameOf(folder: string, raw: Buffer): string {
+  const text = raw.toString();
+  if (!text.includes("\uFFFD")) return text;
+  const shown = raw.toString("latin1").replace(/[\x80-\xff]/g, (c) => `\\x${c.charCodeAt(0).toString(16)}`);
+  const path = join(folder, shown);
+  if (!rawPaths.has(path))
+    rawPaths.set(path, Buffer.concat([Buffer.from(rawPath(folder)), Buffer.from("/"), raw]));
+  return shown;
 }
 
 /** What a path that is no regular file is, for people. */
@@ -86,68 +64,214 @@ export function kindOf(stat: { isDirectory(): boolean; isFIFO(): boolean }): str
   return stat.isDirectory() ? "a directory" : stat.isFIFO() ? "a FIFO" : "a device or a socket";
 }
 
-/**
- * One read: a short one is the end of the file as it is now. A second read behind it could see another generation, when
- * the file was truncated and refilled in between, and glue the two together.
- */
-async function readOnce(handle: FileHandle, into: Uint8Array, position: number): Promise<number> {
-  return (await handle.read(into, 0, into.length, position)).bytesRead;
+/** The endings of archives; a log that is written compressed keeps its own before that of its rotation. */
+const COMPRESSED = /\.(gz|zst)(?:[-._][\d.T-]+)?$/;
+
+export function compressionOf(path: string): Compression | undefined {
+  const ending = COMPRESSED.exec(path)?.[1];
+  return ending === "gz" ? "gzip" : ending === "zst" ? "zstd" : undefined;
+}
+
+/** An open log file. Positions are bytes of the log itself, also when the file is compressed. */
+export class LogFile {
+  readonly path: string;
+  /** Inode and time of birth: the same under every name of the file. */
+  readonly key: string;
+  readonly compression: Compression | undefined;
+  /** It had no name any more when it was looked at last. */
+  isUnlinked = false;
+  readonly #handle: FileHandle;
+  #inflated: Inflated | undefined;
+
+  private constructor(path: string, key: string, handle: FileHandle) {
+    this.path = path;
+    this.key = key;
+    this.#handle = handle;
+    this.compression = compressionOf(path);
+  }
+
+  /** Opens a log file, a compressed one by its ending. Throws the system's error, an OperatorError for what is no regular file. */
+  static async open(path: string): Promise<LogFile> {
+    const handle = await open(rawPath(path), constants.O_RDONLY | constants.O_NONBLOCK); // a FIFO must not block
+    try {
+      const stat = await handle.stat({ bigint: true });
+      if (stat.isFile()) return new LogFile(path, fileKey(stat), handle);
+      throw new OperatorError(`Cannot follow "${path}": it is ${kindOf(stat)}, expected a regular file`);
+    } catch (error) {
+      await handle.close();
+      throw error;
+    }
+  }
+
+  /** Reads once, so that no two generations of a file that is cut and filled meanwhile are glued. */
+  async readOnce(into: Uint8Array, position: number): Promise<number> {
+    if (this.compression) return this.read(into, position);
+    return (await this.#handle.read(into, 0, into.length, position)).bytesRead;
+  }
+
+  /** Fills `into` from `position`; fewer bytes than asked for mean the present end, of an archive also the end of what can be unpacked. */
+  async read(into: Uint8Array, position: number): Promise<number> {
+    if (!this.compression) return readFully(this.#handle, into, position);
+    this.#inflated ??= new Inflated(this.#handle, this.compression);
+    return this.#inflated.read(into, position);
+  }
+
+  /** Length of the content; of an archive all of it is unpacked. Throws UnfinishedFile when it has no end. */
+  async contentLength(): Promise<number> {
+    if (!this.compression) return (await this.stat()).size;
+    const block = new Uint8Array(BLOCK_BYTES);
+    for (let position = 0; ; position += block.length) {
+      const n = await this.read(block, position);
+      const { fault } = this.#inflated as Inflated;
+      if (fault)
+        throw new UnfinishedFile(`"${this.path}" is still being written, or damaged`, { cause: fault });
+      if (n < block.length) return position + n;
+    }
+  }
+
+  /** Size in bytes on disk now, and the time of the last write in ms. */
+  async stat(): Promise<{ size: number; mtimeMs: number }> {
+    const { size, mtimeMs, nlink } = await this.#handle.stat();
+    this.isUnlinked = nlink === 0;
+    return { size, mtimeMs };
+  }
+
+  /** Why an archive could not be unpacked to its end when it was read last. */
+  get fault(): Error | undefined {
+    return this.#inflated?.fault;
+  }
+
+  close(): Promise<void> {
+    return this.#handle.close();
+  }
+}
+
+async function readFully(handle: FileHandle, into: Uint8Array, position: number): Promise<number> {
+  let done = 0;
+  while (done < into.length) {
+    const { bytesRead } = await handle.read(into, done, into.length - done, position + done);
+    if (bytesRead === 0) break;
+    done += bytesRead;
+  }
+  return done;
 }
 
 /**
- * Reads a compressed file by positions of its content: forward from where it stands, from the start when the
- * position lies before that. The last bytes that were given are kept, because every chunk looks at its guard.
+ * Reads an archive by positions of its content: forward from where it stands, from the start when the position lies
+ * before that, or the file has grown. The last bytes that were given are kept, because every chunk looks at its guard.
  */
-function createInflatedReader(handle: FileHandle, compression: Compression, path: string): LogFile["read"] {
-  let blocks: AsyncIterator<Buffer> | undefined;
-  let block: Uint8Array = new Uint8Array(0);
-  let at = 0; // position of block[0]
-  let history: Uint8Array = new Uint8Array(0); // the bytes before `at`
+class Inflated {
+  fault: Error | undefined;
+  readonly #handle: FileHandle;
+  readonly #compression: Compression;
+  #blocks: AsyncIterator<Buffer> | undefined;
+  #block: Uint8Array = new Uint8Array(0);
+  /** Position of #block[0]. */
+  #at = 0;
+  /** The bytes before `#at`. */
+  #history: Uint8Array = new Uint8Array(0);
+  #size = -1;
+  /** Where the archive ends, when other bytes lie behind it. */
+  #end = Number.POSITIVE_INFINITY;
 
-  async function* compressed(): AsyncGenerator<Buffer> {
-    for (let position = 0; ; ) {
-      const buffer = Buffer.alloc(64 * 1024);
-      const bytes = await readOnce(handle, buffer, position);
+  constructor(handle: FileHandle, compression: Compression) {
+    this.#handle = handle;
+    this.#compression = compression;
+  }
+
+  async read(into: Uint8Array, position: number): Promise<number> {
+    const { size } = await this.#handle.stat();
+    if (size !== this.#size) this.#end = Number.POSITIVE_INFINITY;
+    if (size !== this.#size || position < this.#at - this.#history.length) this.#restart(size);
+    let done = 0;
+    if (position < this.#at) {
+      done = copyFrom(this.#history, position - (this.#at - this.#history.length), into, 0);
+    }
+    while (done < into.length) {
+      const from = position + done - this.#at;
+      if (from < this.#block.length) done += copyFrom(this.#block, from, into, done);
+      else if (!(await this.#step())) break;
+    }
+    return done;
+  }
+
+  #restart(size: number): void {
+    this.#blocks = this.#inflate(this.#end)[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
+    this.#block = this.#history = new Uint8Array(0);
+    this.#at = 0;
+    this.#size = size;
+    this.fault = undefined;
+  }
+
+  #inflate(end: number) {
+    const inflate =
+      this.#compression === "gzip"
+        ? createGunzip()
+        : createZstdDecompress({ params: { [zlib.ZSTD_d_windowLogMax]: 31 } }); // zstd --long
+    const source = Readable.from(this.#compressed(end));
+    source.on("error", (error) => inflate.destroy(error));
+    return source.pipe(inflate);
+  }
+
+  async *#compressed(end: number): AsyncGenerator<Buffer> {
+    for (let position = 0; position < end; ) {
+      const buffer = Buffer.alloc(Math.min(BLOCK_BYTES, end - position));
+      const bytes = await readFully(this.#handle, buffer, position);
       if (bytes === 0) return;
       position += bytes;
       yield buffer.subarray(0, bytes);
     }
   }
-  const restart = () => {
-    const inflate = compression === "gzip" ? createGunzip() : createZstdDecompress();
-    const source = Readable.from(compressed());
-    source.on("error", (error) => inflate.destroy(error));
-    blocks = source.pipe(inflate)[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
-    block = history = new Uint8Array(0);
-    at = 0;
-  };
-  /** Steps to the next block; false at the end. */
-  const step = async (): Promise<boolean> => {
-    let result: IteratorResult<Buffer> | undefined;
+
+  /** Where gzip's last member ends, when what lies behind it is none: `gzip -dc` ignores that, zlib gives nothing at all. */
+  async #endOfMembers(): Promise<number | undefined> {
+    let [low, high] = [0, this.#size]; // the shortest part that has such a fault ends a few bytes behind
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (isForeign(await this.#faultOf(middle))) high = middle;
+      else low = middle + 1;
+    }
+    for (let end = high - 1; end > Math.max(0, high - 16); end--) if (!(await this.#faultOf(end))) return end;
+    return undefined;
+  }
+
+  /** What is wrong with the first bytes of the archive. */
+  async #faultOf(end: number): Promise<Error | undefined> {
     try {
-      result = await blocks?.next();
+      for await (const _ of this.#inflate(end));
+      return undefined;
     } catch (error) {
-      blocks = undefined;
-      throw new UnfinishedFile(`"${path}" is still being written, or damaged`, { cause: error });
+      return error as Error;
     }
-    if (!result || result.done) return false;
-    const seen = Buffer.concat([history, block]);
-    history = seen.subarray(Math.max(0, seen.length - MARK_BYTES));
-    at += block.length;
-    block = result.value;
-    return true;
-  };
-  return async (into, position) => {
-    if (!blocks || position < at - history.length) restart();
-    let done = 0;
-    if (position < at) done = copyFrom(history, position - (at - history.length), into, 0);
-    while (done < into.length) {
-      const from = position + done - at;
-      if (from < block.length) done += copyFrom(block, from, into, done);
-      else if (!(await step())) break;
+  }
+
+  /** Steps to the next block; false at the end, or where it can't be unpacked. */
+  async #step(): Promise<boolean> {
+    if (this.fault) return false;
+    try {
+      const result = await this.#blocks?.next();
+      if (!result || result.done) return false;
+      const seen = Buffer.concat([this.#history, this.#block]);
+      this.#history = seen.subarray(Math.max(0, seen.length - MARK_BYTES));
+      this.#at += this.#block.length;
+      this.#block = result.value;
+      return true;
+    } catch (error) {
+      const end = isForeign(error as Error) ? await this.#endOfMembers() : undefined;
+      if (end !== undefined && end !== this.#end) {
+        this.#end = end;
+        this.#restart(this.#size);
+        return true;
+      }
+      this.fault = error as Error;
+      return false;
     }
-    return done;
-  };
+  }
+}
+
+/** Whether an archive's fault is that a member begins with other bytes than a member does. */
+function isForeign(error: Error | undefined): boolean {
+  return /incorrect header check|unknown compression method|unknown header flags/.test(error?.message ?? "");
 }
 
 function copyFrom(source: Uint8Array, from: number, into: Uint8Array, to: number): number {
@@ -159,74 +283,46 @@ function copyFrom(source: Uint8Array, from: number, into: Uint8Array, to: number
 // ---- marks
 
 /** The mark of the bytes that end at `end`; of longer ones the last {@link MARK_BYTES}. */
-export function markOf(bytes: Uint8Array, end: number): Mark {
+export function markBefore(bytes: Uint8Array, end: number): Mark {
   const covered = bytes.subarray(Math.max(0, bytes.length - MARK_BYTES));
-  const hash = createHash("sha256").update(covered).digest("base64url").slice(0, 22);
-  return { end, length: covered.length, hash };
+  return { end, length: covered.length, hash: formatMark(covered).split(":")[1] as string };
+}
+
+/** A mark as the wire has it. */
+export function wireMark({ length, hash }: Mark): string {
+  return `${length}:${hash}`;
+}
+
+/** A mark of the wire as one that ends at `end`; undefined for none and for one that can't end there. */
+export function markAt(end: number, text: string | undefined): Mark | undefined {
+  const length = text === undefined ? undefined : parseMarkLength(text);
+  if (!length || length > end) return undefined;
+  return { end, length, hash: (text as string).split(":")[1] as string };
 }
 
 /** The mark of what lies before `end` in a file; undefined when the file does not reach so far. */
-export async function readMark(file: LogFile, end: number): Promise<Mark | undefined> {
-  const bytes = new Uint8Array(Math.min(MARK_BYTES, end));
+export async function readMark(file: LogFile, end: number, length = MARK_BYTES): Promise<Mark | undefined> {
+  const bytes = new Uint8Array(Math.min(length, end));
   const n = await file.read(bytes, end - bytes.length);
-  return n === bytes.length && n > 0 ? markOf(bytes, end) : undefined;
+  return n === bytes.length && n > 0 ? markBefore(bytes, end) : undefined;
 }
 
-/** What a file's bytes look like: its head, from the first line on, and places on the way. */
-export interface Signature {
-  /** Grows until it covers {@link MARK_BYTES}; a hole of NULs in front is not part of it. */
-  head?: Mark | undefined;
-  /** Ends ascending; the last one ends at the offset up to which the file was shipped. */
-  marks: Mark[];
+/** Whether the file has the bytes of a mark in their place. */
+export async function holds(file: LogFile, mark: Mark): Promise<boolean> {
+  return (await readMark(file, mark.end, mark.length))?.hash === mark.hash;
 }
 
-/** The signature with the head that `view` shows; `start` is the position of its first byte, behind any hole. */
-export function addHead(signature: Signature, view: Uint8Array, start: number): Signature {
-  const bytes = view.subarray(0, MARK_BYTES);
-  if (bytes.length <= (signature.head?.length ?? 0)) return signature;
-  return { ...signature, head: markOf(bytes, start + bytes.length) };
-}
-
-/**
- * The marks after the bytes up to `end` were shipped. `view` are bytes of the file that end at `end` and begin
- * at its start or at least {@link MARK_BYTES} before.
- */
-export function addMark(marks: Mark[], view: Uint8Array, end: number): Mark[] {
-  const all = [...marks.filter((mark) => mark.end < end), markOf(view, end)];
-  // Too many: drop every second of the older ones, so that what remains thins out towards the head.
+/** The marks with one more at the end; when they are too many every second of the older ones goes, so that they thin out towards the head. */
+export function addMark(marks: Mark[], mark: Mark): Mark[] {
+  const all = [...marks.filter(({ end }) => end < mark.end), mark];
   return all.length <= MARKS ? all : all.filter((_, i) => i % 2 === 0 || i >= all.length - 4);
 }
 
-/**
- * Whether `file` holds the bytes that the signature was made of, as far as it goes: a copy may be shorter than
- * what was shipped. `whole` asks for all of it. False for a signature of nothing.
- */
-export async function matchesSignature(
-  file: LogFile,
-  signature: Signature,
-  whole: boolean,
-): Promise<boolean> {
-  const buffer = new Uint8Array(MARK_BYTES);
-  const marks = signature.head ? [signature.head, ...signature.marks] : signature.marks;
-  for (const [i, mark] of marks.entries()) {
-    const bytes = buffer.subarray(0, mark.length);
-    const short = (await file.read(bytes, mark.end - mark.length)) < mark.length;
-    if (short) return i > 0 && !whole;
-    if (markOf(bytes, mark.end).hash !== mark.hash) return false;
-  }
-  return marks.length > 0;
-}
-
-/** The marks up to the newest one that the file still holds and at which a line ends. */
-export async function newestFit(file: LogFile, marks: Mark[]): Promise<Mark[]> {
+/** The head that a file has now: its first bytes behind a hole; undefined of an empty one. */
+export async function readHead(file: LogFile, start: number): Promise<Mark | undefined> {
   const bytes = new Uint8Array(MARK_BYTES);
-  for (let i = marks.length - 1; i >= 0; i--) {
-    const { end, length, hash } = marks[i] as Mark;
-    const seen = bytes.subarray(0, length);
-    const isWhole = (await file.read(seen, end - length)) === length && seen.at(-1) === NEWLINE;
-    if (isWhole && markOf(seen, end).hash === hash) return marks.slice(0, i + 1);
-  }
-  return [];
+  const n = trimNuls(bytes.subarray(0, await file.read(bytes, start))).length;
+  return n > 0 ? markBefore(bytes.subarray(0, n), start + n) : undefined;
 }
 
 // ---- lines
@@ -236,31 +332,83 @@ export function wholeLines(bytes: Uint8Array): number {
   return bytes.lastIndexOf(NEWLINE) + 1;
 }
 
-/** So many NULs at the head of a file are a hole: no line begins like that. */
-const HOLE_BYTES = 32;
+/** The bytes without the NULs at their end: a preallocated file is not written there yet. */
+export function trimNuls(bytes: Uint8Array): Uint8Array {
+  let end = bytes.length;
+  while (end > 0 && bytes[end - 1] === 0) end--;
+  return bytes.subarray(0, end);
+}
+
+/** Where the last whole line ends. */
+export async function endOfLines(file: LogFile, upTo?: number): Promise<number> {
+  const size = upTo ?? (await file.contentLength());
+  const block = new Uint8Array(BLOCK_BYTES);
+  for (let end = size; end > 0; ) {
+    const start = Math.max(0, end - block.length);
+    const n = await file.read(block.subarray(0, end - start), start);
+    const lines = wholeLines(block.subarray(0, n));
+    if (lines > 0) return start + lines;
+    end = start;
+  }
+  return 0;
+}
 
 /**
- * Where the content of a file begins: behind the hole of NULs that a writer without O_APPEND leaves at its head
- * after copytruncate. `after` says that a truncation was seen; then also a short hole is one.
+ * Where the content of a file begins: behind the hole of NULs that a writer without O_APPEND leaves at its head after
+ * copytruncate. `after` says that a truncation was seen; then also a short hole is one. 0 while there is nothing else.
  */
 export async function contentStart(file: LogFile, after = false): Promise<number> {
-  const block = new Uint8Array(64 * 1024);
+  const block = new Uint8Array(BLOCK_BYTES);
   for (let position = 0; ; position += block.length) {
     const n = await file.read(block, position);
     let nuls = 0;
     while (nuls < n && block[nuls] === 0) nuls++;
     if (nuls === block.length) continue;
     const start = position + nuls;
-    return start >= HOLE_BYTES || after ? start : 0;
+    return nuls < n && (start >= HOLE_BYTES || after) ? start : 0;
   }
 }
 
+/** Up to which byte two files are the same; `upTo` at most. */
+export async function commonLength(a: LogFile, b: LogFile, upTo: number): Promise<number> {
+  const one = Buffer.alloc(BLOCK_BYTES);
+  const two = Buffer.alloc(BLOCK_BYTES);
+  for (let position = 0; position < upTo; position += BLOCK_BYTES) {
+    const length = Math.min(BLOCK_BYTES, upTo - position);
+    const n = await a.read(one.subarray(0, length), position);
+    const m = await b.read(two.subarray(0, length), position);
+    const both = Math.min(n, m);
+    if (one.compare(two, 0, both, 0, both) !== 0) {
+      for (let i = 0; i < both; i++) if (one[i] !== two[i]) return position + i;
+    }
+    if (both < length) return position + both;
+  }
+  return upTo;
+}
+
+/** A rule of `skip`: texts that a line has to contain, `first` those that it has to begin with. */
+export interface SkipRule {
+  texts: Buffer[];
+  first: Buffer | undefined;
+}
+
+/** A rule from its texts; one with `^` in front stands for the line's first bytes. */
+export function parseSkipRule(texts: string[]): SkipRule {
+  const first = texts.find((text) => text.startsWith("^") && text.length > 1)?.slice(1);
+  const others = texts.filter((text) => text.slice(1) !== first || !text.startsWith("^"));
+  const all = first === undefined ? others : [first, ...others];
+  return {
+    texts: all.map((text) => Buffer.from(text)),
+    first: first === undefined ? undefined : Buffer.from(first),
+  };
+}
+
 /**
- * Takes the lines out of `bytes` that contain every text of one of the rules, in place; returns what is left.
- * Costs one native search per rule when nothing matches. `bytes` begins at the start of a line.
+ * Takes the lines out of `bytes` that a rule fits, in place; returns what is left. Costs one native search per rule when
+ * nothing matches. `bytes` begins at the start of a line.
  */
-export function skipLines(bytes: Buffer, rules: Buffer[][]): Buffer {
-  const candidates = rules.filter((rule) => rule.every((text) => bytes.includes(text)));
+export function skipLines(bytes: Buffer<ArrayBuffer>, rules: SkipRule[]): Buffer<ArrayBuffer> {
+  const candidates = rules.filter(({ texts }) => texts.every((text) => bytes.includes(text)));
   if (candidates.length === 0) return bytes;
   const cuts = candidates.flatMap((rule) => findLines(bytes, rule)).sort((a, b) => a[0] - b[0]);
   let kept = 0;
@@ -275,8 +423,8 @@ export function skipLines(bytes: Buffer, rules: Buffer[][]): Buffer {
   return bytes.subarray(0, kept + bytes.length - from);
 }
 
-/** Start and end of every line that contains all texts of a rule. */
-function findLines(bytes: Buffer, [first, ...others]: Buffer[]): [number, number][] {
+/** Start and end of every line that a rule fits. */
+function findLines(bytes: Buffer, { texts: [first, ...others], first: begin }: SkipRule): [number, number][] {
   const found: [number, number][] = [];
   if (first === undefined) return found;
   for (let at = bytes.indexOf(first); at >= 0; ) {
@@ -284,7 +432,8 @@ function findLines(bytes: Buffer, [first, ...others]: Buffer[]): [number, number
     const newline = bytes.indexOf(NEWLINE, at);
     const end = newline < 0 ? bytes.length : newline + 1;
     const line = bytes.subarray(start, end);
-    if (others.every((text) => line.includes(text))) found.push([start, end]);
+    const isFirst = !begin || line.subarray(0, begin.length).equals(begin);
+    if (isFirst && others.every((text) => line.includes(text))) found.push([start, end]);
     at = end < bytes.length ? bytes.indexOf(first, end) : -1;
   }
   return found;

@@ -1,258 +1,937 @@
 /**
- * A stream is one log file from its first byte to its last, whatever it is called meanwhile; a family is the
- * streams of one live file and its rotated siblings. Here a stream begins, gets its name, is opened, and is done.
+ * The streams: a stream is one log file from its first byte to its last, whatever it is called meanwhile. A look says which
+ * file is which:
+ *
+ *   a file of a known inode, as long as its bytes still fit   → that stream, whatever its name
+ *   any other                                                 → what its bytes say (lib/tail/identify.ts)
+ *   a stream without a file                                   → what was not read of it is lost, and told in bytes
+ *
+ * A stream is `reading`, or `ended` (a rotated file that was read to its end and was quiet since), or `gone`. Files that
+ * somebody else still writes (copied, compressed) are left for the next look.
  */
-import { randomBytes } from "node:crypto";
-import { parseMarkLength, type StreamStatus } from "../chunk.ts";
-import type { FaultLog, Log } from "../service.ts";
-import type { FamilyState, StreamState } from "./cursor.ts";
-import { type LogFile, MARK_BYTES, openLog, readMark, wholeLines } from "./file.ts";
+import { resolve } from "node:path";
+import { MARK_BYTES, type StreamStatus } from "../chunk.ts";
+import { errorMessage, type FaultLog, type Log } from "../service.ts";
+import {
+  type Cursor,
+  type CursorFound,
+  drawName,
+  type Phase,
+  readCursor,
+  type Stream,
+  type StreamState,
+  writeCursor,
+} from "./cursor.ts";
+import {
+  compressionOf,
+  contentStart,
+  endOfLines,
+  LogFile,
+  markAt,
+  readHead,
+  readMark,
+  UnfinishedFile,
+} from "./file.ts";
+import { fitOf, type Identity, identify } from "./identify.ts";
+import { type FoundFile, Paths, type Survey } from "./paths.ts";
 
-/** A file's time of writing may lie so far (ms) behind the clock: the kernel takes the time of its last tick. */
-const CLOCK_TICK_MS = 10;
+/** An archive without an end that was not written to for so long (ms) is damaged, not unfinished. */
+const UNFINISHED_MS = 60_000;
+/** A small file that begins like another one is shipped as a log of its own after so long (ms). */
+const SMALL_MS = 60_000;
+/** A stream whose file is gone is kept for so long (ms), as its file may come again in another form. */
+const FORGET_AFTER_MS = 60_000;
+/** The same while the receiver does not say that all of it is delivered. */
+const FORGET_AFTER_ALL_MS = 7 * 24 * 3_600_000;
+/** Files that are open at once; the others are opened when their turn comes. */
+const OPEN_FILES = 64;
+/** So many listings are made while names are being shifted, and the next ones after so long (ms). */
+const LISTINGS = 8;
+const SHIFTING_MS = 50;
+/** In front of the key of a stream whose file holds other bytes now: no file has it, and streams of one file still share it. */
+const CUT = "cut ";
+/** A file that was moved out of sight is read on for so long (ms) after its last line. */
+const MOVED_MS = 600_000;
+/** At the first sight of a log, a rotated file that was written within this time (ms) may still get lines. */
+const STILL_WRITTEN_MS = 60_000;
 
-/** A stream, and its file as far as it is open. */
-export interface Stream extends StreamState {
-  file?: LogFile | undefined;
-  /** When it last grew, ms. */
-  grewAt: number;
-  /** Its size when its bytes were last checked: until then they were the ones of this stream. */
-  checkedSize?: number;
-  /** Size at which its end was reached last. */
-  endSeenAt?: number | undefined;
-  /** Size and time of writing of the live file when its end was reached last. */
-  endedAs?: string;
-  /** False until the name that was drawn is on stable storage. */
-  isNamed?: boolean;
-  /** The receiver has lost it: from here it is shipped again. */
-  wayBack?: number;
-  /** When `delivered` was told, ms. */
-  deliveredAt?: number;
-  /** Size at which no further whole line was there. */
-  drainedAt?: number;
-  /** Since when its file is nowhere to be found, ms. */
-  missingSince?: number | undefined;
-}
-
-export interface Family {
+/** One followed log: the files under a live path and its rotations, shipped one after the other. */
+export interface FollowedLog {
   path: string;
-  since: number;
-  /** Oldest first, the live file last. */
-  streams: Stream[];
-  /** Key of the file under the live path now. */
-  liveKey: string | undefined;
-  /** When the folder was looked at last, ms. */
-  scannedAt?: number;
-  /** The folder is to be looked at again at this time, ms; 0 for at once. */
-  scanAt: number;
-  /** Some file is not settled: still being copied or compressed, or missing for a moment only. */
-  unsettled: boolean;
-  /** Until then, ms, the live file waits for rotated ones that are not settled; 0 before the first look. */
+  /** Key of its folder: while another one lies in its place, a file is away and not gone. */
+  folder: string | undefined;
+  /** Until then the live file waits for rotated ones that are not settled; 0 before the first look. */
   heldUntil: number;
-  /** The live file waits now. */
-  liveHeld: boolean;
-  /** Unknown files that are not ours, as they were when this was found out. */
-  ignored: Set<string>;
-  /** The receiver was not asked yet what it knows of these files. */
-  unasked: boolean;
-  /** How the first look takes what it finds. */
-  start: "known" | "first" | "new" | "recover";
+  isHeld: boolean;
+  /** It is being shipped. */
+  isRunning: boolean;
 }
 
-/** What a scan needs from the shipper. */
-export interface ScanContext {
-  config: {
-    startAt: "beginning" | "end";
-    rotateWaitSeconds: number;
-    pollSeconds: number;
-    olddir?: string | undefined;
-  };
-  now: () => number;
+/** What a look came to. */
+export interface Look {
+  /** No file is in the middle of being copied, compressed or renamed, and none is missing for a moment only. */
+  isSettled: boolean;
+  /** The next one is due at this time. */
+  nextAt: number;
+  /** Streams without a file, for so long that it does not come back. */
+  orphans: Stream[];
+}
+
+export interface TailConfig {
+  files: string[];
+  olddir?: string | undefined;
+  stateDir: string;
+  startAt: "beginning" | "end";
+  rotateWaitSeconds: number;
+  pollSeconds: number;
+}
+
+export interface TailContext {
   log: Log;
   faults: FaultLog;
   signal: AbortSignal;
-  /** What the receiver knows of these streams, or of all of this host. Throws Unanswered. */
-  ask(names?: string[]): Promise<StreamStatus[]>;
-  /** All that the receiver knew of this host at the start, when there was no cursor. Throws Unanswered. */
-  known(): Promise<StreamStatus[]>;
-  /** Names of the streams that are followed, of all families. */
-  taken(): Set<string>;
-  /** Counts bytes that can't be read any more. */
-  lose(bytes: number, stream: StreamState): void;
-  /** The set of streams has changed. */
-  changed(): void;
+  /** The wall clock, and one that nobody sets. */
+  now: () => number;
+  mono: () => number;
 }
 
-/** A family as the cursor has it, or a new one. */
-export function createFamily(path: string, start: Family["start"], now: number, state?: FamilyState): Family {
-  const streams = (state?.streams ?? []).map((stream) => ({ ...stream, grewAt: 0 }));
-  return {
-    path,
-    since: state?.since ?? now - CLOCK_TICK_MS,
-    streams,
-    liveKey: undefined,
-    scanAt: 0,
-    unsettled: false,
-    heldUntil: 0,
-    liveHeld: false,
-    ignored: new Set(),
-    unasked: state?.unasked ?? false,
-    start,
-  };
-}
+/** All streams of one shipper. */
+export class Streams {
+  readonly logs = new Map<string, FollowedLog>();
+  paths: Paths;
+  list: Stream[] = [];
+  /** Bytes lost since the cursor began. */
+  lost = 0;
+  /** Names the cursor. */
+  shipper = drawName();
+  /** The receiver has said what it knows of this host. */
+  asked = false;
+  /** What the cursor was at the start. */
+  found: CursorFound["state"] = "absent";
+  /** The set of streams has changed since the last save, or only offsets. */
+  isChanged = false;
+  isMoved = false;
+  /** When everything was looked at last, on the wall clock, and whether it was settled. */
+  seenAt = 0;
+  isSettled = false;
+  #config: TailConfig;
+  readonly #context: TailContext;
+  #lastFaults = new Map<string, string>();
+  /** Times up to which rotated files of a log are not ours, by its live path; undefined when all are. */
+  #since = new Map<string, number>();
+  /** Unknown files as they are, with when they were first seen so; those that are not ours for ever. */
+  #unknown = new Map<string, number>();
+  #ignored = new Set<string>();
+  #leftOut = new Set<string>();
+  /** Keys of files that were cut and written anew. */
+  #cut = new Set<string>();
+  /** Streams whose files are open, the one that was read last at the end. */
+  readonly #open = new Set<Stream>();
+  #saving: Promise<void> = Promise.resolve();
+  #nextSave: Promise<void> | undefined;
 
-/**
- * What the cursor keeps of a family. Of one that is being recovered it is only that: from a part of its streams the
- * next start would conclude that the other files are older than the first one.
- */
-export function toState({ since, start, unasked, streams }: Family): FamilyState {
-  const states = streams.map(
-    ({
-      file,
-      grewAt,
-      checkedSize,
-      endSeenAt,
-      endedAs,
-      missingSince,
-      isNamed,
-      wayBack,
-      deliveredAt,
-      drainedAt,
-      ...state
-    }) => state,
-  );
-  const asked = unasked ? { unasked } : {};
-  if (start === "known") return { since, ...asked, streams: states };
-  return { since, ...asked, start, streams: start === "recover" ? [] : states };
-}
-
-/** The stream of the file that is live now. */
-export function liveStream(family: Family): Stream | undefined {
-  return family.streams.find((stream) => stream.keys.includes(family.liveKey ?? ""));
-}
-
-/** Adds a stream for a file. */
-export async function beginStream(
-  family: Family,
-  file: LogFile,
-  offset: number,
-  context: ScanContext,
-  truncated = false,
-): Promise<Stream> {
-  const { size, mtimeMs } = await file.stat();
-  const head = offset > 0 ? await readMark(file, Math.min(offset, MARK_BYTES)) : undefined;
-  const mark = offset > 0 ? await readMark(file, offset) : undefined;
-  const stream: Stream = {
-    keys: [file.key],
-    path: file.path,
-    offset,
-    signature: { head, marks: mark ? [mark] : [] },
-    size: file.compression ? 0 : size,
-    done: false,
-    truncated,
-    from: offset,
-    since: context.now(),
-    seenAt: context.now(),
-    grewAt: mtimeMs,
-  };
-  family.streams.push(stream);
-  context.changed();
-  context.log.info("following", { path: file.path, offset, bytes: stream.size - offset });
-  return stream;
-}
-
-/**
- * The live file was cut to nothing and written anew (copytruncate): its stream goes on in the copy, when there
- * is one, and a new stream begins in the file.
- */
-export async function beginAfterTruncation(
-  family: Family,
-  stream: Stream,
-  file: LogFile,
-  context: ScanContext,
-): Promise<Stream> {
-  context.log.info("file was truncated", { path: stream.path, stream: stream.id, offset: stream.offset });
-  stream.file = undefined;
-  stream.size = Math.max(stream.offset, stream.checkedSize ?? 0); // the size seen since is the new content's
-  stream.keys = stream.keys.filter((key) => key !== file.key);
-  const next = await beginStream(family, file, 0, context, true);
-  await file.close();
-  family.scanAt = 0; // at once: the copy is there before the truncation
-  return next;
-}
-
-/** A new name for a stream on the wire: 128 bits, drawn, never made from the file. */
-export function drawName(): string {
-  return randomBytes(16).toString("base64url");
-}
-
-/** The receiver has a stream of this file: it goes on there, with its name. */
-export function goOnAt(stream: Stream, { stream: id, offset, delivered, mark }: StreamStatus): void {
-  const length = parseMarkLength(mark ?? "") ?? 0;
-  const hash = mark?.split(":")[1] ?? "";
-  const marks = length > 0 ? [{ end: offset, length, hash }] : [];
-  Object.assign(stream, { id, offset, done: false, signature: { ...stream.signature, marks } });
-  if (delivered !== undefined) stream.delivered = delivered;
-}
-
-/** Opens a stream's file where it was last seen; undefined when another one lies there now. */
-export async function openStream(family: Family, stream: Stream): Promise<LogFile | undefined> {
-  if (stream.missingSince !== undefined) return undefined;
-  try {
-    const file = await openLog(stream.path);
-    if (stream.keys.includes(file.key)) return file;
-    await file.close();
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+  constructor(config: TailConfig, context: TailContext) {
+    this.#config = config;
+    this.#context = context;
+    this.paths = new Paths(config.files, config.olddir);
   }
-  family.scanAt = 0;
-  return undefined;
-}
 
-/** False for a rotated file whose end was failpoint, and that nobody has written to since. */
-export function mayHaveGrown(stream: Stream): boolean {
-  return stream.file !== undefined || stream.endSeenAt === undefined || stream.endSeenAt !== stream.size;
-}
+  /** Takes up what the cursor knows. */
+  async open(): Promise<void> {
+    const { stateDir } = this.#config;
+    const { log, mono } = this.#context;
+    const found = await readCursor(stateDir).catch((error): CursorFound => {
+      if (!(error as NodeJS.ErrnoException).code) throw error;
+      return { state: "damaged" };
+    });
+    this.found = found.state;
+    if (found.state === "damaged" || found.state === "older") {
+      const instead =
+        found.state === "older"
+          ? "the one before it is taken"
+          : "the receiver is asked where each file stands";
+      log.warn("cursor is damaged", { stateDir, instead });
+    }
+    if (!("cursor" in found)) return;
+    const { cursor } = found;
+    this.lost = cursor.lost;
+    this.shipper = cursor.shipper;
+    this.asked = cursor.asked;
+    this.#since = found.since ?? new Map();
+    this.list = cursor.streams.map((state) => withFile(state, mono()));
+    for (const [path, folder] of Object.entries(cursor.folders)) this.#logOf(path).folder = folder;
+    if (!found.since) this.#startAdded(cursor.files);
+  }
 
-/** A rotated file at whose end we are: done when it was quiet for long enough and ends with a whole line. */
-export async function finishStream(family: Family, stream: Stream, context: ScanContext): Promise<void> {
-  const { file } = stream;
-  if (!file) return;
-  const time = context.now();
-  const { size, mtimeMs } = await file.stat();
-  if (!file.compression) {
-    if (size !== stream.endSeenAt) stream.grewAt = stream.endSeenAt === undefined ? mtimeMs : time;
-    stream.endSeenAt = size;
-    const quietAt = stream.grewAt + context.config.rotateWaitSeconds * 1000;
-    if (time < quietAt) {
-      family.scanAt = Math.min(family.scanAt, quietAt);
-      return;
+  /** Another config while running: what it names for the first time is looked for, what it does not name is left. */
+  reconfigure(config: TailConfig): void {
+    const { files } = this.#config;
+    this.#config = config;
+    this.paths = new Paths(config.files, config.olddir);
+    this.#startAdded(files);
+    this.isChanged = true;
+  }
+
+  /** What is named for the first time starts as at the very first start: its old rotations are not ours. */
+  #startAdded(before: string[]): void {
+    const { files, olddir } = this.#config;
+    const known = new Set(new Paths(before, olddir).livePaths());
+    const added = files.filter((pattern) => !before.includes(pattern));
+    for (const path of new Paths(added, olddir).livePaths()) {
+      if (!known.has(path) && !this.logs.has(path)) this.#since.set(path, this.#context.now());
     }
   }
-  await file.close();
-  stream.file = undefined;
-  const unfinished = stream.size - stream.offset;
-  if (unfinished > 0 && !file.compression) return; // half a line: its writer may still end it
-  stream.done = true;
-  context.changed();
-  context.log.info("file is done", { path: stream.path, stream: stream.id, bytes: stream.offset });
-  if (unfinished > 0) context.lose(unfinished, stream);
-}
 
-/** Where the last whole line ends. */
-export async function endOf(file: LogFile): Promise<number> {
-  const { size } = await file.stat();
-  const block = new Uint8Array(64 * 1024);
-  for (let end = size; end > 0; ) {
-    const start = Math.max(0, end - block.length);
-    const n = await file.read(block.subarray(0, end - start), start);
-    const lines = wholeLines(block.subarray(0, n));
-    if (lines > 0) return start + lines;
-    end = start;
+  #logOf(path: string): FollowedLog {
+    const known = this.logs.get(path);
+    if (known) return known;
+    const log = { path, folder: undefined, heldUntil: 0, isHeld: false, isRunning: false };
+    this.logs.set(path, log);
+    return log;
   }
-  return 0;
+
+  // ---- the look
+
+  /** Looks at all folders and files. */
+  async look(): Promise<Look> {
+    const { mono, now } = this.#context;
+    const started = now();
+    const survey = await this.#survey();
+    if (!survey) return { isSettled: false, nextAt: mono() + SHIFTING_MS, orphans: [] };
+    const there = new Set(survey.files.flatMap(({ isLive, log }) => (isLive ? log : [])));
+    for (const [path, { folder }] of survey.logs) {
+      const log = this.#logOf(path);
+      if (there.has(path)) log.folder = folder;
+    }
+    if (this.found === "absent" && !this.asked && this.list.length === 0)
+      this.#since = allLogs(survey, now());
+
+    const unknown = await this.#locate(survey);
+    const waiting = await this.#identifyAll(unknown, survey);
+    await this.#findUnderOtherNames(survey);
+    this.#reportFaults(survey);
+    const orphans = this.#findOrphans(survey);
+    const isMissing = this.list.some(({ phase, offset, size }) => phase.is === "gone" && size > offset);
+    this.#holdLive(waiting);
+    await this.#prune(survey);
+    const finishAt = await this.#finishQuiet();
+    for (const path of survey.logs.keys()) this.#since.delete(path);
+    this.isSettled = waiting.size === 0 && !isMissing && survey.faults.size === 0;
+    this.seenAt = started;
+    const isSoon = waiting.size > 0 || isMissing;
+    const wait = Math.min(this.#config.pollSeconds * 1000, isSoon ? 1000 : Number.POSITIVE_INFINITY);
+    return {
+      isSettled: waiting.size === 0 && !isMissing,
+      nextAt: Math.min(mono() + wait, finishAt),
+      orphans,
+    };
+  }
+
+  /**
+   * A rotation that shifts names while they are listed can hide a file: when one is new or missing, only two listings that
+   * agree are believed. Undefined when none of them do.
+   */
+  async #survey(): Promise<Survey | undefined> {
+    let before = "";
+    for (let n = 0; n < LISTINGS; n++) {
+      const survey = this.paths.survey(this.#livePaths());
+      const keys = new Set(survey.files.map(({ key }) => key));
+      const missing = this.list.filter(({ key, phase, size, offset }) => {
+        return key !== "" && !keys.has(key) && (phase.is !== "gone" || size > offset);
+      });
+      for (const file of this.paths.seek(
+        missing.map((each) => ({ ...each, isSought: each.phase.is === "gone" })),
+      )) {
+        if (!keys.has(file.key)) survey.files.unshift(file);
+        keys.add(file.key);
+      }
+      const known = new Set(this.list.flatMap(({ key, copies }) => [key, ...copies.map((copy) => copy.key)]));
+      const isAsKnown = missing.every(({ key }) => keys.has(key)) && [...keys].every((key) => known.has(key));
+      const listing = survey.files
+        .map(({ path, key }) => `${path} ${key}`)
+        .sort()
+        .join("\n");
+      if (isAsKnown || listing === before) return survey;
+      before = listing;
+    }
+    return undefined;
+  }
+
+  /** Live paths of streams that a pattern still names, although there may be no file. */
+  #livePaths(): string[] {
+    return [...new Set(this.list.map(({ log }) => log))].filter((path) => this.paths.names(path));
+  }
+
+  #reportFaults({ faults, logs, leftOut }: Survey): void {
+    const { log } = this.#context;
+    for (const [path, error] of faults) {
+      const message = logs.has(path) ? "cannot follow log file" : "cannot look for log file";
+      this.#context.faults.failed(`look ${path}`, message, { path, error });
+    }
+    for (const path of this.#lastFaults.keys()) {
+      if (!faults.has(path))
+        this.#context.faults.recovered(`look ${path}`, "log file can be looked at again", { path });
+    }
+    this.#lastFaults = faults;
+    for (const { path, key, size: bytes } of leftOut) {
+      if (this.#leftOut.has(path) || this.list.some((stream) => stream.key === key)) continue;
+      this.#leftOut.add(path);
+      log.info("file is no rotation of a log by its name: not followed", { path, bytes });
+    }
+  }
+
+  /** Finds the streams' files by their keys; notes their sizes. Gives the files that are nobody's. */
+  async #locate(survey: Survey): Promise<FoundFile[]> {
+    const owners = new Map<string, Stream>();
+    const copies = new Map<string, Stream>();
+    for (const stream of this.list) {
+      if (stream.key !== "" && (stream.until === undefined || !owners.has(stream.key)))
+        owners.set(stream.key, stream);
+      for (const { key } of stream.copies) copies.set(key, stream);
+    }
+    const located = new Set<string>();
+    const unknown: FoundFile[] = [];
+    for (const stream of this.list) stream.isLive = false;
+    for (const file of survey.files) {
+      const owner = owners.get(file.key);
+      if (owner) {
+        located.add(file.key);
+        if (!(await this.#isStill(owner, file))) unknown.push(file);
+      } else if (!copies.has(file.key)) unknown.push(file);
+    }
+    for (const file of survey.files) {
+      const stream = copies.get(file.key);
+      if (!stream || owners.has(file.key)) continue;
+      const copy = stream.copies.find(({ key }) => key === file.key);
+      if (copy?.size === -1) copy.size = file.size;
+      const isAlone = !located.has(stream.key);
+      if (!isAlone && copy?.size === file.size) continue;
+      stream.copies = stream.copies.filter(({ key }) => key !== file.key);
+      unknown.push(file); // it has grown, or its original is gone: what is it now?
+    }
+    for (const stream of this.list) {
+      const owner = stream.until === undefined ? undefined : owners.get(stream.key);
+      if (owner) Object.assign(stream, { path: owner.path, log: owner.log });
+      if (located.has(stream.key) || (stream.phase.is === "gone" && !stream.file)) continue;
+      if (stream.file) {
+        const { size, mtimeMs } = await stream.file.stat();
+        Object.assign(stream, { size: Math.max(size, stream.size), mtimeMs });
+        const isHeadShort = !stream.isBusy && (stream.head?.length ?? 0) < MARK_BYTES;
+        if (isHeadShort) await this.#holding(stream, () => this.#readHead(stream));
+      }
+      if (!this.#isAway(stream, survey)) this.#enter(stream, { is: "gone" });
+    }
+    return unknown;
+  }
+
+  /** Takes note of a stream's file; false when it holds other bytes now. */
+  async #isStill(stream: Stream, file: FoundFile): Promise<boolean> {
+    const isNew =
+      stream.phase.is === "gone" || (stream.phase.is === "ended" && stream.phase.size !== file.size);
+    stream.isLive = file.isLive;
+    stream.path = file.path;
+    stream.log = file.log;
+    const isPacked = compressionOf(file.path) !== undefined;
+    if (stream.phase.is === "ended" && stream.phase.size === -1)
+      stream.phase = { is: "ended", size: file.size };
+    else if (isNew && stream.until === undefined) this.#enter(stream, { is: "reading" });
+    if (stream.isBusy) return true;
+    const isOther = !isPacked && (file.size < stream.size || file.size > stream.checkedSize);
+    if (isOther && !(await this.#holding(stream, () => this.#checkFile(stream, file)))) return false;
+    if (!isPacked) {
+      if (file.size !== stream.size) {
+        stream.grewAt = this.#context.mono();
+        this.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
+      }
+      stream.size = file.size;
+    }
+    stream.mtimeMs = file.mtimeMs;
+    const isHeadShort = (stream.head?.length ?? 0) < MARK_BYTES && file.size > (stream.head?.end ?? 0);
+    if (!isPacked && isHeadShort) await this.#holding(stream, () => this.#readHead(stream));
+    return true;
+  }
+
+  /** Nobody reads or sends a stream meanwhile. */
+  async #holding<T>(stream: Stream, work: () => Promise<T>): Promise<T> {
+    stream.isBusy = true;
+    try {
+      return await work();
+    } finally {
+      stream.isBusy = false;
+    }
+  }
+
+  /** Compares a file with what is known of its stream, and lets the stream go on in it or lose it. */
+  async #checkFile(stream: Stream, found: FoundFile): Promise<boolean> {
+    const file = await this.#openFile(found);
+    if (!file) return true;
+    try {
+      if (file.key !== stream.key) return true;
+      return await this.rebase(stream, file, found.size);
+    } finally {
+      await file.close();
+    }
+  }
+
+  /**
+   * Of a file whose bytes may be others now: true when the stream goes on in it, or a new one behind the newest mark that
+   * fits. Else the stream has no file any more: its bytes may be in a copy, and the file is another log.
+   */
+  async rebase(stream: Stream, file: LogFile, size: number): Promise<boolean> {
+    const { log } = this.#context;
+    const fit = await fitOf(file, stream);
+    if (fit.is === "all" && size >= stream.offset) {
+      if (size < stream.size) this.lose(stream.size - size, stream);
+      stream.size = stream.checkedSize = size;
+      return true;
+    }
+    const own = stream.file;
+    stream.file = undefined;
+    if (own !== file) await own?.close().catch(() => {});
+    if (fit.is === "behind") {
+      if (stream.size > stream.offset) this.lose(stream.size - stream.offset, stream);
+      this.#goOnBehind(stream, fit.at, stream.key, size);
+      return true;
+    }
+    log.info("file was cut and written anew", {
+      path: stream.path,
+      stream: stream.id,
+      offset: stream.offset,
+    });
+    this.#cut.add(stream.key);
+    for (const other of this.list)
+      if (other !== stream && other.key === stream.key) other.key = `${CUT}${stream.key}`;
+    stream.key = `${CUT}${stream.key}`;
+    stream.size = Math.max(stream.offset, stream.checkedSize);
+    stream.isLive = false;
+    this.#enter(stream, { is: "gone" });
+    this.isChanged = true;
+    return false;
+  }
+
+  /** A new stream in the same file, behind the newest mark that it still holds. */
+  #goOnBehind(stream: Stream, at: number, key: string, size: number): Stream {
+    const { path, offset, id, log: own, isLive, mtimeMs } = stream;
+    this.#context.log.warn("file has other bytes behind what it kept: a new stream begins there", {
+      ...{ path, stream: id, shipped: offset, from: at, again: offset - at },
+    });
+    const next = this.#begin({ path, key, size, mtimeMs, log: own, isLive, isReadable: true }, at);
+    next.head = stream.head;
+    next.marks = stream.marks.filter(({ end }) => end <= at);
+    stream.key = key;
+    stream.until = Math.min(at, stream.until ?? at);
+    stream.size = stream.offset;
+    stream.isLive = false;
+    this.#enter(stream, { is: "ended", size });
+    return next;
+  }
+
+  /** A new stream in the same file from `at` on: the receiver has other bytes under the old one's name. */
+  succeed(stream: Stream, at: number): void {
+    this.#goOnBehind(stream, at, stream.key, stream.size);
+  }
+
+  /** A stream of which something is to be shipped again. */
+  reopen(stream: Stream): void {
+    if (stream.phase.is === "ended") this.#enter(stream, { is: "reading" });
+    stream.endedAs = "";
+    this.isChanged = true;
+  }
+
+  // ---- which file is which
+
+  /** Says what unknown files are. Gives the logs that wait for one that can't be told yet. */
+  async #identifyAll(unknown: FoundFile[], survey: Survey): Promise<Set<string>> {
+    const waiting = new Set<string>();
+    if (unknown.length === 0) return waiting;
+    const mayBeCut = this.list.filter(
+      (stream) => stream.phase.is === "reading" && !stream.isBusy && stream.key !== "",
+    );
+    for (const stream of mayBeCut) {
+      const found = survey.files.find(({ key }) => key === stream.key);
+      const isTouched = found && `${found.size} ${found.mtimeMs}` !== stream.endedAs;
+      if (!found || !isTouched || stream.isBusy || compressionOf(found.path) || unknown.includes(found))
+        continue;
+      if (!(await this.#holding(stream, () => this.#checkFile(stream, found)))) unknown.push(found);
+    }
+    const seen = new Set(unknown.map(asSeen));
+    for (const each of this.#unknown.keys()) if (!seen.has(each)) this.#unknown.delete(each);
+    const inOrder = unknown.toSorted((a, b) => Number(a.isLive) - Number(b.isLive));
+    for (const file of inOrder) {
+      if (this.#ignored.has(asSeen(file))) continue;
+      if (!(await this.#identifyOne(file))) waiting.add(file.log);
+    }
+    return waiting;
+  }
+
+  /** A stream without a file is looked for in files that no rule knows as rotations, too: there its bytes are needed as proof. */
+  async #findUnderOtherNames({ leftOut }: Survey): Promise<void> {
+    const homeless = this.list.filter(
+      (stream) => !this.#hasHome(stream) && (stream.head?.length ?? 0) >= MARK_BYTES,
+    );
+    for (const found of homeless.length > 0 ? leftOut : []) {
+      const tried = `${asSeen(found)} ${homeless.length}`;
+      if (this.#ignored.has(tried) || this.list.some(({ key }) => key === found.key) || !found.isReadable)
+        continue;
+      const file = await this.#openFile(found);
+      try {
+        if (file?.key !== found.key) continue;
+        const what = await identify(file, found, homeless, () => false);
+        if (what.is === "stream") this.#settle(found, what);
+        else this.#ignored.add(tried);
+      } catch (error) {
+        if (!(error instanceof UnfinishedFile)) throw error; // it is still being written: looked at again
+      } finally {
+        await file?.close();
+      }
+    }
+  }
+
+  /** False when it can't be told yet what a file is. */
+  async #identifyOne(found: FoundFile): Promise<boolean> {
+    const { faults, mono, now } = this.#context;
+    const name = asSeen(found);
+    const since = this.#since.get(found.log);
+    const firstAt = this.#unknown.get(name) ?? mono();
+    this.#unknown.set(name, firstAt);
+    const isSkipped = !found.isLive || (this.#config.startAt === "end" && this.found === "absent");
+    if (since !== undefined && isSkipped && found.mtimeMs <= since) return this.#passOver(found);
+    if (!found.isReadable) {
+      if (this.list.some((stream) => found.path.startsWith(stream.path) && stream.size === stream.offset))
+        return true;
+      const fields = { path: found.path, bytes: found.size };
+      faults.failed(found.path, "cannot read rotated file: use gzip or zstd in logrotate", fields);
+      return true;
+    }
+    const age = Math.max(now() - found.mtimeMs, mono() - firstAt);
+    const isQuiet = age >= this.#config.rotateWaitSeconds * 1000 || age < -1000;
+    if (!found.isLive && !isQuiet) return false;
+    const file = await this.#openFile(found);
+    if (!file) return true;
+    try {
+      if (file.key !== found.key) return false; // renamed between the look and the opening
+      found.size = (await file.stat()).size; // it may have been cut since
+      let what = await identify(file, found, this.#candidates(), (stream) => this.#hasHome(stream));
+      const isOwn =
+        found.isLive && this.#isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
+      if (what.is === "copy" && isOwn) what = { is: "new", at: 0 }; // a path named in full is a log of its own
+      if (what.is === "busy") return false;
+      if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
+      if (what.is === "new" && !found.isLive) await file.contentLength(); // one that is still being compressed waits
+      const isTold = what.is === "stream" && what.stream.key === "";
+      const stream = this.#settle(found, what.is === "small" ? { is: "new", at: 0 } : what);
+      if (what.is === "stream" && isTold && what.stream.head) {
+        const { length } = what.stream.head; // an answer does not say how large the hole before it is
+        what.stream.head.end = (await contentStart(file, true)) + length;
+      }
+      if (stream && !stream.head) stream.head = await readHead(file, await contentStart(file, stream.isCut));
+      return true;
+    } catch (error) {
+      if (!(error instanceof UnfinishedFile)) throw error;
+      if (found.isLive) {
+        this.#begin(found, 0); // an archive that grows: as far as it goes
+        return true;
+      }
+      if (now() - found.mtimeMs < UNFINISHED_MS) return false;
+      const fields = { path: found.path, bytes: found.size, error: errorMessage(error) };
+      this.#context.log.warn("rotated file is damaged: not shipped unless it changes", fields);
+      this.#ignored.add(name);
+      return true;
+    } finally {
+      await file.close();
+    }
+  }
+
+  #isNamed(path: string): boolean {
+    return this.#config.files.some((pattern) => resolve(pattern) === path);
+  }
+
+  #candidates(): Stream[] {
+    return this.list.filter((stream) => stream.head || stream.offset > 0);
+  }
+
+  /** Whether a stream's own file is there, if only under a name that nobody knows. */
+  #hasHome({ phase, file }: Stream): boolean {
+    return phase.is !== "gone" || (file !== undefined && !file.isUnlinked);
+  }
+
+  #settle(found: FoundFile, what: Exclude<Identity, { is: "small" | "busy" }>): Stream | undefined {
+    const { log } = this.#context;
+    this.isChanged = true;
+    if (what.is === "new") return this.#begin(found, what.at);
+    const { stream } = what;
+    const fields = { path: found.path, stream: stream.id };
+    if (what.is === "copy") {
+      log.info("file is a copy of a known one", fields);
+      stream.copies.push({ key: found.key, size: found.size });
+      return undefined;
+    }
+    if (what.is === "behind") {
+      const { path, isLive, log: own } = found;
+      Object.assign(stream, { path, isLive, log: own });
+      this.#goOnBehind(stream, what.at, found.key, found.size);
+      return undefined;
+    }
+    log.info("file is a copy of a known one", fields);
+    const { path, key, mtimeMs, isLive, log: own } = found;
+    for (const other of this.list) {
+      if (other.until !== undefined && other.key === stream.key)
+        Object.assign(other, { path, key, log: own });
+    }
+    void stream.file?.close().catch(() => {});
+    stream.file = undefined;
+    Object.assign(stream, {
+      path,
+      key,
+      mtimeMs,
+      isLive,
+      log: own,
+      endedAs: "",
+      grewAt: Number.NEGATIVE_INFINITY,
+    });
+    if (!compressionOf(path)) stream.size = stream.checkedSize = Math.max(stream.offset, found.size);
+    this.#enter(stream, what.isDone ? { is: "ended", size: found.size } : { is: "reading" });
+    return undefined;
+  }
+
+  /** A rotated file of before the first sight of its log: only what comes after now is ours. */
+  async #passOver(found: FoundFile): Promise<boolean> {
+    const stream = this.#begin(found, 0, true);
+    const file = found.isReadable ? await this.#openFile(found) : undefined;
+    try {
+      const isFresh = this.#context.now() - found.mtimeMs <= STILL_WRITTEN_MS;
+      stream.offset = file && !file.compression ? (isFresh ? await endOfLines(file) : found.size) : 0;
+      stream.from = stream.offset;
+      stream.head = file && (await readHead(file, 0));
+      const mark = file && stream.offset > 0 ? await readMark(file, stream.offset) : undefined;
+      if (mark) stream.marks = [mark];
+    } finally {
+      await file?.close();
+    }
+    stream.size = stream.offset;
+    if (!found.isLive) this.#enter(stream, { is: "ended", size: found.size });
+    return true;
+  }
+
+  /** Adds a stream for a file. */
+  #begin(found: FoundFile, offset: number, isQuiet = false): Stream {
+    const { path, key, size, mtimeMs, log, isLive } = found;
+    const isPacked = compressionOf(path) !== undefined;
+    const state: StreamState = {
+      ...{ from: offset, offset, log, path, key, copies: [], marks: [], mtimeMs, phase: { is: "reading" } },
+      size: isPacked ? offset : size,
+    };
+    const stream: Stream = { ...withFile(state, this.#context.mono()), isLive };
+    if (this.#cut.delete(key)) stream.isCut = true;
+    this.list.push(stream);
+    this.isChanged = true;
+    if (!isQuiet) this.#context.log.info("following", { path, offset, bytes: stream.size - offset });
+    return stream;
+  }
+
+  async #readHead(stream: Stream): Promise<void> {
+    const file = await this.openStream(stream).catch(() => undefined); // told of when it is to be read
+    if (!file) return;
+    const start = stream.head ? stream.head.end - stream.head.length : await contentStart(file, stream.isCut);
+    const head = await readHead(file, start);
+    if (!head || head.length <= (stream.head?.length ?? 0)) return;
+    const isSame =
+      !stream.head || (await readMark(file, stream.head.end, stream.head.length))?.hash === stream.head.hash;
+    if (isSame) stream.head = head;
+    this.isChanged = true;
+  }
+
+  // ---- what is gone
+
+  /** A file is away and not gone when its folder can't be read, or another folder lies in its place and no log is there. */
+  #isAway(stream: Stream, survey: Survey): boolean {
+    for (const path of survey.faults.keys())
+      if (stream.path === path || stream.path.startsWith(`${path}/`)) return true;
+    const own = survey.logs.get(stream.log);
+    const before = this.logs.get(stream.log)?.folder;
+    if (!own || before === undefined || own.folder === before) return false;
+    const isThere = survey.files.some(({ log }) => log === stream.log);
+    if (!isThere)
+      this.#context.faults.failed(`away ${stream.log}`, "log folder is another one: waiting for it", {
+        path: stream.log,
+      });
+    return !isThere;
+  }
+
+  /** Streams whose files are gone for so long that they do not come back. */
+  #findOrphans(survey: Survey): Stream[] {
+    const { mono } = this.#context;
+    const patience = Math.max(1, this.#config.rotateWaitSeconds) * 1000;
+    const isDue = ({ phase, phaseAt, size, offset, file, isBusy }: Stream) =>
+      phase.is === "gone" && !file && !isBusy && size > offset && mono() - phaseAt >= patience;
+    return this.list.filter((stream) => isDue(stream) && !this.#isAway(stream, survey));
+  }
+
+  /** What was not read of a stream without a file is lost. */
+  giveUp(stream: Stream): void {
+    if (stream.size > stream.offset) this.lose(stream.size - stream.offset, stream);
+    stream.size = stream.offset;
+    this.isChanged = true;
+  }
+
+  /** Counts bytes that can't be read any more. */
+  lose(bytes: number, { path, id }: Stream): void {
+    this.lost += bytes;
+    this.isMoved = true;
+    this.#context.log.error("bytes lost: they were gone before they could be read", {
+      path,
+      stream: id,
+      bytes,
+    });
+  }
+
+  /** What was rotated while we were away goes before the live file, if it is settled soon. */
+  #holdLive(waiting: Set<string>): void {
+    const time = this.#context.mono();
+    for (const log of this.logs.values()) {
+      if (log.heldUntil === 0) log.heldUntil = time + this.#config.rotateWaitSeconds * 1000;
+      log.isHeld = waiting.has(log.path) && time < log.heldUntil;
+    }
+  }
+
+  /** Drops what can't come again: delivered and gone; and logs that the config does not name any more. */
+  async #prune(survey: Survey): Promise<void> {
+    const time = this.#context.mono();
+    const kept: Stream[] = [];
+    for (const stream of this.list) {
+      const { phase, phaseAt, offset, size, id, delivered = -1, until = offset, isBusy, file } = stream;
+      const isGone = phase.is === "gone" && !file && size <= offset && time - phaseAt >= FORGET_AFTER_MS;
+      const isOld = isGone && id !== undefined && time - phaseAt >= FORGET_AFTER_ALL_MS;
+      const isOver =
+        isOld ||
+        ((isGone || stream.until !== undefined) &&
+          (id === undefined || offset <= stream.from || delivered >= Math.min(until, offset)));
+      const isOut = stream.log !== "" && !survey.logs.has(stream.log) && !this.paths.names(stream.log);
+      if (isOut && !isBusy) {
+        const bytes = Math.max(0, size - offset);
+        this.#context.log.warn("log is not followed any more", { path: stream.path, unread: bytes });
+      }
+      if ((!isOver && !isOut) || isBusy) kept.push(stream);
+      else {
+        this.isChanged = true;
+        await file?.close();
+      }
+    }
+    this.list = kept;
+    for (const path of this.logs.keys()) {
+      const isOut = !survey.logs.has(path) && kept.every(({ log }) => log !== path);
+      if (isOut && !this.logs.get(path)?.isRunning) this.logs.delete(path);
+    }
+    await this.closeSome();
+  }
+
+  // ---- files
+
+  /** Opens a stream's file where it was last seen; undefined when another one lies there now. */
+  async openStream(stream: Stream): Promise<LogFile | undefined> {
+    this.#open.delete(stream);
+    if (stream.file) this.#open.add(stream); // the newest one now
+    if (stream.file || stream.phase.is === "gone") return stream.file;
+    try {
+      const file = await LogFile.open(stream.path);
+      if (file.key === stream.key) {
+        stream.file = file;
+        this.#open.add(stream);
+        return file;
+      }
+      await file.close();
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+    }
+    return undefined;
+  }
+
+  async #openFile({ path }: FoundFile): Promise<LogFile | undefined> {
+    try {
+      const file = await LogFile.open(path);
+      this.#context.faults.recovered(path, "log file can be read again", { path });
+      return file;
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "ENOENT") {
+        this.#context.faults.failed(path, "cannot read log file", { path, error: errorMessage(error) });
+      }
+      return undefined;
+    }
+  }
+
+  /** Files that were not read for longest are closed: their names are known, and descriptors are few. */
+  async closeSome(): Promise<void> {
+    for (const stream of this.#open) {
+      const { file, isBusy, phase } = stream;
+      if (file && (isBusy || phase.is === "gone" || this.#open.size <= OPEN_FILES)) continue;
+      this.#open.delete(stream);
+      stream.file = undefined;
+      await file?.close();
+    }
+  }
+
+  /** A rotated file at whose end we are: ended when it was quiet for long enough. */
+  async finish(stream: Stream): Promise<void> {
+    const { file } = stream;
+    if (!file || stream.isLive) return;
+    const { size, mtimeMs } = await file.stat();
+    const age = Math.min(this.#context.mono() - stream.grewAt, Math.abs(this.#context.now() - mtimeMs));
+    const isMoved = stream.phase.is === "gone" && !file.isUnlinked;
+    const isQuiet = file.compression
+      ? !file.fault || file.isUnlinked
+      : age >= (isMoved ? MOVED_MS : this.#config.rotateWaitSeconds * 1000);
+    if (!isQuiet || (!file.compression && size > stream.size)) return;
+    stream.file = undefined;
+    await file.close();
+    if (file.compression && stream.size > stream.offset) this.giveUp(stream); // nobody ends a line in an archive
+    this.#context.log.info("file is done", { path: stream.path, stream: stream.id, bytes: stream.offset });
+    stream.marks = stream.marks.slice(-4);
+    if (stream.phase.is !== "gone") this.#enter(stream, { is: "ended", size });
+  }
+
+  /** Ends rotated files at whose end we are; gives when the next one may be quiet. */
+  async #finishQuiet(): Promise<number> {
+    let next = Number.POSITIVE_INFINITY;
+    for (const stream of this.list) {
+      if (stream.isLive || stream.isBusy || !isAtEnd(stream)) continue;
+      if (stream.phase.is !== "reading" && !stream.file) continue;
+      await this.#holding(stream, async () => {
+        await this.openStream(stream).catch(() => undefined); // told of when it is to be read
+        await this.finish(stream);
+      });
+      const isOpen = stream.file !== undefined && stream.phase.is === "reading";
+      if (isOpen)
+        next = Math.min(
+          next,
+          Math.max(stream.grewAt, this.#context.mono()) + this.#config.rotateWaitSeconds * 1000,
+        );
+    }
+    return next;
+  }
+
+  #enter(stream: Stream, phase: Phase): void {
+    if (stream.phase.is === "gone" && phase.is === "gone") return;
+    stream.phase = phase;
+    stream.phaseAt = this.#context.mono();
+    if (phase.is === "reading") stream.endedAs = "";
+    this.isChanged = true;
+  }
+
+  // ---- the receiver's answer
+
+  /** What the receiver knows of this host, when there was no cursor: each stream looks for its file like those of a cursor. */
+  takeAnswer(told: StreamStatus[]): void {
+    this.asked = true;
+    this.isChanged = true;
+    if (told.length === 0) return;
+    for (const { file } of this.list) void file?.close().catch(() => {});
+    this.list = told.map(({ stream: id, offset, head, mark, delivered }) => {
+      const marks = [markAt(offset, mark)].filter((each) => each !== undefined);
+      const length = Number(head?.split(":")[0] ?? 0);
+      const first = markAt(length, head);
+      const state: StreamState = {
+        ...{ id, from: 0, offset, size: offset, log: "", path: "", key: "", copies: [], mtimeMs: 0, marks },
+        ...(first && { head: first }),
+        ...(delivered !== undefined && { delivered }),
+        phase: { is: "gone" },
+      };
+      return withFile(state, this.#context.mono());
+    });
+    this.#since.clear();
+  }
+
+  // ---- the cursor
+
+  /** Saves the cursor, one save after the other; those who ask meanwhile share the next one. Throws the system's error. */
+  save(): Promise<void> {
+    if (!this.#nextSave) {
+      const next = this.#saving.then(() => {
+        this.#nextSave = undefined;
+        return this.#saveNow();
+      });
+      this.#nextSave = next;
+      this.#saving = next.catch(() => {});
+    }
+    return this.#nextSave;
+  }
+
+  async #saveNow(): Promise<void> {
+    if (this.found === "damaged" && !this.asked) return; // a restart is to know it, too
+    const keep = this.isChanged;
+    this.isChanged = this.isMoved = false;
+    const folders: Cursor["folders"] = {};
+    for (const { path, folder } of this.logs.values()) if (folder !== undefined) folders[path] = folder;
+    const { shipper, lost, asked } = this;
+    const streams = this.list.map(toState);
+    const named = this.list.filter(({ isNamed, id }) => !isNamed && id !== undefined);
+    try {
+      await writeCursor(
+        this.#config.stateDir,
+        { version: 2, shipper, lost, asked, files: this.#config.files, folders, streams },
+        keep,
+      );
+      for (const stream of named) stream.isNamed = true;
+    } catch (error) {
+      this.isMoved = true;
+      this.isChanged ||= keep;
+      throw error;
+    }
+  }
 }
 
-export function isCompressed(path: string): boolean {
-  return path.endsWith(".gz") || path.endsWith(".zst");
+function withFile(state: StreamState, time: number): Stream {
+  return {
+    ...state,
+    checkedSize: state.size,
+    isLive: false,
+    isBusy: false,
+    phaseAt: time,
+    endedAs: "",
+    grewAt: Number.NEGATIVE_INFINITY,
+    isNamed: true,
+  };
+}
+
+/** What the cursor keeps of a stream. */
+function toState(stream: Stream): StreamState {
+  const { id, begin, from, until, offset, delivered, deliveredAt, isOld, log, path, key, copies } = stream;
+  const { head, marks, size, mtimeMs, isCut, phase } = stream;
+  return {
+    id,
+    begin,
+    from,
+    until,
+    offset,
+    delivered,
+    deliveredAt,
+    isOld,
+    log,
+    path,
+    key,
+    copies,
+    head,
+    marks,
+    size,
+    mtimeMs,
+    isCut,
+    phase,
+  };
+}
+
+/** Size and time of writing of a stream's file as it was seen last. */
+export function placeOf({ size, mtimeMs }: Stream): string {
+  return `${size} ${mtimeMs}`;
+}
+
+/** Whether the end of a stream's file was reached as it was seen last. */
+export function isAtEnd(stream: Stream): boolean {
+  return stream.endedAs === placeOf(stream) || stream.offset >= (stream.until ?? Number.POSITIVE_INFINITY);
+}
+
+function asSeen({ key, size, mtimeMs }: FoundFile): string {
+  return `${key} ${size} ${mtimeMs}`;
+}
+
+function allLogs({ logs }: Survey, at: number): Map<string, number> {
+  return new Map([...logs.keys()].map((path) => [path, at]));
 }

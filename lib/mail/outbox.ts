@@ -1,0 +1,511 @@
+/**
+ * The outbox: what the monitor remembers, what it has to tell, and who has got it.
+ *
+ * The state is one file, changed under a lock that is held for a moment. When it can't be written, it is kept in memory
+ * and among the temp files: an alert that comes twice is better than none. A notice leaves the queue when every recipient
+ * and the webhook have it, or have refused it for good, which is told.
+ */
+import { createHash } from "node:crypto";
+import { lstatSync } from "node:fs";
+import { rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { z } from "zod";
+import { type Config, readSecret } from "../config.ts";
+import { failpoint, makeFolder } from "../durable.ts";
+import { fetchWith, tryLock } from "../runtime.ts";
+import { errorMessage, type Log, OperatorError, wait } from "../service.ts";
+import { readState, writeState } from "../state.ts";
+import { monitorNewsSchema, type Snapshot } from "../status.ts";
+import { type Alert, type Change, isGood, type MailText, renderAlert, renderSummary } from "./message.ts";
+import { type RefusedRecipient, sendMail } from "./smtp.ts";
+import { summariseHour, type Totals } from "./summary.ts";
+
+type Options = Config["monitor"];
+const MINUTE = 60_000;
+const HOUR_MS = 60 * MINUTE;
+const DAY = 24 * HOUR_MS;
+/** Waits between the tries of a mail that a recipient's server refuses for good, and of one that it defers. */
+const REFUSED_WAITS = [5, 10, 15, 30].map((minutes) => minutes * MINUTE);
+const DEFERRED_WAITS = { first: MINUTE, later: 10 * MINUTE, many: 10 };
+/** A mail that a recipient's server defers for longer is given up, as mail servers do (RFC 5321 section 4.5.4.1). */
+const DEFERRED_PATIENCE_MS = 5 * DAY;
+/** Tries of a post that the chat refuses for good; one that does not answer is tried by every run for so long. */
+const POST_TRIES = 3;
+const WEBHOOK_PATIENCE_MS = HOUR_MS;
+const HTTP_TIMEOUT_MS = 5_000;
+const ANSWER_BYTES = 4096;
+const LOCK_PATIENCE_MS = 10_000;
+const MOST_NAMES = 1000;
+/** A post is no longer than a chat takes: characters of its text, changes one by one. */
+const POST_TEXT = 12_000;
+const POST_CHANGES = 100;
+
+/** What the outbox is given. */
+export interface StoreContext {
+  config: Options;
+  log: Log;
+  signal: AbortSignal;
+  now: () => number;
+}
+
+const changeSchema = z.custom<Change>((value) => typeof value === "object" && value !== null);
+const totalsSchema = z.custom<Partial<Totals>>((value) => typeof value === "object" && value !== null);
+const recipientSchema = z.object({ address: z.string(), tries: z.number(), nextAt: z.number() });
+const noticeBase = {
+  id: z.string(),
+  at: z.number(),
+  references: z.array(z.string()),
+  /** Who has not got it yet. */
+  recipients: z.array(recipientSchema),
+  /** That it is still to be posted. */
+  post: z.object({ tries: z.number() }).optional(),
+};
+const noticeSchema = z.discriminatedUnion("kind", [
+  z.object({
+    ...noticeBase,
+    kind: z.literal("alert"),
+    changes: z.array(changeSchema),
+    counts: z.record(z.string(), z.number()),
+    standing: z.array(z.string()),
+  }),
+  z.object({
+    ...noticeBase,
+    kind: z.literal("summary"),
+    hourEnd: z.number(),
+    from: z.number(),
+    to: z.number(),
+    zone: z.number(),
+    since: z.record(z.string(), totalsSchema),
+  }),
+]);
+/** Something to be told, until everyone has it. An alert says what changed, a summary is made from its span. */
+export type Notice = z.infer<typeof noticeSchema>;
+
+const incidentSchema = z.object({
+  title: z.string(),
+  text: z.string(),
+  status: z.enum(["ok", "quiet", "silent", "never", "gone", "fault"]),
+  /** Since when it is so, 0 when it was never otherwise; since when it is not ok. */
+  since: z.number(),
+  outage: z.number().optional(),
+  told: z.enum(["ok", "quiet", "silent", "never", "gone", "fault"]),
+  toldAt: z.number(),
+  /** The id of the notice that opened the incident. */
+  thread: z.string().optional(),
+  /** Times of the latest changes. */
+  changes: z.array(z.number()),
+  flapping: z.boolean().optional(),
+  next: z.array(z.string()).optional(),
+});
+/** What is known of a subject and was told of it. */
+export type Incident = z.infer<typeof incidentSchema>;
+
+const stateSchema = monitorNewsSchema.extend({
+  version: z.literal(2),
+  /** Tells this monitor's message ids from another's. */
+  instance: z.string(),
+  /** When it began to watch; clock and uptime of the last run; since when senders can be heard by a clock that was set. */
+  begunAt: z.number(),
+  uptime: z.number(),
+  clockSetAt: z.number(),
+  incidents: z.record(z.string(), incidentSchema),
+  /** Bytes lost that were told, by host, and when. */
+  lost: z.record(z.string(), z.object({ lost: z.number(), gone: z.number(), toldAt: z.number() })),
+  future: z.record(z.string(), z.object({ value: z.number(), at: z.number() })),
+  /** Of receivers that write no state file here: since when one does not answer, and when one was back. */
+  unnamed: z.custom<{ wellUntil?: number; startedAt?: number }>(
+    (value) => typeof value === "object" && value !== null,
+  ),
+  /** End of the last hour that was queued, up to when batches are in an account, and the totals then. */
+  summarisedUntil: z.number(),
+  accountedUntil: z.number(),
+  totals: z.record(z.string(), totalsSchema),
+  missingTold: z.array(z.string()),
+  queue: z.array(noticeSchema),
+});
+export type MonitorState = z.infer<typeof stateSchema>;
+
+function firstState(now: number): MonitorState {
+  const instance = createHash("sha256")
+    .update(`${now} ${process.pid} ${Math.random()}`)
+    .digest("hex")
+    .slice(0, 8);
+  return {
+    ...{
+      version: 2,
+      instance,
+      begunAt: now,
+      at: 0,
+      uptime: 0,
+      clockSetAt: 0,
+      incidents: {},
+      lost: {},
+      future: {},
+    },
+    ...{ unnamed: {}, summarisedUntil: 0, accountedUntil: 0, totals: {}, missingTold: [], queue: [] },
+    ...{ mutes: {}, undeliverable: [] },
+  };
+}
+
+/** States that could not be saved, by path: a run of the same process goes on from them. */
+const unsavedStates = new Map<string, MonitorState>();
+
+/** The state file. When it can't be written, what was told is kept in memory and among the temp files instead. */
+export class StateStore {
+  readonly #path: string;
+  readonly #context: StoreContext;
+  readonly #spare: string;
+  /** Why the last change could not be saved. */
+  unsaved: string | undefined;
+
+  constructor(context: StoreContext) {
+    this.#context = context;
+    this.#path = context.config.stateFile;
+    const name = createHash("sha256").update(this.#path).digest("hex").slice(0, 12);
+    this.#spare = join(tmpdir(), `log-rt-sync-monitor-${process.getuid?.() ?? 0}-${name}.json`);
+  }
+
+  /** The state, or that of a first run; `fault` says why a file that is there could not be used. */
+  async read(): Promise<{ state: MonitorState; fault?: string }> {
+    const kept = unsavedStates.get(this.#path) ?? (await this.#readSpare());
+    const now = this.#context.now();
+    try {
+      const found = await readState(
+        this.#path,
+        z.union([stateSchema, z.looseObject({ version: z.literal(1) })]),
+        2,
+      );
+      if (found.state === "damaged") throw new Error(found.reason);
+      if (found.state === "newer") throw new Error(`version ${found.version} wrote it`);
+      const value = found.state === "ok" ? found.value : undefined;
+      const state = value?.version === 1 ? upgrade(value, now) : (value as MonitorState | undefined);
+      return { state: heal(kept && kept.at >= (state?.at ?? 0) ? kept : (state ?? firstState(now)), now) };
+    } catch (error) {
+      return kept ? { state: heal(kept, now) } : { state: firstState(now), fault: errorMessage(error) };
+    }
+  }
+
+  /** Reads the state, lets `work` change it and saves it, under a lock that nobody holds for long. */
+  async change(work: (state: MonitorState, damaged: string | undefined) => void): Promise<MonitorState> {
+    const lock = await this.#lock();
+    try {
+      const { state, fault } = await this.read();
+      work(state, fault);
+      await this.#save(state);
+      return state;
+    } finally {
+      lock?.release();
+    }
+  }
+
+  async #save(state: MonitorState): Promise<void> {
+    try {
+      await writeState(this.#path, state);
+      unsavedStates.delete(this.#path);
+      this.unsaved = undefined;
+      await rm(this.#spare, { force: true });
+    } catch (error) {
+      this.unsaved = errorMessage(error);
+      unsavedStates.set(this.#path, state);
+      this.#context.log.error("state not saved: alerts go out all the same", { error: this.unsaved });
+      await writeState(this.#spare, state, 0o600).catch(() => {});
+    }
+  }
+
+  /** What a run before could not save; only of a file that is ours. */
+  async #readSpare(): Promise<MonitorState | undefined> {
+    const info = lstatSync(this.#spare, { throwIfNoEntry: false });
+    if (!info?.isFile() || info.uid !== (process.getuid?.() ?? info.uid)) return undefined;
+    const found = await readState(this.#spare, stateSchema, 2).catch(() => undefined);
+    return found?.state === "ok" ? found.value : undefined;
+  }
+
+  /** Undefined where no lock can be made: an alert that comes twice is better than none. */
+  async #lock(): Promise<{ release: () => void } | undefined> {
+    const deadline = Date.now() + LOCK_PATIENCE_MS;
+    try {
+      await makeFolder(dirname(this.#path));
+      for (;;) {
+        const lock = await tryLock(`${this.#path}.lock`);
+        if (lock) return lock;
+        if (Date.now() > deadline) throw new Error(`${this.#path}.lock is held by another process`);
+        await wait(20);
+      }
+    } catch (error) {
+      if (Date.now() > deadline) throw new OperatorError(errorMessage(error));
+      return undefined;
+    }
+  }
+}
+
+/** What a monitor of version 1.0 remembered. */
+function upgrade(old: Record<string, unknown>, now: number): MonitorState {
+  const keep = z.object({
+    instance: z.string(),
+    at: z.number(),
+    uptime: z.number(),
+    incidents: z.record(z.string(), incidentSchema),
+    summarisedUntil: z.number(),
+  });
+  const kept = keep.safeParse(old);
+  return { ...firstState(now), ...(kept.success && kept.data) };
+}
+
+/** A time of a clock that was ahead counts as now. */
+function heal(state: MonitorState, now: number): MonitorState {
+  const cap = (at: number) => Math.min(at, now);
+  for (const incident of Object.values(state.incidents)) {
+    Object.assign(incident, {
+      since: cap(incident.since),
+      toldAt: cap(incident.toldAt),
+      changes: incident.changes.map(cap),
+    });
+    if (incident.outage !== undefined) incident.outage = cap(incident.outage);
+  }
+  for (const lost of Object.values(state.lost)) lost.toldAt = cap(lost.toldAt);
+  for (const { recipients } of state.queue)
+    for (const recipient of recipients) recipient.nextAt = Math.min(recipient.nextAt, now + HOUR_MS);
+  state.clockSetAt = cap(state.clockSetAt);
+  state.begunAt = cap(state.begunAt);
+  if (state.summarisedUntil > now + HOUR_MS) Object.assign(state, { summarisedUntil: 0, accountedUntil: 0 });
+  for (const [host, window] of Object.entries(state.mutes)) if (window.until <= now) delete state.mutes[host];
+  state.undeliverable = state.undeliverable.filter(({ at }) => now - at < 7 * DAY);
+  return state;
+}
+
+// ---- sending
+
+/** Sends the queue in order. A server that is down ends the attempt; what it refuses holds up no other mail. */
+export async function deliver(
+  store: StateStore,
+  context: StoreContext,
+  snapshot: Snapshot,
+): Promise<boolean> {
+  const { config, log, signal, now } = context;
+  const down = { mail: false, hook: config.webhook === undefined };
+  for (const { id } of (await store.read()).state.queue) {
+    const { state } = await store.read();
+    const notice = state.queue.find((one) => one.id === id);
+    if (signal.aborted || !notice) continue;
+    const due = down.mail ? [] : notice.recipients.filter(({ nextAt }) => nextAt <= now());
+    const isPostDue = notice.post !== undefined && !down.hook;
+    if (due.length === 0 && !isPostDue && config.webhook !== undefined) continue;
+    const rendered = await render(notice, state, context, snapshot).catch((error) =>
+      log.error("cannot make the account of an hour", { id, error: errorMessage(error) }),
+    );
+    if (!rendered) continue; // it stays in the queue, and holds up no other
+    if (due.length > 0) down.mail = !(await mailNotice(store, notice, { ...rendered, due }, context));
+    if (isPostDue) down.hook = !(await postNotice(store, notice, rendered.text, context));
+  }
+  await store.change((state) => giveUpPosts(state, context, down.hook));
+  return (await store.read()).state.queue.every(({ recipients }) => recipients.length === 0);
+}
+
+interface Rendered {
+  text: MailText;
+  /** Missing and vanished batches that it tells. */
+  missing: string[];
+}
+
+async function render(
+  notice: Notice,
+  { begunAt, missingTold, mutes }: MonitorState,
+  { config }: StoreContext,
+  { problems, digest }: Snapshot,
+): Promise<Rendered> {
+  const { page } = config;
+  if (notice.kind === "alert") return { text: renderAlert(notice as Alert, { page }), missing: [] };
+  const summary = await summariseHour(config, { ...notice, missingFrom: begunAt, missingTold });
+  const around = { page, zone: notice.zone, problems: problems.map(({ title }) => title), mutes, digest };
+  const missing = [...summary.missing, ...summary.vanished.map(({ name }) => name)];
+  return { text: renderSummary(summary, around), missing };
+}
+
+/** Notes who has got the mail. Gives false when the server takes none now. */
+async function mailNotice(
+  store: StateStore,
+  { id, at, references }: Notice,
+  { text, missing, due }: Rendered & { due: Notice["recipients"] },
+  { config, log, signal, now }: StoreContext,
+): Promise<boolean> {
+  const to = due.map(({ address }) => address);
+  try {
+    const refused = await sendMail(config.mail, { id, at, references, ...text }, { to, signal });
+    failpoint("monitor:accepted");
+    const accepted = to.length - refused.length;
+    if (accepted > 0) log.info("mail sent", { id, subject: text.subject, recipients: accepted });
+    await store.change((state) => {
+      noteMailed(state, id, to, refused, { subject: text.subject, log, now: now() });
+      if (accepted > 0) state.missingTold = [...state.missingTold, ...missing].slice(-MOST_NAMES);
+    });
+    return true;
+  } catch (error) {
+    log.error("mail not accepted", { id, error: errorMessage(error) });
+    return false;
+  }
+}
+
+function noteMailed(
+  state: MonitorState,
+  id: string,
+  to: string[],
+  refused: RefusedRecipient[],
+  { subject, log, now }: { subject: string; log: Log; now: number },
+): void {
+  const notice = state.queue.find((one) => one.id === id);
+  if (!notice) return;
+  for (const address of to) {
+    const refusal = refused.find((one) => one.address === address);
+    const recipient = notice.recipients.find((one) => one.address === address);
+    if (!recipient) continue;
+    const isOld = now - notice.at > DEFERRED_PATIENCE_MS;
+    const wait = refusal && !isOld ? waitAfter(refusal, recipient.tries) : undefined;
+    if (wait !== undefined) {
+      Object.assign(recipient, { tries: recipient.tries + 1, nextAt: now + wait });
+      log.warn("recipient refused", {
+        id,
+        recipient: address,
+        reason: refusal?.reason,
+        tries: recipient.tries,
+      });
+      continue;
+    }
+    notice.recipients = notice.recipients.filter((one) => one !== recipient);
+    if (!refusal) continue;
+    log.error("mail refused for good", { id, recipient: address, reason: refusal.reason });
+    state.undeliverable = [
+      ...state.undeliverable,
+      { to: address, subject, reason: refusal.reason, at: now },
+    ].slice(-20);
+  }
+  dropDone(state);
+}
+
+/** How long until a recipient is tried again; undefined when it was refused for good for the fifth time. */
+function waitAfter({ permanent }: RefusedRecipient, tries: number): number | undefined {
+  if (permanent) return REFUSED_WAITS[tries];
+  return tries < DEFERRED_WAITS.many ? DEFERRED_WAITS.first : DEFERRED_WAITS.later;
+}
+
+function dropDone(state: MonitorState): void {
+  state.queue = state.queue.filter(({ recipients, post }) => recipients.length > 0 || post !== undefined);
+}
+
+/** Posts a notice. Its address may hold a secret and is never told. Gives false when later ones have to wait. */
+async function postNotice(
+  store: StateStore,
+  notice: Notice,
+  { subject, text }: MailText,
+  { config, log, signal, now }: StoreContext,
+): Promise<boolean> {
+  const { id } = notice;
+  const answer = await clientOf(config)(config.webhook ?? "", signal, payloadOf(notice, subject, text)).catch(
+    (error) => {
+      log.warn("webhook not reached; the next run tries again", { id, error: withoutUrl(error) });
+      return undefined;
+    },
+  );
+  if (!answer) return false;
+  const isRefusal = answer.status >= 400 && answer.status < 500 && ![408, 429].includes(answer.status);
+  if (!answer.ok) log.warn("webhook refuses", { id, status: answer.status });
+  if (!answer.ok && !isRefusal) return false;
+  await store.change((state) => {
+    const queued = state.queue.find((one) => one.id === id);
+    if (!queued?.post) return;
+    const tries = queued.post.tries + 1;
+    if (!answer.ok && tries < POST_TRIES) queued.post = { tries };
+    else delete queued.post;
+    if (!answer.ok && tries === POST_TRIES) {
+      log.error("post refused for good", { id, status: answer.status });
+      const reason = `it answers ${answer.status}`;
+      state.undeliverable = [...state.undeliverable, { to: "the webhook", subject, reason, at: now() }].slice(
+        -20,
+      );
+    }
+    dropDone(state);
+  });
+  return answer.ok || (notice.post?.tries ?? 0) + 1 >= POST_TRIES;
+}
+
+/** What chat tools read: `text`, and per change whether it fires or is resolved. */
+function payloadOf(notice: Notice, subject: string, text: string): object {
+  const { id, at, kind } = notice;
+  const changes = notice.kind === "alert" ? notice.changes : [];
+  const statusOf = (change: Change) => (isGood(change) ? "resolved" : "firing");
+  return {
+    ...{ text: `${subject}\n${text}`.slice(0, POST_TEXT), subject, id, at, kind },
+    status: changes.some((change) => !isGood(change)) ? "firing" : "resolved",
+    ...(changes.length > POST_CHANGES && { moreChanges: changes.length - POST_CHANGES }),
+    changes: changes.slice(0, POST_CHANGES).map((change) => ({
+      ...{ title: change.title, text: change.text, kind: change.kind, state: change.status },
+      ...{ status: statusOf(change), since: change.since },
+    })),
+  };
+}
+
+/** Posts that nobody wants any more, or that waited too long for a chat that does not answer. */
+function giveUpPosts(state: MonitorState, { config, log, now }: StoreContext, isDown: boolean): void {
+  const isOld = ({ at }: Notice) => isDown && now() - at > WEBHOOK_PATIENCE_MS;
+  const old = config.webhook ? state.queue.filter((notice) => notice.post && isOld(notice)) : [];
+  for (const notice of state.queue) if (!config.webhook || isOld(notice)) delete notice.post;
+  dropDone(state);
+  if (old.length === 0) return;
+  log.error("posts given up: the webhook does not answer", { posts: old.length });
+  const subject = `${old.length} ${old.length === 1 ? "post" : "posts"}`;
+  const entry = { to: "the webhook", subject, reason: "it did not answer for an hour", at: now() };
+  state.undeliverable = [...state.undeliverable, entry].slice(-20);
+}
+
+function withoutUrl(error: unknown): string {
+  return errorMessage(error).replace(/https?:\/\/\S+/g, "…");
+}
+
+/** Tells whoever watches the monitor that it is alive. */
+export async function callHeartbeat({ config, log, signal }: StoreContext): Promise<void> {
+  if (!config.heartbeatUrl) return;
+  try {
+    const answer = await clientOf({})(config.heartbeatUrl, signal);
+    if (!answer.ok) throw new Error(`it answers ${answer.status}`);
+  } catch (error) {
+    log.warn("heartbeat not delivered", { error: withoutUrl(error) });
+  }
+}
+
+interface HttpAnswer {
+  ok: boolean;
+  status: number;
+  body: string;
+}
+
+/** Asks with the config's certificates; reads no more of an answer than its beginning, and waits for none for ever. */
+export function clientOf({ ca, cert, key }: Pick<Options, "ca" | "cert" | "key">) {
+  return async (url: string, signal: AbortSignal, post?: object): Promise<HttpAnswer> => {
+    const files = Object.entries({ ca, cert, key }).flatMap(([name, file]) =>
+      file ? [[name, readSecret({ file })]] : [],
+    );
+    const send = fetchWith(Object.fromEntries(files));
+    const answer = await send(url, {
+      signal: AbortSignal.any([signal, AbortSignal.timeout(HTTP_TIMEOUT_MS)]),
+      ...(post && {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify(post),
+      }),
+    });
+    return { ok: answer.ok, status: answer.status, body: await readStart(answer) };
+  };
+}
+
+async function readStart(answer: Response): Promise<string> {
+  const reader = answer.body?.getReader();
+  let text = "";
+  const decoder = new TextDecoder();
+  while (reader && text.length < ANSWER_BYTES) {
+    const { done, value } = await reader.read();
+    if (done) return text;
+    text += decoder.decode(value, { stream: true });
+  }
+  await reader?.cancel().catch(() => {});
+  return text;
+}

@@ -1,0 +1,170 @@
+/**
+ * Which stream a file is, by its bytes. Its own inode comes first (lib/tail/streams.ts); what is asked here is what a file is
+ * whose inode nobody knows, or whose bytes are not the ones that its stream had. From 1,024 bytes on head and mark are proof:
+ *
+ *   head and newest mark of a stream whose own file is nowhere      → that stream goes on in it
+ *   only an older mark                                              → a new stream goes on behind that mark
+ *   nothing that the file of a stream lacks                         → a copy of it, never shipped
+ *   a copy that differs somewhere                                   → a log of its own, from where they part
+ *   none of it                                                      → a log of its own, from its first byte
+ *
+ * Below, a live file is nobody's (but when it was copied with its times), a rotated one is a stream's when the stream's own
+ * file is nowhere and all of its bytes are there. Candidates from the cursor and from the receiver's answer are alike.
+ */
+import { constants as fs } from "node:fs";
+import { open } from "node:fs/promises";
+import { MARK_BYTES } from "../chunk.ts";
+import type { Stream } from "./cursor.ts";
+import { commonLength, contentStart, endOfLines, holds, LogFile, type Mark, markBefore } from "./file.ts";
+import type { FoundFile } from "./paths.ts";
+
+/** What a file is. `at`: where a stream that goes on begins. */
+export type Identity =
+  | { is: "stream"; stream: Stream; isDone: boolean }
+  | { is: "behind"; stream: Stream; at: number }
+  | { is: "copy"; stream: Stream }
+  | { is: "small" }
+  | { is: "busy" }
+  | { is: "new"; at: number };
+
+/** How a file fits a stream: with all that is known of it, behind an older mark, or not at all. */
+export type Fit = { is: "all" } | { is: "behind"; at: number } | { is: "none" };
+
+/** How a file's bytes fit what is known of a stream. `isHeadKnown`: the heads were compared already. */
+export async function fitOf(file: LogFile, stream: Stream, isHeadKnown = false): Promise<Fit> {
+  const { head, marks, offset } = stream;
+  const hasHead = !head || isHeadKnown || (await holdsHead(file, head));
+  if (offset === 0 || marks.length === 0) return { is: hasHead ? "all" : "none" };
+  const newest = marks.at(-1) as Mark;
+  if (hasHead && (await holds(file, newest))) return { is: "all" };
+  for (const mark of marks.slice(0, -1).toReversed()) {
+    const isProof = mark.end > MARK_BYTES && mark.length === MARK_BYTES;
+    if (isProof && (await endsLine(file, mark.end)) && (await holds(file, mark)))
+      return { is: "behind", at: mark.end };
+  }
+  return { is: "none" };
+}
+
+/** A head from an answer does not say how large the hole before it is. */
+async function holdsHead(file: LogFile, head: Mark): Promise<boolean> {
+  if (await holds(file, head)) return true;
+  const start = await contentStart(file, true);
+  return start > 0 && (await holds(file, { ...head, end: start + head.length }));
+}
+
+async function endsLine(file: LogFile, end: number): Promise<boolean> {
+  const last = new Uint8Array(1);
+  return (await file.read(last, end - 1)) === 1 && last[0] === 0x0a;
+}
+
+/** Says what an open file is. `hasHome` tells whether a stream's own file is there. Throws UnfinishedFile. */
+export async function identify(
+  file: LogFile,
+  found: FoundFile,
+  streams: Stream[],
+  hasHome: (stream: Stream) => boolean,
+): Promise<Identity> {
+  const start = await contentStart(file, true);
+  const bytes = new Uint8Array(MARK_BYTES);
+  const view = bytes.subarray(0, await file.read(bytes, start));
+  const hashes = new Map<number, string>(); // of the first bytes, by their number: thousands of heads are of one length
+  const alike = streams.filter((stream) => isAlike(stream, view, hashes));
+  if (alike.length === 0) return { is: "new", at: 0 };
+  if (alike.some(({ isBusy }) => isBusy)) return { is: "busy" };
+  const orphans = alike.filter((stream) => !hasHome(stream)).sort((a, b) => b.offset - a.offset);
+  const archive = orphans.find((stream) => stream.phase.is === "ended" || stream.size === stream.offset);
+  if (archive && view.length === MARK_BYTES && (await packs(file, archive, found.mtimeMs))) {
+    return { is: "stream", stream: archive, isDone: true };
+  }
+  const length = await file.contentLength();
+  let behind: { stream: Stream; at: number } | undefined;
+  for (const stream of orphans) {
+    const fit = await fitOf(file, stream, true);
+    if (fit.is === "all" && isEnough(stream, found, length))
+      return { is: "stream", stream, isDone: file.compression !== undefined && length === stream.offset };
+    if (fit.is === "behind" && fit.at > (behind?.at ?? 0)) behind = { stream, at: fit.at };
+  }
+  if (behind) return { is: "behind", ...behind };
+  return compareWithKnown(file, found, alike.filter(hasHome), length);
+}
+
+/** Whether a stream's head is the one of the file, as far as both go. */
+function isAlike({ head, marks, offset }: Stream, view: Uint8Array, hashes: Map<number, string>): boolean {
+  if (!head) return offset > 0 && marks.length > 0; // version 1.0 may have kept no head
+  const { length } = head;
+  if (length > view.length) return false;
+  const hash = hashes.get(length) ?? markBefore(view.subarray(0, length), length).hash;
+  hashes.set(length, hash);
+  return head.hash === hash;
+}
+
+/** Whether what fits is enough to be sure; below 1,024 bytes a file must have all that was seen. */
+function isEnough(stream: Stream, found: FoundFile, length: number): boolean {
+  const known = Math.max(stream.marks.at(-1)?.length ?? 0, stream.head?.length ?? 0);
+  if (known >= MARK_BYTES) return true;
+  if (length < stream.size) return false;
+  if (!found.isLive || stream.key === "") return true;
+  const isSameTime = Math.floor(found.mtimeMs / 1000) === Math.floor(stream.mtimeMs / 1000);
+  return length === stream.size && isSameTime; // copied with its times, as to a new disk
+}
+
+/** The file beside those whose streams have theirs: a copy, one that has gone on by itself, or a small one that may be either. */
+async function compareWithKnown(
+  file: LogFile,
+  found: FoundFile,
+  known: Stream[],
+  length: number,
+): Promise<Identity> {
+  let best: { stream: Stream; common: number; fits: boolean } | undefined;
+  for (const stream of known) {
+    const own = await LogFile.open(stream.path).catch(() => undefined);
+    if (!own) continue;
+    try {
+      const common = own.key === stream.key ? await commonLength(file, own, length) : 0;
+      if (common <= (best?.common ?? 0)) continue;
+      best = { stream, common, fits: common >= length || (await fitOf(file, stream)).is !== "none" };
+    } finally {
+      await own.close();
+    }
+  }
+  if (!best) return { is: "new", at: 0 };
+  if (best.common >= length && length >= MARK_BYTES) return { is: "copy", stream: best.stream };
+  if (best.common >= length) return found.isLive ? { is: "new", at: 0 } : { is: "small" };
+  if (!best.fits || best.common < MARK_BYTES) return { is: "new", at: 0 };
+  return { is: "new", at: await endOfLines(file, best.common) };
+}
+
+/**
+ * Whether an archive is what a stream has read to its end, without unpacking it: gzip and zstd keep the time of the last
+ * write and note the length of the content.
+ */
+async function packs(file: LogFile, stream: Stream, mtimeMs: number): Promise<boolean> {
+  if (!file.compression || stream.size !== stream.offset) return false;
+  if (Math.floor(mtimeMs / 1000) !== Math.floor(stream.mtimeMs / 1000)) return false;
+  if (!file.path.startsWith(stream.path) && !stream.path.startsWith(file.path.replace(/\.(gz|zst)$/, "")))
+    return false;
+  return (await notedLength(file.path, file.compression)) === stream.offset % 2 ** 32;
+}
+
+/** The length of its content (modulo 2^32) that an archive notes (RFC 1952: ISIZE; RFC 8878: Frame_Content_Size). */
+async function notedLength(path: string, compression: "gzip" | "zstd"): Promise<number | undefined> {
+  const handle = await open(path, fs.O_RDONLY).catch(() => undefined);
+  if (!handle) return undefined;
+  try {
+    const bytes = Buffer.alloc(18);
+    const { size } = await handle.stat();
+    if (compression === "gzip") {
+      const { bytesRead } = await handle.read(bytes, 0, 4, Math.max(0, size - 4));
+      return bytesRead === 4 ? bytes.readUInt32LE(0) : undefined;
+    }
+    await handle.read(bytes, 0, 18, 0);
+    const descriptor = bytes[4] ?? 0;
+    const isSingle = (descriptor & 0x20) !== 0;
+    const at = 5 + (isSingle ? 0 : 1) + ([0, 1, 2, 4][descriptor & 3] ?? 0);
+    const kind = descriptor >> 6;
+    if (kind === 0) return isSingle ? bytes[at] : undefined;
+    return kind === 1 ? bytes.readUInt16LE(at) + 256 : bytes.readUInt32LE(at);
+  } finally {
+    await handle.close();
+  }
+}
