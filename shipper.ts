@@ -346,8 +346,9 @@ async function followAll(shipper: Shipper): Promise<void> {
           error,
         });
     }
-    for (const log of streams.logs.values()) {
-      if (log.isRunning || !hasWork(shipper, log)) continue;
+    for (const [path, own] of streams.asked ? Map.groupBy(streams.list, (stream) => stream.log) : []) {
+      const log = streams.logs.get(path);
+      if (!log || log.isRunning || !own.some((stream) => isDue(shipper, log, stream))) continue;
       loops.set(
         log,
         follow(shipper, log).catch((error) => failed.abort(error)),
@@ -399,7 +400,7 @@ async function follow(shipper: Shipper, log: FollowedLog): Promise<void> {
       const pass = await shipLog(shipper, log);
       await wait(pass.waitMs ?? shipper.config.flushMs - (mono() - started), signal);
       for (const stream of streamsOf(shipper, log)) if (stream.isLive) refresh(shipper, stream);
-    } while (!signal.aborted && hasWork(shipper, log));
+    } while (!signal.aborted && streamsOf(shipper, log).some((stream) => isDue(shipper, log, stream)));
   } finally {
     log.isRunning = false;
     shipper.wakeup.ring();
@@ -411,11 +412,6 @@ async function follow(shipper: Shipper, log: FollowedLog): Promise<void> {
 function streamsOf({ streams }: Shipper, log: FollowedLog): Stream[] {
   const own = streams.list.filter((stream) => stream.log === log.path);
   return own.sort((a, b) => Number(a.isLive) - Number(b.isLive) || a.mtimeMs - b.mtimeMs || a.from - b.from);
-}
-
-function hasWork(shipper: Shipper, log: FollowedLog): boolean {
-  if (!shipper.streams.asked) return false;
-  return streamsOf(shipper, log).some((stream) => isDue(shipper, log, stream));
 }
 
 /** Whether there may be something to ship of a stream. */
@@ -846,7 +842,7 @@ async function heartbeat(shipper: Shipper): Promise<void> {
       dueAt = mono() + (isAnswered ? everyMs : Math.min(everyMs, FAULT_MS));
       if (!isAnswered) await wait(Math.min(everyMs, FAULT_MS), signal);
     }
-    await wait(Math.min(100, Math.max(10, dueAt - mono())), signal);
+    await wait(Math.min(250, Math.max(10, dueAt - mono())), signal);
   }
 }
 
