@@ -135,15 +135,21 @@ ${problems.length > 0 && html`<ul>${problems.map((problem) => renderProblem(prob
 </section>`;
 }
 
-/** What is behind the headline; the first few senders alone, the table shows the others. */
+/** What is behind the headline: the senders that the text names are links, a few others stand behind it. */
 function renderProblem({ key, title, text, hosts, next = [] }: Problem, of: number): Html {
-  const links = hosts.slice(0, MAX_LINKS).map((host) => {
-    const href = `#${encodeURIComponent(anchor(host))}`;
-    return html`<a id="${key}-${host}" href="${href}">${host}</a> `;
-  });
-  const more = hosts.length > MAX_LINKS && `and ${hosts.length - MAX_LINKS} more`;
-  const command = next[0] && html` <code>${next[0]}</code>`;
-  return html`<li>${of > 1 && `${sentence(title)}: `}${links}${more}${links.length > 0 && " – "}${text}${command}</li>`;
+  const parts: HtmlValue[] = [];
+  const others: HtmlValue[] = [];
+  let rest = text;
+  for (const host of hosts.slice(0, MAX_LINKS)) {
+    const link = html`<a id="${key}-${host}" href="#${encodeURIComponent(anchor(host))}">${host}</a>`;
+    const at = rest.indexOf(host);
+    if (at < 0) others.push(html` ${link}`);
+    else parts.push(rest.slice(0, at), link);
+    if (at >= 0) rest = rest.slice(at + host.length);
+  }
+  const more =
+    others.length > 0 && hosts.length > MAX_LINKS && ` and ${number(hosts.length - MAX_LINKS)} more`;
+  return html`<li>${of > 1 && html`<b>${sentence(title)}</b>: `}${parts}${rest}${others.length > 0 && html` – ${others}${more}`}${next[0] && html`<code>${next[0]}</code>`}</li>`;
 }
 
 /** The two questions and the disk, each with its numbers. */
@@ -236,7 +242,7 @@ ${hosts.length > 1 && renderFilter(hosts, newest)}
 <table role="table" aria-labelledby="senders"><thead role="rowgroup"><tr role="row">${HEADS.map((head) => html`<th role="columnheader" scope="col">${head}</th>`)}</tr></thead>
 <tbody role="rowgroup">${rows}</tbody></table>
 ${rows.length < sorted.length && renderNames(sorted.slice(rows.length), newest)}
-<p class="hint key"><svg class="w" viewBox="0 0 5 12" aria-hidden="true">${strip("dwofd", "....l")}</svg> delivered, waiting, open, failed, with a late part: a click names the files.</p>
+<p class="hint key">${KEY} A click names the files.</p>
 </section>`;
 }
 
@@ -393,6 +399,12 @@ function strip(worst: string, late: string): HtmlValue[] {
   return [...[..."dowf"].map((letter) => bars(letter, worst)), bars("l", late)];
 }
 
+/** What the bars of a strip mean. */
+const KEY = Object.entries({ d: "delivered", o: "open", w: "waiting", f: "failed", l: "late part" }).map(
+  ([letter, word]) =>
+    html`<span><svg class="w" viewBox="0 0 1 12" preserveAspectRatio="none" aria-hidden="true">${strip(letter, letter)}</svg>${word}</span>`,
+);
+
 /** A long name breaks behind its dots and colons. */
 function breakable(name: string): Html | string {
   if (name.length <= MAX_UNBROKEN) return name;
@@ -534,7 +546,8 @@ a { color: inherit; text-underline-offset: .15em; }
 h1 { font-size: clamp(1.3rem, 1rem + 1.6vw, 2rem); line-height: 1.2; font-weight: 680; text-wrap: balance;
   overflow-wrap: anywhere; }
 .verdict ul { list-style: none; padding: 0; margin-top: .6rem; }
-.verdict li { overflow-wrap: anywhere; } .verdict li a { margin-right: .35em; }
+.verdict li { overflow-wrap: anywhere; } .verdict b { font-weight: 600; }
+.verdict code { display: block; font-size: .87em; margin: .1rem 0 .35rem; }
 .at, .hint { color: var(--soft); } .at { margin-top: .4rem; }
 .ok > .at, .bad > .at, .off > .at { color: var(--text); }
 
@@ -555,19 +568,20 @@ dt { color: var(--soft); font-size: .87rem; } dd { font-size: 1.2rem; font-weigh
 .digest code { overflow-wrap: anywhere; font-size: .87em; }
 .hosts { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; overflow: clip; }
 .hosts > h2 { padding: .9rem 1.1rem .5rem; } .hosts > p { padding: 0 1.1rem .9rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .42rem .4rem; vertical-align: middle; }
-thead th { color: var(--soft); font-weight: 550; font-size: .87rem; white-space: nowrap; border-bottom: 1px solid var(--line);
+table { border-collapse: collapse; width: 100%; font-size: .95rem; }
+th, td { text-align: left; padding: .38rem .35rem; vertical-align: middle; }
+thead th { color: var(--soft); font-weight: 550; font-size: .87rem; vertical-align: bottom; border-bottom: 1px solid var(--line);
   position: sticky; top: 0; background: var(--card); }
-tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 9rem; }
+tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 8.8rem; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tr:target > * { background: var(--off-ground); }
 th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th:last-child { padding-right: 1.1rem; }
 .s.bad, .n.bad { color: var(--bad); font-weight: 600; } .s.ask { color: var(--ask); font-weight: 600; }
-.c { width: 5rem; height: 1.6rem; vertical-align: middle; margin-right: .5rem; }
-.w { width: 9rem; height: 1.1rem; vertical-align: middle; cursor: pointer; background: linear-gradient(var(--line), var(--line)) bottom / 100% 1px no-repeat; }
-.w .d { fill: var(--ok); } .w .o { fill: var(--soft); } .w .w { fill: var(--ask); } .w .f { fill: var(--bad); } .w .l { fill: var(--text); }
-.key .w { width: 4rem; margin-right: .3rem; cursor: auto; }
+.c { width: 4rem; height: 1.6rem; vertical-align: middle; margin-right: .5rem; }
+.w { width: 7.5rem; height: 1.1rem; vertical-align: middle; cursor: pointer; background: linear-gradient(var(--line), var(--line)) bottom / 100% 1px no-repeat; }
+.w .d { fill: color-mix(in srgb, var(--ok) 60%, var(--card)); } .w .o { fill: var(--soft); } .w .w { fill: var(--ask); } .w .f { fill: var(--bad); } .w .l { fill: var(--text); }
+.hosts > .key { padding-top: .7rem; } .key span { margin-right: 1rem; white-space: nowrap; }
+.key .w { width: .9rem; margin-right: .4rem; cursor: auto; }
 .filter { display: none; flex-wrap: wrap; gap: .4rem; padding: .2rem 1.1rem .6rem; }
 .js .filter { display: flex; }
 .filter button, input { padding: .2rem .6rem; min-height: 1.9rem; }
@@ -587,12 +601,12 @@ input { font: inherit; color: inherit; background: var(--ground); border: 1px so
 
 @media (min-width: 48rem) { .legs { grid-template-columns: 1fr 1fr; } .leg:first-child { grid-column: 1 / -1; } }
 @media (min-width: 62rem) { .legs { grid-template-columns: 5fr 4fr 3fr; } .leg:first-child { grid-column: auto; } }
-@media (min-width: 78rem) {
+@media (min-width: 74rem) {
   td:nth-child(n+8), thead th:nth-child(n+8) { text-align: right; }
-  td { white-space: nowrap; } td.ask, td small { white-space: normal; }
+  td { white-space: nowrap; } td.ask, td small { white-space: normal; } td small { max-width: 9rem; } td:nth-child(n+8) small { margin-left: auto; }
 }
 /* Narrow: a line for a sender that is well; a card for any other one, which leaves out the zeros. */
-@media (max-width: 77.99rem) {
+@media (max-width: 73.99rem) {
   table { display: block; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1px;

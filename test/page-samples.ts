@@ -117,7 +117,11 @@ export const samples: Record<"empty" | "good" | "trouble" | "many", Snapshot> = 
   trouble: status(
     [
       host("10.10.21.181", "ok", { lag: 1_040_000, lost: 1_040_000 }),
-      host("10.10.21.182", "silent", { waiting: 4, waitingSince: NOW - 3000 * MINUTE_MS }),
+      host("10.10.21.182", "silent", {
+        waiting: 4,
+        oldest: "accessLog_26112008_20-39_10-10-21-182.log",
+        waitingSince: NOW - 3000 * MINUTE_MS,
+      }),
       host("10.10.21.183", "ok", { waiting: 3, waitingSince: NOW - 42 * MINUTE_MS, lost: 3_200_000 }),
       host("10.10.21.184", "never"),
       host("web-7.frankfurt.example.com", "quiet"),
