@@ -204,10 +204,8 @@ function figure(name: string, value: string): Html {
 
 // ---- senders
 
-const HEADS = [
-  ...["Sender", "State", "Last line", "Last heard", "Lines per minute, 4 h", "Batches, 24 h"],
-  ...["Delivered to", "Lag", "Waiting", "Failed", "Lost"],
-];
+const HEADS =
+  "Sender,State,Last line,Last heard,Lines per minute 4 h,Batches 24 h,Delivered to,Lag,Waiting,Failed,Lost";
 
 /** What all rows share. */
 interface Table {
@@ -239,7 +237,7 @@ function renderHosts({ hosts, now, problems }: Snapshot): Html {
   }
   return html`<section class="hosts" data-prefix="${table.prefix}" data-minutes="${table.windowMinutes}"><h2 id="senders">Senders</h2>
 ${hosts.length > 1 && renderFilter(hosts, newest)}
-<table role="table" aria-labelledby="senders"><thead role="rowgroup"><tr role="row">${HEADS.map((head) => html`<th role="columnheader" scope="col">${head}</th>`)}</tr></thead>
+<table role="table" aria-labelledby="senders"><thead role="rowgroup"><tr role="row">${HEADS.split(",").map((head) => html`<th role="columnheader" scope="col">${head}</th>`)}</tr></thead>
 <tbody role="rowgroup">${rows}</tbody></table>
 ${rows.length < sorted.length && renderNames(sorted.slice(rows.length), newest)}
 <p class="hint key">${KEY} A click names the files.</p>
@@ -634,7 +632,7 @@ input { font: inherit; color: inherit; background: var(--ground); border: 1px so
 `;
 
 /**
- * Fetches the page again and changes only what differs, with rows known by their id, so that focus, scroll and
+ * Filters, names the files of a strip, fetches the page again and changes only what differs, with rows known by their id, so that focus, scroll and
  * selection stay where they are and a screen reader is told only of a new verdict. A new style means a new version: then all is loaded anew.
  */
 const SCRIPT = `
@@ -661,7 +659,6 @@ function filter() {
 const WORDS = { d: "delivered", o: "open: still takes lines", w: "waiting", f: "failed" };
 const two = (n) => String(n).padStart(2, "0");
 
-/** The files of the window at a place of a strip. */
 function nameFiles(strip, x) {
   const { prefix, minutes } = strip.closest(".hosts").dataset;
   const columns = strip.viewBox.baseVal.width, { left, width } = strip.getBoundingClientRect();

@@ -1,4 +1,5 @@
 import { describe, expect, test } from "bun:test";
+import type { HostStatus } from "../lib/look.ts";
 import { pageHeaders, renderPage } from "../lib/page.ts";
 import { headline } from "../lib/status.ts";
 import { fleet, host, NOW, refused, samples, status } from "./page-samples.ts";
@@ -129,4 +130,28 @@ test("renderPage() counts the programs of senders, and names those that are behi
 
 test("renderPage() shows bytes that vanished here beside those that vanished at the sender", () => {
   expect(renderPage(status([host("10.0.0.1", "ok", { lost: 1024, gone: 1024 })]))).toContain("2.0 KiB");
+});
+
+test("renderPage() names this server, the digests' head, and that it judges by defaults", () => {
+  const digest = { name: "accessLog_26112209.sha256", sha256: "ab".repeat(32) };
+  const page = renderPage(status([host("a")], { digest, byDefaults: true }));
+  expect(page).toContain("<title>Everything arrives and is delivered · middle · Log-RT-Sync</title>");
+  expect(page).toContain("Log-RT-Sync on middle");
+  expect(page).toContain(`Newest digest accessLog_26112209.sha256, sha256 <code>${"ab".repeat(32)}</code>`);
+  expect(page).toContain("no section monitor: judged by its defaults");
+});
+
+test("renderPage() shows up to where a sender is delivered, by its own clock", () => {
+  const cell = (over: Partial<HostStatus>) =>
+    /<td role="cell">([^<]*(?:<small>[^<]*<\/small>)?)<\/td><td role="cell" class="z">unknown/.exec(
+      renderPage(status([host("a", "silent", over)])),
+    )?.[1];
+  expect(cell({ delivered: "26112210_20-39", undeliveredFrom: "26112210_40-59" })).toBe("10:40");
+  expect(cell({ delivered: "26112210_20-39", undeliveredFrom: "26112209_00-19" })).toBe(
+    "09:00 <small>newest 10:40</small>",
+  );
+  expect(cell({ delivered: "26112210_20-39", undeliveredFrom: "26112123_40-59" })).toBe(
+    "11-21 23:40 <small>newest 10:40</small>",
+  );
+  expect(cell({ delivered: "26112300_20-39", zone: 840 })).toBe("00:40");
 });
