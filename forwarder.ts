@@ -18,7 +18,8 @@ import { fileURLToPath } from "node:url";
 import { createGunzip } from "node:zlib";
 import { z } from "zod";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName, withState } from "./lib/batch.ts";
-import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
+import { whatIsMissing } from "./lib/check.ts";
+import { type Config, ConfigError, readSecret, secretFaults } from "./lib/config.ts";
 import {
   Digests,
   findMissing,
@@ -31,11 +32,13 @@ import {
 import {
   exists,
   failpoint,
+  findHolder,
   holdLock,
   makeFolder,
   moveAllDurably,
   moveDurably,
   removeDurably,
+  setTime,
   TEMP_SUFFIX,
   writeDurably,
   writeStream,
@@ -58,8 +61,8 @@ import {
 } from "./lib/service.ts";
 import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderState } from "./lib/signs.ts";
 import { readState, writeState } from "./lib/state.ts";
-import { formatTable } from "./lib/table.ts";
-import { openSftpTarget } from "./lib/target/sftp.ts";
+import { formatTable, paint } from "./lib/table.ts";
+import { explainKey, openSftpTarget } from "./lib/target/sftp.ts";
 import {
   measure,
   openContent,
@@ -570,7 +573,7 @@ class DeliveryPass {
         one.step = "gone";
         continue;
       }
-      utimesSync(from, at / 1000, at / 1000); // retention counts from the delivery
+      setTime(from, at); // retention counts from the delivery
       moves.push({ from, to });
     }
     await moveAllDurably(moves);
@@ -887,29 +890,49 @@ async function saveState({ service, state, faults }: Forwarder, cycle: Cycle): P
 async function printStatus({ config, flags, now }: Service<"forwarder">): Promise<number> {
   const all = folders(config.dir);
   const state = await readForwarderState(config.dir);
-  const isWanted = (host: string) => parseHost(host) === host && (!flags.host || host === flags.host);
-  const hosts: { host: string; waiting: number; oldest?: string }[] = [];
-  for (const host of (await listHosts(config.dir)).filter(isWanted)) {
+  const only = flags.host === undefined ? undefined : parseHost(String(flags.host));
+  const known = (await listHosts(config.dir)).filter((host) => parseHost(host) === host);
+  if (flags.host !== undefined && !known.includes(only ?? ""))
+    throw new OperatorError(`Sender ${flags.host} is not known in ${config.dir}`);
+  const hosts: QueuedHost[] = [];
+  for (const host of known.filter((one) => only === undefined || one === only)) {
     const [oldest, ...more] = await listBatches(all.host(host), "sealed");
-    hosts.push({ host, waiting: oldest ? 1 + more.length : 0, ...(oldest && { oldest }) });
+    const path = join(all.host(host), oldest ?? "");
+    const since = oldest === undefined ? undefined : lstatSync(path, { throwIfNoEntry: false })?.mtimeMs;
+    hosts.push({ host, waiting: oldest ? 1 + more.length : 0, ...(oldest && { oldest, since }) });
   }
+  hosts.sort((a, b) => (a.since ?? now()) - (b.since ?? now()));
   const failed = (await listBatches(all.failed, "sealed"))
-    .filter((batch) => !flags.host || parseBatchName(batch)?.host === dashedHost(String(flags.host)))
+    .filter((batch) => only === undefined || parseBatchName(batch)?.host === dashedHost(only))
     .map((batch) => ({ batch, reason: "moved there by hand", ...state?.failed[batch] }));
   const sent = (await readReportTail(config.report)).filter(({ status }) => status === "Sent");
   const recent = sent.filter(({ at }) => at > now() - 3_600_000);
   const lastHour = { batches: recent.length, lines: recent.reduce((sum, { lines }) => sum + lines, 0) };
   const lastSent = sent.at(-1);
   const fault = state?.fault;
-  const ok = failed.length === 0 && !fault;
-  const status = { ok, hosts, failed, lastSent, lastHour, fault };
+  const waits = now() - (hosts[0]?.since ?? now()) > Math.max(STANDSTILL_MS, 2000 * config.intervalSeconds);
+  const running = findHolder(join(config.dir, ".forwarder.lock")) !== undefined;
+  const ok = failed.length === 0 && !fault && (running || !waits);
+  const status = { ok, running, hosts, failed, lastSent, lastHour, fault };
   process.stdout.write(flags.json ? `${JSON.stringify(status)}\n` : formatStatus(status, now()));
   return ok ? EXIT.done : EXIT.failed;
 }
 
+/** A queue without a forwarder is wrong when a batch waits for so long: one of `--once` comes and goes. */
+const STANDSTILL_MS = 600_000;
+
+interface QueuedHost {
+  host: string;
+  waiting: number;
+  oldest?: string;
+  since?: number | undefined;
+}
+
 function formatStatus(
   status: {
-    hosts: { host: string; waiting: number; oldest?: string }[];
+    ok: boolean;
+    running: boolean;
+    hosts: QueuedHost[];
     failed: { batch: string; reason: string; nextAt?: number }[];
     lastSent: ReportLine | undefined;
     lastHour: { batches: number; lines: number };
@@ -917,15 +940,18 @@ function formatStatus(
   },
   now: number,
 ): string {
-  const { hosts, failed, lastSent, lastHour, fault } = status;
+  const { ok, running, hosts, failed, lastSent, lastHour, fault } = status;
   const rows = hosts.map(({ host, waiting, oldest = "-" }) => [host, String(waiting), oldest]);
+  const waiting = hosts.reduce((sum, host) => sum + host.waiting, 0);
   const ago = (at: number) => formatDuration(Math.max(0, now - at));
   const lines = [
-    ...(fault ? [`held up for ${ago(fault.since)} (${fault.kind}): ${fault.text}`] : []),
+    ...(fault ? [paint(`held up for ${ago(fault.since)} (${fault.kind}): ${fault.text}`, true)] : []),
     ...failed.map(({ batch, reason, nextAt }) => {
       const again = nextAt === undefined ? "" : `, next try in ${formatDuration(Math.max(0, nextAt - now))}`;
-      return `failed: ${batch}: ${reason}${again}`;
+      return paint(`failed: ${batch}: ${reason}${again}`, true);
     }),
+    ...(running ? [] : [paint("no forwarder is running: systemctl status log-rt-sync-forwarder", !ok)]),
+    ...(ok ? [paint(`ok, ${waiting} ${waiting === 1 ? "batch waits" : "batches wait"}`, false)] : []),
     formatTable(["host", "waiting", "oldest"], rows, [1]).trimEnd(),
     lastSent ? `last success: ${lastSent.batch}, ${ago(lastSent.at)} ago` : "last success: never",
     `last hour: ${lastHour.batches} batches, ${lastHour.lines} lines`,
@@ -1068,20 +1094,32 @@ async function verify(folder: string): Promise<number> {
   return verified.findings.length === 0 ? EXIT.done : EXIT.failed;
 }
 
-/** One fault for each secret that is not there. */
+/** One fault for each secret that is not there, and for a private key that can't be used. */
 function checkSecrets({ password, privateKey, passphrase }: Settings): string[] {
-  return secretFaults("forwarder", { password, privateKey, passphrase });
+  const faults = secretFaults("forwarder", { password, privateKey, passphrase });
+  if (!privateKey || faults.length > 0) return faults;
+  const fault = explainKey(readSecret(privateKey), passphrase && readSecret(passphrase));
+  return fault ? [`forwarder.privateKey: ${fault}`] : [];
 }
 
-/** `--check`: folders that can be written, secrets that can be read; with `--connect` also a login. */
+/** `--check`: folders that can be written, a key that can be used; with `--connect` also a login and a file. */
 async function checkHost({ config, signal, checks }: Service<"forwarder">, connect: boolean): Promise<void> {
-  await checks.folder("forwarder.dir", config.dir, "write");
-  await checks.folder("forwarder.report", dirname(config.report), "write");
-  if (!connect || checks.faulty) return;
-  await checks.step(`forwarder.target: ${config.target}`, async () => {
+  const { dir, report, agent, target: url } = config;
+  for (const fault of checkSecrets(config)) checks.fault(fault, EXIT.failed);
+  await checks.file("forwarder.agent", agent);
+  const folder = url.startsWith("file:") ? fileURLToPath(url) : undefined;
+  if (folder) await checks.folder("forwarder.target", folder, "make");
+  const asks = checks.asks(connect);
+  await checks.folder("forwarder.dir", dir, "write");
+  await checks.folder("forwarder.report", dirname(report), "write");
+  if (!asks || (folder && (await whatIsMissing(folder)))) return; // a look makes no folder
+  await checks.step(`forwarder.target: ${url}`, async () => {
     const target = await openTarget(config, signal);
     try {
       await createProbe(target)();
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      throw new Error("its folder takes no file from this login", { cause: error });
     } finally {
       target.close();
     }

@@ -14,10 +14,12 @@
  */
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import { whatIsMissing } from "./lib/check.ts";
 import type { StreamStatus } from "./lib/chunk.ts";
 import { MARK_BYTES } from "./lib/chunk.ts";
 import type { Config } from "./lib/config.ts";
-import { failpoint, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
+import { failpoint, findHolder, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
+import { parseHost } from "./lib/host.ts";
 import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import {
   createFaultLog,
@@ -33,10 +35,11 @@ import {
   VERSION,
   wait,
 } from "./lib/service.ts";
-import { formatTable } from "./lib/table.ts";
+import { formatTable, paint } from "./lib/table.ts";
 import { cursorPath, drawName, readCursor, type Stream, type StreamState } from "./lib/tail/cursor.ts";
 import {
   addMark,
+  compressionOf,
   contentStart,
   endOfLines,
   LogFile,
@@ -51,7 +54,7 @@ import {
   wireMark,
 } from "./lib/tail/file.ts";
 import { fitOf } from "./lib/tail/identify.ts";
-import { lookAt, nearestName, Watch, whyNotFollowed } from "./lib/tail/paths.ts";
+import { isGlob, lookAt, Paths, Watch, whyNotFollowed } from "./lib/tail/paths.ts";
 import { type FollowedLog, isAtEnd, type Look, placeOf, Streams } from "./lib/tail/streams.ts";
 import {
   type Answer,
@@ -71,6 +74,8 @@ const PATIENCE_MS = 10_000;
 const NAMES_MS = 20;
 const TELL_EVERY_MS = 60_000;
 const METRICS_EVERY_MS = 15_000;
+/** How often it is told that a path of the config matches nothing. */
+const MISSING_EVERY_MS = 3_600_000;
 /** Files in hand at once: a buffer each, so that memory does not grow with the files. */
 const TRANSFERS = 3;
 /** On a link on which a chunk takes so long, one is on its way. */
@@ -107,6 +112,8 @@ export interface Shipper {
   unknown: Set<Stream>;
   /** Streams without a file, of which the receiver may have more than the cursor says. */
   orphans: Stream[];
+  /** What the receiver told last of all streams. */
+  told: StreamStatus[];
   /** When it may be asked what it knows of a host without a cursor. */
   askAt: number;
   /** A look at all files, for `Log-Through`. */
@@ -129,7 +136,7 @@ class Changed extends Error {}
 
 async function main(service: Service<"shipper">): Promise<number> {
   const { config, log, signal, now, flags } = service;
-  if (flags.status) return printStatus(config, flags.json === true);
+  if (flags.status) return printStatus(service);
   if (flags.delivered) return printDelivered(config, String(flags.delivered), signal);
   const isFresh = !existsSync(join(config.stateDir, ".lock"));
   await takeStateDir(config, log);
@@ -199,6 +206,7 @@ export async function openShipper(
     askNow: false,
     unknown: new Set(),
     orphans: [],
+    told: [],
     askAt: 0,
     lookAt: 0,
   };
@@ -310,7 +318,7 @@ async function lookOnce(shipper: Shipper): Promise<Look> {
 
 /** Looks at the files at each event, else every `pollSeconds`, whatever the receiver does; ships logs that have grown. */
 async function followAll(shipper: Shipper): Promise<void> {
-  const { config, signal, mono, streams, wakeup, faults } = shipper;
+  const { signal, mono, streams, wakeup, faults } = shipper;
   const touched = new Set<string>();
   const watch = new Watch((path, event) => {
     if (event === "rename") shipper.lookAt = Math.min(shipper.lookAt, mono());
@@ -320,13 +328,17 @@ async function followAll(shipper: Shipper): Promise<void> {
   const loops = new Map<FollowedLog, Promise<void>>();
   const failed = new AbortController(); // a bug in one loop ends them all, and the script
   const either = AbortSignal.any([signal, failed.signal]);
-  if (streams.list.length === 0 && config.files.length > 0) noteMissing(shipper);
+  let missingAt = mono();
   while (!either.aborted) {
-    for (const path of touched) refresh(shipper, path);
+    for (const stream of streams.list) if (touched.has(stream.path)) refresh(shipper, stream);
     touched.clear();
     if (mono() >= shipper.lookAt) {
       await lookOnce(shipper);
       await saveFirst(shipper);
+      if (mono() >= missingAt) {
+        await noteMissing(shipper);
+        missingAt = mono() + MISSING_EVERY_MS;
+      }
       watch.update(streams.paths.folders);
       for (const [folder, error] of watch.faults)
         faults.failed(`watch ${folder}`, "no events of this folder: it is looked at every pollSeconds", {
@@ -349,9 +361,12 @@ async function followAll(shipper: Shipper): Promise<void> {
   await Promise.all(loops.values());
 }
 
-function noteMissing({ log, config, streams }: Shipper): void {
-  const isThere = streams.paths.livePaths().some((path) => lookAt(path, path, true, true, new Map()));
-  if (!isThere) log.warn("no file matches yet", { files: config.files.join(" ") });
+/** At the start and each hour: of a slip in `files` nothing else would ever be heard. */
+async function noteMissing({ log, streams }: Shipper): Promise<void> {
+  for (const path of streams.paths.missing()) {
+    const { text } = (await whatIsMissing(path).catch(() => undefined)) ?? {};
+    log.warn("no file matches yet", { files: path, hint: isGlob(path) ? undefined : text });
+  }
 }
 
 /** Before the receiver is asked for the first time, what is seen is on stable storage: what comes after it is new. */
@@ -359,14 +374,17 @@ async function saveFirst(shipper: Shipper): Promise<void> {
   if (!shipper.streams.asked && shipper.streams.isChanged) await saveCursor(shipper);
 }
 
-/** A live file that was written to: its size. Any other change is for the next look. */
-function refresh(shipper: Shipper, path: string): void {
+/** A file that was written to: its size. Any other change is for the next look. */
+function refresh(shipper: Shipper, stream: Stream): void {
   const { streams, mono } = shipper;
-  const stream = streams.list.find((each) => each.isLive && each.path === path);
-  if (!stream) return;
-  const found = lookAt(path, stream.log, true, true, new Map());
+  const { path, log, isLive } = stream;
+  if (!isLive && (stream.phase.is !== "reading" || compressionOf(path))) return;
+  const found = lookAt(path, log, isLive, true, new Map());
   if (found?.key === stream.key && found.size >= stream.size) {
-    if (found.size > stream.size) stream.grewAt = mono();
+    if (found.size > stream.size) {
+      stream.grewAt = mono();
+      streams.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
+    }
     Object.assign(stream, { size: found.size, mtimeMs: found.mtimeMs });
   } else shipper.lookAt = Math.min(shipper.lookAt, mono());
 }
@@ -380,8 +398,7 @@ async function follow(shipper: Shipper, log: FollowedLog): Promise<void> {
       const started = mono();
       const pass = await shipLog(shipper, log);
       await wait(pass.waitMs ?? shipper.config.flushMs - (mono() - started), signal);
-      for (const { isLive, path } of shipper.streams.list.filter((each) => each.log === log.path))
-        if (isLive) refresh(shipper, path);
+      for (const stream of streamsOf(shipper, log)) if (stream.isLive) refresh(shipper, stream);
     } while (!signal.aborted && hasWork(shipper, log));
   } finally {
     log.isRunning = false;
@@ -423,6 +440,7 @@ async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "
   for (const stream of streamsOf(shipper, log)) {
     if (signal.aborted) return { atEnd: false };
     try {
+      if (!stream.isLive) refresh(shipper, stream); // what its writer still put there goes before the live file's lines
       if (isDue(shipper, log, stream)) atEnd = (await shipStream(shipper, stream)) && atEnd;
       else if (!stream.isLive && !stream.isBusy && stream.phase.is === "reading")
         await streams.finish(stream);
@@ -441,18 +459,19 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
   const place = placeOf(stream);
   stream.isBusy = true;
   try {
-    takeWayBack(shipper, stream);
     const file = await streams.openStream(stream);
     if (!file) {
       shipper.lookAt = Math.min(shipper.lookAt, mono()); // it finds the file, or that it is gone
       stream.retryAt = mono() + NAMES_MS;
       return true;
     }
-    await drain(shipper, stream, file);
-    stream.endedAs = shipper.unknown.has(stream) ? "" : place;
+    await findWayBack(shipper, stream, file);
+    takeWayBack(shipper, stream);
+    const isDone = await drain(shipper, stream, file);
+    stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
     await streams.finish(stream);
-    return !shipper.unknown.has(stream);
+    return isDone;
   } catch (error) {
     if (error instanceof Refused || shipper.signal.aborted)
       throw error instanceof Refused ? error : new Refused(0);
@@ -498,8 +517,8 @@ interface Flight {
   isSingle: boolean;
 }
 
-/** Ships a stream up to the present end of its file. Throws Refused, Changed, the system's error. */
-async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<void> {
+/** Ships a stream up to the present end of its file. False when it can't go on before others do. Throws Refused, Changed, the system's error. */
+async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<boolean> {
   const buffer = await shipper.buffers.take();
   const flight: Flight = { file, buffer, flying: [], isSingle: false };
   try {
@@ -508,14 +527,15 @@ async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<v
     while (!shipper.signal.aborted) {
       last = await fill(shipper, stream, flight, last);
       const first = flight.flying.shift();
-      if (!first) return;
+      if (!first) return true;
       const answer = await first.answer;
       failpoint("shipper:answered");
       if (answer.kind === "stored") commit(shipper, stream, first, flight);
-      else if (!(await goBack(shipper, stream, flight, answer))) return;
+      else if (!(await goBack(shipper, stream, flight, answer))) return false;
       if (answer.kind !== "stored") last = undefined;
-      if (stream.wayBack !== undefined) return;
+      if (stream.wayBack !== undefined) return false;
     }
+    return false;
   } finally {
     // Before the buffer and the file go to somebody else, nobody may still send of them.
     await settle(shipper, stream, flight);
@@ -604,11 +624,12 @@ async function prepare(
   const room = Math.min(shipper.chunkBytes, (stream.until ?? Number.POSITIVE_INFINITY) - offset);
   if (room <= 0) return undefined;
   const limit = guard + room;
+  const seen = stream.size;
   const view = buffer.subarray(0, await file.readOnce(buffer.subarray(0, limit), offset - guard));
   const isFull = view.length === limit;
   const end = offset - guard + view.length;
   checkGuard([stream.head, marks.at(-1)], view, offset, !isFull);
-  if (!file.compression && !isFull && end < stream.size) throw new Changed();
+  if (!file.compression && !isFull && end < seen) throw new Changed();
   stream.size =
     isFull && !file.compression
       ? Math.max(stream.size, end)
@@ -835,6 +856,7 @@ async function ask(shipper: Shipper): Promise<boolean> {
       ...(through && { through }),
     });
     noteAnswered(shipper, shipper.unanswered);
+    shipper.told = told;
     if (isFirst) takeFirstAnswer(shipper, told);
     const byName = new Map(told.map((status) => [status.stream, status]));
     for (const [id, { stream, offset }] of asked)
@@ -899,7 +921,20 @@ function takeStatus(
     return;
   }
   streams.reopen(stream);
-  if (stream.phase.is === "gone") takeWayBack(shipper, stream);
+  if (stream.phase.is === "gone" && !stream.file) takeWayBack(shipper, stream);
+}
+
+/** A receiver that was set back has more of a lost stream than was delivered, when it stands at bytes that the file has there. */
+async function findWayBack({ told }: Shipper, stream: Stream, file: LogFile): Promise<void> {
+  const head = stream.head && wireMark(stream.head);
+  for (const status of stream.wayBack === undefined ? [] : told) {
+    const { offset, mark } = status;
+    const isAlike = status.stream === stream.id || (head !== undefined && status.head === head);
+    if (!isAlike || offset <= (stream.wayBack ?? 0) || offset > stream.offset) continue;
+    const seen = await readMark(file, offset);
+    const isSame = seen && wireMark(seen) === mark && (await endOfLines(file, offset)) === offset;
+    if (isSame) stream.wayBack = offset;
+  }
 }
 
 /** What was not delivered is shipped again, as a new stream that says so; what was all delivered goes on under a new name. */
@@ -1081,17 +1116,12 @@ class Wakeup {
 
 // ---- for the operator
 
-async function printStatus(config: Config["shipper"], isJson: boolean): Promise<number> {
+/** What of each file is shipped and delivered; 1 when a log is not there, or nobody ships what is. */
+async function printStatus({ config, flags }: Service<"shipper">): Promise<number> {
+  if (flags.host !== undefined && parseHost(String(flags.host)) !== config.host)
+    throw new OperatorError(`This is the sender ${config.host}, not ${flags.host}`);
   const found = await readCursor(config.stateDir);
-  if (!("cursor" in found)) {
-    const reason =
-      found.state === "absent"
-        ? "nothing was shipped yet"
-        : "it is damaged; the next start asks the receiver";
-    process.stdout.write(`No cursor in ${config.stateDir}: ${reason}\n`);
-    return found.state === "absent" ? EXIT.done : EXIT.failed;
-  }
-  const { streams, lost } = found.cursor;
+  const { streams, lost } = "cursor" in found ? found.cursor : { streams: [], lost: 0 };
   const rows = streams
     .filter(
       ({ phase, size, offset, delivered = 0 }) =>
@@ -1101,8 +1131,16 @@ async function printStatus(config: Config["shipper"], isJson: boolean): Promise<
       ...stream,
       size: sizeNow(stream),
       lag: Math.max(0, (stream.until ?? sizeNow(stream)) - stream.offset),
-    }));
-  if (isJson) {
+    }))
+    .sort((a, b) => b.lag - a.lag);
+  const lag = rows.reduce((sum, row) => sum + row.lag, 0);
+  const problems = new Paths(config.files, config.olddir).missing().map((path) => `no file matches ${path}`);
+  if (found.state === "damaged")
+    problems.push(`no cursor in ${config.stateDir}: it is damaged; the next start asks the receiver`);
+  if (lag > 0 && findHolder(join(config.stateDir, ".lock")) === undefined)
+    problems.push(`no shipper is running: ${formatBytes(lag)} wait; systemctl status log-rt-sync-shipper`);
+  const ok = problems.length === 0;
+  if (flags.json) {
     const files = rows.map(({ path, id, size, offset, delivered, lag }) => ({
       path,
       stream: id,
@@ -1111,17 +1149,35 @@ async function printStatus(config: Config["shipper"], isJson: boolean): Promise<
       delivered,
       lag,
     }));
-    process.stdout.write(`${JSON.stringify({ files, lost })}\n`);
-    return EXIT.done;
-  }
+    process.stdout.write(`${JSON.stringify({ ok, problems, files, lost }, null, 2)}\n`);
+  } else process.stdout.write(formatStatus(config, found.state, rows, problems, lost));
+  return ok ? EXIT.done : EXIT.failed;
+}
+
+function formatStatus(
+  { stateDir }: Config["shipper"],
+  state: string,
+  rows: (StreamState & { lag: number })[],
+  problems: string[],
+  lost: number,
+): string {
   const cells = rows.map(({ path, id = "-", size, offset, delivered, lag }) => {
     return [path, id, String(size), String(offset), String(delivered ?? "-"), formatBytes(lag)];
   });
-  process.stdout.write(
-    formatTable(["FILE", "STREAM", "SIZE", "SHIPPED", "DELIVERED", "LAG"], cells, [2, 3, 4]),
-  );
-  if (lost > 0) process.stdout.write(`Lost since the cursor began: ${formatBytes(lost)}\n`);
-  return EXIT.done;
+  const lag = rows.reduce((sum, row) => sum + row.lag, 0);
+  const isFirst = state === "absent";
+  const good = isFirst
+    ? `No cursor in ${stateDir}: nothing was shipped yet`
+    : `ok, ${formatBytes(lag)} to ship`;
+  const lines = [
+    ...problems.map((problem) => paint(problem, true)),
+    ...(problems.length === 0 ? [paint(good, false)] : []),
+    ...(isFirst
+      ? []
+      : [formatTable(["FILE", "STREAM", "SIZE", "SHIPPED", "DELIVERED", "LAG"], cells, [2, 3, 4]).trimEnd()]),
+    ...(lost > 0 ? [`Lost since the cursor began: ${formatBytes(lost)}`] : []),
+  ];
+  return `${lines.join("\n")}\n`;
 }
 
 /** The size of a stream's log: of an archive what was seen of its content. */
@@ -1173,35 +1229,28 @@ async function printDelivered(config: Config["shipper"], path: string, signal: A
 
 /** What only the host can tell, for `--check`. */
 async function check({ config, signal, checks }: Service<"shipper">, connect: boolean): Promise<void> {
-  const streams = new Streams(config, {
-    log: quiet,
-    faults: createFaultLog(quiet),
-    signal,
-    now: Date.now,
-    mono: Date.now,
-  });
-  const paths = streams.paths.livePaths();
-  for (const pattern of config.files) {
-    if (!paths.some((path) => streams.paths.names(path)))
-      checks.warn(`shipper.files: nothing matches ${pattern} yet`);
-  }
-  for (const path of paths) {
+  for (const key of ["ca", "cert", "key"] as const) await checks.file(`shipper.${key}`, config[key]);
+  const asks = checks.asks(connect);
+  const paths = new Paths(config.files, config.olddir);
+  const live = paths.livePaths();
+  const missing = paths.missing();
+  for (const path of live.filter((each) => !missing.includes(each))) {
     const other = whyNotFollowed(path);
-    const isThere = lookAt(path, path, true, true, new Map()) !== undefined;
-    const nearest = isThere ? undefined : nearestName(path);
     if (other) checks.fault(`shipper.files: Cannot follow "${path}": ${other}`, 1);
-    else if (!isThere)
-      checks.warn(`shipper.files: ${path} is not there yet${nearest ? `; there is "${nearest}"` : ""}`);
     else await checks.step(`shipper.files: ${path}`, async () => (await LogFile.open(path)).close());
   }
+  for (const pattern of missing) {
+    const { text = "no file has such a name" } = (await whatIsMissing(pattern).catch(() => undefined)) ?? {};
+    // the logs of a glob may come later, as long as there is something to ship
+    if (isGlob(pattern) && live.length > 0) checks.warn(`shipper.files: nothing matches ${pattern} yet`);
+    else checks.fault(`shipper.files: ${pattern}: ${text}`, EXIT.failed);
+  }
   await checks.folder("shipper.stateDir", config.stateDir, "make");
-  if (!connect || checks.faulty) return;
+  if (!asks) return;
   await checks.step(`shipper.receiver: ${config.receiver}`, async () => {
     await createUploader(config, signal).ask(config.host, [], {});
   });
 }
-
-const quiet: Log = { info() {}, warn() {}, error() {} };
 
 if (import.meta.main) {
   await runScript(

@@ -28,20 +28,21 @@ const ARCHITECTURES: Record<string, string> = { x64: "amd64", arm64: "arm64" };
 interface Package {
   name: string;
   scripts: string[];
-  tmpfiles: string;
+  /** Its users and folders: `log-rt-sync-<side>.sysusers.conf` and `.tmpfiles.conf`. */
+  side: string;
   summary: string;
 }
 const PACKAGES: Package[] = [
   {
     name: "log-rt-sync-sender",
     scripts: ["shipper"],
-    tmpfiles: "log-rt-sync-shipper.tmpfiles.conf",
+    side: "shipper",
     summary: "sends every line of nginx's logs to a Log-RT-Sync server",
   },
   {
     name: "log-rt-sync-middle",
     scripts: ["receiver", "forwarder", "monitor", "housekeep"],
-    tmpfiles: "log-rt-sync-middle.tmpfiles.conf",
+    side: "middle",
     summary: "collects nginx's lines in batches and delivers them by SFTP",
   },
 ];
@@ -71,20 +72,24 @@ function addUnits(folder: string, pack: Package): void {
     if (unit.endsWith(".timer")) continue;
     write(folder, `lib/systemd/system/${unit}.d/hardening.conf`, packagedUnit(hardening, pack));
   }
-  copyInto(folder, join(units, "log-rt-sync.sysusers.conf"), `usr/lib/sysusers.d/${pack.name}.conf`);
-  copyInto(folder, join(units, pack.tmpfiles), `usr/lib/tmpfiles.d/${pack.name}.conf`);
+  for (const kind of ["sysusers", "tmpfiles"])
+    copyInto(
+      folder,
+      join(units, `log-rt-sync-${pack.side}.${kind}.conf`),
+      `usr/lib/${kind}.d/${pack.name}.conf`,
+    );
 }
 
 function copyInto(folder: string, from: string, path: string, mode = 0o644): void {
   write(folder, path, readFileSync(from), mode);
 }
 
-/** The commands that an operator types: they stand in the package's folder, where no stranger's .env or bunfig is. */
+/** The commands that an operator types: in whatever folder, no stranger's .env or bunfig.toml is read. */
 function command(name: string, script: string): string {
   return `#!/bin/sh
 : "\${LOG_RT_SYNC_CONFIG:=/etc/log-rt-sync/config.json}"
 export LOG_RT_SYNC_CONFIG
-cd /usr/lib/${name} && exec ./bun --smol run ./${script}.js "$@"
+exec /usr/lib/${name}/bun --smol --no-env-file --config=/dev/null --no-install run /usr/lib/${name}/${script}.js "$@"
 `;
 }
 

@@ -6,21 +6,24 @@
  * the next save and never piles up; whoever saves a path owns it (one process, by lock).
  */
 import {
+  chmodSync,
   closeSync,
   constants,
   fchmodSync,
-  fchownSync,
   fdatasyncSync,
   fstatSync,
+  ftruncateSync,
   lstatSync,
   openSync,
   readFileSync,
   renameSync,
+  statSync,
+  utimesSync,
   writeFileSync,
 } from "node:fs";
 import { type FileHandle, mkdir, open, readFile, rename, rm, statfs } from "node:fs/promises";
 import { dirname } from "node:path";
-import { loadSyncFs, tryLock } from "./runtime.ts";
+import { giveTo, loadSyncFs, tryLock } from "./runtime.ts";
 import { OperatorError } from "./service.ts";
 
 /** The ending of every temp file of ours; housekeeping removes stale ones by it. */
@@ -53,8 +56,8 @@ export async function writeDurably(
   const file = await open(temp, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
   try {
     const old = lstatSync(path, { throwIfNoEntry: false });
-    giveTo(file.fd, old ? path : dirname(path));
     if (old) fchmodSync(file.fd, old.mode & 0o777);
+    giveTo(file.fd, dirname(path), old && path);
     if (typeof data === "string" || data instanceof Uint8Array) await file.writeFile(data);
     else await writeAll(file, data);
     await file.sync();
@@ -64,13 +67,6 @@ export async function writeDurably(
   failpoint("durable:written");
   await rename(temp, path);
   await syncFolder(dirname(path));
-}
-
-/** What root makes gets the owner of `like`, a file or folder: a service must not be shut out of its own files. */
-function giveTo(fd: number, like: string): void {
-  if (process.getuid?.() !== 0) return;
-  const { uid, gid } = lstatSync(like);
-  if (uid !== 0 || gid !== 0) fchownSync(fd, uid, gid);
 }
 
 /**
@@ -118,7 +114,7 @@ export async function removeDurably(path: string): Promise<void> {
 export async function appendDurably(path: string, lines: string): Promise<void> {
   const file = await open(path, constants.O_RDWR | constants.O_CREAT, 0o640);
   try {
-    const { size, uid } = await file.stat();
+    const { size } = await file.stat();
     const end = await endOfLastLine(file, size);
     if (end < size) await file.truncate(end);
     try {
@@ -129,7 +125,7 @@ export async function appendDurably(path: string, lines: string): Promise<void> 
       throw error;
     }
     if (size === 0) {
-      if (uid === 0) giveTo(file.fd, dirname(path));
+      giveTo(file.fd, dirname(path));
       await syncFolder(dirname(path));
     }
   } finally {
@@ -235,10 +231,33 @@ export async function openFileSystem(folder: string): Promise<FileSystem | undef
   };
 }
 
-/** Creates a folder and its parents, on stable storage when it returns. */
+/** Creates a folder and its parents, on stable storage when it returns. In one that its group shares it is shared, too. */
 export async function makeFolder(path: string, mode = 0o750): Promise<void> {
-  const first = await mkdir(path, { recursive: true, mode });
-  if (first !== undefined) await syncFolder(dirname(first));
+  const isShared = ((statSync(dirname(path), { throwIfNoEntry: false })?.mode ?? 0) & 0o2020) === 0o2020;
+  const wanted = isShared ? mode | 0o070 : mode;
+  const first = await mkdir(path, { recursive: true, mode: wanted });
+  if (first === undefined) return;
+  // The units' umask lets the group's bits through; where an operator's does not, they are set.
+  if (isShared && (statSync(path).mode & 0o070) !== 0o070) chmodSync(path, wanted | 0o2000);
+  await syncFolder(dirname(first));
+}
+
+/**
+ * Sets the time of a file: to `ms`, or to now where the file is another user's of our group: only an owner may choose.
+ * Throws the system's error.
+ */
+export function setTime(path: string, ms: number): void {
+  try {
+    utimesSync(path, ms / 1000, ms / 1000);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "EPERM") throw error;
+    const fd = openSync(path, constants.O_RDWR | constants.O_NOFOLLOW);
+    try {
+      ftruncateSync(fd, fstatSync(fd).size); // changes nothing but the time
+    } finally {
+      closeSync(fd);
+    }
+  }
 }
 
 /** Puts what was written to the file at `path`, content and times, on stable storage. */
@@ -294,6 +313,16 @@ export async function holdLock(path: string, what: string): Promise<{ release: (
   }
   writeFileSync(path, `${process.pid}\n`);
   return lock;
+}
+
+/** The process that holds a lock, without taking it: for people, since a number may be another process's by now. */
+export function findHolder(path: string): number | undefined {
+  try {
+    const pid = Number(readFileSync(path, "utf8"));
+    return pid > 0 && process.kill(pid, 0) ? pid : undefined; // signal 0: only whether it is there
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === "EPERM" ? 0 : undefined; // there, and another user's
+  }
 }
 
 /** Offset after the last `\n` of the first `size` bytes. */

@@ -2,7 +2,7 @@
  * The only place that knows Bun from Deno: the HTTP server, the HTTP client's certificates, and the calls
  * of the system that `node:` does not have (file locks, syncfs). Everything else is `node:` imports and web standards.
  */
-import { closeSync, fchownSync, fstatSync, openSync, statSync } from "node:fs";
+import { closeSync, fchmodSync, fchownSync, fstatSync, openSync, statSync } from "node:fs";
 import { connect } from "node:net";
 import { platform, release } from "node:os";
 import { dirname } from "node:path";
@@ -208,6 +208,20 @@ const PROXY_VARIABLES = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"].flatMap((name
   name.toLowerCase(),
 ]);
 
+/**
+ * Gives an open file of ours to those whom `folder` is for. What root makes gets the owner of `like`: a service must not
+ * be shut out of its own files. In a folder that its group shares (setgid, and writable for it) the group may write what
+ * it may read, whatever the umask: services of several users work there.
+ */
+export function giveTo(fd: number, folder: string, like = folder): void {
+  const [own, me] = [fstatSync(fd), process.getuid?.()];
+  if (me === undefined || own.uid !== me) return;
+  const { uid, gid } = me === 0 ? statSync(like) : own;
+  if (uid !== own.uid || gid !== own.gid) fchownSync(fd, uid, gid);
+  const isShared = (statSync(folder).mode & 0o2020) === 0o2020;
+  if (isShared && (own.mode & 0o060) === 0o040) fchmodSync(fd, (own.mode & 0o777) | 0o020);
+}
+
 const LOCK_EXCLUSIVE_NONBLOCKING = 2 | 4; // flock(2): LOCK_EX | LOCK_NB
 
 /**
@@ -224,9 +238,7 @@ export async function tryLock(path: string): Promise<{ release: () => void } | u
   }
   flock ??= await loadFlock();
   const fd = openSync(path, "a+", 0o640);
-  // made by root in a service's folder: the service must be able to open it, too
-  const folder = process.getuid?.() === 0 && fstatSync(fd).uid === 0 ? statSync(dirname(path)) : undefined;
-  if (folder?.uid) fchownSync(fd, folder.uid, folder.gid);
+  giveTo(fd, dirname(path));
   if (flock(fd, LOCK_EXCLUSIVE_NONBLOCKING) === 0) return { release: () => closeSync(fd) };
   closeSync(fd);
   return undefined;

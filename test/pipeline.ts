@@ -193,15 +193,19 @@ let senders = 0;
 /** Times are short, so that tests do not wait. */
 const QUICK = { rotateWaitSeconds: 0.3, pollSeconds: 0.2, heartbeatSeconds: 3600, flushMs: 10 };
 
-/** A log folder with an empty live file, and a config that ships it to `url`. */
-export async function createSender(url: string, options: object = {}): Promise<Sender> {
+/** A log folder with an empty live file, and a config that ships it to `url`; `options` may need the folder's path. */
+export async function createSender(
+  url: string,
+  options: object | ((logs: string) => object) = {},
+): Promise<Sender> {
   const folder = await tempFolder();
   const logs = join(folder, "logs");
   mkdirSync(logs);
   const live = join(logs, "access.log");
   const stateDir = join(folder, "state");
   const host = `10.1.${senders >> 8}.${++senders & 255}`;
-  const shipper = { files: [live], receiver: url, host, stateDir, ...QUICK, ...options };
+  const shipper = { files: [live], receiver: url, host, stateDir, ...QUICK };
+  Object.assign(shipper, typeof options === "function" ? options(logs) : options);
   const config = await writeConfig(folder, { shipper });
   let fd = -1;
   const sender: Sender = {

@@ -4,8 +4,10 @@
  * six senders write.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { appendFile, mkdir, readdir, readFile, writeFile } from "node:fs/promises";
+import { appendFile, mkdir, readdir, readFile, stat, writeFile } from "node:fs/promises";
+import { connect, type Socket } from "node:net";
 import { join } from "node:path";
+import { connect as connectTls } from "node:tls";
 import { compareBatchNames, listBatches, listHosts, parseBatchName } from "../lib/batch.ts";
 import {
   accessLine,
@@ -13,6 +15,8 @@ import {
   findProgram,
   freePort,
   missing,
+  onCleanup,
+  PATIENCE_MS,
   ROOT,
   type Running,
   runScriptOnce,
@@ -27,6 +31,7 @@ import {
 setDefaultTimeout(120_000);
 
 const HOSTS = [1, 2, 3, 4, 5, 6].map((n) => `10.10.21.18${n}`);
+const TOKEN = "one-token-of-thirty-two-characters";
 const ROUNDS = 30;
 const LINES_PER_ROUND = 20;
 
@@ -119,12 +124,23 @@ async function sendThrough(startProxy: StartProxy): Promise<string[][]> {
   return senders;
 }
 
-async function startMiddle(folder: string, number: number, target: string): Promise<Middle> {
+async function startMiddle(
+  folder: string,
+  number: number,
+  target: string,
+  more: object = {},
+): Promise<Middle> {
   const [port, home] = [await freePort(), join(folder, `middle${number}`)];
   const dir = join(home, "received");
   await mkdir(dir, { recursive: true });
   const config = await writeConfig(home, {
-    receiver: { groups: [{ port, senders: ["*"] }], dir, sealAfterSeconds: 2, trustedProxies: ["127.0.0.1"] },
+    receiver: {
+      groups: [{ port, senders: ["*"] }],
+      dir,
+      sealAfterSeconds: 2,
+      trustedProxies: ["127.0.0.1"],
+      ...more,
+    },
     forwarder: { dir, target: `file://${target}`, report: join(home, "report.log") },
   });
   return { port, dir, config, receiver: startScript("receiver", config), hosts: [] };
@@ -231,4 +247,142 @@ async function delivered(target: string, host: string): Promise<string> {
   );
   const texts = names.sort(compareBatchNames).map((name) => readFile(join(target, name), "utf8"));
   return (await Promise.all(texts)).join("");
+}
+
+/** Bytes that a body announces and half of which come, by senders with a wrong token. */
+const BODY = 4 * 1024 * 1024;
+
+test.skipIf(missing({ haproxy: "haproxy", openssl: "openssl" }))(
+  "HAProxy: 4,005 silent connections of one address shut out no other, nor do bodies with a wrong token",
+  async () => {
+    const attacked = await startAttacked(startHaproxy);
+    const silent = await knock(attacked.proxy.port, 4_005);
+    const waits = await goodSender(attacked, 10);
+    expect(Math.max(...waits)).toBeLessThan(2_000);
+    expect(silent.filter((socket) => !socket.destroyed).length).toBeLessThanOrEqual(100); // the others were sent away
+    for (const socket of silent) socket.destroy();
+    await sendWrongBodies(attacked, 20);
+    expect(Math.max(...(await goodSender(attacked, 5)))).toBeLessThan(2_000);
+  },
+);
+
+test.skipIf(missing({ nginx: "nginx-light", openssl: "openssl" }))(
+  "nginx keeps no byte of bodies with a wrong token, and its connections for the other addresses",
+  async () => {
+    const attacked = await startAttacked(startNginx);
+    await sendWrongBodies(attacked, 20);
+    expect(await bytesBelow(join(attacked.folder, "client_body"))).toBe(0);
+    expect(await bytesBelow(join(attacked.folder, "proxy"))).toBe(0);
+    // Slow requests of one address: at most 100 are let through, the rest is answered 503 at once.
+    const slow = await knock(attacked.proxy.port, 150, attacked.proxy.ca);
+    const waits = await goodSender(attacked, 10);
+    expect(Math.max(...waits)).toBeLessThan(2_000);
+    for (const socket of slow) socket.destroy();
+  },
+);
+
+interface Attacked {
+  folder: string;
+  proxy: Proxy;
+}
+
+/** Two receivers with a token behind a proxy. */
+async function startAttacked(startProxy: StartProxy): Promise<Attacked> {
+  const folder = await tempFolder();
+  const file = join(folder, "token");
+  await writeFile(file, TOKEN, { mode: 0o600 });
+  const middles = [];
+  for (const number of [1, 2])
+    middles.push(await startMiddle(folder, number, folder, { tokens: { "*": { file } } }));
+  return { folder, proxy: await startProxy(folder, middles) };
+}
+
+/**
+ * Connections from 127.0.0.1 that say nothing; with a `ca`, ones that begin a request and never end its body. Gives them
+ * when each is open or was sent away.
+ */
+async function knock(port: number, count: number, ca?: string): Promise<Socket[]> {
+  const sockets: Socket[] = [];
+  const trust = ca && (await readFile(ca, "utf8"));
+  const head = `POST /upload HTTP/1.1\r\nHost: a\r\nLog-Host: 10.9.9.9\r\nContent-Length: ${BODY}\r\n\r\nx`;
+  const settled: Promise<unknown>[] = [];
+  for (let i = 0; i < count; i++) {
+    const socket = trust
+      ? connectTls({ port, host: "127.0.0.1", ca: trust }, () => socket.write(head))
+      : connect({ port, host: "127.0.0.1" });
+    sockets.push(socket);
+    settled.push(
+      new Promise((resolve) => {
+        socket.on(trust ? "secureConnect" : "connect", resolve);
+        socket.on("error", resolve);
+        socket.on("close", resolve);
+      }),
+    );
+    if (i % 200 === 199) await Promise.all(settled.splice(0));
+  }
+  await Promise.all(settled);
+  onCleanup(() => {
+    for (const socket of sockets) socket.destroy();
+  });
+  return sockets;
+}
+
+/** Milliseconds of each of some heartbeats with the right token, from another address of this machine. */
+async function goodSender({ proxy }: Attacked, times: number): Promise<number[]> {
+  const waits: number[] = [];
+  for (let i = 0; i < times; i++) {
+    const began = performance.now();
+    expect(await ask(proxy, "127.0.0.2", TOKEN, "/streams", "")).toContain(" 200 ");
+    waits.push(performance.now() - began);
+  }
+  return waits;
+}
+
+/** Bodies of which half comes, each on a connection of its own: refused; nginx makes 502 of an end in mid-body. */
+async function sendWrongBodies({ proxy }: Attacked, count: number): Promise<void> {
+  const half = "x".repeat(BODY / 2);
+  const wrong = () => ask(proxy, "127.0.0.1", "not-the-token-but-as-long-as-it", "/upload", half, BODY);
+  const answers = await Promise.all(Array.from({ length: count }, wrong));
+  for (const answer of answers) expect(answer).toMatch(/ (401|502) /);
+}
+
+/** The headers of a stream's first chunk. */
+const CHUNK = `Content-Type: text/plain\r\nLog-Stream: aaaaaaaaaaaaaaaaaaaaaa\r\nLog-Begin: 1\r\nUpload-Offset: 0\r\nUpload-End: ${BODY}\r\nLog-Mark: 1024:aaaaaaaaaaaaaaaaaaaaaa\r\n`;
+
+/** The first line of the answer to one request from a local address; empty when the connection ended without one. */
+async function ask(
+  proxy: Proxy,
+  localAddress: string,
+  token: string,
+  path: string,
+  body: string,
+  announced = body.length,
+): Promise<string> {
+  const ca = await readFile(proxy.ca, "utf8");
+  return new Promise((resolve) => {
+    const socket = connectTls({ port: proxy.port, host: "127.0.0.1", localAddress, ca } as never, () => {
+      const names = `Host: a\r\nLog-Host: 10.0.0.7\r\nAuthorization: Bearer ${token}\r\nConnection: close\r\n`;
+      socket.write(`POST ${path} HTTP/1.1\r\n${names}${CHUNK}Content-Length: ${announced}\r\n\r\n`);
+      socket.write(body);
+    });
+    let text = "";
+    const end = () => {
+      socket.destroy();
+      resolve(text.split("\r\n")[0] ?? "");
+    };
+    socket.on("data", (data: Buffer) => {
+      text += data;
+      if (text.includes("\r\n")) end();
+    });
+    socket.on("error", end);
+    socket.on("close", end);
+    socket.setTimeout(PATIENCE_MS, end);
+  });
+}
+
+async function bytesBelow(folder: string): Promise<number> {
+  const names = await readdir(folder, { recursive: true }).catch(() => []);
+  const sizes = await Promise.all(names.map(async (name) => (await stat(join(folder, name))).size));
+  const files = await Promise.all(names.map(async (name) => (await stat(join(folder, name))).isFile()));
+  return sizes.reduce((sum, size, i) => sum + (files[i] ? size : 0), 0);
 }

@@ -103,6 +103,23 @@ describe("rename and create", () => {
     });
   });
 
+  test("what is put into the old file goes before what is put into the new one after it", async () => {
+    const sender = await shippedTen({ rotateWaitSeconds: 30, pollSeconds: 60 });
+    const shipper = await startShipper(sender);
+    const old = sender.rotate();
+    sender.write(lines("seen", 1, 1));
+    await until("the new file is followed", () => receiver.stored(sender.host).includes("/seen/1 "));
+    for (let n = 1; n <= 5; n++) {
+      writeSync(old, lines("old", n, n));
+      sender.write(lines("new", n, n));
+      await until("both lines", () => receiver.stored(sender.host).includes(`/new/${n} `));
+    }
+    const order =
+      lines("seen", 1, 1) + [1, 2, 3, 4, 5].map((n) => lines("old", n, n) + lines("new", n, n)).join("");
+    expect(receiver.stored(sender.host).toString()).toEndWith(order);
+    await finish(sender, shipper, Buffer.concat([...sender.written, Buffer.from(lines("old", 1, 5))]));
+  });
+
   test("a name that is missing for a while resets nothing", async () => {
     const sender = await shippedTen();
     const shipper = await startShipper(sender);

@@ -198,7 +198,7 @@ export class Journal {
   async #beginSegment(): Promise<void> {
     const n = (this.#segments.at(-1)?.n ?? 0) + 1;
     const path = segmentPath(this.#dir, this.id, n);
-    const fd = await openInPool(path, "w", 0o640);
+    const fd = await openInPool(path, "w", 0o660);
     try {
       await syncFolder(this.#dir);
     } catch (error) {

@@ -41,7 +41,11 @@ const rawPaths = new Map<string, Buffer>();
 
 /** A path for the system: names that are no UTF-8 are kept as the bytes that they are. */
 export function rawPath(path: string): string | Buffer {
-  return (rawPaths.size > 0 && rawPaths.get(path)) || path;
+  for (let end = rawPaths.size > 0 ? path.length : 0; end > 0; end = path.lastIndexOf("/", end - 1)) {
+    const raw = rawPaths.get(path.slice(0, end));
+    if (raw) return Buffer.concat([raw, Buffer.from(path.slice(end))]);
+  }
+  return path;
 }
 
 /** The text for a name in a folder; one that is no UTF-8 shows its bytes as `\xNN`. */
@@ -50,7 +54,8 @@ export function nameOf(folder: string, raw: Buffer): string {
   if (!text.includes("\uFFFD")) return text;
   const shown = raw.toString("latin1").replace(/[\x80-\xff]/g, (c) => `\\x${c.charCodeAt(0).toString(16)}`);
   const path = join(folder, shown);
-  if (!rawPaths.has(path)) rawPaths.set(path, Buffer.concat([Buffer.from(`${folder}/`), raw]));
+  if (!rawPaths.has(path))
+    rawPaths.set(path, Buffer.concat([Buffer.from(rawPath(folder)), Buffer.from("/"), raw]));
   return shown;
 }
 
@@ -59,8 +64,12 @@ export function kindOf(stat: { isDirectory(): boolean; isFIFO(): boolean }): str
   return stat.isDirectory() ? "a directory" : stat.isFIFO() ? "a FIFO" : "a device or a socket";
 }
 
+/** The endings of archives; a log that is written compressed keeps its own before that of its rotation. */
+const COMPRESSED = /\.(gz|zst)(?:[-._][\d.T-]+)?$/;
+
 export function compressionOf(path: string): Compression | undefined {
-  return path.endsWith(".gz") ? "gzip" : path.endsWith(".zst") ? "zstd" : undefined;
+  const ending = COMPRESSED.exec(path)?.[1];
+  return ending === "gz" ? "gzip" : ending === "zst" ? "zstd" : undefined;
 }
 
 /** An open log file. Positions are bytes of the log itself, also when the file is compressed. */
@@ -162,6 +171,8 @@ class Inflated {
   /** The bytes before `#at`. */
   #history: Uint8Array = new Uint8Array(0);
   #size = -1;
+  /** Where the archive ends, when other bytes lie behind it. */
+  #end = Number.POSITIVE_INFINITY;
 
   constructor(handle: FileHandle, compression: Compression) {
     this.#handle = handle;
@@ -170,6 +181,7 @@ class Inflated {
 
   async read(into: Uint8Array, position: number): Promise<number> {
     const { size } = await this.#handle.stat();
+    if (size !== this.#size) this.#end = Number.POSITIVE_INFINITY;
     if (size !== this.#size || position < this.#at - this.#history.length) this.#restart(size);
     let done = 0;
     if (position < this.#at) {
@@ -184,26 +196,52 @@ class Inflated {
   }
 
   #restart(size: number): void {
-    const inflate =
-      this.#compression === "gzip"
-        ? createGunzip()
-        : createZstdDecompress({ params: { [zlib.ZSTD_d_windowLogMax]: 31 } }); // zstd --long
-    const source = Readable.from(this.#compressed());
-    source.on("error", (error) => inflate.destroy(error));
-    this.#blocks = source.pipe(inflate)[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
+    this.#blocks = this.#inflate(this.#end)[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
     this.#block = this.#history = new Uint8Array(0);
     this.#at = 0;
     this.#size = size;
     this.fault = undefined;
   }
 
-  async *#compressed(): AsyncGenerator<Buffer> {
-    for (let position = 0; ; ) {
-      const buffer = Buffer.alloc(BLOCK_BYTES);
+  #inflate(end: number) {
+    const inflate =
+      this.#compression === "gzip"
+        ? createGunzip()
+        : createZstdDecompress({ params: { [zlib.ZSTD_d_windowLogMax]: 31 } }); // zstd --long
+    const source = Readable.from(this.#compressed(end));
+    source.on("error", (error) => inflate.destroy(error));
+    return source.pipe(inflate);
+  }
+
+  async *#compressed(end: number): AsyncGenerator<Buffer> {
+    for (let position = 0; position < end; ) {
+      const buffer = Buffer.alloc(Math.min(BLOCK_BYTES, end - position));
       const bytes = await readFully(this.#handle, buffer, position);
       if (bytes === 0) return;
       position += bytes;
       yield buffer.subarray(0, bytes);
+    }
+  }
+
+  /** Where gzip's last member ends, when what lies behind it is none: `gzip -dc` ignores that, zlib gives nothing at all. */
+  async #endOfMembers(): Promise<number | undefined> {
+    let [low, high] = [0, this.#size]; // the shortest part that has such a fault ends a few bytes behind
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (isForeign(await this.#faultOf(middle))) high = middle;
+      else low = middle + 1;
+    }
+    for (let end = high - 1; end > Math.max(0, high - 16); end--) if (!(await this.#faultOf(end))) return end;
+    return undefined;
+  }
+
+  /** What is wrong with the first bytes of the archive. */
+  async #faultOf(end: number): Promise<Error | undefined> {
+    try {
+      for await (const _ of this.#inflate(end));
+      return undefined;
+    } catch (error) {
+      return error as Error;
     }
   }
 
@@ -219,10 +257,21 @@ class Inflated {
       this.#block = result.value;
       return true;
     } catch (error) {
+      const end = isForeign(error as Error) ? await this.#endOfMembers() : undefined;
+      if (end !== undefined && end !== this.#end) {
+        this.#end = end;
+        this.#restart(this.#size);
+        return true;
+      }
       this.fault = error as Error;
       return false;
     }
   }
+}
+
+/** Whether an archive's fault is that a member begins with other bytes than a member does. */
+function isForeign(error: Error | undefined): boolean {
+  return /incorrect header check|unknown compression method|unknown header flags/.test(error?.message ?? "");
 }
 
 function copyFrom(source: Uint8Array, from: number, into: Uint8Array, to: number): number {

@@ -8,7 +8,7 @@
  * look, however many logs lie in it; the events of the folders wake the shipper before its next look.
  */
 import { type FSWatcher, lstatSync, readdirSync, realpathSync, statSync, watch } from "node:fs";
-import { basename, dirname, extname, join, resolve } from "node:path";
+import { basename, dirname, join, resolve } from "node:path";
 import { errorMessage } from "../service.ts";
 import { fileKey, kindOf, nameOf, rawPath } from "./file.ts";
 
@@ -39,8 +39,8 @@ export interface Survey {
   logs: Map<string, { folder: string | undefined; isNamed: boolean }>;
   /** What could not be looked at, by path: folders and logs. */
   faults: Map<string, string>;
-  /** Files whose names begin with a log's and that are none of its rotations. */
-  leftOut: { path: string; key: string; size: number }[];
+  /** Files whose names begin with a log's and that are none of its rotations by their names. */
+  leftOut: FoundFile[];
 }
 
 /** The live paths and globs of a config. */
@@ -90,9 +90,10 @@ export class Paths {
         const log = logs.get(base ?? "");
         const file = log && lookAt(path, log, false, false, survey.faults);
         if (file) rotated.push(file);
-        else if (!log && beginsLike(name, logs)) {
-          const other = lookAt(path, path, false, true, new Map());
-          if (other && !keys.has(other.key)) survey.leftOut.push({ path, key: other.key, size: other.size });
+        else if (!log) {
+          const alike = beginsLike(name, logs);
+          const other = alike && lookAt(path, alike, false, true, new Map());
+          if (other && !keys.has(other.key)) survey.leftOut.push(other);
         }
       }
     }
@@ -128,6 +129,21 @@ export class Paths {
       const full = resolve(pattern);
       return full === path || (isGlob(pattern) && globPath(full).test(path));
     });
+  }
+
+  /** The paths and globs of the config under which there is no file now. */
+  missing(): string[] {
+    const folders = new Folders(new Map());
+    const isThere = (path: string) => {
+      try {
+        return statSync(path, { throwIfNoEntry: false }) !== undefined;
+      } catch {
+        return !isGlob(path); // not to be looked at: that is another fault
+      }
+    };
+    return this.#patterns
+      .map((pattern) => resolve(pattern))
+      .filter((path) => !isThere(path) && !(isGlob(path) && expand(path, folders).length > 0));
   }
 
   /** The live paths that the config names now, sorted; those named in full first. */
@@ -223,6 +239,17 @@ class Folders {
     return numbers;
   }
 
+  /** Whether there is something else than a folder; what may not be looked at is a fault of its folder. */
+  hasFile(path: string): boolean {
+    try {
+      return statSync(rawPath(path), { throwIfNoEntry: false })?.isDirectory() === false;
+    } catch (error) {
+      const isDenied = ["EACCES", "EPERM", "EIO"].includes((error as NodeJS.ErrnoException).code ?? "");
+      if (isDenied) this.#faults.set(dirname(path), errorMessage(error));
+      return false;
+    }
+  }
+
   listed(): Iterable<string> {
     return this.#names.keys();
   }
@@ -269,10 +296,13 @@ function isDay(year = 0, month = 0, day = 0): boolean {
   return year >= 1970 && year < 2200 && month >= 1 && month <= 12 && day >= 1 && day <= 31;
 }
 
-/** Whether a name goes on where one of the logs' names ends. */
-function beginsLike(name: string, logs: Map<string, string>): boolean {
-  for (const match of name.matchAll(/[-._~]/g)) if (logs.has(name.slice(0, match.index))) return true;
-  return false;
+/** The log whose name this name begins with. */
+function beginsLike(name: string, logs: Map<string, string>): string | undefined {
+  for (const match of name.matchAll(/[-._~]/g)) {
+    const log = logs.get(name.slice(0, match.index));
+    if (log !== undefined) return log;
+  }
+  return undefined;
 }
 
 /** A file as it is now under this path; undefined when there is none, and with a fault when it is none to be followed. */
@@ -314,7 +344,8 @@ function realPath(path: string): string {
   }
 }
 
-function isGlob(pattern: string): boolean {
+/** Whether a path of the config stands for several. */
+export function isGlob(pattern: string): boolean {
   return /[*?[{]/.test(pattern);
 }
 
@@ -332,7 +363,7 @@ function expand(pattern: string, folders: Folders): string[] {
     }
     paths = isLast || !isGlob(segment) ? next : next.filter((path) => segment === "**" || isFolder(path));
   }
-  return paths.filter((path) => statSafely(path)?.isDirectory() === false);
+  return paths.filter((path) => folders.hasFile(path));
 }
 
 function matching(folder: string, segment: string, folders: Folders): string[] {
@@ -354,14 +385,10 @@ function foldersBelow(folder: string, folders: Folders): string[] {
 }
 
 function isFolder(path: string): boolean {
-  return statSafely(path)?.isDirectory() === true;
-}
-
-function statSafely(path: string) {
   try {
-    return statSync(rawPath(path), { throwIfNoEntry: false });
+    return statSync(rawPath(path), { throwIfNoEntry: false })?.isDirectory() === true;
   } catch {
-    return undefined;
+    return false;
   }
 }
 
@@ -400,18 +427,11 @@ function compareAge(a: string, b: string): number {
   return Number.isNaN(difference) ? (a < b ? -1 : 1) : difference;
 }
 
-/** Of an error or a kind under a log's name, what `--check` says; undefined when it can be followed or is not there yet. */
+/** Of an error or a kind under a log's name, what `--check` says; undefined when it can be followed, or is not there yet. */
 export function whyNotFollowed(path: string): string | undefined {
   const faults = new Map<string, string>();
   lookAt(path, path, true, true, faults);
   return faults.get(path);
-}
-
-/** The name nearest to one that is not there, of those in its folder. */
-export function nearestName(path: string): string | undefined {
-  const stem = basename(path, extname(path)).slice(0, 3);
-  const names = new Folders(new Map()).names(dirname(path), false);
-  return names.filter((name) => name.startsWith(stem)).sort()[0];
 }
 
 /** Events of folders (inotify), heard by one listener. Where there are none (network file systems), the poll sees the change later. */
@@ -432,7 +452,7 @@ export class Watch {
 
   #watch(folder: string): void {
     try {
-      const watcher = watch(folder, (event, name) => this.#heard(join(folder, name ?? ""), event));
+      const watcher = watch(rawPath(folder), (event, name) => this.#heard(join(folder, name ?? ""), event));
       watcher.on("error", () => {
         this.#watchers.delete(folder); // the next update makes a new one
         watcher.close();

@@ -200,12 +200,13 @@ export class Streams {
       const log = this.#logOf(path);
       if (survey.files.some((file) => file.isLive && file.log === path)) log.folder = folder;
     }
-    this.#reportFaults(survey);
     if (this.found === "absent" && !this.asked && this.list.length === 0)
       this.#since = allLogs(survey, now());
 
     const unknown = await this.#locate(survey);
     const waiting = await this.#identifyAll(unknown, survey);
+    await this.#findUnderOtherNames(survey);
+    this.#reportFaults(survey);
     const orphans = this.#findOrphans(survey);
     const isMissing = this.list.some(({ phase, offset, size }) => phase.is === "gone" && size > offset);
     this.#holdLive(waiting);
@@ -335,7 +336,10 @@ export class Streams {
     const isOther = !isPacked && (file.size < stream.size || file.size > stream.checkedSize);
     if (isOther && !(await this.#holding(stream, () => this.#checkFile(stream, file)))) return false;
     if (!isPacked) {
-      if (file.size !== stream.size) stream.grewAt = this.#context.mono();
+      if (file.size !== stream.size) {
+        stream.grewAt = this.#context.mono();
+        this.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
+      }
       stream.size = file.size;
     }
     stream.mtimeMs = file.mtimeMs;
@@ -455,6 +459,29 @@ export class Streams {
       if (!(await this.#identifyOne(file))) waiting.add(file.log);
     }
     return waiting;
+  }
+
+  /** A stream without a file is looked for in files that no rule knows as rotations, too: there its bytes are needed as proof. */
+  async #findUnderOtherNames({ leftOut }: Survey): Promise<void> {
+    const homeless = this.list.filter(
+      (stream) => !this.#hasHome(stream) && (stream.head?.length ?? 0) >= MARK_BYTES,
+    );
+    for (const found of homeless.length > 0 ? leftOut : []) {
+      const tried = `${asSeen(found)} ${homeless.length}`;
+      if (this.#ignored.has(tried) || this.list.some(({ key }) => key === found.key) || !found.isReadable)
+        continue;
+      const file = await this.#openFile(found);
+      if (file?.key !== found.key) continue;
+      try {
+        const what = await identify(file, found, homeless, () => false);
+        if (what.is === "stream") this.#settle(found, what);
+        else this.#ignored.add(tried);
+      } catch (error) {
+        if (!(error instanceof UnfinishedFile)) throw error; // it is still being written: looked at again
+      } finally {
+        await file.close();
+      }
+    }
   }
 
   /** False when it can't be told yet what a file is. */

@@ -1,0 +1,343 @@
+/**
+ * A host that lost or rewrote bytes which were shipped already: set back to a snapshot, cut by a power loss, edited, moved,
+ * restored. No new line is ever taken for an old one; what comes twice stays below the limit of the README, and is told.
+ */
+import { afterEach, describe, expect, test } from "bun:test";
+import { execFileSync } from "node:child_process";
+import {
+  closeSync,
+  copyFileSync,
+  cpSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  truncateSync,
+  utimesSync,
+  writeFileSync,
+  writeSync,
+} from "node:fs";
+import { join } from "node:path";
+import { gzipSync } from "node:zlib";
+import { createSender, expectTags, lines, type Sender, type StubReceiver, startStub } from "./pipeline.ts";
+import { type Running, until } from "./support.ts";
+
+const running: Running[] = [];
+afterEach(async () => {
+  for (const each of running.splice(0)) await each.stop("SIGKILL");
+});
+
+const LINE = lines("a", 1000, 1000).length;
+/** Twice at most, of one stream: the larger of this and half of what was lost. */
+const LIMIT = 64 * 1024;
+
+async function createHost(options: object = {}): Promise<{ stub: StubReceiver; sender: Sender }> {
+  const stub = startStub();
+  return { stub, sender: await createSender(stub.url, options) };
+}
+
+function startShipper(sender: Sender): Running {
+  const shipper = sender.start();
+  running.push(shipper);
+  return shipper;
+}
+
+async function arrives(stub: StubReceiver, tag: string, n: number): Promise<void> {
+  await until(`line ${n} of ${tag} is there`, () => stub.text().includes(`GET /${tag}/${n} `));
+}
+
+/** How often each line arrived: those of `once` exactly once, of `all` at least once. Gives the bytes that came twice. */
+function twice(stub: StubReceiver, once: string[], all: string[] = []): number {
+  const counts = new Map<string, number>();
+  const whole = /10\.0\.0\.1 -(?:(?!10\.0\.0\.1 -).)*\n/g; // without the half line, or the NULs, that a cut leaves before it
+  for (const line of stub.text().match(whole) ?? []) counts.set(line, (counts.get(line) ?? 0) + 1);
+  const missing = [...once, ...all]
+    .flatMap((text) => text.match(/.*\n/g) ?? [])
+    .filter((line) => !counts.has(line));
+  expect(missing.slice(0, 3)).toEqual([]);
+  for (const line of once.flatMap((text) => text.match(/.*\n/g) ?? []))
+    expect(`${counts.get(line)} ${line}`).toBe(`1 ${line}`);
+  let bytes = 0;
+  for (const [line, count] of counts) bytes += (count - 1) * line.length;
+  return bytes;
+}
+
+describe("the host is set back", () => {
+  test.each([
+    ["few new lines than were lost", 100],
+    ["as many", 300],
+    ["more", 900],
+  ])("to a snapshot of log and cursor, then %s: all of them arrive", async (_, count) => {
+    const { stub, sender } = await createHost();
+    sender.write(lines("a", 1001, 1500));
+    await sender.once();
+    const kept = join(sender.folder, "kept");
+    mkdirSync(kept);
+    copyFileSync(sender.live, join(kept, "log"));
+    cpSync(sender.stateDir, join(kept, "state"), { recursive: true });
+    sender.write(lines("a", 1501, 1800));
+    await sender.once();
+    rmSync(sender.stateDir, { recursive: true });
+    cpSync(join(kept, "state"), sender.stateDir, { recursive: true });
+    writeFileSync(sender.live, readFileSync(join(kept, "log")));
+    sender.reopen();
+    sender.write(lines("b", 1001, 1000 + count));
+    const output = await sender.once();
+
+    const again = twice(stub, [lines("b", 1001, 1000 + count)], [lines("a", 1001, 1800)]);
+    expect(again).toBeLessThanOrEqual(LIMIT);
+    if (again > 0) expect(output).toContain("a new stream begins");
+  });
+
+  test("the state folder alone is older: nothing is lost or twice", async () => {
+    const { stub, sender } = await createHost();
+    sender.write(lines("a", 1, 500));
+    await sender.once();
+    const kept = join(sender.folder, "kept");
+    cpSync(sender.stateDir, kept, { recursive: true });
+    sender.write(lines("a", 501, 800));
+    await sender.once();
+    rmSync(sender.stateDir, { recursive: true });
+    cpSync(kept, sender.stateDir, { recursive: true });
+    sender.write(lines("a", 801, 900));
+    await sender.once();
+    expect(twice(stub, [lines("a", 1, 900)])).toBe(0);
+  });
+});
+
+describe("a power loss", () => {
+  const cases: [string, string, number][] = [
+    ["gone", "stopped", 60],
+    ["NULs", "stopped", 60],
+    ["gone", "stopped", 4000],
+    ["NULs", "stopped", 4000],
+    ["gone", "running", 60],
+    ["NULs to the end of a block", "stopped", 60],
+  ];
+  test.each(cases)(
+    "the newest lines are %s (%s, %i lines): what follows arrives, little comes twice",
+    async (how, when, lost) => {
+      const { stub, sender } = await createHost({ chunkBytes: 65536 });
+      for (let n = 1; n <= 10; n++) {
+        sender.write(lines("a", n * 1000 + 1, n * 1000 + 1000));
+        if (n % 3 === 0) await sender.once();
+      }
+      await sender.once();
+      const size = statSync(sender.live).size;
+      const shipper = when === "running" ? startShipper(sender) : undefined;
+      if (shipper) {
+        sender.write(lines("z", 1, 1));
+        await arrives(stub, "z", 1);
+      }
+      truncateSync(sender.live, size - lost * LINE);
+      if (how === "NULs") truncateSync(sender.live, size);
+      if (how === "NULs to the end of a block") truncateSync(sender.live, Math.ceil(size / 4096) * 4096);
+      for (let n = 1; n <= 3; n++) {
+        sender.write(lines("b", n * 100, n * 100 + 50));
+        if (shipper) await arrives(stub, "b", n * 100 + 50);
+        else await sender.once();
+      }
+      await shipper?.stop();
+      const output = await sender.once();
+      const all = (shipper?.output ?? "") + output;
+      expect(all).not.toContain("bytes lost");
+      const again = twice(
+        stub,
+        [1, 2, 3].map((n) => lines("b", n * 100, n * 100 + 50)),
+        [lines("a", 1001, 10_999)],
+      );
+      expect(again).toBeLessThanOrEqual(Math.max(LIMIT, (lost * LINE) / 2) + LINE);
+    },
+  );
+
+  test("a half line at the cut is never glued to what follows", async () => {
+    const { stub, sender } = await createHost();
+    sender.write(lines("a", 1001, 1900));
+    await sender.once();
+    truncateSync(sender.live, 700 * LINE + 20);
+    sender.write(`\n${lines("b", 1, 300)}`);
+    await sender.once();
+    const again = twice(stub, [lines("b", 1, 300)], [lines("a", 1001, 1900)]);
+    expect(again).toBeLessThanOrEqual(LIMIT);
+  });
+});
+
+describe("the live log is written anew", () => {
+  const edits: [string, (path: string) => void][] = [
+    ["sed -i deletes lines", (path) => void execFileSync("sed", ["-i", "/GET .a.10[0-9]3 /d", path])],
+    ["sed -i changes each line", (path) => void execFileSync("sed", ["-i", "s/curl/CURL/", path])],
+    [
+      "an editor writes it in place",
+      (path) => writeFileSync(path, readFileSync(path, "utf8").replace(/.*a.1500 .*\n/, "")),
+    ],
+    [
+      "an editor writes it in place, longer",
+      (path) =>
+        writeFileSync(path, readFileSync(path, "utf8").replace(/.*(a.1500) .*\n/, `$&${"x".repeat(300)}\n`)),
+    ],
+    [
+      "an editor renames a new file over it",
+      (path) => {
+        writeFileSync(`${path}.swp`, readFileSync(path, "utf8").replace(/.*a.1900 .*\n/, ""));
+        renameSync(`${path}.swp`, path);
+      },
+    ],
+  ];
+  for (const when of ["running", "stopped"]) {
+    test.each(edits)(`${when}: %s`, async (_, edit) => {
+      const { stub, sender } = await createHost({ chunkBytes: 16384 });
+      sender.write(lines("a", 1001, 1200));
+      await sender.once();
+      sender.write(lines("a", 1201, 1990));
+      const shipper = when === "running" ? startShipper(sender) : undefined;
+      if (shipper) await arrives(stub, "a", 1990);
+      else await sender.once();
+      edit(sender.live);
+      sender.reopen();
+      sender.write(lines("b", 1, 50));
+      if (shipper) await arrives(stub, "b", 50);
+      await shipper?.stop();
+      await sender.once();
+      sender.write(lines("b", 51, 60));
+      await sender.once();
+      const bytes = twice(stub, [lines("b", 1, 60)]);
+      expect(bytes).toBeLessThanOrEqual(Math.max(LIMIT, 990 * LINE));
+    });
+  }
+});
+
+describe("files that begin alike", () => {
+  const HEAD = `#Fields: date time s-ip cs-method ${"x".repeat(1200)}\n`;
+  const SHORT = "#Version: 1.0\n";
+  for (const head of [SHORT, HEAD]) {
+    for (const when of ["running", "stopped"]) {
+      for (const how of ["rename", "copytruncate"]) {
+        test(`${when}, ${how}, a header of ${head.length} bytes each day: every line once`, async () => {
+          const { stub, sender } = await createHost();
+          const expected: string[] = [];
+          await sender.once();
+          const shipper = when === "running" ? startShipper(sender) : undefined;
+          for (let day = 1; day <= 6; day++) {
+            sender.write(head);
+            sender.write(lines(`d${day}`, 1, 3 * day));
+            if (shipper) await arrives(stub, `d${day}`, 3 * day);
+            else if (day % 3 !== 0) await sender.once();
+            sender.write(lines(`d${day}`, 3 * day + 1, 3 * day + 5));
+            if (shipper) await arrives(stub, `d${day}`, 3 * day + 5);
+            expected.push(lines(`d${day}`, 1, 3 * day + 5));
+            for (let n = day; n >= 1; n--) {
+              const path = `${sender.live}.${n}`;
+              if (n < day) renameSync(path, `${sender.live}.${n + 1}`);
+            }
+            if (how === "rename") sender.rotate();
+            else {
+              copyFileSync(sender.live, `${sender.live}.1`);
+              truncateSync(sender.live, 0);
+            }
+          }
+          await shipper?.stop();
+          await sender.once();
+          expect(twice(stub, expected)).toBe(0);
+          expect(stub.text().split(head).length - 1).toBe(6);
+        });
+      }
+    }
+  }
+
+  test("without a cursor: the receiver knows each of them", async () => {
+    const { stub, sender } = await createHost();
+    await sender.once();
+    for (let day = 1; day <= 4; day++) {
+      sender.write(HEAD + lines(`d${day}`, 1, 40));
+      await sender.once();
+      for (let n = day - 1; n >= 1; n--) renameSync(`${sender.live}.${n}`, `${sender.live}.${n + 1}`);
+      sender.rotate();
+    }
+    sender.write(HEAD + lines("d5", 1, 40));
+    rmSync(sender.stateDir, { recursive: true });
+    await sender.once();
+    sender.write(lines("d5", 41, 50));
+    await sender.once();
+    expect(twice(stub, [1, 2, 3, 4].map((d) => lines(`d${d}`, 1, 40)).concat(lines("d5", 1, 50)))).toBe(
+      4 * HEAD.length,
+    );
+    expect(stub.text().split(HEAD).length - 1).toBe(5);
+  });
+});
+
+describe("moved and restored", () => {
+  test.each([3, 300])("the log folder moves to a new disk while it is stopped (%i lines)", async (count) => {
+    const { stub, sender } = await createHost();
+    sender.write(lines("a", 1, count));
+    await sender.once();
+    const next = `${sender.logs}.new`;
+    execFileSync("cp", ["-a", sender.logs, next]);
+    renameSync(sender.logs, `${sender.logs}.old`);
+    renameSync(next, sender.logs);
+    sender.reopen();
+    await sender.once();
+    sender.write(lines("a", count + 1, count + 20));
+    await sender.once();
+    expectTags(Buffer.from(stub.text()), { a: lines("a", 1, count + 20) });
+  });
+
+  test("the log folder is a mount that comes late: nothing is told as lost", async () => {
+    const { stub, sender } = await createHost();
+    sender.write(lines("a", 1, 100));
+    await sender.once();
+    sender.write(lines("a", 101, 120));
+    renameSync(sender.logs, `${sender.logs}.disk`);
+    mkdirSync(sender.logs); // the empty mount point
+    const shipper = startShipper(sender);
+    await shipper.says("another one: waiting");
+    rmSync(sender.logs, { recursive: true });
+    renameSync(`${sender.logs}.disk`, sender.logs);
+    await arrives(stub, "a", 120);
+    await shipper.stop();
+    expect(shipper.output).not.toContain("bytes lost");
+    expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 120) });
+  });
+
+  test("files whose times are wrong: from the future, and of 1970", async () => {
+    for (const seconds of [0, 4_000_000_000]) {
+      const { stub, sender } = await createHost();
+      sender.write(lines("a", 1, 100));
+      await sender.once();
+      sender.write(lines("a", 101, 120));
+      utimesSync(sender.live, seconds, seconds);
+      sender.rotate();
+      utimesSync(`${sender.live}.1`, seconds, seconds);
+      sender.write(lines("b", 1, 20));
+      await sender.once();
+      writeFileSync(`${sender.live}.1.gz`, gzipSync(readFileSync(`${sender.live}.1`)));
+      rmSync(`${sender.live}.1`);
+      utimesSync(`${sender.live}.1.gz`, seconds, seconds);
+      await sender.once();
+      expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 120), b: lines("b", 1, 20) });
+    }
+  });
+});
+
+describe("a preallocated file that is filled in place", () => {
+  test.each(["running", "stopped"])("%s: each line once, no NUL, and its rotation", async (when) => {
+    const { stub, sender } = await createHost();
+    writeFileSync(sender.live, Buffer.alloc(100_000));
+    const shipper = when === "running" ? startShipper(sender) : undefined;
+    const fd = openSync(sender.live, "r+");
+    let at = 0;
+    for (let n = 1; n <= 200; n += 20) {
+      at += writeSync(fd, lines("a", n, n + 19), at);
+      if (shipper) await arrives(stub, "a", n + 19);
+      else await sender.once();
+    }
+    closeSync(fd);
+    renameSync(sender.live, `${sender.live}.1`);
+    sender.reopen();
+    sender.write(lines("b", 1, 10));
+    await shipper?.stop();
+    await sender.once();
+    expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 200), b: lines("b", 1, 10) });
+  });
+});

@@ -1,0 +1,407 @@
+/**
+ * Whose file is it: of files beside each other, which are logs of their own and which are rotations, whatever path leads
+ * to them. Each time with files that are there before the first start, that come while it is stopped, and that go on.
+ */
+import { afterEach, describe, expect, test } from "bun:test";
+import {
+  appendFileSync,
+  chmodSync,
+  chownSync,
+  copyFileSync,
+  linkSync,
+  mkdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  symlinkSync,
+  truncateSync,
+  unlinkSync,
+  writeFileSync,
+} from "node:fs";
+import { dirname, join } from "node:path";
+import { gzipSync } from "node:zlib";
+import {
+  createSender,
+  expectTags,
+  lines,
+  type Sender,
+  type StubReceiver,
+  startStub,
+  startWrapped,
+} from "./pipeline.ts";
+import { missing, notRoot, type Running, until } from "./support.ts";
+
+const running: Running[] = [];
+afterEach(async () => {
+  for (const each of running.splice(0)) await each.stop("SIGKILL");
+});
+
+interface Host {
+  stub: StubReceiver;
+  sender: Sender;
+  /** Appends lines of a tag to a file of the log folder. */
+  put(name: string, tag: string, from?: number, to?: number): void;
+  at(name: string): string;
+  /** Expects of each tag the lines 1 to so many, once and in order, and nothing else. */
+  expects(counts: Record<string, number>): void;
+}
+
+/** A host whose log folder is followed by these patterns, and a receiver of its own. */
+async function createHost(patterns: string[], options: object = {}): Promise<Host> {
+  const stub = startStub();
+  const sender = await createSender(stub.url, (logs) => ({
+    files: patterns.map((pattern) => join(logs, pattern)),
+    ...options,
+  }));
+  unlinkSync(sender.live);
+  const at = (name: string) => join(sender.logs, name);
+  return {
+    ...{ stub, sender, at },
+    put(name, tag, from = 1, to = 10) {
+      mkdirSync(dirname(at(name)), { recursive: true });
+      appendFileSync(at(name), lines(tag, from, to));
+    },
+    expects(counts) {
+      const expected = Object.entries(counts).map(([tag, count]) => [tag, lines(tag, 1, count)]);
+      expectTags(Buffer.from(stub.text(), "latin1"), Object.fromEntries(expected));
+    },
+  };
+}
+
+function startShipper({ sender }: Host): Running {
+  const shipper = sender.start();
+  running.push(shipper);
+  return shipper;
+}
+
+async function arrives({ stub }: Host, tag: string, n: number): Promise<void> {
+  await until(`line ${n} of ${tag} is there`, () => stub.text().includes(`GET /${tag}/${n} `));
+}
+
+describe("names that differ by a number", () => {
+  test.each([
+    ["access.log", "access-8080.log"],
+    ["site.log", "site-2.log"],
+    ["api.log", "api_1.log"],
+    ["x.log", "x.log.8443"],
+    ["app.log", "app-12345678.log"],
+  ])("%s and %s are two logs, named in full or by a glob", async (one, two) => {
+    for (const patterns of [[one, two], [two, one], ["*"]]) {
+      const host = await createHost(patterns);
+      host.put(one, "one", 1, 10);
+      host.put(two, "two", 1, 10);
+      await host.sender.once();
+      host.put(two, "two", 11, 20);
+      host.put(one, "one", 11, 20);
+      await host.sender.once();
+      const shipper = startShipper(host);
+      host.put(two, "two", 21, 30);
+      host.put(one, "one", 21, 30);
+      await arrives(host, "one", 30);
+      await arrives(host, "two", 30);
+      await shipper.stop();
+      host.expects({ one: 30, two: 30 });
+    }
+  });
+
+  test("a path named in full is never anybody's rotation", async () => {
+    const host = await createHost(["a.log", "a.log.1", "a-20261122.log"]);
+    for (const [name, tag] of [
+      ["a.log", "a"],
+      ["a.log.1", "b"],
+      ["a-20261122.log", "c"],
+    ] as const)
+      host.put(name, tag);
+    await host.sender.once();
+    host.put("a.log.1", "b", 11, 20);
+    await host.sender.once();
+    host.expects({ a: 10, b: 20, c: 10 });
+  });
+
+  test("a rotation's number counts up to 30, and on from a neighbour that is or was there", async () => {
+    const host = await createHost(["a.log"]);
+    host.put("a.log", "a");
+    await host.sender.once();
+    host.put("a.log", "a", 11, 20);
+    renameSync(host.at("a.log"), host.at("a.log.30"));
+    host.put("a.log", "b", 1, 5);
+    const shipper = startShipper(host);
+    await arrives(host, "b", 5);
+    renameSync(host.at("a.log.30"), host.at("a.log.31"));
+    host.put("a.log.31", "a", 21, 25);
+    await arrives(host, "a", 25);
+    await shipper.stop();
+    host.put("a.log.4711", "foreign");
+    host.put("a.log.32", "late", 1, 3); // behind 31, which is there
+    const output = await host.sender.once();
+    expect(output).toMatch(/not followed.*a\.log\.4711/);
+    host.expects({ a: 25, b: 5, late: 3 });
+  });
+});
+
+describe("what lies beside a log", () => {
+  test.each(["access.log.404", "access.log-10.0.0.1", "access.log.errors", "access.log~"])(
+    "an extract named %s is not shipped, and told once with its bytes",
+    async (name) => {
+      const host = await createHost(["access.log"]);
+      host.put("access.log", "a", 1, 40);
+      await host.sender.once();
+      const extract = lines("a", 3, 9) + lines("a", 20, 24);
+      writeFileSync(host.at(name), extract);
+      const shipper = startShipper(host);
+      await shipper.says("not followed");
+      host.put("access.log", "a", 41, 50);
+      await arrives(host, "a", 50);
+      writeFileSync(host.at(name), `${extract}${lines("a", 30, 31)}`);
+      host.put("access.log", "a", 51, 60);
+      await arrives(host, "a", 60);
+      await shipper.stop();
+      expect(shipper.output.split("not followed").length).toBe(2);
+      expect(shipper.output).toContain(`bytes=${extract.length}`);
+      await host.sender.once();
+      host.expects({ a: 60 });
+    },
+  );
+
+  test.each(["access.old.log", "access-before.log", "zz.log", "access.rot0.log"])(
+    "a log that is renamed to %s, which the glob matches, keeps its stream",
+    async (name) => {
+      for (const isRunning of [true, false]) {
+        const host = await createHost(["*.log"]);
+        host.put("access.log", "a", 1, 40);
+        await host.sender.once();
+        const shipper = isRunning ? startShipper(host) : undefined;
+        host.put("access.log", "a", 41, 45);
+        if (shipper) await arrives(host, "a", 45);
+        renameSync(host.at("access.log"), host.at(name));
+        host.put(name, "a", 46, 50);
+        host.put("access.log", "b", 1, 45);
+        if (shipper) await arrives(host, "b", 45);
+        await shipper?.stop();
+        await host.sender.once();
+        host.put(name, "a", 51, 55);
+        await host.sender.once();
+        host.expects({ a: 55, b: 45 });
+      }
+    },
+  );
+
+  test.each([
+    "access.log-20261122-47",
+    "access.log-20261122-w47",
+    "access.log-2026-11-22T06",
+    "access-20261122.log",
+    "access.log.1.bak",
+    "access.log.bak.1",
+  ])("rotated to %s before it is looked at, by a glob and by its path: every line once", async (name) => {
+    for (const pattern of ["*", "access.log*", "access.log"]) {
+      for (const how of ["rename", "copytruncate", "gzip"]) {
+        const host = await createHost([pattern]);
+        host.put("access.log", "a", 1, 30);
+        await host.sender.once();
+        host.put("access.log", "a", 31, 60);
+        if (how === "rename") renameSync(host.at("access.log"), host.at(name));
+        else if (how === "copytruncate") {
+          copyFileSync(host.at("access.log"), host.at(name));
+          truncateSync(host.at("access.log"), 0);
+        } else {
+          writeFileSync(`${host.at(name)}.gz`, gzipSync(readFileSync(host.at("access.log"))));
+          unlinkSync(host.at("access.log"));
+        }
+        host.put("access.log", "b", 1, 20);
+        await host.sender.once();
+        host.put("access.log", "b", 21, 30);
+        await host.sender.once();
+        host.expects({ a: 60, b: 30 });
+      }
+    }
+  });
+});
+
+describe("what came while it was stopped", () => {
+  test("a new log that was rotated already, under a glob: both files are shipped", async () => {
+    for (const startAt of ["beginning", "end"]) {
+      const host = await createHost(["*.log"], { startAt });
+      host.put("old.log", "old", 1, 30);
+      await host.sender.once();
+      host.put("new.log", "n1", 1, 40);
+      renameSync(host.at("new.log"), host.at("new.log.1"));
+      host.put("new.log", "n2", 1, 20);
+      host.put("other.log", "other", 1, 20);
+      host.put("old.log", "more", 1, 5);
+      await host.sender.once();
+      host.expects({ ...(startAt === "beginning" && { old: 30 }), n1: 40, n2: 20, other: 20, more: 5 });
+    }
+  });
+
+  test("two logs of one name in two folders that share an olddir: every rotated line once", async () => {
+    const host = await createHost(["one/access.log", "two/access.log"], { olddir: "../old" });
+    mkdirSync(host.at("old"));
+    host.put("one/access.log", "one", 1, 30);
+    host.put("two/access.log", "two", 1, 30);
+    await host.sender.once();
+    for (const isRunning of [false, true]) {
+      const shipper = isRunning ? startShipper(host) : undefined;
+      const from = isRunning ? 41 : 31;
+      host.put("one/access.log", "one", from, from + 9);
+      host.put("two/access.log", "two", from, from + 9);
+      if (shipper) await arrives(host, "two", from + 9);
+      renameSync(host.at("one/access.log"), host.at(`old/access.log.${isRunning ? 2 : 4}`));
+      renameSync(host.at("two/access.log"), host.at(`old/access.log.${isRunning ? 1 : 3}`));
+      host.put("one/access.log", `one${from}`, 1, 20);
+      host.put("two/access.log", `two${from}`, 1, 20);
+      if (shipper) await arrives(host, `two${from}`, 20);
+      await shipper?.stop();
+      await host.sender.once();
+      renameSync(host.at("one/access.log"), host.at("one/gone"));
+      renameSync(host.at("two/access.log"), host.at("two/gone"));
+      renameSync(host.at(`old/access.log.${isRunning ? 2 : 4}`), host.at("one/access.log"));
+      renameSync(host.at(`old/access.log.${isRunning ? 1 : 3}`), host.at("two/access.log"));
+      await host.sender.once();
+    }
+    host.expects({ one: 50, two: 50, one31: 20, two31: 20, one41: 20, two41: 20 });
+  });
+});
+
+describe("paths", () => {
+  test("named in full with signs of a glob in it", async () => {
+    const host = await createHost(["site[1]/access.log", "a{b,c}.log", "what?.log"]);
+    for (const [name, tag] of [
+      ["site[1]/access.log", "a"],
+      ["a{b,c}.log", "b"],
+      ["what?.log", "c"],
+    ] as const) {
+      host.put(name, tag);
+      host.put("whatx.log", "foreign", 1, 2);
+    }
+    await host.sender.once();
+    renameSync(host.at("site[1]/access.log"), host.at("site[1]/access.log.1"));
+    host.put("site[1]/access.log.1", "a", 11, 15);
+    host.put("site[1]/access.log", "d");
+    await host.sender.once();
+    host.expects({ a: 15, b: 10, c: 10, d: 10 });
+  });
+
+  test("a name that is no UTF-8 is shipped, and shown with its bytes", async () => {
+    const host = await createHost(["*.log", "s*/*.log"]);
+    const raw = (name: string) =>
+      Buffer.concat([Buffer.from(`${host.sender.logs}/`), Buffer.from(name, "latin1")]);
+    appendFileSync(raw("caf\xe9.log"), lines("a", 1, 20));
+    mkdirSync(raw("s\xfc"));
+    appendFileSync(raw("s\xfc/b.log"), lines("b", 1, 20));
+    const output = await host.sender.once();
+    expect(output).toMatch(/caf\\+xe9\.log/);
+    appendFileSync(raw("caf\xe9.log"), lines("a", 21, 30));
+    renameSync(raw("caf\xe9.log"), raw("caf\xe9.log.1"));
+    appendFileSync(raw("caf\xe9.log"), lines("c", 1, 20));
+    appendFileSync(raw("s\xfc/b.log"), lines("b", 21, 30));
+    await host.sender.once();
+    host.expects({ a: 30, b: 30, c: 20 });
+  });
+
+  test("one file under several names that a glob matches, links and hard links, is shipped once", async () => {
+    const host = await createHost(["*.log", "sub/*.log"]);
+    host.put("access.log", "a", 1, 30);
+    symlinkSync(host.at("access.log"), host.at("0link.log"));
+    linkSync(host.at("access.log"), host.at("hard.log"));
+    mkdirSync(host.at("sub"));
+    symlinkSync("../access.log", host.at("sub/deep.log"));
+    await host.sender.once();
+    host.put("access.log", "a", 31, 40);
+    await host.sender.once();
+    renameSync(host.at("access.log"), host.at("access.log.1"));
+    host.put("hard.log", "a", 41, 50);
+    host.put("access.log", "b", 1, 30);
+    await host.sender.once();
+    host.put("0link.log", "b", 31, 40);
+    await host.sender.once();
+    host.expects({ a: 50, b: 40 });
+  });
+
+  test.skipIf(notRoot())(
+    "a link under a glob to a file of another user is not followed, and told",
+    async () => {
+      const host = await createHost(["*.log"]);
+      host.put("secret.txt", "secret");
+      host.put("access.log", "a");
+      symlinkSync(host.at("secret.txt"), host.at("link.log"));
+      chownSync(host.at("secret.txt"), 4711, 4711);
+      const shipper = startShipper(host);
+      await shipper.says("a link to a file of another user");
+      await arrives(host, "a", 10);
+      await shipper.stop();
+      host.expects({ a: 10 });
+    },
+  );
+
+  test("the same file by another path after a restart goes on", async () => {
+    const host = await createHost(["real/access.log"]);
+    host.put("real/access.log", "a", 1, 30);
+    await host.sender.once();
+    symlinkSync(host.at("real"), host.at("alias"));
+    const config = JSON.parse(readFileSync(host.sender.config, "utf8"));
+    for (const files of [["alias/access.log"], ["alias/*.log"], ["alias/access.log", "real/access.log"]]) {
+      config.shipper.files = files.map(host.at);
+      writeFileSync(host.sender.config, JSON.stringify(config));
+      const n = host.stub.text().split("\n").length - 1;
+      host.put("real/access.log", "a", n + 1, n + 10);
+      await host.sender.once();
+      host.put("real/access.log", "a", n + 11, n + 20);
+      await host.sender.once();
+    }
+    host.expects({ a: 90 });
+  });
+
+  test("a link whose target changes to another folder while it is stopped: the unread tail arrives", async () => {
+    for (const next of ["second/access.log", "second/today.log"]) {
+      const host = await createHost(["current.log"]);
+      host.put("first/access.log", "a", 1, 30);
+      symlinkSync(host.at("first/access.log"), host.at("current.log"));
+      await host.sender.once();
+      host.put("first/access.log", "a", 31, 60);
+      unlinkSync(host.at("current.log"));
+      host.put(next, "b", 1, 20);
+      symlinkSync(host.at(next), host.at("current.log"));
+      await host.sender.once();
+      host.put(next, "b", 21, 30);
+      await host.sender.once();
+      host.expects({ a: 60, b: 30 });
+    }
+  });
+
+  test.skipIf(notRoot() || missing({ setpriv: "util-linux" }))(
+    "one of several folders of a glob that may not be read is told, the others are shipped",
+    async () => {
+      const host = await createHost(["*/access.log"]);
+      for (const name of ["a", "b", "c"]) host.put(`${name}/access.log`, name);
+      chmodSync(host.at("b"), 0);
+      const shipper = startWrapped("setpriv", ["--bounding-set=-dac_override,-dac_read_search"], host.sender);
+      running.push(shipper);
+      await arrives(host, "a", 10);
+      await arrives(host, "c", 10);
+      await shipper.says(host.at("b"));
+      chmodSync(host.at("b"), 0o755);
+      await arrives(host, "b", 10);
+      await shipper.stop();
+      host.expects({ a: 10, b: 10, c: 10 });
+    },
+  );
+
+  test("moved to a folder that nobody named, its writer goes on after a pause: running, every line", async () => {
+    const host = await createHost(["access.log"]);
+    host.put("access.log", "a", 1, 10);
+    const shipper = startShipper(host);
+    await arrives(host, "a", 10);
+    mkdirSync(host.at("away"));
+    renameSync(host.at("access.log"), host.at("away/kept"));
+    await Bun.sleep(1500); // the pause: longer than rotateWaitSeconds
+    host.put("away/kept", "a", 11, 27);
+    host.put("access.log", "b", 1, 5);
+    await arrives(host, "b", 5);
+    await arrives(host, "a", 27);
+    await shipper.stop();
+    await host.sender.once();
+    rmSync(host.at("away"), { recursive: true });
+    host.expects({ a: 27, b: 5 });
+  });
+});
