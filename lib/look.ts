@@ -176,7 +176,7 @@ interface Look extends LookOptions {
 }
 
 /** Looks once. Never throws. */
-export async function lookAt(dir: string, thresholds: Thresholds, options: LookOptions): Promise<Seen> {
+export async function seeFolder(dir: string, thresholds: Thresholds, options: LookOptions): Promise<Seen> {
   const { now, mutes = {} } = options;
   const seen: Seen = {
     ...{ version: VERSION, now, server: hostname(), dir, startedAt: 0 },

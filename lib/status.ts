@@ -8,8 +8,8 @@ import {
   type HostState,
   type HostStatus,
   type LookOptions,
-  lookAt,
   type Seen,
+  seeFolder,
   type Thresholds,
 } from "./look.ts";
 import { formatBytes, formatDuration } from "./service.ts";
@@ -65,7 +65,7 @@ export async function observe(
 ): Promise<Snapshot> {
   const monitor = options.monitorFile ? await readMonitorNews(options.monitorFile) : undefined;
   const mutes = { ...options.mutes, ...(typeof monitor === "object" && monitor.mutes) };
-  const seen = await lookAt(dir, thresholds, { ...options, mutes });
+  const seen = await seeFolder(dir, thresholds, { ...options, mutes });
   const problems = findProblems(seen, thresholds, { monitor, more: options.more ?? [] });
   return { ...seen, byDefaults: options.byDefaults ?? false, problems };
 }
