@@ -431,7 +431,7 @@ async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "
     try {
       if (!stream.isLive) refresh(shipper, stream); // what its writer still put there goes before the live file's lines
       if (isDue(shipper, log, stream)) atEnd = (await shipStream(shipper, stream)) && atEnd;
-      else if (!stream.isLive && !stream.isBusy && stream.phase.is === "reading")
+      else if (!stream.isLive && !stream.isBusy && stream.phase.is === "reading" && isAtEnd(stream))
         await streams.finish(stream);
       if (log.isHeld && stream.isLive) atEnd = false;
     } catch (error) {
@@ -456,10 +456,10 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
     }
     await findWayBack(shipper, stream, file);
     takeWayBack(shipper, stream);
-    const isDone = await drain(shipper, stream, file);
+    const isDone = (await drain(shipper, stream, file)) && !shipper.signal.aborted;
     stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
-    await streams.finish(stream);
+    if (isDone) await streams.finish(stream); // else what an archive still has would be told as lost
     return isDone;
   } catch (error) {
     if (error instanceof Refused || shipper.signal.aborted)
