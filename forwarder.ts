@@ -18,7 +18,8 @@ import { fileURLToPath } from "node:url";
 import { createGunzip } from "node:zlib";
 import { z } from "zod";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName, withState } from "./lib/batch.ts";
-import { type Config, ConfigError, secretFaults } from "./lib/config.ts";
+import { whatIsMissing } from "./lib/check.ts";
+import { type Config, ConfigError, readSecret, secretFaults } from "./lib/config.ts";
 import {
   Digests,
   findMissing,
@@ -60,7 +61,7 @@ import {
 import { readState, writeState } from "./lib/state.ts";
 import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderState } from "./lib/status.ts";
 import { formatTable } from "./lib/table.ts";
-import { openSftpTarget } from "./lib/target/sftp.ts";
+import { explainKey, openSftpTarget } from "./lib/target/sftp.ts";
 import {
   measure,
   openContent,
@@ -1069,20 +1070,32 @@ async function verify(folder: string): Promise<number> {
   return verified.findings.length === 0 ? EXIT.done : EXIT.failed;
 }
 
-/** One fault for each secret that is not there. */
+/** One fault for each secret that is not there, and for a private key that can't be used. */
 function checkSecrets({ password, privateKey, passphrase }: Settings): string[] {
-  return secretFaults("forwarder", { password, privateKey, passphrase });
+  const faults = secretFaults("forwarder", { password, privateKey, passphrase });
+  if (!privateKey || faults.length > 0) return faults;
+  const fault = explainKey(readSecret(privateKey), passphrase && readSecret(passphrase));
+  return fault ? [`forwarder.privateKey: ${fault}`] : [];
 }
 
-/** `--check`: folders that can be written, secrets that can be read; with `--connect` also a login. */
+/** `--check`: folders that can be written, a key that can be used; with `--connect` also a login and a file. */
 async function checkHost({ config, signal, checks }: Service<"forwarder">, connect: boolean): Promise<void> {
-  await checks.folder("forwarder.dir", config.dir, "write");
-  await checks.folder("forwarder.report", dirname(config.report), "write");
-  if (!connect || checks.faulty) return;
-  await checks.step(`forwarder.target: ${config.target}`, async () => {
+  const { dir, report, agent, target: url } = config;
+  for (const fault of checkSecrets(config)) checks.fault(fault, EXIT.failed);
+  await checks.file("forwarder.agent", agent);
+  const folder = url.startsWith("file:") ? fileURLToPath(url) : undefined;
+  if (folder) await checks.folder("forwarder.target", folder, "make");
+  const asks = checks.asks(connect);
+  await checks.folder("forwarder.dir", dir, "write");
+  await checks.folder("forwarder.report", dirname(report), "write");
+  if (!asks || (folder && (await whatIsMissing(folder)))) return; // a look makes no folder
+  await checks.step(`forwarder.target: ${url}`, async () => {
     const target = await openTarget(config, signal);
     try {
       await createProbe(target)();
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      throw new Error("its folder takes no file from this login", { cause: error });
     } finally {
       target.close();
     }

@@ -26,7 +26,7 @@ import {
   utimes,
 } from "node:fs/promises";
 import { availableParallelism, constants as priorities, setPriority } from "node:os";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { pipeline } from "node:stream/promises";
 import { crc32, createGunzip, createGzip, gzipSync } from "node:zlib";
 import {
@@ -587,6 +587,7 @@ async function leaveMetrics(
 async function check({ config, checks }: Service<"housekeep">): Promise<void> {
   for (const fault of checkSchedule(config.schedule)) checks.fault(`housekeep.schedule: ${fault}`);
   await checks.folder("housekeep.dir", config.dir, "write");
+  await checks.folder("housekeep.report", dirname(config.report), "write");
 }
 
 if (import.meta.main) {

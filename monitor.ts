@@ -11,9 +11,9 @@
  * The state is changed under a lock that is held for a moment; one run at a time sends, and another one that comes
  * meanwhile looks and queues. The exit code is 1 while a mail is not accepted.
  */
-import { access, constants } from "node:fs/promises";
 import { uptime } from "node:os";
 import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
 import type { Config } from "./lib/config.ts";
 import { failpoint } from "./lib/durable.ts";
 import { parseHost } from "./lib/host.ts";
@@ -701,35 +701,47 @@ async function mute(service: Service<"monitor">, name: string): Promise<number> 
   return EXIT.done;
 }
 
-/** What only this host can tell of the config; with `connect` also whether the mail server lets us in. */
+/** What only this host can tell of the config; with `connect` also every server that it names. */
 async function check({ config, signal, checks }: Service<"monitor">, connect: boolean): Promise<void> {
+  const { smtp } = config.mail;
+  const files = { "mail.ca": config.mail.ca, ca: config.ca, cert: config.cert, key: config.key };
+  for (const [key, file] of Object.entries(files)) await checks.file(`monitor.${key}`, file);
+  const asks = checks.asks(connect);
   for (const fault of checkSchedule(config.schedule)) checks.fault(`monitor.schedule: ${fault}`);
   await checks.folder("monitor.dir", config.dir, "read");
+  await checks.folder("monitor.report", dirname(config.report), "read");
   await checks.folder("monitor.stateFile", dirname(config.stateFile), "write");
-  const files = { "mail.ca": config.mail.ca, ca: config.ca, cert: config.cert, key: config.key };
-  for (const [key, file] of Object.entries(files))
-    if (file) await checks.step(`monitor.${key}: ${file}`, () => access(file, constants.R_OK));
-  if (!connect || checks.faulty) return;
-  await checks.step(`monitor.mail.smtp: ${config.mail.smtp}`, () => verifyMail(config.mail, signal));
+  if (smtp.startsWith("file:")) await checks.folder("monitor.mail.smtp", fileURLToPath(smtp), "make");
+  if (!asks) return;
+  if (!smtp.startsWith("file:"))
+    await checks.step(`monitor.mail.smtp: ${smtp}`, async () => {
+      await verifyMail(config.mail, signal);
+      return `takes mail for ${config.mail.to.join(", ")}; none was sent, --test-mail does`;
+    });
   const ask = clientOf(config);
-  const tell = (error: unknown) => {
-    throw new Error(withAdvice(error));
-  };
   for (const url of config.receivers)
     await checks.step(`monitor.receivers: ${new URL(url).origin}`, async () => {
-      const { ok, status, body } = await ask(`${new URL(url).origin}/healthz`, signal).catch(tell);
+      const { ok, status, body } = await ask(`${new URL(url).origin}/healthz`, signal).catch((error) => {
+        throw new Error(withAdvice(error));
+      });
       if (!ok) throw new Error(`/healthz answers ${status}: ${body.slice(0, 200).trim()}`);
-      return "is well";
+      return "healthy";
     });
-  if (config.webhook) {
-    const { webhook } = config;
-    await checks.step("monitor.webhook", async () => {
-      const { status } = await ask(webhook, signal).catch((error) =>
-        tell(errorMessage(error).replaceAll(webhook, "…")),
-      );
-      return `answers (${status} to a GET; --test-mail posts there)`;
-    });
-  }
+  const secretUrl = (key: "webhook" | "heartbeatUrl", work: (url: string) => Promise<string>) => {
+    const url = config[key];
+    const hide = (error: unknown) => {
+      throw new Error(withAdvice(errorMessage(error).replaceAll(url ?? "", "…")));
+    };
+    return url && checks.step(`monitor.${key}`, () => work(url).catch(hide));
+  };
+  await secretUrl("webhook", async (url) => {
+    const { status } = await ask(url, signal);
+    return `answers (${status} to a GET; --test-mail posts there)`;
+  });
+  await secretUrl("heartbeatUrl", async (url) => {
+    const { status } = await clientOf({})(new URL(url).origin, signal); // itself would count as a run
+    return `its server answers (${status} to a GET of /)`;
+  });
 }
 
 if (import.meta.main) {

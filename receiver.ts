@@ -12,7 +12,7 @@
  */
 import { createPrivateKey, X509Certificate } from "node:crypto";
 import { closeSync, openSync, readFileSync, statSync } from "node:fs";
-import { readFile, rm, writeFile } from "node:fs/promises";
+import { readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { type Context, Hono, type Next } from "hono";
@@ -808,12 +808,12 @@ async function checkReceiver({ config, configFile, now, checks }: Service<"recei
   for (const fault of wrong) checks.fault(fault);
   for (const fault of missing) checks.fault(fault, EXIT.failed);
   const monitor = await readMonitorSection(configFile);
-  for (const warning of findWarnings(config, monitor.fault)) checks.warn(warning);
   await checks.folder("receiver.dir", config.dir, "make");
   for (const { port } of config.groups) {
     await checks.step(`receiver.groups: ${config.listen}:${port}`, () => checkPort(config, port, now()));
   }
-  if (checks.faulty) return;
+  if (wrong.length + missing.length > 0) return;
+  for (const warning of findWarnings(config, monitor.fault)) checks.warn(warning);
   const { tls, logFormat = [] } = config;
   if (tls) checks.ok(`receiver.tls.cert: ${tls.cert}: valid until ${certificateEnd(readTls(tls))}`);
   for (const format of logFormat) {
@@ -824,19 +824,31 @@ async function checkReceiver({ config, configFile, now, checks }: Service<"recei
 
 /** A port that can be listened on, or that a receiver of this folder listens on. */
 async function checkPort({ listen, dir }: ReceiverConfig, port: number, now: number): Promise<string> {
-  const state = join(dir, `.receiver-${port}.json`);
-  const seen = statSync(state, { throwIfNoEntry: false })?.mtimeMs ?? 0;
-  if (port !== 0 && now - seen < 3 * STATE_EVERY_MS) return "a receiver listens there";
   const server = createServer();
   const bound = new Promise<void>((resolve, reject) =>
     server.once("error", reject).listen(port, listen, resolve),
   );
   try {
     await bound;
+    return "free";
+  } catch (error) {
+    if (await isOurPort(dir, port, now)) return "a receiver of this folder listens there";
+    throw error;
   } finally {
     server.close();
   }
-  return "free";
+}
+
+/** Whether a receiver of this folder said within the last half minute that it serves a port. */
+async function isOurPort(dir: string, port: number, now: number): Promise<boolean> {
+  for (const name of await readdir(dir).catch(() => [])) {
+    if (!/^\.receiver-\d+\.json$/.test(name)) continue;
+    const path = join(dir, name);
+    if (now - (statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0) > 3 * STATE_EVERY_MS) continue;
+    const text = await readFile(path, "utf8").catch(() => "");
+    if (new RegExp(`"ports":\\[(\\d+,)*${port}[,\\]]`).test(text)) return true;
+  }
+  return false;
 }
 
 if (import.meta.main) {

@@ -14,6 +14,7 @@
  */
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import { whatIsMissing } from "./lib/check.ts";
 import type { StreamStatus } from "./lib/chunk.ts";
 import { MARK_BYTES } from "./lib/chunk.ts";
 import type { Config } from "./lib/config.ts";
@@ -52,7 +53,7 @@ import {
   wireMark,
 } from "./lib/tail/file.ts";
 import { fitOf } from "./lib/tail/identify.ts";
-import { lookAt, nearestName, Watch, whyNotFollowed } from "./lib/tail/paths.ts";
+import { isGlob, lookAt, Paths, Watch, whyNotFollowed } from "./lib/tail/paths.ts";
 import { type FollowedLog, isAtEnd, type Look, placeOf, Streams } from "./lib/tail/streams.ts";
 import {
   type Answer,
@@ -72,6 +73,8 @@ const PATIENCE_MS = 10_000;
 const NAMES_MS = 20;
 const TELL_EVERY_MS = 60_000;
 const METRICS_EVERY_MS = 15_000;
+/** How often it is told that a path of the config matches nothing. */
+const MISSING_EVERY_MS = 3_600_000;
 /** Files in hand at once: a buffer each, so that memory does not grow with the files. */
 const TRANSFERS = 3;
 /** On a link on which a chunk takes so long, one is on its way. */
@@ -314,7 +317,7 @@ async function lookOnce(shipper: Shipper): Promise<Look> {
 
 /** Looks at the files at each event, else every `pollSeconds`, whatever the receiver does; ships logs that have grown. */
 async function followAll(shipper: Shipper): Promise<void> {
-  const { config, signal, mono, streams, wakeup, faults } = shipper;
+  const { signal, mono, streams, wakeup, faults } = shipper;
   const touched = new Set<string>();
   const watch = new Watch((path, event) => {
     if (event === "rename") shipper.lookAt = Math.min(shipper.lookAt, mono());
@@ -324,13 +327,17 @@ async function followAll(shipper: Shipper): Promise<void> {
   const loops = new Map<FollowedLog, Promise<void>>();
   const failed = new AbortController(); // a bug in one loop ends them all, and the script
   const either = AbortSignal.any([signal, failed.signal]);
-  if (streams.list.length === 0 && config.files.length > 0) noteMissing(shipper);
+  let missingAt = mono();
   while (!either.aborted) {
     for (const stream of streams.list) if (touched.has(stream.path)) refresh(shipper, stream);
     touched.clear();
     if (mono() >= shipper.lookAt) {
       await lookOnce(shipper);
       await saveFirst(shipper);
+      if (mono() >= missingAt) {
+        await noteMissing(shipper);
+        missingAt = mono() + MISSING_EVERY_MS;
+      }
       watch.update(streams.paths.folders);
       for (const [folder, error] of watch.faults)
         faults.failed(`watch ${folder}`, "no events of this folder: it is looked at every pollSeconds", {
@@ -353,9 +360,12 @@ async function followAll(shipper: Shipper): Promise<void> {
   await Promise.all(loops.values());
 }
 
-function noteMissing({ log, config, streams }: Shipper): void {
-  const isThere = streams.paths.livePaths().some((path) => lookAt(path, path, true, true, new Map()));
-  if (!isThere) log.warn("no file matches yet", { files: config.files.join(" ") });
+/** At the start and each hour: of a slip in `files` nothing else would ever be heard. */
+async function noteMissing({ log, streams }: Shipper): Promise<void> {
+  for (const path of streams.paths.missing()) {
+    const { text } = (await whatIsMissing(path).catch(() => undefined)) ?? {};
+    log.warn("no file matches yet", { files: path, hint: isGlob(path) ? undefined : text });
+  }
 }
 
 /** Before the receiver is asked for the first time, what is seen is on stable storage: what comes after it is new. */
@@ -1197,35 +1207,28 @@ async function printDelivered(config: Config["shipper"], path: string, signal: A
 
 /** What only the host can tell, for `--check`. */
 async function check({ config, signal, checks }: Service<"shipper">, connect: boolean): Promise<void> {
-  const streams = new Streams(config, {
-    log: quiet,
-    faults: createFaultLog(quiet),
-    signal,
-    now: Date.now,
-    mono: Date.now,
-  });
-  const paths = streams.paths.livePaths();
-  for (const pattern of config.files) {
-    if (!paths.some((path) => streams.paths.names(path)))
-      checks.warn(`shipper.files: nothing matches ${pattern} yet`);
-  }
-  for (const path of paths) {
+  for (const key of ["ca", "cert", "key"] as const) await checks.file(`shipper.${key}`, config[key]);
+  const asks = checks.asks(connect);
+  const paths = new Paths(config.files, config.olddir);
+  const live = paths.livePaths();
+  const missing = paths.missing();
+  for (const path of live.filter((each) => !missing.includes(each))) {
     const other = whyNotFollowed(path);
-    const isThere = lookAt(path, path, true, true, new Map()) !== undefined;
-    const nearest = isThere ? undefined : nearestName(path);
     if (other) checks.fault(`shipper.files: Cannot follow "${path}": ${other}`, 1);
-    else if (!isThere)
-      checks.warn(`shipper.files: ${path} is not there yet${nearest ? `; there is "${nearest}"` : ""}`);
     else await checks.step(`shipper.files: ${path}`, async () => (await LogFile.open(path)).close());
   }
+  for (const pattern of missing) {
+    const { text = "no file has such a name" } = (await whatIsMissing(pattern).catch(() => undefined)) ?? {};
+    // the logs of a glob may come later, as long as there is something to ship
+    if (isGlob(pattern) && live.length > 0) checks.warn(`shipper.files: nothing matches ${pattern} yet`);
+    else checks.fault(`shipper.files: ${pattern}: ${text}`, EXIT.failed);
+  }
   await checks.folder("shipper.stateDir", config.stateDir, "make");
-  if (!connect || checks.faulty) return;
+  if (!asks) return;
   await checks.step(`shipper.receiver: ${config.receiver}`, async () => {
     await createUploader(config, signal).ask(config.host, [], {});
   });
 }
-
-const quiet: Log = { info() {}, warn() {}, error() {} };
 
 if (import.meta.main) {
   await runScript(

@@ -43,6 +43,12 @@ export class Checks {
     return this.#code !== 0;
   }
 
+  /** Whether servers are to be asked: by `--connect`, and not when what a login needs is at fault so far. */
+  asks(connect: boolean): boolean {
+    if (connect && this.faulty) this.warn("no server is asked before the faults above are mended");
+    return connect && !this.faulty;
+  }
+
   /** Does `work` and says `name` with what it gives; what it throws is a fault of what the config names. */
   async step(name: string, work: () => unknown): Promise<void> {
     try {
@@ -54,29 +60,39 @@ export class Checks {
   }
 
   /**
-   * A folder: `read` and `write` want it to be there; `make` is content with one that it can be made in. Of a path that
-   * is not there it says which part of it is missing, and what is there that has a similar name.
+   * A folder: `read` and `write` want it to be there; `make` is content with one that it can be made in, and warns when
+   * a name beside it is so near that it may be a slip.
    */
   async folder(key: string, dir: string, need: "read" | "write" | "make"): Promise<void> {
     const can = need === "read" ? "read" : "written";
     await this.step(`${key}: ${dir}`, async () => {
       const wanted = resolve(dir);
-      let there = wanted;
-      while (!(await stat(there).catch(ifAbsent)) && there !== dirname(there)) there = dirname(there);
-      if (there !== wanted && need !== "make")
-        throw new Error(`expected a folder that can be ${can}; ${await whatIsThere(there, wanted)}`);
-      const { W_OK, R_OK, X_OK } = constants;
-      const refused = (error: NodeJS.ErrnoException) => {
-        throw new Error(
-          `expected a folder that can be ${can} (${error.code}); this is user ${process.getuid?.()}`,
-        );
-      };
-      await access(there, X_OK | (need === "read" ? R_OK : W_OK)).catch(refused);
+      const missing = await whatIsMissing(wanted);
+      const there = missing?.in ?? wanted;
+      if (missing && need !== "make")
+        throw new Error(`expected a folder that can be ${can}; ${missing.text}`);
       if (!(await stat(there)).isDirectory()) throw new Error(`${there} is no folder`);
+      const { W_OK, R_OK, X_OK } = constants;
+      await access(there, X_OK | (need === "read" ? R_OK : W_OK)).catch(
+        refuse(`a folder that can be ${can}`),
+      );
       const { bavail, blocks, bsize } = await statfs(there);
       if (need !== "read" && blocks === 0) throw new Error(`${there} is no place for files`); // /proc takes no folder, also of root
       const free = need === "read" ? "" : `, ${((bavail * bsize) / 2 ** 30).toFixed(1)} GiB free`;
-      return `${there === wanted ? `can be ${can}` : "will be made"}${free}`;
+      if (missing?.nearest)
+        this.warn(`${key}: ${dir}: ${missing.text}; it will be made when that is no slip`);
+      return `${missing ? "will be made" : `can be ${can}`}${free}`;
+    });
+  }
+
+  /** A file that must be readable. Of one that is not there it says what is in its place. */
+  async file(key: string, path: string | undefined): Promise<void> {
+    if (path === undefined) return;
+    await this.step(`${key}: ${path}`, async () => {
+      const missing = await whatIsMissing(path);
+      if (missing) throw new Error(missing.text);
+      await access(path, constants.R_OK).catch(refuse("a file that can be read"));
+      return "can be read";
     });
   }
 
@@ -100,15 +116,37 @@ export class Checks {
   }
 }
 
+function refuse(expected: string) {
+  return (error: NodeJS.ErrnoException) => {
+    throw new Error(`expected ${expected} (${error.code}); this is user ${process.getuid?.()}`);
+  };
+}
+
 function ifAbsent(error: NodeJS.ErrnoException): undefined {
   if (error.code !== "ENOENT" && error.code !== "ENOTDIR") throw error;
 }
 
-/** `received is not in /srv, where receive is`. */
-async function whatIsThere(there: string, wanted: string): Promise<string> {
+/** Names of a folder that are shown when none is near the one that is missing. */
+const SHOWN_NAMES = 5;
+
+/**
+ * Of a path that is not there, which part is missing and in which folder: `"acces.log" is not in /var/log/nginx, where
+ * "access.log" is`, else what there is beside it. Undefined when it is there; throws when a folder may not be looked into.
+ */
+export async function whatIsMissing(
+  path: string,
+): Promise<{ in: string; text: string; nearest: string | undefined } | undefined> {
+  const wanted = resolve(path);
+  let there = wanted;
+  while (!(await stat(there).catch(ifAbsent)) && there !== dirname(there)) there = dirname(there);
+  if (there === wanted) return undefined;
   const missing = relative(there, wanted).split("/")[0] ?? "";
-  const meant = nearest(missing, await readdir(there).catch(() => []));
-  return `"${missing}" is not in ${there}${meant ? `, where "${meant}" is` : ""}`;
+  const names = (await readdir(there).catch(() => [])).filter((name) => !name.startsWith("."));
+  const meant = nearest(missing, names);
+  const more = names.length > SHOWN_NAMES ? ", …" : "";
+  const beside = names.length > 0 ? `; there is ${names.sort().slice(0, SHOWN_NAMES).join(", ")}${more}` : "";
+  const text = `"${missing}" is not in ${there}${meant ? `, where "${meant}" is` : beside}`;
+  return { in: there, text, nearest: meant };
 }
 
 // ---- surroundings

@@ -37,7 +37,9 @@ const schedule = z.string().regex(/^(\S+\s+){4,5}\S+$/, "expected a cron express
 
 const shipper = z.strictObject({
   files: z.array(path).min(1).describe("Log files to follow: paths and globs"),
-  receiver: httpUrl.describe("The receiver: http://HOST:PORT or https://HOST:PORT"),
+  receiver: httpUrl
+    .refine((text) => !/\/(upload|streams)\/?$/.test(text), "expected no path such as /upload behind it")
+    .describe("The receiver: http://HOST:PORT or https://HOST:PORT"),
   host: host
     .default(() => hostname().toLowerCase())
     .describe("The name of this sender; default: the host name"),
@@ -94,7 +96,11 @@ const group = z.strictObject({
 
 const receiver = z
   .strictObject({
-    listen: z.string().default("127.0.0.1").describe("Address to listen on"),
+    listen: z
+      .string()
+      .refine((text) => parseHost(text) !== undefined, "expected an address of this machine, or 0.0.0.0")
+      .default("127.0.0.1")
+      .describe("Address to listen on"),
     groups: z.array(group).min(1).describe("Ports, and the senders that each serves"),
     dir: path.describe("Folder of the batches, one per sender"),
     prefix: z

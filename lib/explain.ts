@@ -283,10 +283,10 @@ export function errorMessage(error: unknown): string {
     : `${text}: ${errorMessage(error.cause)}`;
 }
 
-/** Faults of an HTTP request as Bun and Deno tell them, and what each means at an address that someone has set. */
+/** Faults of a connection as runtimes and libraries tell them, and what each means at an address that someone has set. */
 const NETWORK: [pattern: RegExp, meaning: string][] = [
   [
-    /ECONNREFUSED: Unable|Connection refused \(os error/,
+    /ECONNREFUSED: Unable|connect ECONNREFUSED|Connection refused \(os error/,
     "connection refused: nothing listens at that address and port",
   ],
   [/getaddrinfo (ENOTFOUND|EAI_AGAIN)|dns error/, "the name is not known: look at its spelling and at DNS"],
@@ -312,6 +312,24 @@ const NETWORK: [pattern: RegExp, meaning: string][] = [
     "it closed the connection without an answer: look at the port, and whether it wants https://",
   ],
   [/operation (timed out|was aborted due to timeout)/, "no answer in time"],
+  [
+    /Failed to start server|EADDRINUSE/,
+    "something listens there already (ss -ltnp says what), or it is no address of this machine",
+  ],
+  [/EADDRNOTAVAIL|Failed to listen at/, "no address of this machine (ip address lists them)"],
+  [/listen EACCES/, "ports below 1024 are root's: take a higher one"],
+  [
+    /PEM_NO_START_LINE|PEM routines|PEM_BAD/,
+    "no PEM file of that kind: is each of certificate and key in its place?",
+  ],
+  [
+    /EHOSTUNREACH|ENETUNREACH|connect ETIMEDOUT/,
+    "no way to that address: look at it, at routes and firewalls",
+  ],
+  [
+    /Connection lost before handshake|Invalid identification string/,
+    "what answers there does not speak SSH: look at the port",
+  ],
 ];
 
 /** The meaning of a network fault, or undefined when its own words say it. */

@@ -122,7 +122,7 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
         }
         if (response.status === 413) return { kind: "tooLarge" };
         const after = parseRetryAfter(response);
-        const reason = response.ok ? `${whoAnswers(response)}${via}: ${firstWords(text)}` : firstWords(text);
+        const reason = response.ok ? `${whoAnswers(response, text)}${via}` : firstWords(text);
         const answer = refused(response.status, reason, isPassing(response.status) ? AWAY : REFUSED);
         return answer.kind === "refused" && after !== undefined ? { ...answer, waitMs: after } : answer;
       } catch (error) {
@@ -151,7 +151,9 @@ export function createUploader(config: Config["shipper"], signal: AbortSignal) {
       if (streams) return streams;
       const hint =
         response.status === 404 ? "update the receiver first: it is of version 1.0, or no receiver" : "";
-      throw new Unanswered(what, response.status, hint || `${whoAnswers(response)}: ${firstWords(text)}`);
+      const advice = ADVICE[response.status] ?? "";
+      const reason = isOurs(response) ? firstWords(text) + advice : whoAnswers(response, text);
+      throw new Unanswered(what, response.status, hint || reason);
     },
   };
 }
@@ -172,8 +174,17 @@ function isOurs(response: Response): boolean {
   return response.headers.get("Cache-Control") === "no-store";
 }
 
-function whoAnswers(response: Response): string {
-  return `not the receiver's answer, but one of ${response.headers.get("Server") ?? "a server without a name"}`;
+/** What to compare when the receiver refuses this sender. */
+const ADVICE: Record<number, string> = {
+  401: "; compare shipper.token with receiver.tokens",
+  403: "; compare shipper.host and shipper.token with receiver.groups and receiver.tokens",
+  421: "; set that port in shipper.receiver",
+};
+
+function whoAnswers({ headers }: Response, text: string): string {
+  const to = headers.get("Location");
+  const words = to ? `, which sends to ${firstWords(to)}` : text && `: ${firstWords(text)}`;
+  return `not the receiver's answer, but one of ${headers.get("Server") ?? "a server without a name"}${words}`;
 }
 
 /** The head of a foreign text, fit for a log. */

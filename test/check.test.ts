@@ -15,6 +15,7 @@ import {
   runScriptOnce,
   selfSigned,
   start,
+  startScript,
   tempFolder,
   writeConfig,
 } from "./support.ts";
@@ -88,6 +89,7 @@ describe("--check --connect names a server that cannot be reached, --check alone
     test(script, async () => {
       const home = await tempFolder();
       const file = await writeConfig(home, await configOf(home, await freePort()));
+      await writeFile(join(home, "access.log"), "");
       expect(await runScriptOnce(script, file, ["--check"])).toMatchObject({ code: 0 });
       const { code, output } = await runScriptOnce(script, file, ["--check", "--connect"]);
       expect(output).toContain(`FAULT ${file}: ${key}: `);
@@ -336,4 +338,253 @@ describe("errorMessage() says in plain words what answered at an address", () =>
       return errorMessage(error);
     }
   }
+});
+
+describe("shipper --check: a log that can't be shipped is a fault", () => {
+  const faultsOf = async (files: string[], home: string) => {
+    const { shipper } = await configOf(home, 9);
+    const file = await writeConfig(home, { shipper: { ...shipper, files } });
+    const { code, output } = await runScriptOnce("shipper", file, ["--check"]);
+    return { code, output: output.replaceAll(file, "CONFIG") };
+  };
+
+  test("one that is not there, with the nearest name; a folder that is mistyped; a glob that matches nothing", async () => {
+    const home = await tempFolder();
+    await mkdir(join(home, "log"));
+    await writeFile(join(home, "log", "access.log"), "");
+    const wrong = [`${home}/log/acces.log`, `${home}/lgo/x.log`];
+    const { code, output } = await faultsOf([`${home}/log/access.log`, ...wrong, `${home}/log/*.lg`], home);
+    expect(output).toContain(
+      `FAULT CONFIG: shipper.files: ${wrong[0]}: "acces.log" is not in ${home}/log, where "access.log" is\n`,
+    );
+    expect(output).toContain(
+      `FAULT CONFIG: shipper.files: ${wrong[1]}: "lgo" is not in ${home}, where "log" is\n`,
+    );
+    expect(output).toContain(`warn  shipper.files: nothing matches ${home}/log/*.lg yet\n`);
+    expect(output).toContain(`ok    shipper.files: ${home}/log/access.log\n`);
+    expect(code).toBe(1);
+    const nothing = await faultsOf([`${home}/log/*.lg`], home);
+    expect(nothing.output).toContain(
+      `FAULT CONFIG: shipper.files: ${home}/log/*.lg: "*.lg" is not in ${home}/log`,
+    );
+  });
+
+  test("a folder in its place", async () => {
+    const home = await tempFolder();
+    const { code, output } = await faultsOf([home], home);
+    expect(output).toContain(`FAULT CONFIG: shipper.files: Cannot follow "${home}": it is a directory`);
+    expect(code).toBe(1);
+  });
+});
+
+test("--check creates nothing, whatever of the folders is there", async () => {
+  const home = await tempFolder();
+  const config = await configOf(home, await freePort());
+  const file = await writeConfig(home, {
+    ...config,
+    receiver: { groups: [{ port: await freePort(), senders: ["*"] }], dir: join(home, "batches") },
+    forwarder: { ...config.forwarder, target: `file://${home}/client` },
+    monitor: { ...config.monitor, mail: { ...config.monitor.mail, smtp: `file://${home}/mails` } },
+  });
+  const before = (await readdir(home, { recursive: true })).sort();
+  for (const script of ["shipper", "receiver", "forwarder", "monitor", "housekeep"] as const) {
+    await runScriptOnce(script, file, ["--check"]);
+    await runScriptOnce(script, file, ["--check", "--connect"]);
+    expect({ script, names: (await readdir(home, { recursive: true })).sort() }).toEqual({
+      script,
+      names: before,
+    });
+  }
+});
+
+test("receiver.dir that is near to a name beside it is told; it would be made", async () => {
+  const home = await tempFolder();
+  const { receiver } = await configOf(home, 9);
+  const groups = [{ port: await freePort(), senders: ["*"] }];
+  const file = await writeConfig(home, { receiver: { ...receiver, groups, dir: join(home, "recieved") } });
+  const { code, output } = await runScriptOnce("receiver", file, ["--check"]);
+  expect(output).toContain(
+    `"recieved" is not in ${home}, where "received" is; it will be made when that is no slip`,
+  );
+  expect(code).toBe(0);
+});
+
+describe("shipper --check --connect says what the receiver has against it, and what to compare", () => {
+  const listening = async () => {
+    const home = await tempFolder();
+    const [token, other] = [join(home, "token"), join(home, "other")];
+    await writeFile(token, "0123456789abcdef0123\n", { mode: 0o600 });
+    await writeFile(other, "other6789abcdef01234\n", { mode: 0o600 });
+    await writeFile(join(home, "access.log"), "");
+    const ports = [await freePort(), await freePort()];
+    const { receiver, shipper } = await configOf(home, ports[0] as number);
+    const file = await writeConfig(home, {
+      receiver: {
+        ...receiver,
+        groups: [
+          { port: ports[0], senders: ["10.0.0.1", "10.0.0.2"] },
+          { port: ports[1], senders: ["10.9.0.0/16"] },
+        ],
+        tokens: { "*": { file: token }, "10.0.0.2": { file: other } },
+      },
+    });
+    const receiving = startScript("receiver", file);
+    for (const port of ports) await receiving.says(`port=${port}`);
+    const senders = await tempFolder();
+    const ask = async (change: object) => {
+      const config = await writeConfig(senders, {
+        shipper: { ...shipper, token: { file: token }, ...change },
+      });
+      const { code, output } = await runScriptOnce("shipper", config, ["--check", "--connect"]);
+      return { code, fault: output.split("\n").find((line) => line.startsWith("FAULT")) ?? "" };
+    };
+    return { ask, other, ports, file };
+  };
+
+  test("token, name, group; a receiver's own check beside it finds that it listens", async () => {
+    const { ask, other, ports, file } = await listening();
+    expect(await ask({})).toEqual({ code: 0, fault: "" });
+    const rows: [object, string][] = [
+      [{ token: undefined }, "401, a bearer token is required; compare shipper.token with receiver.tokens"],
+      [
+        { host: "10.0.0.2" },
+        "403, this token is not for host 10.0.0.2; compare shipper.host and shipper.token",
+      ],
+      [{ host: "10.0.0.3" }, "403, host 10.0.0.3 is in no group of this receiver; compare shipper.host"],
+      [{ token: { file: other } }, "it answered 40"],
+      [
+        { receiver: `http://127.0.0.1:${ports[1]}` },
+        `421, host 10.0.0.1 belongs to port ${ports[0]}; set that port in shipper.receiver`,
+      ],
+      [{ receiver: `https://127.0.0.1:${ports[0]}` }, "does not speak TLS"],
+      [{ receiver: `http://127.0.0.1:${ports[0]}/upload` }, "expected no path such as /upload behind it"],
+      [{ ca: "/nowhere/ca.pem" }, 'shipper.ca: /nowhere/ca.pem: "nowhere" is not in /'],
+    ];
+    for (const [change, words] of rows) {
+      const { code, fault } = await ask(change);
+      expect(fault).toContain(words);
+      expect(fault).not.toContain("not the receiver's answer");
+      expect(code).toBeGreaterThan(0);
+    }
+    const { code, output } = await runScriptOnce("receiver", file, ["--check"]);
+    for (const port of ports)
+      expect(output).toContain(
+        `ok    receiver.groups: 127.0.0.1:${port}: a receiver of this folder listens there\n`,
+      );
+    expect(code).toBe(0);
+  });
+
+  test("what stands there in its place, and where a redirect leads", async () => {
+    const { ask } = await listening();
+    const answers = {
+      page: "200 OK\r\nServer: welcome/1",
+      redirect: "301 Moved\r\nLocation: https://portal.example/",
+    };
+    const words = {
+      page: "not the receiver's answer, but one of welcome/1: <p>hello",
+      redirect: "which sends to https://portal.example/",
+    };
+    for (const kind of ["page", "redirect"] as const) {
+      const server = createServer((socket) => {
+        socket.on("error", () => {});
+        socket.on("data", () => socket.end(`HTTP/1.1 ${answers[kind]}\r\nContent-Length: 8\r\n\r\n<p>hello`));
+      });
+      await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+      onCleanup(() => server.close());
+      const { fault } = await ask({ receiver: `http://127.0.0.1:${(server.address() as AddressInfo).port}` });
+      expect(fault).toContain(words[kind]);
+    }
+  });
+});
+
+test("receiver --check says what keeps it from listening, and all else that is wrong", async () => {
+  const home = await tempFolder();
+  const { receiver } = await configOf(home, 9);
+  const server = createServer();
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  onCleanup(() => server.close());
+  const groups = [{ port: (server.address() as AddressInfo).port, senders: ["10.0.0.1"] }];
+  const check = async (change: object) =>
+    (
+      await runScriptOnce(
+        "receiver",
+        await writeConfig(home, { receiver: { ...receiver, groups, ...change } }),
+        ["--check"],
+      )
+    ).output;
+  const both = await check({ logFormat: "$remote_addr $request" });
+  expect(both).toContain("something listens there already");
+  expect(both).toContain("receiver.logFormat: has no time: expected $time_local");
+  expect(both.split("\n").filter((line) => line.includes("has no time"))).toHaveLength(1);
+  expect(await check({ listen: "192.0.2.99" })).toContain("192.0.2.99:");
+  expect(await check({ listen: "192.0.2.99" })).toContain("no address of this machine");
+  expect(await check({ listen: "" })).toContain(
+    "receiver.listen: expected an address of this machine, or 0.0.0.0",
+  );
+  const { cert, key } = await selfSigned();
+  const swapped = await check({ tls: { cert: key, key: cert } });
+  expect(swapped).toContain("no PEM file of that kind: is each of certificate and key in its place?");
+  expect(swapped).not.toContain("OPENSSL");
+});
+
+describe("forwarder --check finds a private key that can't be used without asking the server", () => {
+  const rows: [string, (key: string) => object, string][] = [
+    [
+      "its public half",
+      (key) => ({ privateKey: { file: `${key}.pub` } }),
+      "it is a public key: name the private half",
+    ],
+    [
+      "a passphrase is missing",
+      (key) => ({ privateKey: { file: key } }),
+      "the key has a passphrase: set forwarder.passphrase",
+    ],
+    [
+      "a passphrase is wrong",
+      (key) => ({ privateKey: { file: key }, passphrase: { file: `${key}.pub` } }),
+      "forwarder.passphrase does not open the key",
+    ],
+  ];
+  test.skipIf(missing({ "ssh-keygen": "openssh-client" })).each(rows)("%s", async (_, change, words) => {
+    const home = await tempFolder();
+    const config = await configOf(home, 9);
+    const key = join(home, "id");
+    expect(await start("ssh-keygen", ["-q", "-t", "ed25519", "-N", "hello", "-f", key]).ended).toBe(0);
+    const forwarder = { ...config.forwarder, password: undefined, ...change(key) };
+    const { code, output } = await runScriptOnce("forwarder", await writeConfig(home, { forwarder }), [
+      "--check",
+    ]);
+    expect(output).toContain(`forwarder.privateKey: ${words}`);
+    expect(output).not.toContain("BEGIN");
+    expect(code).toBe(1);
+  });
+});
+
+describe("forwarder --check --connect says what listens at the target's port", () => {
+  const rows: [string, (socket: Socket) => void, string][] = [
+    [
+      "nobody says a word",
+      () => {},
+      "connected, and not a word within 1 s: what listens there may not be SSH",
+    ],
+    [
+      "a web server",
+      (socket) => void socket.once("data", () => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n")),
+      "what answers there does not speak SSH: look at the port",
+    ],
+  ];
+  test.each(rows)("%s", async (_, answer, words) => {
+    const home = await tempFolder();
+    const server = createServer((socket) => {
+      socket.on("error", () => {});
+      answer(socket);
+    });
+    await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+    onCleanup(() => server.close());
+    const { forwarder } = await configOf(home, (server.address() as AddressInfo).port);
+    const file = await writeConfig(home, { forwarder: { ...forwarder, timeoutSeconds: 1 } });
+    const { code, output } = await runScriptOnce("forwarder", file, ["--check", "--connect"]);
+    expect(output).toContain(words);
+    expect(code).toBe(1);
+  });
 });

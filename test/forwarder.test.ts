@@ -1,6 +1,6 @@
 import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdir, readdir, rename, rm, stat, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { readForwarderState } from "../lib/status.ts";
 import { BACKENDS, type Backend, makeSite, remoteFiles, type Site, takeAway } from "./backends.ts";
@@ -339,18 +339,26 @@ describe("forwarder", () => {
     expect((await site.failures())[0]).toContain("says that it was delivered already");
   });
 
-  test("--check tells a folder that is not there, and with --connect a target that cannot be reached", async () => {
-    const site = await makeSite({ folder: "", settings: { target: "file:///dev/null/x" } });
+  test("--check tells folders that are not there, here and at a target that is a folder", async () => {
+    const backend = await toFolder();
+    const site = await makeSite(backend);
     const check = (...flags: string[]) => runScriptOnce("forwarder", site.configFile, ["--check", ...flags]);
     const absent = await check();
     expect(absent.code).toBe(1);
     expect(absent.output).toContain("forwarder.dir: ");
     await mkdir(site.dir);
-    expect((await check()).code).toBe(0);
-    const unreachable = await check("--connect");
-    expect(unreachable.code).toBe(1);
-    expect(unreachable.output).toContain(
-      'forwarder.target: file:///dev/null/x: Cannot create the folder "/dev/null/x"',
+    expect((await check("--connect")).output).toContain(`forwarder.target: ${backend.folder}: will be made`);
+    await mkdir(`${backend.folder}s`);
+    const mistyped = await check("--connect");
+    expect(mistyped.output).toContain('where "clients" is; it will be made when that is no slip');
+    expect(mistyped.code).toBe(0);
+    expect(await readdir(dirname(backend.folder))).toEqual(["clients"]);
+    await rename(`${backend.folder}s`, backend.folder);
+    expect((await check("--connect")).output).toContain("a file was put, renamed and removed there");
+    await rm(backend.folder, { recursive: true });
+    await writeFile(backend.folder, "");
+    expect((await check()).output).toContain(
+      `forwarder.target: ${backend.folder}: ${backend.folder} is no folder`,
     );
   });
 

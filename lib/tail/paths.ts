@@ -8,7 +8,7 @@
  * look, however many logs lie in it; the events of the folders wake the shipper before its next look.
  */
 import { type FSWatcher, lstatSync, readdirSync, realpathSync, statSync, watch } from "node:fs";
-import { basename, dirname, extname, join, resolve } from "node:path";
+import { basename, dirname, join, resolve } from "node:path";
 import { errorMessage } from "../service.ts";
 import { fileKey, kindOf, nameOf, rawPath } from "./file.ts";
 
@@ -129,6 +129,21 @@ export class Paths {
       const full = resolve(pattern);
       return full === path || (isGlob(pattern) && globPath(full).test(path));
     });
+  }
+
+  /** The paths and globs of the config under which there is no file now. */
+  missing(): string[] {
+    const folders = new Folders(new Map());
+    const isThere = (path: string) => {
+      try {
+        return statSync(path, { throwIfNoEntry: false }) !== undefined;
+      } catch {
+        return !isGlob(path); // not to be looked at: that is another fault
+      }
+    };
+    return this.#patterns
+      .map((pattern) => resolve(pattern))
+      .filter((path) => !isThere(path) && !(isGlob(path) && expand(path, folders).length > 0));
   }
 
   /** The live paths that the config names now, sorted; those named in full first. */
@@ -329,7 +344,8 @@ function realPath(path: string): string {
   }
 }
 
-function isGlob(pattern: string): boolean {
+/** Whether a path of the config stands for several. */
+export function isGlob(pattern: string): boolean {
   return /[*?[{]/.test(pattern);
 }
 
@@ -411,18 +427,11 @@ function compareAge(a: string, b: string): number {
   return Number.isNaN(difference) ? (a < b ? -1 : 1) : difference;
 }
 
-/** Of an error or a kind under a log's name, what `--check` says; undefined when it can be followed or is not there yet. */
+/** Of an error or a kind under a log's name, what `--check` says; undefined when it can be followed, or is not there yet. */
 export function whyNotFollowed(path: string): string | undefined {
   const faults = new Map<string, string>();
   lookAt(path, path, true, true, faults);
   return faults.get(path);
-}
-
-/** The name nearest to one that is not there, of those in its folder. */
-export function nearestName(path: string): string | undefined {
-  const stem = basename(path, extname(path)).slice(0, 3);
-  const names = new Folders(new Map()).names(dirname(path), false);
-  return names.filter((name) => name.startsWith(stem)).sort()[0];
 }
 
 /** Events of folders (inotify), heard by one listener. Where there are none (network file systems), the poll sees the change later. */

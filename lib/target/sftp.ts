@@ -179,7 +179,7 @@ function connect(
     };
     const onAbort = () => failed(new Error("stopped"));
     const onClose = () => failed(new Error("the server closed the connection"));
-    const timer = setTimeout(() => failed(new Error(`no login within ${timeoutMs} ms`)), timeoutMs);
+    const timer = setTimeout(() => failed(new Error(whyNoLogin(socket, timeoutMs))), timeoutMs);
     signal.addEventListener("abort", onAbort, { once: true });
     socket.on("error", () => {}); // ssh2 tells it, unless the connection was given up before
     gatherWrites(socket);
@@ -213,6 +213,14 @@ function connect(
       failed(Object.assign(error as Error, { level: "client-authentication" }));
     }
   });
+}
+
+function whyNoLogin(socket: Socket, limitMs: number): string {
+  const limit = `${limitMs / 1000} s`;
+  if (socket.connecting) return `no connection within ${limit}: look at the address, at routes and firewalls`;
+  if (socket.bytesRead === 0)
+    return `connected, and not a word within ${limit}: what listens there may not be SSH; look at the port`;
+  return `no login within ${limit}`;
 }
 
 /** ssh2 writes a packet in pieces: those of one turn of the event loop go to the kernel together. */
@@ -283,6 +291,8 @@ function loginFault(
   if (trace.expired)
     return new TargetFault("login", `${who}: its password has expired; the server's owner sets a new one`);
   if (error.level === "client-authentication" || error.level === "agent") {
+    const keyFault = login.privateKey && explainKey(String(login.privateKey), login.passphrase as string);
+    if (keyFault) return new TargetFault("login", `${who}: ${keyFault}`);
     if (trace.takes.length === 0) return new TargetFault("login", who, { cause: error });
     const offered = methods.map((method) => (method === "agent" ? "publickey (agent)" : method)).join(", ");
     const partly = trace.partly ? "a part was accepted; for the rest " : "";
@@ -290,7 +300,7 @@ function loginFault(
       ? publicHalf(String(login.privateKey), login.passphrase as string | undefined)
       : "";
     const text = `${who}: all authentication methods failed: we have ${offered}; ${partly}the server takes ${trace.takes.map(plainText).join(", ")}${key}`;
-    return new TargetFault("login", text, { cause: error });
+    return new TargetFault("login", text, error.level === "agent" ? { cause: error } : {});
   }
   const topic = disagreement(error);
   if (!topic) return new TargetFault("connection", `Cannot connect to ${at}`, { cause: error });
@@ -303,11 +313,24 @@ function loginFault(
   return new TargetFault("connection", text, { cause: error });
 }
 
+/** What is wrong with a private key, without a word of it; undefined when it can be used. */
+export function explainKey(privateKey: string, passphrase: string | undefined): string | undefined {
+  const key = ssh2.utils.parseKey(privateKey, passphrase);
+  if (!(key instanceof Error))
+    return key.isPrivateKey()
+      ? undefined
+      : "it is a public key: name the private half, the file without .pub";
+  if (/no passphrase/.test(key.message)) return "the key has a passphrase: set forwarder.passphrase";
+  if (passphrase !== undefined && /passphrase|decrypt|integrity/i.test(key.message))
+    return "forwarder.passphrase does not open the key";
+  return "it is no private key in OpenSSH or PEM form";
+}
+
 /** The line that has to stand in the account's authorized_keys; it is no secret. */
 function publicHalf(privateKey: string, passphrase: string | undefined): string {
   const key = ssh2.utils.parseKey(privateKey, passphrase);
   if (key instanceof Error) return "";
-  return `. The line for its authorized_keys: ${key.type} ${key.getPublicSSH().toString("base64")}`;
+  return `. The line for its authorized_keys, the public half of privateKey: ${key.type} ${key.getPublicSSH().toString("base64")}`;
 }
 
 // ---- connection
@@ -498,7 +521,6 @@ class SftpTarget implements Target {
       return new TargetFault(
         "server",
         `The folder "${this.#folder}" is not there: no "${part}" in "${above}"${shown}`,
-        { cause },
       );
     }
     return cause;
