@@ -441,7 +441,7 @@ async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "
     try {
       if (!stream.isLive) refresh(shipper, stream); // what its writer still put there goes before the live file's lines
       if (isDue(shipper, log, stream)) atEnd = (await shipStream(shipper, stream)) && atEnd;
-      else if (!stream.isLive && !stream.isBusy && stream.phase.is === "reading" && isAtEnd(stream))
+      else if (!stream.isLive && !stream.isBusy && stream.phase.is === "reading")
         await streams.finish(stream);
       if (log.isHeld && stream.isLive) atEnd = false;
     } catch (error) {
@@ -466,10 +466,10 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
     }
     await findWayBack(shipper, stream, file);
     takeWayBack(shipper, stream);
-    const isDone = (await drain(shipper, stream, file)) && !shipper.signal.aborted;
+    const isDone = await drain(shipper, stream, file);
     stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
-    if (isDone) await streams.finish(stream); // else what an archive still has would be told as lost
+    await streams.finish(stream);
     return isDone;
   } catch (error) {
     if (error instanceof Refused || shipper.signal.aborted)
@@ -526,7 +526,7 @@ async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<b
     while (!shipper.signal.aborted) {
       last = await fill(shipper, stream, flight, last);
       const first = flight.flying.shift();
-      if (!first) return true;
+      if (!first) return !shipper.signal.aborted;
       const answer = await first.answer;
       failpoint("shipper:answered");
       if (answer.kind === "stored") commit(shipper, stream, first, flight);

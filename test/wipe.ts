@@ -309,7 +309,7 @@ async function wipe(world: World, removes?: LogWriter): Promise<void> {
 // ---- one seed
 
 /** Runs one seed to its verdict; its folder goes when all is well. */
-export async function runWipe(seed: number, { steps = 14, canDelete = true } = {}): Promise<Verdict> {
+export async function runWipe(seed: number, { steps = 12, canDelete = true } = {}): Promise<Verdict> {
   const started = Date.now();
   const world = await createWorld(seed);
   const all = [...world.shippers, world.receiver, world.forwarder];

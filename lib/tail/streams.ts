@@ -364,6 +364,7 @@ export class Streams {
     if (!file) return true;
     try {
       if (file.key !== stream.key) return true;
+      found.size = (await file.stat()).size; // it has grown or was cut since it was listed
       return await this.rebase(stream, file, found.size);
     } finally {
       await file.close();
@@ -766,7 +767,7 @@ export class Streams {
   /** A rotated file at whose end we are: ended when it was quiet for long enough. */
   async finish(stream: Stream): Promise<void> {
     const { file } = stream;
-    if (!file || stream.isLive) return;
+    if (!file || stream.isLive || !isAtEnd(stream)) return; // what an archive still has is not lost
     const { size, mtimeMs } = await file.stat();
     const age = Math.min(this.#context.mono() - stream.grewAt, Math.abs(this.#context.now() - mtimeMs));
     const isMoved = stream.phase.is === "gone" && !file.isUnlinked;
