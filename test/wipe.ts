@@ -369,7 +369,7 @@ async function trouble(world: World, steps: number, canDelete: boolean): Promise
     if (wipeAt.has(step)) busy.push(wipe(world, canDelete && random.chance(0.2) ? log : undefined));
     const what = random.between(0, 11);
     if (what < 5) await rotate(world, log, random.chance(0.5));
-    else if (what < 7) toggleClient(world);
+    else if (what < (world.isAway ? 8 : 6)) toggleClient(world);
     else if (what < 8) lookAtClient(world, true);
     else if (what < 9) busy.push(random.pick(world.shippers).kill(random.between(0, 800)));
     else if (what < 10) busy.push(world.receiver.kill(random.between(0, 800)));

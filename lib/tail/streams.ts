@@ -364,7 +364,6 @@ export class Streams {
     if (!file) return true;
     try {
       if (file.key !== stream.key) return true;
-      found.size = (await file.stat()).size; // it has grown or was cut since it was listed
       return await this.rebase(stream, file, found.size);
     } finally {
       await file.close();
@@ -379,8 +378,10 @@ export class Streams {
     const { log } = this.#context;
     const fit = await fitOf(file, stream);
     if (fit.is === "all" && size >= stream.offset) {
-      if (size < stream.size) this.lose(stream.size - size, stream);
-      stream.size = stream.checkedSize = size;
+      const seen = stream.size; // an event may have told of more than the look listed: the file is asked once more
+      const left = size < seen ? (await file.stat()).size : size;
+      if (left < seen) this.lose(seen - left, stream);
+      stream.size = stream.checkedSize = left;
       return true;
     }
     const own = stream.file;
