@@ -32,6 +32,7 @@ import {
 import {
   exists,
   failpoint,
+  findHolder,
   holdLock,
   makeFolder,
   moveAllDurably,
@@ -60,7 +61,7 @@ import {
 } from "./lib/service.ts";
 import { readState, writeState } from "./lib/state.ts";
 import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderState } from "./lib/status.ts";
-import { formatTable } from "./lib/table.ts";
+import { formatTable, paint } from "./lib/table.ts";
 import { explainKey, openSftpTarget } from "./lib/target/sftp.ts";
 import {
   measure,
@@ -889,29 +890,49 @@ async function saveState({ service, state, faults }: Forwarder, cycle: Cycle): P
 async function printStatus({ config, flags, now }: Service<"forwarder">): Promise<number> {
   const all = folders(config.dir);
   const state = await readForwarderState(config.dir);
-  const isWanted = (host: string) => parseHost(host) === host && (!flags.host || host === flags.host);
-  const hosts: { host: string; waiting: number; oldest?: string }[] = [];
-  for (const host of (await listHosts(config.dir)).filter(isWanted)) {
+  const only = flags.host === undefined ? undefined : parseHost(String(flags.host));
+  const known = (await listHosts(config.dir)).filter((host) => parseHost(host) === host);
+  if (flags.host !== undefined && !known.includes(only ?? ""))
+    throw new OperatorError(`Sender ${flags.host} is not known in ${config.dir}`);
+  const hosts: QueuedHost[] = [];
+  for (const host of known.filter((one) => only === undefined || one === only)) {
     const [oldest, ...more] = await listBatches(all.host(host), "sealed");
-    hosts.push({ host, waiting: oldest ? 1 + more.length : 0, ...(oldest && { oldest }) });
+    const path = join(all.host(host), oldest ?? "");
+    const since = oldest === undefined ? undefined : lstatSync(path, { throwIfNoEntry: false })?.mtimeMs;
+    hosts.push({ host, waiting: oldest ? 1 + more.length : 0, ...(oldest && { oldest, since }) });
   }
+  hosts.sort((a, b) => (a.since ?? now()) - (b.since ?? now()));
   const failed = (await listBatches(all.failed, "sealed"))
-    .filter((batch) => !flags.host || parseBatchName(batch)?.host === dashedHost(String(flags.host)))
+    .filter((batch) => only === undefined || parseBatchName(batch)?.host === dashedHost(only))
     .map((batch) => ({ batch, reason: "moved there by hand", ...state?.failed[batch] }));
   const sent = (await readReportTail(config.report)).filter(({ status }) => status === "Sent");
   const recent = sent.filter(({ at }) => at > now() - 3_600_000);
   const lastHour = { batches: recent.length, lines: recent.reduce((sum, { lines }) => sum + lines, 0) };
   const lastSent = sent.at(-1);
   const fault = state?.fault;
-  const ok = failed.length === 0 && !fault;
-  const status = { ok, hosts, failed, lastSent, lastHour, fault };
+  const waits = now() - (hosts[0]?.since ?? now()) > Math.max(STANDSTILL_MS, 2000 * config.intervalSeconds);
+  const running = findHolder(join(config.dir, ".forwarder.lock")) !== undefined;
+  const ok = failed.length === 0 && !fault && (running || !waits);
+  const status = { ok, running, hosts, failed, lastSent, lastHour, fault };
   process.stdout.write(flags.json ? `${JSON.stringify(status)}\n` : formatStatus(status, now()));
   return ok ? EXIT.done : EXIT.failed;
 }
 
+/** A queue without a forwarder is wrong when a batch waits for so long: one of `--once` comes and goes. */
+const STANDSTILL_MS = 600_000;
+
+interface QueuedHost {
+  host: string;
+  waiting: number;
+  oldest?: string;
+  since?: number | undefined;
+}
+
 function formatStatus(
   status: {
-    hosts: { host: string; waiting: number; oldest?: string }[];
+    ok: boolean;
+    running: boolean;
+    hosts: QueuedHost[];
     failed: { batch: string; reason: string; nextAt?: number }[];
     lastSent: ReportLine | undefined;
     lastHour: { batches: number; lines: number };
@@ -919,15 +940,18 @@ function formatStatus(
   },
   now: number,
 ): string {
-  const { hosts, failed, lastSent, lastHour, fault } = status;
+  const { ok, running, hosts, failed, lastSent, lastHour, fault } = status;
   const rows = hosts.map(({ host, waiting, oldest = "-" }) => [host, String(waiting), oldest]);
+  const waiting = hosts.reduce((sum, host) => sum + host.waiting, 0);
   const ago = (at: number) => formatDuration(Math.max(0, now - at));
   const lines = [
-    ...(fault ? [`held up for ${ago(fault.since)} (${fault.kind}): ${fault.text}`] : []),
+    ...(fault ? [paint(`held up for ${ago(fault.since)} (${fault.kind}): ${fault.text}`, true)] : []),
     ...failed.map(({ batch, reason, nextAt }) => {
       const again = nextAt === undefined ? "" : `, next try in ${formatDuration(Math.max(0, nextAt - now))}`;
-      return `failed: ${batch}: ${reason}${again}`;
+      return paint(`failed: ${batch}: ${reason}${again}`, true);
     }),
+    ...(running ? [] : [paint("no forwarder is running: systemctl status log-rt-sync-forwarder", !ok)]),
+    ...(ok ? [paint(`ok, ${waiting} ${waiting === 1 ? "batch waits" : "batches wait"}`, false)] : []),
     formatTable(["host", "waiting", "oldest"], rows, [1]).trimEnd(),
     lastSent ? `last success: ${lastSent.batch}, ${ago(lastSent.at)} ago` : "last success: never",
     `last hour: ${lastHour.batches} batches, ${lastHour.lines} lines`,

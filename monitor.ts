@@ -52,7 +52,7 @@ import {
   sentence,
   undeliverableProblems,
 } from "./lib/status.ts";
-import { formatTable } from "./lib/table.ts";
+import { formatTable, paint } from "./lib/table.ts";
 
 type Options = Config["monitor"];
 const MINUTE = 60_000;
@@ -660,7 +660,7 @@ function formatStatus(
     ...next.map((command) => `    ${command}`),
   ]);
   const lines = [
-    colour(headline(snapshot), snapshot.problems.length > 0),
+    paint(headline(snapshot), snapshot.problems.length > 0),
     ...problems,
     ...(fault ? [`The state file can't be read: ${fault}`] : []),
     ...mutes,
@@ -669,10 +669,6 @@ function formatStatus(
     formatTable(heads, rows, [5, 6]).trimEnd(),
   ];
   return `${lines.join("\n")}\n`;
-}
-
-function colour(text: string, isBad: boolean): string {
-  return process.stdout.isTTY && !process.env.NO_COLOR ? `\x1b[${isBad ? 31 : 32}m${text}\x1b[0m` : text;
 }
 
 const UNITS: Record<string, number> = { m: MINUTE, h: HOUR_MS, d: DAY };

@@ -18,7 +18,8 @@ import { whatIsMissing } from "./lib/check.ts";
 import type { StreamStatus } from "./lib/chunk.ts";
 import { MARK_BYTES } from "./lib/chunk.ts";
 import type { Config } from "./lib/config.ts";
-import { failpoint, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
+import { failpoint, findHolder, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
+import { parseHost } from "./lib/host.ts";
 import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import {
   createFaultLog,
@@ -34,7 +35,7 @@ import {
   VERSION,
   wait,
 } from "./lib/service.ts";
-import { formatTable } from "./lib/table.ts";
+import { formatTable, paint } from "./lib/table.ts";
 import { cursorPath, drawName, readCursor, type Stream, type StreamState } from "./lib/tail/cursor.ts";
 import {
   addMark,
@@ -135,7 +136,7 @@ class Changed extends Error {}
 
 async function main(service: Service<"shipper">): Promise<number> {
   const { config, log, signal, now, flags } = service;
-  if (flags.status) return printStatus(config, flags.json === true);
+  if (flags.status) return printStatus(service);
   if (flags.delivered) return printDelivered(config, String(flags.delivered), signal);
   const isFresh = !existsSync(join(config.stateDir, ".lock"));
   await takeStateDir(config, log);
@@ -452,8 +453,18 @@ async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "
   return { atEnd };
 }
 
-/** Ships one stream to its end. True when that was reached. Throws Refused. */
+/** Ships one stream to its end, when its turn comes. True when that was reached. Throws Refused. */
 async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
+  const buffer = await shipper.buffers.take();
+  try {
+    return !stream.isBusy && (await shipWith(shipper, stream, buffer));
+  } finally {
+    shipper.buffers.give(buffer);
+    await shipper.streams.closeSome();
+  }
+}
+
+async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBuffer>): Promise<boolean> {
   const { streams, faults, mono } = shipper;
   const place = placeOf(stream);
   stream.isBusy = true;
@@ -466,7 +477,7 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
     }
     await findWayBack(shipper, stream, file);
     takeWayBack(shipper, stream);
-    const isDone = await drain(shipper, stream, file);
+    const isDone = await drain(shipper, stream, { file, buffer, flying: [], isSingle: false });
     stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
     await streams.finish(stream);
@@ -477,7 +488,8 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
     if (error instanceof Changed && stream.file) {
       const { file } = stream;
       shipper.lookAt = Math.min(shipper.lookAt, mono());
-      if (!(await streams.rebase(stream, file, (await file.stat()).size))) await file.close();
+      const isSame = await streams.rebase(stream, file, (await file.stat()).size);
+      if (!isSame || stream.file !== file) await file.close();
       return false;
     }
     await stream.file?.close().catch(() => {});
@@ -517,11 +529,9 @@ interface Flight {
 }
 
 /** Ships a stream up to the present end of its file. False when it can't go on before others do. Throws Refused, Changed, the system's error. */
-async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<boolean> {
-  const buffer = await shipper.buffers.take();
-  const flight: Flight = { file, buffer, flying: [], isSingle: false };
+async function drain(shipper: Shipper, stream: Stream, flight: Flight): Promise<boolean> {
   try {
-    if (stream.offset === 0) await skipHole(shipper, stream, file);
+    if (stream.offset === 0) await skipHole(shipper, stream, flight.file);
     let last: Flown | undefined;
     while (!shipper.signal.aborted) {
       last = await fill(shipper, stream, flight, last);
@@ -538,7 +548,6 @@ async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<b
   } finally {
     // Before the buffer and the file go to somebody else, nobody may still send of them.
     await settle(shipper, stream, flight);
-    shipper.buffers.give(buffer);
   }
 }
 
@@ -643,7 +652,11 @@ async function prepare(
     stream.drainedAt = end;
     return undefined;
   }
-  if (stream.id === undefined) beginAs(stream, "new", offset);
+  if (stream.id === undefined) {
+    beginAs(stream, "new", offset);
+    for (const each of streams.list) // one save for all that begin now
+      if (each.id === undefined && each.size > each.offset) beginAs(each, "new", each.offset);
+  }
   if (!stream.isNamed) {
     streams.isChanged = true; // the name is to be in both saves
     await saveCursor(shipper);
@@ -1115,17 +1128,12 @@ class Wakeup {
 
 // ---- for the operator
 
-async function printStatus(config: Config["shipper"], isJson: boolean): Promise<number> {
+/** What of each file is shipped and delivered; 1 when a log is not there, or nobody ships what is. */
+async function printStatus({ config, flags }: Service<"shipper">): Promise<number> {
+  if (flags.host !== undefined && parseHost(String(flags.host)) !== config.host)
+    throw new OperatorError(`This is the sender ${config.host}, not ${flags.host}`);
   const found = await readCursor(config.stateDir);
-  if (!("cursor" in found)) {
-    const reason =
-      found.state === "absent"
-        ? "nothing was shipped yet"
-        : "it is damaged; the next start asks the receiver";
-    process.stdout.write(`No cursor in ${config.stateDir}: ${reason}\n`);
-    return found.state === "absent" ? EXIT.done : EXIT.failed;
-  }
-  const { streams, lost } = found.cursor;
+  const { streams, lost } = "cursor" in found ? found.cursor : { streams: [], lost: 0 };
   const rows = streams
     .filter(
       ({ phase, size, offset, delivered = 0 }) =>
@@ -1135,8 +1143,16 @@ async function printStatus(config: Config["shipper"], isJson: boolean): Promise<
       ...stream,
       size: sizeNow(stream),
       lag: Math.max(0, (stream.until ?? sizeNow(stream)) - stream.offset),
-    }));
-  if (isJson) {
+    }))
+    .sort((a, b) => b.lag - a.lag);
+  const lag = rows.reduce((sum, row) => sum + row.lag, 0);
+  const problems = new Paths(config.files, config.olddir).missing().map((path) => `no file matches ${path}`);
+  if (found.state === "damaged")
+    problems.push(`no cursor in ${config.stateDir}: it is damaged; the next start asks the receiver`);
+  if (lag > 0 && findHolder(join(config.stateDir, ".lock")) === undefined)
+    problems.push(`no shipper is running: ${formatBytes(lag)} wait; systemctl status log-rt-sync-shipper`);
+  const ok = problems.length === 0;
+  if (flags.json) {
     const files = rows.map(({ path, id, size, offset, delivered, lag }) => ({
       path,
       stream: id,
@@ -1145,17 +1161,35 @@ async function printStatus(config: Config["shipper"], isJson: boolean): Promise<
       delivered,
       lag,
     }));
-    process.stdout.write(`${JSON.stringify({ files, lost })}\n`);
-    return EXIT.done;
-  }
+    process.stdout.write(`${JSON.stringify({ ok, problems, files, lost }, null, 2)}\n`);
+  } else process.stdout.write(formatStatus(config, found.state, rows, problems, lost));
+  return ok ? EXIT.done : EXIT.failed;
+}
+
+function formatStatus(
+  { stateDir }: Config["shipper"],
+  state: string,
+  rows: (StreamState & { lag: number })[],
+  problems: string[],
+  lost: number,
+): string {
   const cells = rows.map(({ path, id = "-", size, offset, delivered, lag }) => {
     return [path, id, String(size), String(offset), String(delivered ?? "-"), formatBytes(lag)];
   });
-  process.stdout.write(
-    formatTable(["FILE", "STREAM", "SIZE", "SHIPPED", "DELIVERED", "LAG"], cells, [2, 3, 4]),
-  );
-  if (lost > 0) process.stdout.write(`Lost since the cursor began: ${formatBytes(lost)}\n`);
-  return EXIT.done;
+  const lag = rows.reduce((sum, row) => sum + row.lag, 0);
+  const isFirst = state === "absent";
+  const good = isFirst
+    ? `No cursor in ${stateDir}: nothing was shipped yet`
+    : `ok, ${formatBytes(lag)} to ship`;
+  const lines = [
+    ...problems.map((problem) => paint(problem, true)),
+    ...(problems.length === 0 ? [paint(good, false)] : []),
+    ...(isFirst
+      ? []
+      : [formatTable(["FILE", "STREAM", "SIZE", "SHIPPED", "DELIVERED", "LAG"], cells, [2, 3, 4]).trimEnd()]),
+    ...(lost > 0 ? [`Lost since the cursor began: ${formatBytes(lost)}`] : []),
+  ];
+  return `${lines.join("\n")}\n`;
 }
 
 /** The size of a stream's log: of an archive what was seen of its content. */

@@ -315,6 +315,16 @@ export async function holdLock(path: string, what: string): Promise<{ release: (
   return lock;
 }
 
+/** The process that holds a lock, without taking it: for people, since a number may be another process's by now. */
+export function findHolder(path: string): number | undefined {
+  try {
+    const pid = Number(readFileSync(path, "utf8"));
+    return pid > 0 && process.kill(pid, 0) ? pid : undefined; // signal 0: only whether it is there
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === "EPERM" ? 0 : undefined; // there, and another user's
+  }
+}
+
 /** Offset after the last `\n` of the first `size` bytes. */
 async function endOfLastLine(file: FileHandle, size: number): Promise<number> {
   const block = Buffer.alloc(4096);

@@ -3,6 +3,7 @@
  * each reads alike: `if (import.meta.main) await runScript(spec, main)`.
  */
 import { readFileSync } from "node:fs";
+import { basename } from "node:path";
 import packageJson from "../package.json" with { type: "json" };
 import { asUnitUser, Checks, findDangers, findLeaks, findZone } from "./check.ts";
 import {
@@ -229,7 +230,7 @@ function parseFlags<S extends Section>(spec: ScriptSpec<S>, argv: string[]): Ser
     Object.keys(known).map((name) => [name.split("=")[0] ?? "", name.includes("=")]),
   );
   const refuse = (reason: string) =>
-    new ExitNow(EXIT.usage, `${reason}\nAll flags: bun run ${spec.name}.ts --help\n`);
+    new ExitNow(EXIT.usage, `${reason}\nAll flags: ${commandOf(spec.name)} --help\n`);
   const values: Record<string, string | true> = {};
   const rest = [...argv];
   for (let arg = rest.shift(); arg !== undefined; arg = rest.shift()) {
@@ -257,12 +258,23 @@ function parseFlags<S extends Section>(spec: ScriptSpec<S>, argv: string[]): Ser
   return values;
 }
 
+/** What was typed to start this: the script, the file that was made of it, or the executable. */
+function commandOf(name: string): string {
+  const [, script = `${name}.ts`] = process.argv;
+  return isExecutable(script) ? basename(process.execPath) : `bun run ${basename(script)}`;
+}
+
+/** Where Bun keeps the script within an executable that was made of it. */
+function isExecutable(script: string): boolean {
+  return script.startsWith("/$bunfs/");
+}
+
 function usage(name: string, about: string, flags: Record<string, string>): string {
   const width = Math.max(...Object.keys(flags).map((flag) => flag.length));
   const rows = Object.entries(flags).map(
     ([flag, text]) => `  --${flag.replace("=", " ").padEnd(width)}  ${text}\n`,
   );
-  return `Usage: bun run ${name}.ts [flags]\n\n${about}\n\nFlags:\n${rows.join("")}`;
+  return `Usage: ${commandOf(name)} [flags]\n\n${about}\n\nFlags:\n${rows.join("")}`;
 }
 
 // ---- --check
@@ -272,8 +284,9 @@ async function lookAround<S extends Section>(spec: ScriptSpec<S>, service: Servi
   const { checks, config, configFile, now, flags } = service;
   checks.ok(`config: the section "${spec.name}" of ${configFile}`);
   if (process.getuid?.() === 0) {
-    const [program = "", ...args] = process.argv;
-    const command = asUnitUser(spec.name, readFileSync("/etc/passwd", "utf8"), [program, "run", ...args]);
+    const [program = "", script = "", ...args] = process.argv;
+    const start = isExecutable(script) ? [process.execPath] : [program, "run", script];
+    const command = asUnitUser(spec.name, readFileSync("/etc/passwd", "utf8"), [...start, ...args]);
     if (command) checks.warn(`this is root, who may do more than the unit's user; as that one: ${command}`);
   }
   const { zone, warning } = findZone(now());

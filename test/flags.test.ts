@@ -137,6 +137,27 @@ describe.each(NAMES)("%s.ts", (name) => {
   });
 });
 
+test.skipIf(missing({ script: "bsdutils" }))(
+  "every --status has colour on a terminal, and none with NO_COLOR or into a pipe",
+  async () => {
+    const file = await goodConfig();
+    for (const name of ["shipper", "forwarder", "monitor"] as const) {
+      const args = ["run", join(ROOT, `${name}.ts`), "--status", "--config", file];
+      const command = [process.execPath, ...args].map((word) => `'${word}'`).join(" ");
+      const output = async (env: Record<string, string>) => {
+        const running = start("script", ["-qec", command, "/dev/null"], { env });
+        await running.ended;
+        return running.output;
+      };
+      const plain = await run(name, args.slice(2));
+      expect(plain.output).not.toContain("\x1b");
+      const coloured = await output({ NO_COLOR: "" });
+      expect(coloured).toMatch(/\x1b\[3[12]m/);
+      expect((await output({ NO_COLOR: "1" })).replaceAll("\r", "")).not.toContain("\x1b");
+    }
+  },
+);
+
 test("what is written into a slow pipe arrives to its end, and a closed pipe is no error", async () => {
   const file = join(await tempFolder(), "config.json");
   const keys = Object.fromEntries(Array.from({ length: 30_000 }, (_, i) => [`key${i}`, i]));

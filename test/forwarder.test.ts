@@ -280,6 +280,11 @@ describe("forwarder", () => {
     expect(output).toContain(`failed: ${bad}: Cannot write`);
     expect(output).toContain(`last success: ${sent}`);
     expect(output).toContain("last hour: 1 batches, 7 lines");
+    expect(output.split("\n")[0]).toStartWith("failed: "); // trouble first
+    expect(output).toContain("no forwarder is running: systemctl status log-rt-sync-forwarder");
+    expect(output.indexOf("10.0.0.1 ")).toBeLessThan(output.indexOf("10.10.21.181 ")); // who waits before who does not
+    const unknown = await runScriptOnce("forwarder", site.configFile, ["--status", "--host", "10.0.0.99"]);
+    expect(unknown).toEqual({ code: 1, output: `Sender 10.0.0.99 is not known in ${site.dir}\n` });
   });
 
   test("a batch that cannot be read goes to failed/ and says so; one that vanishes is no failure", async () => {

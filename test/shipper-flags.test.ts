@@ -90,7 +90,8 @@ describe("--status", () => {
     const row = await until("the cursor is saved", async () => {
       const { code, output } = await runScriptOnce("shipper", sender.config, ["--status"]);
       expect(code).toBe(0);
-      const [head, ...rows] = output.trim().split("\n");
+      const [headline, head, ...rows] = output.trim().split("\n");
+      expect(headline).toMatch(/^ok, .* to ship$/);
       expect(head?.split(/ +/)).toEqual(["FILE", "STREAM", "SIZE", "SHIPPED", "DELIVERED", "LAG"]);
       return rows.find((line) => line.includes(` ${text.length} `));
     });
@@ -104,6 +105,29 @@ describe("--status", () => {
     ]);
     expect(stream).toMatch(/^[A-Za-z0-9_-]{22}$/);
     expect(await shipper.stop()).toBe(0);
+  });
+
+  test("says first what is wrong, and exits 1: a log that is not there, nobody who ships what waits", async () => {
+    const sender = await createSender(receiver.url);
+    sender.write(lines("a", 1, 10));
+    await sender.once();
+    sender.write(lines("a", 11, 20));
+    configure(sender, { files: [sender.live, join(sender.logs, "gone.log")] });
+    const status = (...flags: string[]) => runScriptOnce("shipper", sender.config, ["--status", ...flags]);
+    const { code, output } = await status();
+    expect(output.split("\n").slice(0, 3)).toEqual([
+      `no file matches ${join(sender.logs, "gone.log")}`,
+      expect.stringMatching(/^no shipper is running: .* wait; systemctl status log-rt-sync-shipper$/),
+      expect.stringMatching(/^FILE /),
+    ]);
+    expect(code).toBe(1);
+    const json = JSON.parse((await status("--json", "--host", sender.host)).output);
+    expect(json).toMatchObject({ ok: false, files: [{ path: sender.live }], lost: 0 });
+    expect(json.problems).toHaveLength(2);
+    expect(await status("--host", "10.99.0.1")).toEqual({
+      code: 1,
+      output: `This is the sender ${sender.host}, not 10.99.0.1\n`,
+    });
   });
 
   test("exits 1 when the cursor is damaged", async () => {
@@ -156,6 +180,41 @@ describe("where it begins", () => {
     expect(code).toBe(1);
     expect(output).toContain("Cannot take over");
     expect(receiver.stored(sender.host).length).toBe(0);
+  });
+});
+
+describe("a slip in files", () => {
+  test("what matches nothing is told at the start, with what is beside it", async () => {
+    const sender = await createSender(receiver.url);
+    sender.write(lines("a", 1, 10));
+    const slips = [join(sender.logs, "acess.log"), join(sender.logs, "*.lgo")];
+    configure(sender, { files: [sender.live, ...slips] });
+    const shipper = startShipper(sender);
+    for (const path of slips) await shipper.says(`no file matches yet files=${path}`);
+    await shipper.says('where \\"access.log\\" is');
+    await expectArrives(receiver, sender, undefined, shipper);
+    expect(await shipper.stop()).toBe(0);
+  });
+
+  test("a file taken out of files is not read any more; what was unread of it is told once", async () => {
+    const stub = startStub();
+    const sender = await createSender(stub.url);
+    const other = join(sender.logs, "other.log");
+    configure(sender, { files: [sender.live, other] });
+    sender.write(lines("a", 1, 10));
+    writeFileSync(other, lines("out", 1, 10));
+    await sender.once();
+    appendFileSync(other, lines("out", 11, 20));
+    const unread = lines("out", 11, 20).length;
+    configure(sender, { files: [sender.live] });
+    sender.write(lines("a", 11, 20));
+    const first = await sender.once();
+    expect(first.split("\n").filter((line) => line.includes(other))).toEqual([
+      expect.stringContaining(`log is not followed any more path=${other} unread=${unread}`),
+    ]);
+    expect(await sender.once()).not.toContain(other);
+    expect(stub.text()).toContain("/a/20 ");
+    expect(stub.text()).not.toContain("/out/11 ");
   });
 });
 

@@ -10,6 +10,7 @@ import { mkdir } from "node:fs/promises";
 import { join } from "node:path";
 import { z } from "zod";
 import { writeDurably } from "../durable.ts";
+import { OperatorError } from "../service.ts";
 import { readState, writeState } from "../state.ts";
 import type { LogFile } from "./file.ts";
 
@@ -155,7 +156,8 @@ type Read = { cursor: Cursor; since?: Map<string, number> } | "absent" | "damage
 
 async function readOne(path: string): Promise<Read> {
   const found = await readState(path, z.union([cursor, oldCursor]), 2);
-  if (found.state === "newer") throw new Error(`"${path}" is of a later version (${found.version})`);
+  if (found.state === "newer")
+    throw new OperatorError(`"${path}" is of a later version (${found.version}) than this program`);
   if (found.state !== "ok") return found.state;
   return found.value.version === 2 ? { cursor: found.value } : takeOver(found.value, drawName());
 }
