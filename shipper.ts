@@ -446,8 +446,18 @@ async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "
   return { atEnd };
 }
 
-/** Ships one stream to its end. True when that was reached. Throws Refused. */
+/** Ships one stream to its end, when its turn comes. True when that was reached. Throws Refused. */
 async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
+  const buffer = await shipper.buffers.take();
+  try {
+    return !stream.isBusy && (await shipWith(shipper, stream, buffer));
+  } finally {
+    shipper.buffers.give(buffer);
+    await shipper.streams.closeSome();
+  }
+}
+
+async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBuffer>): Promise<boolean> {
   const { streams, faults, mono } = shipper;
   const place = placeOf(stream);
   stream.isBusy = true;
@@ -460,7 +470,7 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
     }
     await findWayBack(shipper, stream, file);
     takeWayBack(shipper, stream);
-    const isDone = await drain(shipper, stream, file);
+    const isDone = await drain(shipper, stream, { file, buffer, flying: [], isSingle: false });
     stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
     await streams.finish(stream);
@@ -471,7 +481,8 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
     if (error instanceof Changed && stream.file) {
       const { file } = stream;
       shipper.lookAt = Math.min(shipper.lookAt, mono());
-      if (!(await streams.rebase(stream, file, (await file.stat()).size))) await file.close();
+      const isSame = await streams.rebase(stream, file, (await file.stat()).size);
+      if (!isSame || stream.file !== file) await file.close();
       return false;
     }
     await stream.file?.close().catch(() => {});
@@ -511,16 +522,14 @@ interface Flight {
 }
 
 /** Ships a stream up to the present end of its file. False when it can't go on before others do. Throws Refused, Changed, the system's error. */
-async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<boolean> {
-  const buffer = await shipper.buffers.take();
-  const flight: Flight = { file, buffer, flying: [], isSingle: false };
+async function drain(shipper: Shipper, stream: Stream, flight: Flight): Promise<boolean> {
   try {
-    if (stream.offset === 0) await skipHole(shipper, stream, file);
+    if (stream.offset === 0) await skipHole(shipper, stream, flight.file);
     let last: Flown | undefined;
     while (!shipper.signal.aborted) {
       last = await fill(shipper, stream, flight, last);
       const first = flight.flying.shift();
-      if (!first) return true;
+      if (!first) return !shipper.signal.aborted;
       const answer = await first.answer;
       failpoint("shipper:answered");
       if (answer.kind === "stored") commit(shipper, stream, first, flight);
@@ -532,7 +541,6 @@ async function drain(shipper: Shipper, stream: Stream, file: LogFile): Promise<b
   } finally {
     // Before the buffer and the file go to somebody else, nobody may still send of them.
     await settle(shipper, stream, flight);
-    shipper.buffers.give(buffer);
   }
 }
 
@@ -637,7 +645,11 @@ async function prepare(
     stream.drainedAt = end;
     return undefined;
   }
-  if (stream.id === undefined) beginAs(stream, "new", offset);
+  if (stream.id === undefined) {
+    beginAs(stream, "new", offset);
+    for (const each of streams.list) // one save for all that begin now
+      if (each.id === undefined && each.size > each.offset) beginAs(each, "new", each.offset);
+  }
   if (!stream.isNamed) {
     streams.isChanged = true; // the name is to be in both saves
     await saveCursor(shipper);

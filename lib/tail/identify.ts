@@ -67,7 +67,8 @@ export async function identify(
   const start = await contentStart(file, true);
   const bytes = new Uint8Array(MARK_BYTES);
   const view = bytes.subarray(0, await file.read(bytes, start));
-  const alike = streams.filter((stream) => isAlike(stream, view));
+  const hashes = new Map<number, string>(); // of the first bytes, by their number: thousands of heads are of one length
+  const alike = streams.filter((stream) => isAlike(stream, view, hashes));
   if (alike.length === 0) return { is: "new", at: 0 };
   if (alike.some(({ isBusy }) => isBusy)) return { is: "busy" };
   const orphans = alike.filter((stream) => !hasHome(stream)).sort((a, b) => b.offset - a.offset);
@@ -88,11 +89,13 @@ export async function identify(
 }
 
 /** Whether a stream's head is the one of the file, as far as both go. */
-function isAlike({ head, marks, offset }: Stream, view: Uint8Array): boolean {
+function isAlike({ head, marks, offset }: Stream, view: Uint8Array, hashes: Map<number, string>): boolean {
   if (!head) return offset > 0 && marks.length > 0; // version 1.0 may have kept no head
-  return (
-    head.length <= view.length && markBefore(view.subarray(0, head.length), head.length).hash === head.hash
-  );
+  const { length } = head;
+  if (length > view.length) return false;
+  const hash = hashes.get(length) ?? markBefore(view.subarray(0, length), length).hash;
+  hashes.set(length, hash);
+  return head.hash === hash;
 }
 
 /** Whether what fits is enough to be sure; below 1,024 bytes a file must have all that was seen. */

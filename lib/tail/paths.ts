@@ -73,8 +73,9 @@ export class Paths {
     };
     const bases = new Map<string, Map<string, string>>();
     for (const [path, { isNamed }] of survey.logs) {
-      add(lookAt(path, path, true, isNamed, survey.faults));
-      for (const [folder, base] of this.#places(path)) {
+      const isPlain = folders.isPlain(path);
+      add(lookAt(path, path, true, isNamed, survey.faults, isPlain));
+      for (const [folder, base] of this.#places(path, isPlain)) {
         const logs = bases.get(folder) ?? new Map<string, string>();
         if (!logs.has(base)) logs.set(base, path);
         bases.set(folder, logs);
@@ -88,7 +89,7 @@ export class Paths {
         if (survey.logs.has(path)) continue;
         const base = this.#baseOf(name, folder, (candidate) => logs.has(candidate), folders);
         const log = logs.get(base ?? "");
-        const file = log && lookAt(path, log, false, false, survey.faults);
+        const file = log && lookAt(path, log, false, false, survey.faults, folders.isPlain(path));
         if (file) rotated.push(file);
         else if (!log) {
           const alike = beginsLike(name, logs);
@@ -166,9 +167,9 @@ export class Paths {
   }
 
   /** Folders in which the rotations of a live file lie, each with the name that they begin with. */
-  #places(path: string): [string, string][] {
+  #places(path: string, isPlain: boolean): [string, string][] {
     const places: [string, string][] = [[dirname(path), basename(path)]];
-    const target = realPath(path);
+    const target = isPlain ? path : realPath(path);
     if (target !== path) places.push([dirname(target), basename(target)]);
     if (this.#olddir !== undefined) places.push([resolve(dirname(path), this.#olddir), basename(path)]);
     return places;
@@ -201,6 +202,7 @@ export class Paths {
 class Folders {
   readonly #names = new Map<string, string[]>();
   readonly #numbers = new Map<string, Set<number>>();
+  readonly #plain = new Set<string>();
   readonly #faults: Map<string, string>;
 
   constructor(faults: Map<string, string>) {
@@ -212,9 +214,13 @@ class Folders {
     let names = this.#names.get(folder);
     if (names) return names;
     try {
-      names = readdirSync(rawPath(folder), { encoding: "buffer" }).map((raw) =>
-        nameOf(folder, Buffer.from(raw)),
-      );
+      const entries = readdirSync(rawPath(folder), { withFileTypes: true });
+      names = entries.map(({ name }) => name);
+      if (names.some((name) => name.includes("\uFFFD"))) {
+        const raw = readdirSync(rawPath(folder), { encoding: "buffer" });
+        names = raw.map((each) => nameOf(folder, Buffer.from(each)));
+      }
+      for (const entry of entries) if (entry.isFile()) this.#plain.add(join(folder, entry.name));
     } catch (error) {
       names = [];
       const isMissing = ["ENOENT", "ENOTDIR"].includes((error as NodeJS.ErrnoException).code ?? "");
@@ -239,8 +245,14 @@ class Folders {
     return numbers;
   }
 
+  /** Whether a listing says that it is a regular file: no link, and nothing to ask the system for. */
+  isPlain(path: string): boolean {
+    return this.#plain.has(path);
+  }
+
   /** Whether there is something else than a folder; what may not be looked at is a fault of its folder. */
   hasFile(path: string): boolean {
+    if (this.isPlain(path)) return true;
     try {
       return statSync(rawPath(path), { throwIfNoEntry: false })?.isDirectory() === false;
     } catch (error) {
@@ -305,13 +317,17 @@ function beginsLike(name: string, logs: Map<string, string>): string | undefined
   return undefined;
 }
 
-/** A file as it is now under this path; undefined when there is none, and with a fault when it is none to be followed. */
+/**
+ * A file as it is now under this path; undefined when there is none, and with a fault when it is none to be followed.
+ * `isPlain`: it is known to be no link.
+ */
 export function lookAt(
   path: string,
   log: string,
   isLive: boolean,
   isTrusted: boolean,
   faults: Map<string, string>,
+  isPlain = false,
 ): FoundFile | undefined {
   try {
     const found = statSync(rawPath(path), { bigint: true, throwIfNoEntry: false });
@@ -320,12 +336,13 @@ export function lookAt(
       if (isLive) faults.set(path, `it is ${kindOf(found)}, expected a regular file`);
       return undefined;
     }
-    const link = isTrusted ? undefined : lstatSync(rawPath(path), { bigint: true, throwIfNoEntry: false });
+    const link =
+      isTrusted || isPlain ? undefined : lstatSync(rawPath(path), { bigint: true, throwIfNoEntry: false });
     if (link?.isSymbolicLink() && link.uid !== found.uid) {
       faults.set(path, "it is a link to a file of another user: name it in full if it is to be followed");
       return undefined;
     }
-    const place = isLive || link?.isSymbolicLink() ? realPath(path) : path;
+    const place = !isPlain && (isLive || link?.isSymbolicLink()) ? realPath(path) : path;
     const mtimeMs = Number(found.mtimeNs) / 1e6;
     const isReadable = !UNREADABLE.test(path);
     return { path: place, key: fileKey(found), size: Number(found.size), mtimeMs, log, isLive, isReadable };

@@ -125,6 +125,8 @@ export class Streams {
   #leftOut = new Set<string>();
   /** Keys of files that were cut and written anew. */
   #cut = new Set<string>();
+  /** Streams whose files are open, the one that was read last at the end. */
+  readonly #open = new Set<Stream>();
   #saving: Promise<void> = Promise.resolve();
   #nextSave: Promise<void> | undefined;
 
@@ -196,9 +198,10 @@ export class Streams {
     const started = now();
     const survey = await this.#survey();
     if (!survey) return { isSettled: false, nextAt: mono() + SHIFTING_MS, orphans: [] };
+    const there = new Set(survey.files.flatMap(({ isLive, log }) => (isLive ? log : [])));
     for (const [path, { folder }] of survey.logs) {
       const log = this.#logOf(path);
-      if (survey.files.some((file) => file.isLive && file.log === path)) log.folder = folder;
+      if (there.has(path)) log.folder = folder;
     }
     if (this.found === "absent" && !this.asked && this.list.length === 0)
       this.#since = allLogs(survey, now());
@@ -378,8 +381,10 @@ export class Streams {
     const { log } = this.#context;
     const fit = await fitOf(file, stream);
     if (fit.is === "all" && size >= stream.offset) {
-      if (size < stream.size) this.lose(stream.size - size, stream);
-      stream.size = stream.checkedSize = size;
+      const seen = stream.size; // an event may have told of more than the look listed: the file is asked once more
+      const left = size < seen ? (await file.stat()).size : size;
+      if (left < seen) this.lose(seen - left, stream);
+      stream.size = stream.checkedSize = left;
       return true;
     }
     const own = stream.file;
@@ -471,15 +476,15 @@ export class Streams {
       if (this.#ignored.has(tried) || this.list.some(({ key }) => key === found.key) || !found.isReadable)
         continue;
       const file = await this.#openFile(found);
-      if (file?.key !== found.key) continue;
       try {
+        if (file?.key !== found.key) continue;
         const what = await identify(file, found, homeless, () => false);
         if (what.is === "stream") this.#settle(found, what);
         else this.#ignored.add(tried);
       } catch (error) {
         if (!(error instanceof UnfinishedFile)) throw error; // it is still being written: looked at again
       } finally {
-        await file.close();
+        await file?.close();
       }
     }
   }
@@ -702,34 +707,38 @@ export class Streams {
       const isOver =
         isOld ||
         ((isGone || stream.until !== undefined) &&
-          (id === undefined || delivered >= Math.min(until, offset)));
+          (id === undefined || offset <= stream.from || delivered >= Math.min(until, offset)));
       const isOut = stream.log !== "" && !survey.logs.has(stream.log) && !this.paths.names(stream.log);
       if (isOut && !isBusy) {
         const bytes = Math.max(0, size - offset);
         this.#context.log.warn("log is not followed any more", { path: stream.path, unread: bytes });
+      }
+      if ((!isOver && !isOut) || isBusy) kept.push(stream);
+      else {
+        this.isChanged = true;
         await file?.close();
       }
-      if ((isOver || isOut) && !isBusy) this.isChanged = true;
-      else kept.push(stream);
     }
     this.list = kept;
     for (const path of this.logs.keys()) {
       const isOut = !survey.logs.has(path) && kept.every(({ log }) => log !== path);
       if (isOut && !this.logs.get(path)?.isRunning) this.logs.delete(path);
     }
-    await this.#closeSome();
+    await this.closeSome();
   }
 
   // ---- files
 
   /** Opens a stream's file where it was last seen; undefined when another one lies there now. */
   async openStream(stream: Stream): Promise<LogFile | undefined> {
-    if (stream.file) return stream.file;
-    if (stream.phase.is === "gone") return undefined;
+    this.#open.delete(stream);
+    if (stream.file) this.#open.add(stream); // the newest one now
+    if (stream.file || stream.phase.is === "gone") return stream.file;
     try {
       const file = await LogFile.open(stream.path);
       if (file.key === stream.key) {
         stream.file = file;
+        this.#open.add(stream);
         return file;
       }
       await file.close();
@@ -752,12 +761,12 @@ export class Streams {
     }
   }
 
-  /** Files that were quiet for longest are closed: their names are known, and descriptors are few. */
-  async #closeSome(): Promise<void> {
-    const open = this.list.filter(({ file, isBusy, phase }) => file && !isBusy && phase.is !== "gone");
-    open.sort((a, b) => a.grewAt - b.grewAt);
-    for (const stream of open.slice(0, Math.max(0, open.length - OPEN_FILES))) {
-      const { file } = stream;
+  /** Files that were not read for longest are closed: their names are known, and descriptors are few. */
+  async closeSome(): Promise<void> {
+    for (const stream of this.#open) {
+      const { file, isBusy, phase } = stream;
+      if (file && (isBusy || phase.is === "gone" || this.#open.size <= OPEN_FILES)) continue;
+      this.#open.delete(stream);
       stream.file = undefined;
       await file?.close();
     }
@@ -766,7 +775,7 @@ export class Streams {
   /** A rotated file at whose end we are: ended when it was quiet for long enough. */
   async finish(stream: Stream): Promise<void> {
     const { file } = stream;
-    if (!file || stream.isLive) return;
+    if (!file || stream.isLive || !isAtEnd(stream)) return; // what an archive still has is not lost
     const { size, mtimeMs } = await file.stat();
     const age = Math.min(this.#context.mono() - stream.grewAt, Math.abs(this.#context.now() - mtimeMs));
     const isMoved = stream.phase.is === "gone" && !file.isUnlinked;
