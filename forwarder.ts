@@ -62,8 +62,8 @@ import {
   UsageError,
   wait,
 } from "./lib/service.ts";
+import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderState } from "./lib/signs.ts";
 import { readState, writeState } from "./lib/state.ts";
-import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderState } from "./lib/status.ts";
 import { formatTable, paint } from "./lib/table.ts";
 import { explainKey, openSftpTarget } from "./lib/target/sftp.ts";
 import {

@@ -536,7 +536,7 @@ async function drain(shipper: Shipper, stream: Stream, flight: Flight): Promise<
     while (!shipper.signal.aborted) {
       last = await fill(shipper, stream, flight, last);
       const first = flight.flying.shift();
-      if (!first) return true;
+      if (!first) return !shipper.signal.aborted;
       const answer = await first.answer;
       failpoint("shipper:answered");
       if (answer.kind === "stored") commit(shipper, stream, first, flight);

@@ -103,6 +103,7 @@ export class Journal {
   #pending: Pending[] = [];
   #writing: Promise<void> | undefined;
   #fault: unknown;
+  #repairing: Promise<void> | undefined;
 
   /** Nothing is on disk before the first record. The caller holds the lock of `id`. */
   constructor(dir: string, id: string) {
@@ -211,7 +212,14 @@ export class Journal {
   }
 
   /** Cuts off what could not be synced, so that records can be taken again. Throws the system's error. */
-  async repair(): Promise<void> {
+  repair(): Promise<void> {
+    this.#repairing ??= this.#cutBack().finally(() => {
+      this.#repairing = undefined;
+    });
+    return this.#repairing;
+  }
+
+  async #cutBack(): Promise<void> {
     if (this.#fault === undefined) return;
     if (this.#fd >= 0) {
       ftruncateSync(this.#fd, this.#segments.at(-1)?.length ?? 0);
