@@ -25,7 +25,10 @@ files() {
   { files "$digest"; files "$batch"; } | xargs sha256sum -- /dev/null | sed 's/^\([0-9a-f]*\)  /H \1 /'
   files "$digest" | while IFS= read -r name; do
     sum=$(sed '$d' "$name" | sha256sum | cut -c 1-64)
-    if [ "$(tail -n 1 "$name" | sha256sum)" = "$(printf '# end %s\n' "$sum" | sha256sum)" ]; then
+    says="# hour $(printf '%s\n' "$name" |
+      sed -e 's/[.]sha256$//' -e 's/^.*_//' -e 's/[.]\(.*\)/, part \1: what came after the digest before/')"
+    if [ "$(tail -n 1 "$name" | sha256sum)" = "$(printf '# end %s\n' "$sum" | sha256sum)" ] &&
+      [ "$(sed -n 2p "$name")" = "$says" ]; then # else damaged, or another one under its name
       printf 'D %s\n' "$name"
       sed '$d' "$name" | sed 's/^/L /'
     else
@@ -39,7 +42,14 @@ files() {
     if (name !~ /[.][1-9][0-9]*[.]sha256$/) return 1
     sub(/[.]sha256$/, "", name); sub(/^.*[.]/, "", name); return name + 0
   }
-  function batch_hour(name) { match(name, /_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]_[0-9][0-9]-[0-9][0-9]_[a-z0-9-]+([.][0-9]+)?[.]log([.]gz)?$/); return substr(name, RSTART + 1, 8) }
+  function batch_window(name) { match(name, /_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]_[0-9][0-9]-[0-9][0-9]_[a-z0-9-]+([.][0-9]+)?[.]log([.]gz)?$/); return substr(name, RSTART + 1, 14) }
+  # A window that no clock shows is none of ours.
+  function is_batch(name,   w, n, d) {
+    w = batch_window(name); n = substr(w, 13) - substr(w, 10, 2) + 1
+    d = substr(w, 3, 2) == "02" ? 28 + (substr(w, 1, 2) % 4 == 0) : 30 + (substr(w, 3, 2) ~ /01|03|05|07|08|10|12/)
+    return n >= 1 && 60 % n == 0 && substr(w, 10, 2) % n == 0 && substr(w, 13) < 60 && substr(w, 7, 2) < 24 &&
+      substr(w, 5, 2) >= 1 && substr(w, 5, 2) <= d && substr(w, 3, 2) >= 1 && substr(w, 3, 2) <= 12
+  }
   function add(kind, name) { found[kind ": " name] = 1 }
   function leave() {
     if (current == "") return
@@ -52,7 +62,7 @@ files() {
     if (hour > newest) newest = hour
     return hour
   }
-  $1 == "H" && $3 != "/dev/null" { hash[$3] = $2 }
+  $1 == "H" && $3 != "/dev/null" && (is_digest($3) || is_batch($3)) { hash[$3] = $2 }
   $1 == "B" { damaged[enter($2)] = 1; damage = 1; add("changed", $2) }
   $1 == "D" {
     hour = enter($2); current = $2; previous = 0; began = 0; good[$2] = 1
@@ -77,7 +87,7 @@ files() {
     if (!damage && heads > chains) for (name in head) add("chain broken", name)
     for (name in hash) {
       if (is_digest(name) || name in listed) continue
-      hour = batch_hour(name)
+      hour = substr(batch_window(name), 1, 8)
       if (hour > newest) uncovered++
       else if (!(hour in damaged)) add("extra", name)
     }

@@ -84,7 +84,7 @@ export function formatDigest({ hour, part, begins, hosts, missing, previous, bat
   const plain = (text: string) => text.replace(/[^\x20-\x7e]+/g, " ");
   const lines = [
     TITLE,
-    `# hour ${hour}${part > 1 ? `, part ${part}: what came after the digest before` : ""}`,
+    formatHourLine(hour, part),
     ...(begins ? [`# begins ${begins}`] : []),
     ...hosts.map(
       ({ host, lines, skipped, untimed, lost }) =>
@@ -98,16 +98,25 @@ export function formatDigest({ hour, part, begins, hosts, missing, previous, bat
   return `${text}# end ${sha256Of(text)}\n`;
 }
 
-/** What a digest's bytes say that both verifiers need; undefined when they are damaged. */
-export function parseDigest(bytes: Uint8Array) {
+function formatHourLine(hour: string, part: number): string {
+  return `# hour ${hour}${part > 1 ? `, part ${part}: what came after the digest before` : ""}`;
+}
+
+/** What a digest's bytes say that both verifiers need; undefined when they are damaged, or those of another name. */
+export function parseDigest(bytes: Uint8Array, { hour, part }: { hour: string; part: number }) {
   const text = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString("latin1");
   const end = text.lastIndexOf("\n", text.length - 2) + 1;
   if (text.slice(end) !== `# end ${sha256Of(Buffer.from(text.slice(0, end), "latin1"))}\n`) return undefined;
   const lines = text.slice(0, end).split("\n");
+  if (lines[1] !== formatHourLine(hour, part)) return undefined; // a replay of another one
   const files = lines.filter((line) => /^[0-9a-f]{64} {2}/.test(line));
   return {
     begins: lines.find((line) => line.startsWith("# begins "))?.slice(9),
     complete: lines.includes("# complete yes"),
+    hosts: lines.flatMap((line) => {
+      const [, host = "", skipped] = /^# host (\S+) lines=\d+ skipped=(\d+) /.exec(line) ?? [];
+      return skipped === undefined ? [] : [{ host, skipped: Number(skipped) }];
+    }),
     files: files.map((line): HashedFile => ({ sha256: line.slice(0, 64), name: line.slice(66) })),
   };
 }
@@ -160,7 +169,7 @@ export async function lookAtHosts(dir: string, now: number) {
   for (const host of await listHosts(dir)) {
     if (parseHost(host) !== host) continue; // lost+found
     const ledger = await readLedger(folders(dir).host(host));
-    if (!ledger || now - ledger.heardAt > KNOWN_MS) continue;
+    if (!ledger || now - ledger.heardAt > KNOWN_MS || ledger.facts.forgotten !== undefined) continue;
     const {
       through,
       zone = ownZone(now),
@@ -247,6 +256,25 @@ export async function readDigestHead(dir: string): Promise<DigestState["head"]> 
   return found.state === "ok" ? found.value.head : undefined;
 }
 
+/** What the record tells of an hour: whether its newest digest says complete (undefined without one), and of its hosts. */
+export async function readHourRecord(dir: string, hour: string) {
+  const found = await readState(stateFile(dir), stateSchema, 1);
+  const state = found.state === "ok" ? found.value : undefined;
+  const skipped = new Map<string, number>();
+  for (const name of state ? await readdir(join(dir, ".digest")) : []) {
+    const parts = parseDigestName(name);
+    const digest = parts?.hour === hour && parseDigest(await readFile(join(dir, ".digest", name)), parts);
+    for (const { host, skipped: more } of digest ? digest.hosts : [])
+      skipped.set(host, (skipped.get(host) ?? 0) + more);
+  }
+  return {
+    begins: state?.begins,
+    complete: state?.hours[hour]?.complete,
+    lossAt: (host: string) => state?.totals[host]?.lossAt ?? 0,
+    skipped,
+  };
+}
+
 /** What was delivered of an hour, by name; empty where no list was kept. */
 export async function readList(dir: string, hour: string): Promise<Map<string, Listed>> {
   const text = (await readIfExists(listFile(dir, hour))) ?? "";
@@ -319,7 +347,7 @@ export class Digests {
     for (const file of files) {
       const name = parseDigestName(file);
       const bytes = name && (await readFile(join(this.#dir, ".digest", file)));
-      const digest = bytes && parseDigest(bytes);
+      const digest = bytes && parseDigest(bytes, name);
       if (!name || !digest) continue;
       for (const { name } of digest.files) inDigests.add(name);
       if (name.part > (state.hours[name.hour]?.part ?? 0))
@@ -554,10 +582,11 @@ export async function verifyFolder(folder: string): Promise<Verified> {
   const hashes = new Map<string, string>();
   const digests = new Map<string, ParsedDigest | undefined>();
   for (const name of names) {
-    if (!parseDigestName(name)) continue;
+    const parts = parseDigestName(name);
+    if (!parts) continue;
     const bytes = await readFile(join(folder, name));
     hashes.set(name, sha256Of(bytes));
-    digests.set(name, parseDigest(bytes));
+    digests.set(name, parseDigest(bytes, parts));
   }
   for (const name of batches) hashes.set(name, await sha256OfFile(join(folder, name)));
   return judge(hashes, digests);

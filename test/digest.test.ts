@@ -88,17 +88,24 @@ test("parseDigest() takes what formatDigest() made, and nothing that differs in 
     missing: [{ host: HOST, reason: "line\nbreak" }],
     batches: [{ name: batchName("26112206"), sha256: hash("") }],
   });
-  expect(parseDigest(Buffer.from(text))).toEqual({
+  const name = { hour: "26112206", part: 1 };
+  expect(parseDigest(Buffer.from(text), name)).toEqual({
     begins: "2026-11-22T00:00:00.000Z",
     complete: false,
+    hosts: [{ host: HOST, skipped: 0 }],
     files: [{ name: batchName("26112206"), sha256: hash("") }],
   });
   for (let at = 0; at < text.length; at++) {
     const damaged = Buffer.from(text);
     damaged[at] = (damaged[at] ?? 0) ^ 1;
-    expect(parseDigest(damaged), `byte ${at}`).toBeUndefined();
-    expect(parseDigest(Buffer.from(text.slice(0, at))), `cut at ${at}`).toBeUndefined();
+    expect(parseDigest(damaged, name), `byte ${at}`).toBeUndefined();
+    expect(parseDigest(Buffer.from(text.slice(0, at)), name), `cut at ${at}`).toBeUndefined();
   }
+  for (const other of [
+    { ...name, part: 2 },
+    { ...name, hour: "26112207" },
+  ])
+    expect(parseDigest(Buffer.from(text), other)).toBeUndefined();
 });
 
 describe("findMissing()", () => {

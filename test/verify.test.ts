@@ -142,6 +142,14 @@ test("a good folder: no finding, the head and the beginning are told, what is ne
   const files = deliver(folder);
   writeFileSync(join(folder, "accessLog_26112209_00-19_10-0-0-1.log"), "newer\n");
   writeFileSync(join(folder, "accessLog_26112208_00-19_10-0-0-1.log.tmp"), "on its way\n");
+  for (const odd of [
+    "26112205_20-38",
+    "26112224_00-19",
+    "26023005_00-19",
+    "26112205_60-79",
+    "26112205_10-29",
+  ])
+    writeFileSync(join(folder, `accessLog_${odd}_10-0-0-1.log`), "no name of ours\n");
   writeFileSync(join(folder, "notes.txt"), "the client's own\n");
   mkdirSync(join(folder, "imported"));
   const { text, shell, status } = await verifyBoth(folder);
@@ -181,6 +189,15 @@ test("an hour that says no is incomplete, until its last digest says yes", async
   const yes = await verifyBoth(folder);
   expect(yes.text).toEndWith("ok\n");
   expect(yes).toMatchObject({ shell: yes.text, status: 0 });
+});
+
+test("a digest under another one's name is changed, also when it would be a chain of its own", async () => {
+  const folder = await tempFolder();
+  const files = deliver(folder);
+  writeFileSync(join(folder, "accessLog_26112208.sha256"), files.get("accessLog_26112205.sha256") ?? "");
+  const { text, shell, status } = await verifyBoth(folder);
+  expect(text).toStartWith("changed: accessLog_26112208.sha256\n");
+  expect({ shell, status }).toEqual({ shell: text, status: 1 });
 });
 
 test("a digest that begins a chain in the middle of another is told as a broken one", async () => {

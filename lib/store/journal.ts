@@ -17,7 +17,7 @@ import { promisify } from "node:util";
 import { crc32 } from "node:zlib";
 import type { Encoding } from "../chunk.ts";
 import { failpoint, removeDurably, syncFolder } from "../durable.ts";
-import type { Stream } from "../ledger.ts";
+import type { StreamRecord } from "../ledger.ts";
 
 const SEGMENT_BYTES = 64 * 1024 * 1024;
 /** Of all segments together; beyond it nothing is taken. */
@@ -55,7 +55,7 @@ export interface Entry {
   /** The source offset of the first line in it. */
   from: number;
   /** Where the stream stands afterwards. */
-  state: Stream;
+  state: StreamRecord;
   runs: Run[];
   /** `[from, to)` of the body is a line without an end, held behind `at` bytes of it. */
   piece?: { at: number; from: number; to: number };
@@ -103,6 +103,7 @@ export class Journal {
   #pending: Pending[] = [];
   #writing: Promise<void> | undefined;
   #fault: unknown;
+  #repairing: Promise<void> | undefined;
 
   /** Nothing is on disk before the first record. The caller holds the lock of `id`. */
   constructor(dir: string, id: string) {
@@ -211,7 +212,14 @@ export class Journal {
   }
 
   /** Cuts off what could not be synced, so that records can be taken again. Throws the system's error. */
-  async repair(): Promise<void> {
+  repair(): Promise<void> {
+    this.#repairing ??= this.#cutBack().finally(() => {
+      this.#repairing = undefined;
+    });
+    return this.#repairing;
+  }
+
+  async #cutBack(): Promise<void> {
     if (this.#fault === undefined) return;
     if (this.#fd >= 0) {
       ftruncateSync(this.#fd, this.#segments.at(-1)?.length ?? 0);

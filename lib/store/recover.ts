@@ -48,6 +48,8 @@ const OLD_PIECE = `${LEDGER}-piece-`;
 /** Parts and pieces that are open at once, of all senders. */
 const OPEN_FILES = 64;
 const COPY_BYTES = 262_144;
+/** Work on one chunk gives way to others after so long. */
+export const GIVE_WAY_MS = 10;
 
 const nextTick = promisify(setImmediate);
 
@@ -118,8 +120,13 @@ export interface Place {
  * hole. Throws the system's error.
  */
 export async function writeEntry(place: Place, entry: Entry, body: Uint8Array): Promise<void> {
+  let givenWayAt = performance.now();
   for (const run of entry.runs) {
     if (isUsedUp(place.ledger, run.batch)) continue;
+    if (performance.now() - givenWayAt > GIVE_WAY_MS) {
+      await nextTick();
+      givenWayAt = performance.now();
+    }
     const path = join(place.folder, withState(run.batch, "open"));
     const open = place.ledger.open.get(run.batch);
     const end = await writeRun(place, path, run, open?.bytes ?? 0, entry, body);

@@ -28,16 +28,24 @@ import type { ChunkHeaders, Encoding, SenderNews, StreamStatus } from "../chunk.
 import {
   failpoint,
   ifMissing,
-  moveDurably,
+  moveAllDurably,
   removeDurably,
   syncFile,
   syncFolder,
   writeDurably,
 } from "../durable.ts";
-import { formatRecord, type Ledger, noteSealed, type Stream, snapshot } from "../ledger.ts";
+import { formatRecord, type Ledger, noteSealed, type StreamRecord, snapshot } from "../ledger.ts";
 import type { Log } from "../service.ts";
 import type { Entry, Journal, Run } from "./journal.ts";
-import { loseBytes, noteEntry, type Parts, type Place, pieceName, writeEntry } from "./recover.ts";
+import {
+  GIVE_WAY_MS,
+  loseBytes,
+  noteEntry,
+  type Parts,
+  type Place,
+  pieceName,
+  writeEntry,
+} from "./recover.ts";
 import { type FindWindow, STAMP_WITHIN, type Window, windowOfArrival } from "./window.ts";
 
 /** What all senders of a process share. */
@@ -89,8 +97,6 @@ export class StoreError extends Error {
 const LF = 0x0a;
 const DAY = 86_400_000;
 const HOUR = 3_600_000;
-/** Staging gives way to others after so long. */
-const GIVE_WAY_MS = 10;
 /** Half lines that a sender may have at once. */
 const MAX_PIECES = 16;
 const MAX_SHIPPERS = 8;
@@ -105,7 +111,7 @@ const nextTick = promisify(setImmediate);
 interface Draft {
   chunk: Chunk;
   now: number;
-  state: Stream;
+  state: StreamRecord;
   runs: Run[];
   piece?: Entry["piece"];
   /** The lowest source offset of its lines. */
@@ -120,6 +126,7 @@ interface Draft {
   /** Windows that its lines are of. */
   windows: Set<string>;
   givenWayAt: number;
+  epoch: number;
 }
 
 export class Sender implements Place {
@@ -144,7 +151,7 @@ export class Sender implements Place {
   readonly #openedAt: number;
   #isHeard = false;
   /** What is staged and not in the ledger yet. */
-  readonly #streams = new Map<string, Stream>();
+  readonly #streams = new Map<string, StreamRecord>();
   readonly #lengths = new Map<string, { bytes: number; entries: number }>();
   /** The open batch of each window. */
   readonly #batches = new Map<string, string>();
@@ -153,7 +160,9 @@ export class Sender implements Place {
   #turns: Promise<unknown> = Promise.resolve();
   #writes: Promise<unknown> = Promise.resolve();
   #appended: Promise<unknown> = Promise.resolve();
+  /** Counts how often the journal was cut back; `#isCut`: what is staged here was cut off. */
   #epoch = 0;
+  #isCut = false;
   #names = { hour: 0, count: 0 };
   #progress: (() => void)[] = [];
   #tidiedAt = Number.NEGATIVE_INFINITY;
@@ -197,7 +206,7 @@ export class Sender implements Place {
     return result;
   }
 
-  stream(name: string): Stream | undefined {
+  stream(name: string): StreamRecord | undefined {
     return this.#streams.get(name) ?? this.ledger.streams.get(name);
   }
 
@@ -211,6 +220,7 @@ export class Sender implements Place {
   take(chunk: Chunk, mayWait: boolean): Promise<"ahead" | { outcome: Promise<Outcome> }> {
     return this.turn(async () => {
       if (this.broken !== undefined) throw storeError(this.broken);
+      if (this.#isCut) await this.#forgetStaged();
       const known = this.stream(chunk.stream);
       const verdict = compare(chunk, known);
       if (verdict === "ahead" && mayWait) return verdict;
@@ -227,7 +237,7 @@ export class Sender implements Place {
       if (verdict === "unknown")
         return { outcome: Promise.resolve({ kind: "unknown", lines: 0, offset: 0 }) };
       if (verdict === "take") return { outcome: this.#stage(await this.#file(chunk, known)) };
-      const { offset, mark } = known as Stream;
+      const { offset, mark } = known as StreamRecord;
       const told: Outcome = { kind: "conflict", lines: 0, offset, ...(mark !== undefined && { mark }) };
       return { outcome: this.#appended.then(() => told) };
     });
@@ -245,17 +255,18 @@ export class Sender implements Place {
     });
   }
 
-  async #file(chunk: Chunk, known: Stream | undefined): Promise<Draft> {
+  async #file(chunk: Chunk, known: StreamRecord | undefined): Promise<Draft> {
     const now = this.options.now();
     const { offset = known?.offset ?? 0, end = offset + chunk.body.length, body, mark, head } = chunk;
     if (!known) this.#makeRoomForStream();
-    const state: Stream = { ...known, offset: end, at: now };
+    const state: StreamRecord = { ...known, offset: end, at: now };
     delete state.lag;
     if (mark !== undefined) state.mark = mark;
     if (head !== undefined) state.head = head;
     const draft: Draft = {
       ...{ chunk, now, state, runs: [], from: state.pieceFrom ?? offset, lines: 0, untimed: 0, ahead: 0 },
-      ...{ lengths: new Map(), begun: new Map(), windows: new Set(), givenWayAt: performance.now() },
+      ...{ lengths: new Map(), begun: new Map(), windows: new Set() },
+      ...{ givenWayAt: performance.now(), epoch: this.#epoch },
     };
     if (chunk.begin === "again" || this.#isUnsure(chunk, offset)) this.#doubtNames(now);
     if (body.length > 0) await this.#fileLines(draft, offset);
@@ -278,7 +289,8 @@ export class Sender implements Place {
 
   #makeRoomForStream(): void {
     const { streams } = this.ledger;
-    if (streams.size + this.#streams.size < this.options.maxStreamsPerHost) return;
+    const begun = [...this.#streams.keys()].filter((name) => !streams.has(name)).length;
+    if (streams.size + begun < this.options.maxStreamsPerHost) return;
     for (const [name, { lined, piece }] of streams) {
       if (lined || piece !== undefined || this.#streams.has(name)) continue;
       streams.delete(name); // those without a line go first
@@ -313,9 +325,13 @@ export class Sender implements Place {
   }
 
   async #giveWay(draft: Draft): Promise<void> {
-    const epoch = this.#epoch;
     await nextTick();
     draft.givenWayAt = performance.now();
+    this.#checkEpoch(draft);
+  }
+
+  /** What a draft was compared with must still be staged. */
+  #checkEpoch({ epoch }: Draft): void {
     if (epoch !== this.#epoch) throw new StoreError(503, "the journal was cut back; try again");
   }
 
@@ -353,7 +369,6 @@ export class Sender implements Place {
     const { maxNamesPerHour } = this.options;
     if (draft.begun.size === 0 && this.#names.count >= maxNamesPerHour)
       throw new StoreError(503, `host ${this.host} has begun ${maxNamesPerHour} batches this hour already`);
-    this.#names.count++;
     const part = this.#nextPart(window, draft.now);
     const { prefix } = this.options;
     const name = formatBatchName({ prefix, window, host: dashedHost(this.host), part, state: "sealed" });
@@ -367,6 +382,7 @@ export class Sender implements Place {
     const host = dashedHost(this.host);
     let part = this.ledger.used.get(window) ?? 0;
     for (const name of [...this.ledger.open.keys(), ...this.#lengths.keys()]) {
+      if (!name.includes(window)) continue; // at once: there may be thousands
       const batch = parseBatchName(name);
       if (batch?.window === window) part = Math.max(part, batch.part);
     }
@@ -387,7 +403,8 @@ export class Sender implements Place {
   #holdPiece(draft: Draft, from: number, offset: number): void {
     const { state, chunk } = draft;
     if (state.piece === undefined) {
-      const held = [...this.ledger.streams.values()].filter(({ piece }) => piece !== undefined).length;
+      const names = new Set([...this.ledger.streams.keys(), ...this.#streams.keys()]);
+      const held = [...names].filter((name) => this.stream(name)?.piece !== undefined).length;
       if (held >= MAX_PIECES)
         throw new StoreError(503, `host ${this.host} has ${MAX_PIECES} half lines already`);
       // What rules left out of the body makes this too low at most, never too high.
@@ -427,6 +444,8 @@ export class Sender implements Place {
 
   /** Makes a draft count for what comes after it, and appends it to the journal. */
   #stage(draft: Draft): Promise<Outcome> {
+    this.#checkEpoch(draft);
+    if (this.#journal.fault !== undefined) throw storeError(this.#journal.fault);
     const { chunk, state, runs, piece, lines, untimed, ahead, zone, now } = draft;
     const { encoding, bytes } = chunk.encoded ?? { encoding: "identity" as const, bytes: chunk.body };
     const entry: Entry = {
@@ -447,6 +466,7 @@ export class Sender implements Place {
       ...(chunk.begin === "again" && { again: state.offset - draft.from }),
     };
     this.#streams.set(chunk.stream, state);
+    this.#names.count += draft.begun.size;
     for (const [window, name] of draft.begun) this.#batches.set(window, name);
     for (const [name, length] of draft.lengths) {
       this.#lengths.set(name, { bytes: length, entries: (this.#lengths.get(name)?.entries ?? 0) + 1 });
@@ -458,7 +478,9 @@ export class Sender implements Place {
     const settled = appended.then(
       () => written.done,
       (error) => {
-        this.#discard();
+        this.#epoch++;
+        this.#isCut = true;
+        this.#names.count -= draft.begun.size;
         throw storeError(error);
       },
     );
@@ -469,9 +491,13 @@ export class Sender implements Place {
     return settled.then(() => ({ kind: "stored", lines, offset: state.offset }));
   }
 
-  /** Rule: what was not synced never was; the next chunk is compared with what is committed. */
-  #discard(): void {
-    this.#epoch++;
+  /**
+   * Rule: what was not synced never was; the next chunk is compared with what is committed, and that is what was synced
+   * before, once it is written.
+   */
+  async #forgetStaged(): Promise<void> {
+    await this.#writes;
+    this.#isCut = false;
     this.#streams.clear();
     this.#lengths.clear();
     this.#batches.clear();
@@ -683,17 +709,21 @@ export class Sender implements Place {
   }
 
   async #finish(): Promise<{ name: string; lines: number; bytes: number }[]> {
-    const sealed: { name: string; lines: number; bytes: number }[] = [];
-    for (const name of [...this.#finishing]) {
-      const part = join(this.folder, withState(name, "open"));
-      const { lines = 0, bytes = 0 } = this.ledger.sealed.get(name) ?? {};
-      if (existsSync(part)) await moveDurably(part, join(this.folder, name));
-      else this.lose(name, bytes);
-      failpoint("seal:renamed");
-      this.#finishing.delete(name);
-      sealed.push({ name, lines, bytes });
+    const names = [...this.#finishing];
+    const there = (name: string) => existsSync(join(this.folder, name));
+    const moves: { from: string; to: string }[] = [];
+    for (const name of names) {
+      const part = withState(name, "open");
+      if (there(part)) moves.push({ from: join(this.folder, part), to: join(this.folder, name) });
+      else if (!there(name)) this.lose(name, this.ledger.sealed.get(name)?.bytes ?? 0);
     }
-    return sealed;
+    await moveAllDurably(moves);
+    failpoint("seal:renamed");
+    return names.map((name) => {
+      this.#finishing.delete(name);
+      const { lines = 0, bytes = 0 } = this.ledger.sealed.get(name) ?? {};
+      return { name, lines, bytes };
+    });
   }
 
   /** Once a day: what is too old to be asked for is forgotten; names stay unsure. */
@@ -761,7 +791,7 @@ export class Sender implements Place {
 }
 
 /** The wire's rules for one chunk. */
-function compare(chunk: Chunk, known: Stream | undefined): "take" | "ahead" | "conflict" | "unknown" {
+function compare(chunk: Chunk, known: StreamRecord | undefined): "take" | "ahead" | "conflict" | "unknown" {
   const { offset, end, mark, from, begin } = chunk;
   if (offset === undefined) return "take";
   // Version 1.0 has no marks: its unknown streams are begun at whatever offset it says.
@@ -774,7 +804,7 @@ function compare(chunk: Chunk, known: Stream | undefined): "take" | "ahead" | "c
   return isOther ? "conflict" : "take";
 }
 
-function windowOf({ window, windowEnd = 0 }: Stream): Window | undefined {
+function windowOf({ window, windowEnd = 0 }: StreamRecord): Window | undefined {
   return window === undefined ? undefined : { name: window, endsAt: windowEnd, zone: 0 };
 }
 

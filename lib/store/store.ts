@@ -21,9 +21,10 @@ const AHEAD_BYTES = 33_554_432;
 /** Senders whose names nobody listed: new ones in a minute, and their share of all. */
 const NEW_NAMES_A_MINUTE = 60;
 const UNLISTED_SHARE = 0.5;
-/** A changed ledger is saved after so many ms, later with many senders; so many at a time. */
+/** A changed ledger is saved after so many ms, later with many senders. */
 const CHECKPOINT_MS = { min: 2_000, max: 120_000, perSender: 20 };
-const CHECKPOINTS_AT_ONCE = 4;
+/** Senders that background work is done for at once. */
+const SENDERS_AT_ONCE = 4;
 /** Below so much room nothing is taken. */
 const MIN_FREE_BYTES = 1_048_576;
 
@@ -111,16 +112,19 @@ export class Store {
   /** A chunk that starts ahead of what is there is held for a moment, and then compared anew. */
   async #take(sender: Sender, chunk: Chunk): Promise<Outcome> {
     const deadline = performance.now() + AHEAD_MS;
-    const size = chunk.body.length;
+    const size = chunk.body.length + (chunk.encoded?.bytes.length ?? 0);
     for (;;) {
       const left = deadline - performance.now();
       const { staged } = sender;
-      const taken = await sender.take(chunk, left > 0 && this.#aheadBytes + size <= AHEAD_BYTES);
-      if (taken !== "ahead") return taken.outcome;
-      this.#aheadBytes += size;
-      await sender.progress(staged, left).finally(() => {
-        this.#aheadBytes -= size;
-      });
+      const mayWait = left > 0 && this.#aheadBytes + size <= AHEAD_BYTES;
+      if (mayWait) this.#aheadBytes += size; // before the others look
+      try {
+        const taken = await sender.take(chunk, mayWait);
+        if (taken !== "ahead") return taken.outcome;
+        await sender.progress(staged, left);
+      } finally {
+        if (mayWait) this.#aheadBytes -= size;
+      }
     }
   }
 
@@ -238,7 +242,9 @@ export class Store {
     await this.#repair().catch(() => {}); // health() tells it
     for (const sender of this.senders.values()) await this.#mend(sender);
     const sealed: string[] = [];
-    for (const sender of [...this.senders.values()]) sealed.push(...(await this.#sealDue(sender)));
+    await this.#forEach([...this.senders.values()], async (sender) => {
+      sealed.push(...(await this.#sealDue(sender)));
+    });
     await this.#checkpoint();
     await this.#journal
       .drop((host, seq) => (this.senders.get(host)?.safeSeq ?? this.#gone.get(host) ?? 0) >= seq)
@@ -298,16 +304,20 @@ export class Store {
     const oldest = new Set(this.#journal.isLong ? this.#journal.oldestHosts : []);
     const isDue = (sender: Sender) =>
       sender.isDirty && (Math.abs(now - sender.checkpointAt) >= every || oldest.has(sender.host));
-    const due = [...this.senders.values()].filter(isDue);
-    const work = async () => {
-      for (let sender = due.pop(); sender; sender = due.pop()) {
-        const { host } = sender;
-        await sender.checkpoint().catch((error) => {
-          this.#faults.failed(`write ${host}`, "ledger not saved", { host, error: errorMessage(error) });
-        });
-      }
+    await this.#forEach([...this.senders.values()].filter(isDue), async (sender) => {
+      const { host } = sender;
+      await sender.checkpoint().catch((error) => {
+        this.#faults.failed(`write ${host}`, "ledger not saved", { host, error: errorMessage(error) });
+      });
+    });
+  }
+
+  /** A few at a time: one with thousands of batches keeps no other waiting. */
+  async #forEach(senders: Sender[], work: (sender: Sender) => Promise<void>): Promise<void> {
+    const worker = async () => {
+      for (let sender = senders.pop(); sender; sender = senders.pop()) await work(sender);
     };
-    await Promise.all(Array.from({ length: CHECKPOINTS_AT_ONCE }, work));
+    await Promise.all(Array.from({ length: SENDERS_AT_ONCE }, worker));
   }
 
   /** Forgets a host that is gone. Throws a StoreError while batches of it wait or it was heard in the last hour. */
