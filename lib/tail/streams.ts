@@ -381,8 +381,10 @@ export class Streams {
     const { log } = this.#context;
     const fit = await fitOf(file, stream);
     if (fit.is === "all" && size >= stream.offset) {
-      if (size < stream.size) this.lose(stream.size - size, stream);
-      stream.size = stream.checkedSize = size;
+      const seen = stream.size; // an event may have told of more than the look listed: the file is asked once more
+      const left = size < seen ? (await file.stat()).size : size;
+      if (left < seen) this.lose(seen - left, stream);
+      stream.size = stream.checkedSize = left;
       return true;
     }
     const own = stream.file;
@@ -773,7 +775,7 @@ export class Streams {
   /** A rotated file at whose end we are: ended when it was quiet for long enough. */
   async finish(stream: Stream): Promise<void> {
     const { file } = stream;
-    if (!file || stream.isLive) return;
+    if (!file || stream.isLive || !isAtEnd(stream)) return; // what an archive still has is not lost
     const { size, mtimeMs } = await file.stat();
     const age = Math.min(this.#context.mono() - stream.grewAt, Math.abs(this.#context.now() - mtimeMs));
     const isMoved = stream.phase.is === "gone" && !file.isUnlinked;
