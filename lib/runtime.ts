@@ -274,7 +274,7 @@ async function loadLocks(): Promise<Locks> {
     fcntl: { args: ["i32", "i32", "ptr"], returns: "i32" },
     [ERRNO]: { args: [], returns: "ptr" },
   });
-  const { read } = await import("bun:ffi" as string);
+  const { read } = await import(FFI);
   return {
     flock: library.flock as Locks["flock"],
     fcntl: library.fcntl as Locks["fcntl"],
@@ -356,10 +356,12 @@ export async function loadSyncFs(): Promise<((fd: number) => boolean) | undefine
   return (fd) => (library.syncfs as (fd: number) => number)(fd) === 0;
 }
 
+/** Not a literal where it is imported: Deno's checker would refuse the scheme. */
+const FFI = "bun:ffi" as string;
+
 /** Functions of the C library. */
 async function openLibrary(symbols: Record<string, object>): Promise<Record<string, unknown>> {
-  const name = "bun:ffi"; // not a literal: Deno's checker would refuse the scheme
-  const { dlopen } = await import(name);
+  const { dlopen } = await import(FFI);
   for (const library of ["libc.so.6", "libc.so", "libc.musl-x86_64.so.1", "libSystem.dylib"]) {
     try {
       return dlopen(library, symbols).symbols;
