@@ -86,7 +86,7 @@ test("the page, the mail, --status and the metrics say the same of one folder", 
   const words = (await runScriptOnce("monitor", file, ["--status"])).output;
   await until(
     "the page has seen the monitor",
-    async () => !(await see()).includes("no monitor has run") || undefined,
+    async () => !/no monitor has run/i.test(await see()) || undefined,
   );
   const page = await see();
 
@@ -98,6 +98,10 @@ test("the page, the mail, --status and the metrics say the same of one folder", 
     "late",
     "failed",
   ]);
+  const titles = [...page.matchAll(/<li><b>([^<]*)<\/b>/g)].map(([, text = ""]) =>
+    decode(text).toLowerCase(),
+  );
+  expect(titles).toEqual(problems.map((problem) => problem.title.toLowerCase()));
   const title = /<title>([^<]*)/.exec(page)?.[1] ?? "";
   expect(decode(title)).toStartWith(`${words.split("\n")[0]} · `);
   const verdict = timeless(withoutTags(/<section class="verdict[\s\S]*?<\/section>/.exec(page)?.[0] ?? ""));
