@@ -17,6 +17,7 @@ import { fileURLToPath } from "node:url";
 import type { Config } from "./lib/config.ts";
 import { failpoint } from "./lib/durable.ts";
 import { parseHost } from "./lib/host.ts";
+import { type HostStatus, sortBySeverity } from "./lib/look.ts";
 import { type Change, isGood, renderAlert, type Status } from "./lib/mail/message.ts";
 import {
   callHeartbeat,
@@ -44,7 +45,6 @@ import {
 } from "./lib/service.ts";
 import {
   formatClock,
-  type HostStatus,
   headline,
   observe,
   type Problem,
@@ -141,7 +141,7 @@ async function lookAndQueue(context: MonitorContext): Promise<Queued> {
     queueSummaries(state, run);
   });
   const wasUnsaved = before.incidents[STATE]?.status === "fault";
-  if (store.unsaved || wasUnsaved) await store.change((state) => tellSaved(state, run, store.unsaved));
+  if (store.unsaved || wasUnsaved) await store.change((state) => noteUnsaved(state, run, store.unsaved));
   failpoint("monitor:queued");
   return { store, context, snapshot };
 }
@@ -565,7 +565,7 @@ function startsAnew({ stateFile }: Options, reason: string, now: number): Change
 }
 
 /** Whether what was told can be remembered is itself told. */
-function tellSaved(state: MonitorState, run: Run, reason: string | undefined): void {
+function noteUnsaved(state: MonitorState, run: Run, reason: string | undefined): void {
   const { stateFile } = run.context.config;
   const incident = incidentOf(state, STATE, "the monitor's state can't be saved");
   if (reason) incident.text = `${stateFile}: ${reason}. Alerts go out all the same, some perhaps twice`;
@@ -608,8 +608,6 @@ async function sendTest({ config, log, signal, now }: Service<"monitor">): Promi
   }
 }
 
-const RANK = ["silent", "never", "waiting", "quiet", "gone", "ok"];
-
 /** What is seen now; ends 1 when something is wrong. Tells nobody and changes nothing. */
 async function printStatus(service: Service<"monitor">): Promise<number> {
   const { config, flags, now } = service;
@@ -617,7 +615,7 @@ async function printStatus(service: Service<"monitor">): Promise<number> {
   const snapshot = await lookOnce(state, service);
   const isWanted = ({ host }: HostStatus) =>
     flags.host === undefined || host === parseHost(String(flags.host));
-  const hosts = snapshot.hosts.filter(isWanted).sort((a, b) => RANK.indexOf(a.state) - RANK.indexOf(b.state));
+  const hosts = sortBySeverity(snapshot.hosts.filter(isWanted));
   const problems = snapshot.problems.filter(
     ({ hosts: of }) => flags.host === undefined || hosts.some(({ host }) => of.includes(host)),
   );

@@ -32,6 +32,7 @@ import { type Config, ConfigError, parseConfig, secretFaults } from "./lib/confi
 import { exists, holdLock, makeFolder, writeDurably } from "./lib/durable.ts";
 import { isLoopback, parseHost } from "./lib/host.ts";
 import { readLedger } from "./lib/ledger.ts";
+import { DEFAULT_THRESHOLDS, type Thresholds } from "./lib/look.ts";
 import { formatMetrics, type Metric, type Sample } from "./lib/metrics.ts";
 import { pageHeaders, renderPage } from "./lib/page.ts";
 import { type Server, serve, type Tls } from "./lib/runtime.ts";
@@ -50,7 +51,7 @@ import {
   wait,
 } from "./lib/service.ts";
 import { writeState } from "./lib/state.ts";
-import { createStatusReader, DEFAULT_THRESHOLDS, type Snapshot, type Thresholds } from "./lib/status.ts";
+import { createStatusReader, type Snapshot } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
 import { Intake, release } from "./lib/store/intake.ts";
 import { createStore, type Outcome, type Store, StoreError } from "./lib/store/store.ts";

@@ -4,7 +4,7 @@
  *   1. look      which files there are, and which stream each of them is (lib/tail/streams.ts); the name of a new stream is
  *                drawn and saved before its first chunk leaves
  *   2. read      whole lines from the stream's offset, checked against the bytes just before it
- *   3. send      POST with stream, byte range and marks; held and tried again for as long as it takes (lib/upload.ts)
+ *   3. send      POST with stream, byte range and marks; held and tried again for as long as it takes (lib/tail/upload.ts)
  *   4. commit    only 200 with the chunk's end: the lines are on the receiver's stable storage; the offset moves on
  *   5. save      the cursor, durably, at most once a second and at the end
  *
@@ -56,14 +56,7 @@ import {
 import { fitOf } from "./lib/tail/identify.ts";
 import { isGlob, lookAt, Paths, Watch, whyNotFollowed } from "./lib/tail/paths.ts";
 import { type FollowedLog, isAtEnd, type Look, placeOf, Streams } from "./lib/tail/streams.ts";
-import {
-  type Answer,
-  type Chunk,
-  createUploader,
-  encodeBody,
-  Unanswered,
-  type Uploader,
-} from "./lib/upload.ts";
+import { type Answer, type EncodedChunk, encodeBody, Unanswered, Uploader } from "./lib/tail/upload.ts";
 
 /** Pause after the receiver could not be asked. */
 const FAULT_MS = 1000;
@@ -171,7 +164,7 @@ function reload(shipper: Shipper, next: Config["shipper"]): string[] {
   const kept = Object.fromEntries(fixed.map((key) => [key, config[key]]));
   shipper.config = { ...next, ...kept };
   shipper.skip = next.skip.map(parseSkipRule);
-  shipper.uploader = createUploader(shipper.config, signal);
+  shipper.uploader = new Uploader(shipper.config, signal);
   streams.reconfigure(shipper.config);
   shipper.lookAt = 0;
   shipper.wakeup.ring();
@@ -193,7 +186,7 @@ export async function openShipper(
   const streams = new Streams(config, { log, faults, signal, now, mono });
   const shipper: Shipper = {
     ...{ config, log, signal, now, mono, faults, streams },
-    uploader: createUploader(config, signal),
+    uploader: new Uploader(config, signal),
     buffers: new Buffers(MARK_BYTES + config.chunkBytes),
     wakeup: new Wakeup(),
     skip: config.skip.map(parseSkipRule),
@@ -511,7 +504,7 @@ function logFault(shipper: Shipper, path: string, error: unknown): void {
 
 /** A chunk on its way, and what the stream's marks are when it is committed. */
 interface Flown {
-  chunk: Chunk;
+  chunk: EncodedChunk;
   marks: Mark[];
   /** There may be more behind it. */
   isFull: boolean;
@@ -669,7 +662,7 @@ async function prepare(
   const body = chooseLines(bytes.subarray(0, length), inLine, skip);
   const skipped = body.length < length ? lines - countNewlines(body) : 0;
   const isHeadDue = stream.begin || offset < MARK_BYTES || (stream.head?.length ?? 0) < MARK_BYTES;
-  const chunk: Chunk = {
+  const chunk: EncodedChunk = {
     ...{ host: config.host, stream: stream.id as string, offset, end: offset + length, mark: wireMark(mark) },
     ...(from && { from: wireMark(from) }),
     ...(isHeadDue && stream.head && { head: wireMark(stream.head) }),
@@ -728,7 +721,7 @@ function countNewlines(bytes: Uint8Array): number {
 }
 
 /** Sends a chunk once. Throws Refused: it is to be held. */
-async function send(shipper: Shipper, chunk: Chunk): Promise<Answer> {
+async function send(shipper: Shipper, chunk: EncodedChunk): Promise<Answer> {
   failpoint("shipper:sending");
   const bytes = chunk.end - chunk.offset;
   const answer = await shipper.uploader.send({ ...news(shipper, bytes), ...chunk });
@@ -1219,11 +1212,7 @@ async function printDelivered(config: Config["shipper"], path: string, signal: A
   const chain = key === undefined ? [] : streams.filter((stream) => stream.key === key);
   const names = chain.flatMap(({ id }) => id ?? []);
   const told =
-    names.length === 0
-      ? []
-      : await createUploader(config, signal)
-          .ask(config.host, names, {})
-          .catch(() => []);
+    names.length === 0 ? [] : await new Uploader(config, signal).ask(config.host, names, {}).catch(() => []);
   const length = await file.contentLength();
   await file.close();
   let waiting = chain.length === 0 ? length : 0;
@@ -1260,7 +1249,7 @@ async function check({ config, signal, checks }: Service<"shipper">, connect: bo
   await checks.folder("shipper.stateDir", config.stateDir, "make");
   if (!asks) return;
   await checks.step(`shipper.receiver: ${config.receiver}`, async () => {
-    await createUploader(config, signal).ask(config.host, [], {});
+    await new Uploader(config, signal).ask(config.host, [], {});
   });
 }
 

@@ -5,14 +5,24 @@
  * Every value goes through the `html` tag, which escapes it: there is no other way into the page. The style
  * and the script are constants, and the Content-Security-Policy permits just these two by their hashes.
  * Colours never speak alone: every state has a word and a shape. All pairs of text and ground keep WCAG's 4.5:1.
+ *
+ * Of any number of senders the page stays small: the first ones, those in trouble before the others, have a row each;
+ * further ones are names, for the search; beyond that they are counted.
  */
 import { createHash } from "node:crypto";
-import { formatBytes, formatDuration } from "./service.ts";
+import { parseBatchName, parseWindow } from "./batch.ts";
 import {
-  count,
-  formatClock,
+  type BatchSeen,
+  compareAsPeopleCount,
+  HOST_STATES,
   type HostState,
   type HostStatus,
+  sortBySeverity,
+} from "./look.ts";
+import { formatBytes, formatDuration } from "./service.ts";
+import {
+  DETAILED,
+  formatClock,
   headline,
   inState,
   type Problem,
@@ -21,23 +31,28 @@ import {
   sum,
 } from "./status.ts";
 
-/** Rows of one page; senders beyond it are counted, not listed. */
-const MAX_ROWS = 500;
+/** Characters of the rows, alone and with names behind them, and of those names. */
+const ROWS_LENGTH = { alone: 260_000, followed: 140_000 };
+const NAMES_LENGTH = 100_000;
 /** Links to the senders of one problem. */
 const MAX_LINKS = 6;
-/** Programs of senders that are named; the newest first. */
+/** Programs of senders that are named, the newest first, and senders that are behind. */
 const MAX_AGENTS = 6;
+/** Late parts of one sender that are named one by one. */
+const MAX_PARTS = 40;
 /** Names up to this length, that of any IPv4 address, fit on one line. */
 const MAX_UNBROKEN = 15;
 /** Points of a sender's curve; the curve of all has one per minute. */
-const ROW_POINTS = 48;
+const ROW_POINTS = 30;
 /** "Now" in lines per minute is the mean of so many minutes. */
 const NOW_MINUTES = 5;
+const MINUTE = 60_000;
+const DAY_MINUTES = 24 * 60;
 
 /** Seconds between two refreshes of the page. */
 const REFRESH_SECONDS = 10;
 
-/** How each state is called; the worst come first in the table. */
+/** How each state is called. */
 const STATES: Record<HostState, { text: string; meaning: string; mark: string }> = {
   silent: { text: "silent", meaning: "not heard for longer than its threshold", mark: "bad" },
   never: { text: "never seen", meaning: "expected, has not sent yet", mark: "ask" },
@@ -51,7 +66,6 @@ const STATES: Record<HostState, { text: string; meaning: string; mark: string }>
   ok: { text: "ok", meaning: "lines come", mark: "ok" },
 };
 type Verdict = "ok" | "bad" | "off";
-const ORDER = Object.keys(STATES) as HostState[];
 
 // ---- markup
 
@@ -105,6 +119,7 @@ ${renderLegs(status, problems)}
 ${renderHosts(status)}
 ${renderAbout(status)}
 </main>
+<p id="files" role="status" hidden></p>
 <script type="module">${new Html(SCRIPT)}</script>
 </body>
 </html>
@@ -120,15 +135,21 @@ ${problems.length > 0 && html`<ul>${problems.map((problem) => renderProblem(prob
 </section>`;
 }
 
-/** What is behind the headline; the first few senders alone, the table shows the others. */
+/** What is behind the headline: the senders that the text names are links, a few others stand behind it. */
 function renderProblem({ key, title, text, hosts, next = [] }: Problem, of: number): Html {
-  const links = hosts.slice(0, MAX_LINKS).map((host) => {
-    const href = `#${encodeURIComponent(anchor(host))}`;
-    return html`<a id="${key}-${host}" href="${href}">${host}</a> `;
-  });
-  const more = hosts.length > MAX_LINKS && `and ${hosts.length - MAX_LINKS} more`;
-  const command = next[0] && html` <code>${next[0]}</code>`;
-  return html`<li>${of > 1 && `${sentence(title)}: `}${links}${more}${links.length > 0 && " – "}${text}${command}</li>`;
+  const parts: HtmlValue[] = [];
+  const others: HtmlValue[] = [];
+  let rest = text;
+  for (const host of hosts.slice(0, MAX_LINKS)) {
+    const link = html`<a id="${key}-${host}" href="#${encodeURIComponent(anchor(host))}">${host}</a>`;
+    const at = rest.indexOf(host);
+    if (at < 0) others.push(html` ${link}`);
+    else parts.push(rest.slice(0, at), link);
+    if (at >= 0) rest = rest.slice(at + host.length);
+  }
+  const more =
+    others.length > 0 && hosts.length > MAX_LINKS && ` and ${number(hosts.length - MAX_LINKS)} more`;
+  return html`<li>${of > 1 && html`<b>${sentence(title)}</b>: `}${parts}${rest}${others.length > 0 && html` – ${others}${more}`}${next[0] && html`<code>${next[0]}</code>`}</li>`;
 }
 
 /** The two questions and the disk, each with its numbers. */
@@ -137,9 +158,9 @@ function renderLegs(status: Snapshot, problems: Problem[]): Html {
   const fails = (leg: Problem["leg"]) => problems.some((problem) => problem.leg === leg);
   const sends = inState(hosts, "ok").length > 0;
   return html`<div class="legs">
-${leg(fails("arrival") ? "bad" : sends ? "ok" : "off", ["Lines arrive", "Not everything arrives", "No lines come"], renderArrival(hosts))}
+${leg(fails("arrival") ? "bad" : sends ? "ok" : "off", ["Lines arrive", "Not everything arrives", "No lines come"], renderArrival(status))}
 ${leg(fails("delivery") ? "bad" : forwarder ? "ok" : "off", ["Batches are delivered", "Not everything is delivered", "No forwarder has run here yet"], renderDelivery(status))}
-${leg(fails("disk") ? "bad" : disk ? "ok" : "off", ["Disk has room", "Disk is nearly full", "Disk cannot be asked"], disk && renderDisk(disk))}
+${leg(fails("disk") ? "bad" : disk ? "ok" : "off", ["Disk has room", "Disk needs room", "Disk cannot be asked"], disk && renderDisk(disk))}
 </div>`;
 }
 
@@ -147,25 +168,27 @@ function leg(mark: Verdict, [ok, bad, off]: [string, string, string], content: H
   return html`<section class="leg ${mark}"><h2>${symbol(mark)}${{ ok, bad, off }[mark]}</h2>${content}</section>`;
 }
 
-function renderArrival(hosts: HostStatus[]): Html {
+function renderArrival({ hosts, linesPerMinute, now }: Snapshot): Html {
   const sending = inState(hosts, "ok").length + inState(hosts, "quiet").length;
   const senders = hosts.length - inState(hosts, "gone").length;
-  const perMinute = addCurves(hosts);
-  const hours = `${perMinute.length / 60} hours`;
+  const hours = `${linesPerMinute.length / 60} hours`;
   const lost = sum(hosts, "lost") + sum(hosts, "gone");
-  return html`<dl>${figure("Senders", `${number(sending)} of ${number(senders)}`)}${figure("Lines per minute", number(latest(perMinute)))}
-${figure("Lag", formatBytes(sum(hosts, "lag")))}${lost > 0 && figure("Bytes lost", formatBytes(lost))}</dl>
+  const lags = hosts.filter(({ lag }) => lag !== undefined).length;
+  const since = formatClock(now - NOW_MINUTES * MINUTE, now);
+  return html`<dl>${figure("Senders", `${number(sending)} of ${number(senders)}`)}${figure(`Lines per minute since ${since}`, number(latest(linesPerMinute)))}
+${figure(lags < senders ? `Lag of ${number(lags)} senders` : "Lag", lags > 0 ? formatBytes(sum(hosts, "lag")) : "unknown")}${lost > 0 && figure("Bytes lost", formatBytes(lost))}</dl>
 ${
-  perMinute.length > 0 &&
-  html`${curve(perMinute, { kind: "curve", height: 96, label: `Lines per minute of all senders, last ${hours}` })}
-<p class="axis" aria-hidden="true"><span>${hours} ago</span><span>peak ${number(Math.max(...perMinute))}</span><span>now</span></p>`
+  linesPerMinute.length > 0 &&
+  html`${curve(linesPerMinute, { kind: "curve", height: 96, label: `Lines per minute of all senders, last ${hours}` })}
+<p class="axis" aria-hidden="true"><span>${hours} ago</span><span>peak ${number(Math.max(...linesPerMinute))} per minute</span><span>now</span></p>`
 }`;
 }
 
-function renderDelivery({ hosts, forwarder, now }: Snapshot): Html {
+function renderDelivery({ hosts, forwarder, digest, now }: Snapshot): Html {
   return html`<dl>${figure("Open", number(sum(hosts, "open")))}${figure("Waiting", number(sum(hosts, "waiting")))}
 ${figure("Failed", number(sum(hosts, "failed")))}</dl>
-${forwarder && html`<p>Last delivery ${clock(forwarder.lastSentAt ?? 0, now)}, forwarder seen ${clock(forwarder.aliveAt, now)}.</p>`}`;
+${forwarder && html`<p>Last delivery ${clock(forwarder.lastSentAt ?? 0, now)}, forwarder seen ${clock(forwarder.aliveAt, now)}.</p>`}
+${digest && html`<p class="digest">Newest digest ${digest.name}, sha256 <code>${digest.sha256}</code></p>`}`;
 }
 
 function renderDisk({ free, total }: { free: number; total: number }): Html {
@@ -179,42 +202,91 @@ function figure(name: string, value: string): Html {
   return html`<div><dt>${name}</dt><dd>${value}</dd></div>`;
 }
 
-/** One row per sender, the worst first. */
+// ---- senders
+
+const HEADS =
+  "Sender,State,Last line,Last heard,Lines per minute 4 h,Batches 24 h,Delivered to,Lag,Waiting,Failed,Lost";
+
+/** What all rows share. */
+interface Table {
+  now: number;
+  late: Set<string>;
+  newest: string | undefined;
+  /** Of a batch, as most names have it. */
+  windowMinutes: number;
+  prefix: string;
+}
+
+/** A row for each of the first senders, the worst first; the names of further ones. */
 function renderHosts({ hosts, now, problems }: Snapshot): Html {
   if (hosts.length === 0) {
     return html`<section class="hosts"><h2>Senders</h2><p class="hint">Start a shipper whose config names this receiver: its host appears here.</p></section>`;
   }
-  const natural = new Intl.Collator("en", { numeric: true });
   const late = new Set(problems.find(({ key }) => key === "late")?.hosts);
-  const trouble = (host: HostStatus) => Number(host.failed + host.lost + host.gone === 0);
   const newest = countAgents(hosts)[0]?.[0];
-  const sorted = hosts.toSorted(
-    (a, b) =>
-      ORDER.indexOf(a.state) - ORDER.indexOf(b.state) ||
-      trouble(a) - trouble(b) ||
-      natural.compare(a.host, b.host),
-  );
-  const heads = [
-    "Sender",
-    "State",
-    "Last line",
-    "Last heard",
-    "Lines per minute, 4 h",
-    "Lag",
-    "Open",
-    "Waiting",
-    "Failed",
-    "Lost",
-  ];
-  return html`<section class="hosts"><h2 id="senders">Senders</h2>
-<table role="table" aria-labelledby="senders"><thead role="rowgroup"><tr role="row">${heads.map((head) => html`<th role="columnheader" scope="col">${head}</th>`)}</tr></thead>
-<tbody role="rowgroup">${sorted.slice(0, MAX_ROWS).map((host) => renderHost(host, now, late.has(host.host), newest))}</tbody></table>
-${sorted.length > MAX_ROWS && html`<p class="hint">${count(sorted.length - MAX_ROWS, "more sender is", "more senders are")} counted above and not listed.</p>`}
+  const sorted = sortBySeverity(hosts);
+  const table: Table = { now, late, newest, ...shapeOf(sorted) };
+  const rows: Html[] = [];
+  let length = 0;
+  const most = hosts.length > DETAILED ? ROWS_LENGTH.followed : ROWS_LENGTH.alone;
+  for (const host of sorted.slice(0, DETAILED)) {
+    const row = renderHost(host, table);
+    length += row.text.length;
+    if (length > most) break;
+    rows.push(row);
+  }
+  return html`<section class="hosts" data-prefix="${table.prefix}" data-minutes="${table.windowMinutes}"><h2 id="senders">Senders</h2>
+${hosts.length > 1 && renderFilter(hosts, newest)}
+<table role="table" aria-labelledby="senders"><thead role="rowgroup"><tr role="row">${HEADS.split(",").map((head) => html`<th role="columnheader" scope="col">${head}</th>`)}</tr></thead>
+<tbody role="rowgroup">${rows}</tbody></table>
+${rows.length < sorted.length && renderNames(sorted.slice(rows.length), newest)}
+<p class="hint key">${KEY} A click names the files.</p>
 </section>`;
 }
 
-function renderHost(host: HostStatus, now: number, isLate: boolean, newest: string | undefined): Html {
+/** Search and states, for the script. */
+function renderFilter(hosts: HostStatus[], newest: string | undefined): Html {
+  const behind = hosts.filter((host) => isBehind(host, newest)).length;
+  const chip = (show: string, text: string, n: number) =>
+    n > 0 &&
+    html`<button type="button" data-show="${show}" aria-pressed="${show === "" ? "true" : "false"}">${text} ${number(n)}</button>`;
+  return html`<div class="filter" role="search"><input id="q" type="search" placeholder="Find a sender" aria-label="Find a sender" autocomplete="off" spellcheck="false">${chip("", "all", hosts.length)}${HOST_STATES.map((state) => chip(state, STATES[state].text, inState(hosts, state).length))}${chip("behind", "older version", behind)}</div>`;
+}
+
+/** Senders without a row: by state, as many as fit. */
+function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
+  let length = 0;
+  const fits = ({ host }: HostStatus) => {
+    length += host.length + 4;
+    return length < NAMES_LENGTH;
+  };
+  const name = (host: HostStatus) =>
+    isBehind(host, newest) ? html`<li class="b">${host.host}` : html`<li>${host.host}`;
+  const groups = HOST_STATES.map((state) => {
+    const all = inState(hosts, state);
+    const named = all.filter(fits);
+    const { text, mark } = STATES[state];
+    const more = all.length > named.length && html`<li>and ${number(all.length - named.length)} more`;
+    return (
+      all.length > 0 &&
+      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}, ${number(all.length)} more</h3><ul>${named.map(name)}${more}</ul></div>`
+    );
+  });
+  return html`<div class="names">${groups}</div>`;
+}
+
+/** The windows and the prefix of the batches here. */
+function shapeOf(hosts: HostStatus[]): Pick<Table, "windowMinutes" | "prefix"> {
+  const name = hosts.find(({ batches }) => batches.length > 0)?.batches.at(-1)?.name ?? "";
+  const { window, prefix = "" } = parseBatchName(name) ?? {};
+  const { start, end } = parseWindow(window ?? "26010100_00-19");
+  return { windowMinutes: (end - start) / MINUTE, prefix };
+}
+
+function renderHost(host: HostStatus, table: Table): Html {
+  const { now } = table;
   const { text, mark } = STATES[host.state];
+  const isLate = table.late.has(host.host);
   const cell = (content: Html | string, kind = "") =>
     html`<td role="cell"${kind && html` class="${kind}"`}>${content}</td>`;
   const amount = (n: number, shown: Html | string, bad = false) =>
@@ -224,21 +296,112 @@ function renderHost(host: HostStatus, now: number, isLate: boolean, newest: stri
   const muted =
     host.muted &&
     html` <small>muted until ${formatClock(host.muted.until, now)} by ${host.muted.by}${host.muted.reason && `: ${host.muted.reason}`}</small>`;
-  const behind = host.agent !== undefined && host.agent !== newest && html` <small>${host.agent}</small>`;
-  return html`<tr role="row" id="${anchor(host.host)}"><th role="rowheader" scope="row">${breakable(host.host)}${behind}</th>${[
+  const twice = host.contested && html` <small>from ${host.contested.join(" and ")}</small>`;
+  const behind = isBehind(host, table.newest);
+  const lost = host.lost + host.gone;
+  const isWell = host.state === "ok" && !isLate && host.failed + lost === 0 && !twice && !muted;
+  const kinds = [isWell && "well", behind && "b"].filter(Boolean).join(" ");
+  return html`<tr role="row" id="${anchor(host.host)}" data-s="${host.state}"${kinds && html` class="${kinds}"`}><th role="rowheader" scope="row">${breakable(host.host)}${behind && html` <small>${host.agent}</small>`}${twice}</th>${[
     cell(html`${symbol(mark)}${text}${muted}`, `s ${mark}`),
     cell(clock(host.lineAt, now)),
     cell(clock(host.heardAt, now)),
     cell(
       html`${curve(host.linesPerMinute, { kind: "c", height: 24, points: ROW_POINTS, label: "Lines per minute" })}${number(latest(host.linesPerMinute))}`,
     ),
+    cell(renderDay(host, table), host.batches.length === 0 ? "z" : ""),
+    renderDelivered(host, now),
     host.lag === undefined ? cell("unknown", "z") : amount(host.lag, formatBytes(host.lag)),
-    amount(host.open, number(host.open)),
     amount(host.waiting, html`${number(host.waiting)}${since}`, isLate),
     amount(host.failed, number(host.failed), true),
-    amount(host.lost + host.gone, formatBytes(host.lost + host.gone), true),
+    amount(lost, formatBytes(lost), true),
   ]}</tr>`;
 }
+
+/** Up to where everything is delivered, by the sender's clock, and the newest window when it is behind that. */
+function renderDelivered({ delivered, undeliveredFrom, zone, failed }: HostStatus, now: number): Html {
+  if (delivered === undefined) return html`<td role="cell" class="z">–</td>`;
+  const today = new Date(now + zoneOf(zone, now)).toISOString().slice(0, 10);
+  const wall = (ms: number) => {
+    const iso = new Date(ms).toISOString();
+    return `${iso.slice(0, 10) === today ? "" : `${iso.slice(5, 10)} `}${iso.slice(11, 16)}`;
+  };
+  const newest = wall(parseWindow(delivered).end);
+  if (undeliveredFrom === undefined || undeliveredFrom > delivered)
+    return html`<td role="cell">${newest}</td>`;
+  return html`<td role="cell"${failed > 0 && html` class="n bad"`}>${wall(parseWindow(undeliveredFrom).start)} <small>newest ${newest}</small></td>`;
+}
+
+function zoneOf(zone: number | undefined, now: number): number {
+  return (zone ?? -new Date(now).getTimezoneOffset()) * MINUTE;
+}
+
+const PLACES: BatchSeen["place"][] = ["delivered", "open", "waiting", "failed"];
+const PLACE_LETTERS = { delivered: "d", open: "o", waiting: "w", failed: "f" };
+
+/** A sender's windows of the last 24 hours as a strip, with what the script needs to name its files. */
+function renderDay({ batches, zone }: HostStatus, { now, windowMinutes }: Table): Html | string {
+  if (batches.length === 0) return "";
+  const columns = DAY_MINUTES / windowMinutes;
+  const step = windowMinutes * MINUTE;
+  const last = Math.floor((now + zoneOf(zone, now)) / step);
+  const worst: string[] = new Array(columns).fill(".");
+  const late: string[] = new Array(columns).fill(".");
+  const firsts: string[] = new Array(columns).fill(".");
+  const parts: string[] = [];
+  const counts = { delivered: 0, open: 0, waiting: 0, failed: 0, late: 0 };
+  for (const { name, place } of batches) {
+    const { window = "", part = 1 } = parseBatchName(name) ?? {};
+    const at = columns - 1 - (last - Math.floor(parseWindow(window).start / step));
+    if (at < 0 || at >= columns) continue;
+    const letter = PLACE_LETTERS[place];
+    counts[place]++;
+    if (rankOf(letter) >= rankOf(worst[at] ?? ".")) worst[at] = letter;
+    if (part === 1) firsts[at] = letter;
+    else {
+      late[at] = "l";
+      counts.late++;
+      parts.push(`${letter}${at}.${part}`);
+    }
+  }
+  const more = parts.length > MAX_PARTS ? ` +${parts.length - MAX_PARTS}` : "";
+  const files = [...runs(firsts.join("")), ...parts.slice(0, MAX_PARTS)].join(" ") + more;
+  const told = [...PLACES, "late" as const].flatMap((place) =>
+    counts[place] > 0 ? `${counts[place]} ${place}` : [],
+  );
+  const words = `Batches of 24 hours: ${told.join(", ") || "none"}`;
+  return html`<svg class="w" viewBox="0 0 ${columns} 12" preserveAspectRatio="none" role="img" aria-label="${words}" data-first="${(last + 1 - columns) * step}" data-w="${files}">${strip(worst.join(""), late.join(""))}</svg>`;
+}
+
+function rankOf(letter: string): number {
+  return ".dowf".indexOf(letter);
+}
+
+/** Letters with their columns, as `d0-70 w71`. */
+function runs(letters: string): string[] {
+  return [...letters.matchAll(/([a-z])\1*/g)].map(({ 0: run, index }) =>
+    run.length === 1 ? `${run}${index}` : `${run[0]}${index}-${index + run.length - 1}`,
+  );
+}
+
+/** Top of each place's bar in the strip of height 12: a shape of its own. */
+const TOPS: Record<string, number> = { d: 3, o: 9, w: 6, f: 0, l: 0 };
+
+function strip(worst: string, late: string): HtmlValue[] {
+  const bars = (letter: string, text: string) => {
+    const [top, bottom] = [TOPS[letter], letter === "l" ? 2 : 12];
+    const path = [...text.matchAll(new RegExp(`${letter}+`, "g"))]
+      .map(({ 0: { length }, index }) => `M${index} ${top}h${length}V${bottom}h-${length}z`)
+      .join("");
+    return path && html`<path class="${letter}" d="${path}"/>`;
+  };
+  return [...[..."dowf"].map((letter) => bars(letter, worst)), bars("l", late)];
+}
+
+/** What the bars of a strip mean. */
+const KEY = Object.entries({ d: "delivered", o: "open", w: "waiting", f: "failed", l: "late part" }).map(
+  ([letter, word]) =>
+    html`<span><svg class="w" viewBox="0 0 1 12" preserveAspectRatio="none" aria-hidden="true">${strip(letter, letter)}</svg>${word}</span>`,
+);
 
 /** A long name breaks behind its dots and colons. */
 function breakable(name: string): Html | string {
@@ -248,16 +411,20 @@ function breakable(name: string): Html | string {
 
 const WORD_BREAK = html`<wbr>`;
 
-function renderAbout({ version, startedAt, now, dir, hosts }: Snapshot): Html {
+function renderAbout({ version, startedAt, now, dir, hosts, byDefaults }: Snapshot): Html {
   const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
-  const agents = countAgents(hosts).slice(0, MAX_AGENTS);
-  const states = ORDER.filter(
+  const agents = countAgents(hosts);
+  const behind = hosts.filter((host) => isBehind(host, agents[0]?.[0])).map(({ host }) => host);
+  const states = HOST_STATES.filter(
     (state) => !["gone", "waiting"].includes(state) || inState(hosts, state).length > 0,
   );
+  const told = agents.slice(0, MAX_AGENTS).map(([agent, senders]) => `${agent} (${number(senders)})`);
+  const names = behind.slice(0, MAX_LINKS).join(", ");
+  const more = behind.length > MAX_LINKS && ` and ${number(behind.length - MAX_LINKS)} more`;
   return html`<section class="about" aria-label="About this page">
 <ul>${states.map((state) => html`<li class="${STATES[state].mark}">${symbol(STATES[state].mark)}${STATES[state].text}: ${STATES[state].meaning}</li>`)}</ul>
-${agents.length > 0 && html`<p>Senders run ${agents.map(([agent, senders]) => `${agent} (${number(senders)})`).join(", ")}.</p>`}
-<p>Receiver ${version}${startedAt > 0 && `, up ${formatDuration(now - startedAt)}`}, folder ${dir}. Times are in ${timeZone}. Refreshed every ${REFRESH_SECONDS} seconds.</p>
+${told.length > 0 && html`<p>Senders run ${told.join(", ")}.${behind.length > 0 && html` Behind: ${names}${more}.`}</p>`}
+<p>Receiver ${version}${startedAt > 0 && `, up ${formatDuration(now - startedAt)}`}, folder ${dir}. Times are in ${timeZone}, windows in the sender's own. Refreshed every ${REFRESH_SECONDS} seconds.${byDefaults && " The config has no section monitor: judged by its defaults."}</p>
 </section>`;
 }
 
@@ -265,8 +432,11 @@ ${agents.length > 0 && html`<p>Senders run ${agents.map(([agent, senders]) => `$
 function countAgents(hosts: HostStatus[]): [agent: string, senders: number][] {
   const counts = new Map<string, number>();
   for (const { agent } of hosts) if (agent) counts.set(agent, (counts.get(agent) ?? 0) + 1);
-  const natural = new Intl.Collator("en", { numeric: true });
-  return [...counts].sort(([a], [b]) => natural.compare(b, a));
+  return [...counts].sort(([a], [b]) => compareAsPeopleCount(b, a));
+}
+
+function isBehind({ agent }: HostStatus, newest: string | undefined): boolean {
+  return agent !== undefined && agent !== newest;
 }
 
 /** How long ago, with the full time behind it. */
@@ -285,13 +455,6 @@ function latest(perMinute: number[]): number {
 
 function mean(numbers: number[]): number {
   return numbers.reduce((total, n) => total + n, 0) / Math.max(1, numbers.length);
-}
-
-function addCurves(hosts: HostStatus[]): number[] {
-  const length = Math.max(0, ...hosts.map(({ linesPerMinute }) => linesPerMinute.length));
-  return Array.from({ length }, (_, i) =>
-    hosts.reduce((total, { linesPerMinute }) => total + (linesPerMinute.at(i - length) ?? 0), 0),
-  );
 }
 
 /** Lines per minute as a filled line, scaled to its own peak, with its numbers as the text alternative. */
@@ -315,8 +478,10 @@ function curve(
   return html`<svg class="${kind}" viewBox="0 0 ${means.length - 1} ${height}" preserveAspectRatio="none" role="img" aria-label="${text}"><path d="M0 ${height}${path}V${height}z"/></svg>`;
 }
 
+const NUMBER = new Intl.NumberFormat("en-US");
+
 function number(n: number): string {
-  return n.toLocaleString("en-US");
+  return n < 1000 ? String(n) : NUMBER.format(n);
 }
 
 /** The id of a sender's row. */
@@ -379,7 +544,8 @@ a { color: inherit; text-underline-offset: .15em; }
 h1 { font-size: clamp(1.3rem, 1rem + 1.6vw, 2rem); line-height: 1.2; font-weight: 680; text-wrap: balance;
   overflow-wrap: anywhere; }
 .verdict ul { list-style: none; padding: 0; margin-top: .6rem; }
-.verdict li { overflow-wrap: anywhere; } .verdict li a { margin-right: .35em; }
+.verdict li { overflow-wrap: anywhere; } .verdict b { font-weight: 600; }
+.verdict code { display: block; font-size: .87em; margin: .1rem 0 .35rem; }
 .at, .hint { color: var(--soft); } .at { margin-top: .4rem; }
 .ok > .at, .bad > .at, .off > .at { color: var(--text); }
 
@@ -397,18 +563,35 @@ dt { color: var(--soft); font-size: .87rem; } dd { font-size: 1.2rem; font-weigh
   background: var(--line); }
 .bar rect { fill: var(--curve); } .bad .bar rect { fill: var(--bad); }
 
+.digest code { overflow-wrap: anywhere; font-size: .87em; }
 .hosts { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; overflow: clip; }
 .hosts > h2 { padding: .9rem 1.1rem .5rem; } .hosts > p { padding: 0 1.1rem .9rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .42rem .5rem; vertical-align: middle; }
-thead th { color: var(--soft); font-weight: 550; font-size: .87rem; white-space: nowrap; border-bottom: 1px solid var(--line);
+table { border-collapse: collapse; width: 100%; font-size: .95rem; }
+th, td { text-align: left; padding: .38rem .35rem; vertical-align: middle; }
+thead th { color: var(--soft); font-weight: 550; font-size: .87rem; vertical-align: bottom; border-bottom: 1px solid var(--line);
   position: sticky; top: 0; background: var(--card); }
-tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 14rem; }
+tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 8.8rem; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tr:target > * { background: var(--off-ground); }
 th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th:last-child { padding-right: 1.1rem; }
 .s.bad, .n.bad { color: var(--bad); font-weight: 600; } .s.ask { color: var(--ask); font-weight: 600; }
-.c { width: 6.5rem; height: 1.6rem; vertical-align: middle; margin-right: .5rem; }
+.c { width: 4rem; height: 1.6rem; vertical-align: middle; margin-right: .5rem; }
+.w { width: 7.5rem; height: 1.1rem; vertical-align: middle; cursor: pointer; background: linear-gradient(var(--line), var(--line)) bottom / 100% 1px no-repeat; }
+.w .d { fill: color-mix(in srgb, var(--ok) 60%, var(--card)); } .w .o { fill: var(--soft); } .w .w { fill: var(--ask); } .w .f { fill: var(--bad); } .w .l { fill: var(--text); }
+.hosts > .key { padding-top: .7rem; } .key span { margin-right: 1rem; white-space: nowrap; }
+.key .w { width: .9rem; margin-right: .4rem; cursor: auto; }
+.filter { display: none; flex-wrap: wrap; gap: .4rem; padding: .2rem 1.1rem .6rem; }
+.js .filter { display: flex; }
+.filter button, input { padding: .2rem .6rem; min-height: 1.9rem; }
+input { font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--soft); border-radius: .4rem; width: 14rem; max-width: 100%; }
+.names { padding: .2rem 1.1rem .6rem; border-top: 1px solid var(--line); font-size: .87rem; }
+.names h3 { font-size: 1em; font-weight: 600; margin-top: .5rem; }
+.names ul { list-style: none; padding: 0; margin-top: .2rem; columns: 9rem auto; column-gap: 1rem; color: var(--soft); overflow-wrap: anywhere; }
+#files { position: fixed; inset: auto 0 0; background: var(--text); color: var(--card); padding: .7rem 1.1rem; overflow-wrap: anywhere; max-height: 40vh; overflow-y: auto; white-space: pre-line; z-index: 1; }
+[data-show=silent] [data-s]:not([data-s=silent]), [data-show=never] [data-s]:not([data-s=never]),
+[data-show=waiting] [data-s]:not([data-s=waiting]), [data-show=gone] [data-s]:not([data-s=gone]),
+[data-show=quiet] [data-s]:not([data-s=quiet]), [data-show=ok] [data-s]:not([data-s=ok]),
+[data-show=behind] tbody tr:not(.b), [data-show=behind] .names li:not(.b) { display: none !important; }
 .z { color: var(--soft); } td small { display: block; }
 .about { color: var(--soft); margin-top: 1rem; font-size: .87rem; }
 .about ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; margin-bottom: .5rem; }
@@ -416,41 +599,92 @@ th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th
 
 @media (min-width: 48rem) { .legs { grid-template-columns: 1fr 1fr; } .leg:first-child { grid-column: 1 / -1; } }
 @media (min-width: 62rem) { .legs { grid-template-columns: 5fr 4fr 3fr; } .leg:first-child { grid-column: auto; } }
-@media (min-width: 78rem) {
-  td:nth-child(n+6), thead th:nth-child(n+6) { text-align: right; }
-  td { white-space: nowrap; } td.ask, td small { white-space: normal; }
+@media (min-width: 74rem) {
+  td:nth-child(n+8), thead th:nth-child(n+8) { text-align: right; }
+  td { white-space: nowrap; } td.ask, td small { white-space: normal; } td small { max-width: 9rem; } td:nth-child(n+8) small { margin-left: auto; }
 }
-/* Narrow: a card per sender, which leaves out the zeros. */
-@media (max-width: 77.99rem) {
+/* Narrow: a line for a sender that is well; a card for any other one, which leaves out the zeros. */
+@media (max-width: 73.99rem) {
   table { display: block; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1px;
     border-top: 1px solid var(--line); }
   tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); align-content: start; gap: .15rem .6rem;
-    padding: .75rem 1.1rem .85rem; box-shadow: 0 0 0 1px var(--line); }
+    padding: .6rem 1.1rem; box-shadow: 0 0 0 1px var(--line); }
   tbody tr + tr > * { border: 0; }
   tbody tr > * { padding: 0 !important; min-width: 0; }
   tbody th { grid-column: span 2; } .s { grid-column: span 2; justify-self: end; }
-  td:nth-child(3), td:nth-child(4), td:nth-child(8) { grid-column: span 2; }
-  td:nth-child(5) { grid-column: 1 / -1; display: flex; align-items: end; padding-block: .3rem !important; }
-  td:nth-child(5) .c { width: auto; flex: 1; min-width: 0; height: 2rem; }
+  td:nth-child(3), td:nth-child(4), td:nth-child(7), td:nth-child(9) { grid-column: span 2; }
+  td:nth-child(5), td:nth-child(6) { grid-column: 1 / -1; display: flex; align-items: end; padding-block: .2rem !important; }
+  td:nth-child(5) .c, td:nth-child(6) .w { width: auto; flex: 1; min-width: 0; height: 1.6rem; }
   td.z { display: none; }
   td::before { display: block; color: var(--soft); font-size: .8rem; font-weight: 400; }
   td:nth-child(3)::before { content: "Last line"; } td:nth-child(4)::before { content: "Last heard"; }
-  td:nth-child(6)::before { content: "Lag"; } td:nth-child(7)::before { content: "Open"; }
-  td:nth-child(8)::before { content: "Waiting"; } td:nth-child(9)::before { content: "Failed"; }
-  td:nth-child(10)::before { content: "Lost"; }
+  td:nth-child(7)::before { content: "Delivered to"; } td:nth-child(8)::before { content: "Lag"; }
+  td:nth-child(9)::before { content: "Waiting"; } td:nth-child(10)::before { content: "Failed"; }
+  td:nth-child(11)::before { content: "Lost"; }
+  tr.well { grid-template-columns: minmax(0, 8.5rem) auto minmax(2rem, 1fr) minmax(0, auto); align-items: center; padding-block: .3rem; }
+  tr.well > * { grid-column: auto; } tr.well td:nth-child(n) { display: none; }
+  tr.well td:nth-child(2), tr.well td:nth-child(3) { display: block; } tr.well td:nth-child(6) { display: flex; padding: 0 !important; order: 1; }
+  tr.well td:nth-child(3) { order: 2; font-size: .87rem; color: var(--soft); white-space: nowrap; }
+  tr.well td::before { content: none !important; } tr.well td:nth-child(6) .w { height: 1.1rem; } tr.well small { display: none; }
 }
 `;
 
 /**
- * Fetches the page again and changes only what differs, with rows known by their id, so that focus, scroll and
+ * Filters, names the files of a strip, fetches the page again and changes only what differs, with rows known by their id, so that focus, scroll and
  * selection stay where they are and a screen reader is told only of a new verdict. A new style means a new version: then all is loaded anew.
  */
 const SCRIPT = `
 const find = (selector, page = document) => page.querySelector(selector);
-const main = find("main"), stale = find("#stale"), pause = find("#pause");
-let timer;
+const all = (selector) => document.querySelectorAll(selector);
+const main = find("main"), stale = find("#stale"), pause = find("#pause"), files = find("#files");
+const root = document.documentElement;
+let timer, show = "";
+root.className = "js";
+
+function filter() {
+  root.dataset.show = show;
+  for (const chip of all("[data-show][aria-pressed]")) {
+    const pressed = String(chip.dataset.show === show);
+    if (chip.ariaPressed !== pressed) chip.ariaPressed = pressed;
+  }
+  const query = find("#q")?.value.trim().toLowerCase() ?? "";
+  for (const item of all("tbody tr, .names li")) {
+    const hidden = query !== "" && !(item.id.slice(5) || item.textContent).toLowerCase().includes(query);
+    if (item.hidden !== hidden) item.hidden = hidden;
+  }
+}
+
+const WORDS = { d: "delivered", o: "open: still takes lines", w: "waiting", f: "failed" };
+const two = (n) => String(n).padStart(2, "0");
+
+function nameFiles(strip, x) {
+  const { prefix, minutes } = strip.closest(".hosts").dataset;
+  const columns = strip.viewBox.baseVal.width, { left, width } = strip.getBoundingClientRect();
+  const column = Math.min(columns - 1, Math.max(0, Math.floor((x - left) / width * columns)));
+  const start = new Date(Number(strip.dataset.first) + column * minutes * 60000);
+  const host = strip.closest("tr").id.slice(5), minute = start.getUTCMinutes();
+  const day = two(start.getUTCFullYear() % 100) + two(start.getUTCMonth() + 1) + two(start.getUTCDate());
+  const window = day + two(start.getUTCHours()) + "_" + two(minute) + "-" + two(minute + Number(minutes) - 1);
+  const found = strip.dataset.w.split(" ").flatMap((entry) => {
+    const [, letter, from, to = from, part] = /^([dowf])(\\d+)(?:-(\\d+))?(?:\\.(\\d+))?$/.exec(entry) ?? [];
+    if (!letter || column < from || column > to) return [];
+    return [prefix + "_" + window + "_" + host.replace(/[.:]/g, "-") + (part ? "." + part : "") + ".log " + WORDS[letter]];
+  });
+  const at = host + ", " + start.toISOString().slice(0, 16).replace("T", " ") + ": ";
+  files.textContent = at + (found.length > 0 ? "\\n" + found.join("\\n") : "no batch");
+  files.hidden = false;
+}
+
+document.addEventListener("click", ({ target, clientX }) => {
+  const chip = target.closest("[data-show][aria-pressed]"), strip = target.closest("tr .w[data-w]");
+  if (chip) { show = chip.dataset.show; filter(); }
+  if (strip) nameFiles(strip, clientX);
+  else if (!target.closest("#files")) files.hidden = true;
+});
+document.addEventListener("input", filter);
+document.addEventListener("keydown", ({ key }) => { if (key === "Escape") files.hidden = true; });
 
 function morph(old, next) {
   if (old.nodeName !== next.nodeName || old.id !== next.id) return old.replaceWith(next);
@@ -478,6 +712,7 @@ async function refresh() {
     if (find("style", page).textContent !== find("style").textContent) return location.reload();
     const focused = document.activeElement.id;
     morph(main, find("main", page));
+    filter();
     if (focused && document.activeElement.id !== focused) {
       document.getElementById(focused)?.focus({ preventScroll: true });
     }

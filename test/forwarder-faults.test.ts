@@ -4,7 +4,7 @@ import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { connect, createServer, type Socket } from "node:net";
 import { join } from "node:path";
-import { readForwarderState } from "../lib/status.ts";
+import { readForwarderState } from "../lib/signs.ts";
 import { type Backend, makeSite, remoteFiles, type Site, startOpenSsh, takeAway } from "./backends.ts";
 import { PACKAGES } from "./servers.ts";
 import {

@@ -2,7 +2,7 @@ import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdir, readdir, rename, rm, stat, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { gunzipSync } from "node:zlib";
-import { readForwarderState } from "../lib/status.ts";
+import { readForwarderState } from "../lib/signs.ts";
 import { BACKENDS, type Backend, makeSite, remoteFiles, type Site, takeAway } from "./backends.ts";
 import { accessLine, runScriptOnce, startScript, tempFolder, until } from "./support.ts";
 

@@ -9,7 +9,7 @@ import { parseConfig } from "../lib/config.ts";
 import { holdLock } from "../lib/durable.ts";
 import { formatRecord, type LedgerRecord } from "../lib/ledger.ts";
 import { createLog } from "../lib/service.ts";
-import { forwarderStatePath } from "../lib/status.ts";
+import { forwarderStatePath } from "../lib/signs.ts";
 import { checkOnce } from "../monitor.ts";
 import {
   onCleanup,

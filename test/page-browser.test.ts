@@ -8,7 +8,7 @@ import { pageHeaders, renderPage } from "../lib/page.ts";
 import { type Server, serve } from "../lib/runtime.ts";
 import type { Snapshot } from "../lib/status.ts";
 import { findViolations, noBrowser, useBrowser, visit } from "./browser.ts";
-import { host, NOW, samples, status } from "./page-samples.ts";
+import { fleet, host, NOW, samples, status } from "./page-samples.ts";
 import {
   accessLine,
   freePort,
@@ -20,7 +20,7 @@ import {
 } from "./support.ts";
 
 /** Phone, tablet, the narrowest window with a table, desktop. */
-const WIDTHS = [360, 768, 1250, 1280];
+const WIDTHS = [360, 768, 1184, 1280];
 /** Of these axe-core looks at the two forms of the page, cards and table. */
 const AXE_WIDTHS = [360, 1280];
 const SCHEMES = ["light", "dark"] as const;
@@ -177,9 +177,63 @@ describe.skipIf(noBrowser)("the status page in a browser", () => {
     shown = samples.good;
     await visitPage({ viewport: { width: 360, height: 800 } }, async (page) => {
       const table = page.getByRole("table", { name: "Senders" });
-      expect(await table.getByRole("columnheader").count()).toBe(10);
+      expect(await table.getByRole("columnheader").count()).toBe(11);
       expect(await table.getByRole("rowheader").allInnerTexts()).toContain("10.10.21.181");
-      expect(await table.getByRole("img", { name: /^Lines per minute: now .*, peak / }).count()).toBe(4);
+      // One line for a sender that is well: its day alone.
+      expect(await table.getByRole("img", { name: /^Batches of 24 hours: 7\d delivered/ }).count()).toBe(3);
+      expect(await table.getByRole("img", { name: /^Lines per minute: now .*, peak / }).count()).toBe(1);
+      const height = `document.getElementById("host-10.10.21.181").getBoundingClientRect().height`;
+      expect(await page.evaluate(height)).toBeLessThan(40);
+    });
+  });
+
+  test("a sender is found by its name or state among 5,000, also after a refresh", async () => {
+    shown = fleet(5000);
+    await visitPage({ viewport: { width: 1280, height: 800 } }, async (page) => {
+      const names = `[...document.querySelectorAll("tbody tr, .names li")].filter((e) => e.getClientRects().length > 0)
+        .map((e) => e.id.slice(5) || e.textContent)`;
+      const visible = async () => (await page.evaluate(names)) as string[];
+      expect((await visible()).length).toBe(5000);
+      await page.getByRole("button", { name: "silent 8" }).click();
+      expect((await visible()).length).toBe(8);
+      await page.getByRole("button", { name: "older version 13" }).click();
+      expect(await visible()).toContain("10.10.39.60");
+      expect((await visible()).length).toBe(13);
+      await page.getByRole("button", { name: "all 5,000" }).click();
+      await page.getByRole("searchbox", { name: "Find a sender" }).fill("10.10.39.24");
+      const found = ["10.10.39.24", ...Array.from({ length: 10 }, (_, i) => `10.10.39.24${i}`)];
+      expect((await visible()).sort()).toEqual(found.sort());
+      shown = fleet(4998);
+      await refresh(page);
+      await until("the new fleet is shown", async () => (await page.getByText("all 4,998").count()) === 1);
+      expect((await visible()).sort()).toEqual(found.filter((name) => !name.endsWith("249")).sort());
+    });
+  });
+
+  test("a click on a sender's day names the files of that window", async () => {
+    const name = (window: string, part = "") => `accessLog_${window}_10-0-0-1${part}.log`;
+    const batches = [
+      { name: name("26112210_40-59"), place: "open" as const },
+      { name: name("26112210_20-39"), place: "delivered" as const },
+      { name: name("26112210_20-39", ".2"), place: "failed" as const },
+    ];
+    shown = status([host("10.0.0.1", "ok", { batches })]);
+    await visitPage({ viewport: { width: 1280, height: 800 } }, async (page) => {
+      const strip = page.locator("svg[data-w]");
+      const { width = 0 } = (await strip.boundingBox()) ?? {};
+      const files = page.locator("#files");
+      await strip.click({ position: { x: width - 0.5, y: 8 } });
+      expect(await files.textContent()).toBe(
+        `10.0.0.1, 2026-11-22 10:40: \n${name("26112210_40-59")} open: still takes lines`,
+      );
+      await strip.click({ position: { x: width * (1 - 1.5 / 72), y: 8 } });
+      expect(await files.textContent()).toBe(
+        `10.0.0.1, 2026-11-22 10:20: \n${name("26112210_20-39")} delivered\n${name("26112210_20-39", ".2")} failed`,
+      );
+      await strip.click({ position: { x: 1, y: 8 } });
+      expect(await files.textContent()).toBe("10.0.0.1, 2026-11-21 11:00: no batch");
+      await page.keyboard.press("Escape");
+      expect(await files.isVisible()).toBe(false);
     });
   });
 });

@@ -1,14 +1,34 @@
 /** States of a fleet for the tests of the status page. Same numbers on every run. */
-import {
-  DEFAULT_THRESHOLDS,
-  findProblems,
-  type HostState,
-  type HostStatus,
-  type Snapshot,
-} from "../lib/status.ts";
+import { dashedHost, formatBatchName, formatWindow } from "../lib/batch.ts";
+import { type BatchSeen, DEFAULT_THRESHOLDS, type HostState, type HostStatus } from "../lib/look.ts";
+import { findProblems, type Snapshot } from "../lib/status.ts";
 
 export const NOW = Date.parse("2026-11-22T10:52:31Z");
 const MINUTE_MS = 60_000;
+
+/** The batches of a day that are `place`, and the open one. */
+function batchesOf(name: string, seed: number, end: number): BatchSeen[] {
+  const batches: BatchSeen[] = [];
+  for (let i = 0; i < end; i++) {
+    const at = new Date(NOW - (end - 1 - i + (72 - end)) * 20 * MINUTE_MS);
+    const window = formatWindow(
+      ...[at.getUTCFullYear(), at.getUTCMonth() + 1, at.getUTCDate()],
+      ...([at.getUTCHours(), at.getUTCMinutes(), 20] as [number, number, number]),
+    );
+    const parts = (i + seed) % 29 === 0 ? [1, 2] : [1];
+    for (const part of parts) {
+      const batch = formatBatchName({
+        prefix: "accessLog",
+        window,
+        host: dashedHost(name),
+        part,
+        state: "sealed",
+      });
+      batches.push({ name: batch, place: i === 71 ? "open" : "delivered" });
+    }
+  }
+  return batches;
+}
 
 /** A sender as it looks in a state, with four hours of lines. */
 export function host(name: string, state: HostState = "ok", over: Partial<HostStatus> = {}): HostStatus {
@@ -18,6 +38,8 @@ export function host(name: string, state: HostState = "ok", over: Partial<HostSt
     state
   ];
   const age = minutes * MINUTE_MS;
+  const windows = { ok: 72, quiet: 60, silent: 68, waiting: 68, never: 0, gone: 0 }[state];
+  const batches = batchesOf(name, seed, windows);
   return {
     host: name,
     state,
@@ -37,6 +59,10 @@ export function host(name: string, state: HostState = "ok", over: Partial<HostSt
     skipped: 0,
     untimed: 0,
     ahead: 0,
+    zone: 0,
+    batches,
+    ...(windows > 0 && { delivered: windows === 72 ? "26112210_20-39" : "26112209_00-19" }),
+    ...(windows === 72 && { undeliveredFrom: "26112210_40-59" }),
     ...over,
   };
 }
@@ -49,7 +75,15 @@ export function status(hosts: HostStatus[], over: Partial<Snapshot> = {}): Snaps
     version: "1.0.0",
     now: NOW,
     server: "middle",
+    byDefaults: false,
     startedAt: NOW - 4608 * MINUTE_MS,
+    linesPerMinute: Array.from({ length: 240 }, (_, i) =>
+      hosts.reduce((sum, { linesPerMinute }) => sum + (linesPerMinute[i] ?? 0), 0),
+    ),
+    unreadable: [],
+    failed: hosts.flatMap((sender) =>
+      Array.from({ length: sender.failed }, (_, i) => `accessLog_261122${10 + i}_00-19_x.log`),
+    ),
     dir: "/app/log/access-log-receiver",
     hosts,
     receivers: [],
@@ -59,15 +93,23 @@ export function status(hosts: HostStatus[], over: Partial<Snapshot> = {}): Snaps
     forwarder: { ...FORWARDER, at: NOW - 14_000, lastSentAt: NOW - 184_000 },
     ...over,
   };
-  const failed = hosts.flatMap((sender) =>
-    Array.from({ length: sender.failed }, (_, i) => `accessLog_261122${10 + i}_00-19_x.log`),
-  );
-  return { ...snapshot, problems: findProblems(snapshot, DEFAULT_THRESHOLDS, { failed }) };
+  return { ...snapshot, problems: findProblems(snapshot, DEFAULT_THRESHOLDS) };
 }
 
 export const refused = "Cannot connect to 10.12.3.3:22022: connection refused";
 
 const { forwarder: _, ...withoutForwarder } = status([]);
+
+/** A fleet; beyond the first ones without curve and batches, as a look gives them. */
+export function fleet(senders: number): Snapshot {
+  const hosts = Array.from({ length: senders }, (_, i) => {
+    const state = i % 670 === 3 ? "silent" : i % 311 === 5 ? "quiet" : i % 1999 === 7 ? "never" : "ok";
+    const agent = `log-rt-sync/${i % 400 === 9 ? "1.9.0" : "2.0.0"}`;
+    const sender = host(`10.10.${20 + Math.floor(i / 250)}.${1 + (i % 250)}`, state, { agent });
+    return i < 200 || state !== "ok" ? sender : { ...sender, batches: [], linesPerMinute: [] };
+  });
+  return status(hosts, { digest: { name: "accessLog_26112209.sha256", sha256: "4bf5122f".repeat(8) } });
+}
 
 export const samples: Record<"empty" | "good" | "trouble" | "many", Snapshot> = {
   empty: withoutForwarder,
@@ -75,7 +117,11 @@ export const samples: Record<"empty" | "good" | "trouble" | "many", Snapshot> = 
   trouble: status(
     [
       host("10.10.21.181", "ok", { lag: 1_040_000, lost: 1_040_000 }),
-      host("10.10.21.182", "silent", { waiting: 4, waitingSince: NOW - 3000 * MINUTE_MS }),
+      host("10.10.21.182", "silent", {
+        waiting: 4,
+        oldest: "accessLog_26112008_20-39_10-10-21-182.log",
+        waitingSince: NOW - 3000 * MINUTE_MS,
+      }),
       host("10.10.21.183", "ok", { waiting: 3, waitingSince: NOW - 42 * MINUTE_MS, lost: 3_200_000 }),
       host("10.10.21.184", "never"),
       host("web-7.frankfurt.example.com", "quiet"),

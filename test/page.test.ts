@@ -1,7 +1,8 @@
 import { describe, expect, test } from "bun:test";
+import type { HostStatus } from "../lib/look.ts";
 import { pageHeaders, renderPage } from "../lib/page.ts";
 import { headline } from "../lib/status.ts";
-import { host, NOW, refused, samples, status } from "./page-samples.ts";
+import { fleet, host, NOW, refused, samples, status } from "./page-samples.ts";
 
 const MINUTE_MS = 60_000;
 const HOSTILE = `"><img src=x onerror=alert(1)>'&\u202e</main><script>alert(1)</script>`;
@@ -99,18 +100,23 @@ describe("renderPage()", () => {
   });
 
   test("puts the worst first, and hosts in the order in which people count", () => {
-    const page = renderPage(status([host("10.0.0.10"), host("10.0.0.9"), host("10.0.0.11", "silent")]));
+    const page = renderPage(status([host("10.0.0.9"), host("10.0.0.10"), host("10.0.0.11", "silent")]));
     const rows = [...page.matchAll(/<tr role="row" id="host-([^"]+)"/g)].map((match) => match[1]);
     expect(rows).toEqual(["10.0.0.11", "10.0.0.9", "10.0.0.10"]);
   });
 
   test("is light with 200 senders, and bounded with thousands", () => {
     expect(renderPage(samples.many).length).toBeLessThan(300_000);
-    const fleet = status(Array.from({ length: 3000 }, (_, i) => host(`web-${i}`, i < 3 ? "silent" : "ok")));
-    const page = renderPage(fleet);
-    expect(page.length).toBeLessThan(700_000);
-    expectText(page, "2,500 more senders are counted above and not listed");
-    expectText(page, "2,997 of 3,000");
+    const page = renderPage(fleet(5000));
+    expect(page.length).toBeLessThan(300_000);
+    expect(page.match(/<tr role="row" id/g)?.length).toBeGreaterThan(80);
+    expect(page.match(/<li( class="b")?>10\./g)?.length).toBeGreaterThan(4800); // for the search
+    expectText(page, "4,989 of 5,000");
+    expectText(page, ">ok, 4,8");
+    const long = Array.from({ length: 3000 }, (_, i) => host(`${"web-farm.".repeat(20)}${i}`, "ok"));
+    const bounded = renderPage(status(long));
+    expect(bounded.length).toBeLessThan(300_000);
+    expectText(bounded, "<li>and 2,");
   });
 });
 
@@ -124,4 +130,28 @@ test("renderPage() counts the programs of senders, and names those that are behi
 
 test("renderPage() shows bytes that vanished here beside those that vanished at the sender", () => {
   expect(renderPage(status([host("10.0.0.1", "ok", { lost: 1024, gone: 1024 })]))).toContain("2.0 KiB");
+});
+
+test("renderPage() names this server, the digests' head, and that it judges by defaults", () => {
+  const digest = { name: "accessLog_26112209.sha256", sha256: "ab".repeat(32) };
+  const page = renderPage(status([host("a")], { digest, byDefaults: true }));
+  expect(page).toContain("<title>Everything arrives and is delivered · middle · Log-RT-Sync</title>");
+  expect(page).toContain("Log-RT-Sync on middle");
+  expect(page).toContain(`Newest digest accessLog_26112209.sha256, sha256 <code>${"ab".repeat(32)}</code>`);
+  expect(page).toContain("no section monitor: judged by its defaults");
+});
+
+test("renderPage() shows up to where a sender is delivered, by its own clock", () => {
+  const cell = (over: Partial<HostStatus>) =>
+    /<td role="cell">([^<]*(?:<small>[^<]*<\/small>)?)<\/td><td role="cell" class="z">unknown/.exec(
+      renderPage(status([host("a", "silent", over)])),
+    )?.[1];
+  expect(cell({ delivered: "26112210_20-39", undeliveredFrom: "26112210_40-59" })).toBe("10:40");
+  expect(cell({ delivered: "26112210_20-39", undeliveredFrom: "26112209_00-19" })).toBe(
+    "09:00 <small>newest 10:40</small>",
+  );
+  expect(cell({ delivered: "26112210_20-39", undeliveredFrom: "26112123_40-59" })).toBe(
+    "11-21 23:40 <small>newest 10:40</small>",
+  );
+  expect(cell({ delivered: "26112300_20-39", zone: 840 })).toBe("00:40");
 });

@@ -4,7 +4,7 @@ import { existsSync } from "node:fs";
 import { appendFile, mkdir, readdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Section } from "../lib/config.ts";
-import { forwarderStatePath } from "../lib/status.ts";
+import { forwarderStatePath } from "../lib/signs.ts";
 import { lines, startRealReceiver } from "./pipeline.ts";
 import { type Running, startScript, tempFolder, until, writeConfig } from "./support.ts";
 

@@ -11,7 +11,7 @@ import {
   readReportTail,
   trimReport,
 } from "../lib/report.ts";
-import { readForwarderState } from "../lib/status.ts";
+import { readForwarderState } from "../lib/signs.ts";
 import { tempFolder } from "./support.ts";
 
 const batch = "accessLog_26112206_20-39_10-10-21-181.log";

@@ -3,15 +3,9 @@ import { describe, expect, test } from "bun:test";
 import { chmod, link, mkdir, stat, utimes, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { emptyLedger, formatRecord, type Ledger, type LedgerRecord } from "../lib/ledger.ts";
-import {
-  createStatusReader,
-  DEFAULT_THRESHOLDS,
-  headline,
-  observe,
-  type ReceiverState,
-  type Snapshot,
-  type Thresholds,
-} from "../lib/status.ts";
+import { DEFAULT_THRESHOLDS, type Thresholds } from "../lib/look.ts";
+import type { ReceiverState } from "../lib/signs.ts";
+import { createStatusReader, headline, observe, type Snapshot } from "../lib/status.ts";
 import { tempFolder } from "./support.ts";
 
 const NOW = Date.parse("2026-11-22T10:52:31Z");
@@ -219,7 +213,7 @@ describe("observe(): senders", () => {
       `10.0.0.1/${name("10_40-59", ".part")}`,
       "failed/accessLog_26112209_40-59_10-0-0-1.log",
     ]);
-    const [host] = (await look(dir, {}, { curves: true })).hosts;
+    const [host] = (await look(dir, {}, { details: 9 })).hosts;
     expect(host).toMatchObject({
       ...{
         host: "10.0.0.1",

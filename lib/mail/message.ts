@@ -7,7 +7,8 @@
 import { hostname } from "node:os";
 import { html } from "hono/html";
 import { formatBytes, formatDuration, VERSION } from "../service.ts";
-import { count, formatClock, type Mute, sentence } from "../status.ts";
+import type { Mute } from "../signs.ts";
+import { count, formatClock, sentence } from "../status.ts";
 import type { HourRow, HourSummary } from "./summary.ts";
 
 /** How a subject is: of a sender as the page has it, `fault` for what is no sender's. */

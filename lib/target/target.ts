@@ -11,7 +11,7 @@ import { join } from "node:path";
 import { Readable } from "node:stream";
 import { createGzip } from "node:zlib";
 import { makeFolder, moveDurably, TEMP_SUFFIX, writeStream } from "../durable.ts";
-import type { FaultKind } from "../status.ts";
+import type { FaultKind } from "../signs.ts";
 
 /**
  * An open target. What it throws is a TargetFault when the target itself is at fault, and a Refusal when it

@@ -1,0 +1,443 @@
+/**
+ * A look at the folder: how each sender does, who runs, what waits. What can't be read is noted, and the look goes on
+ * without it; what of it is wrong, lib/status.ts says.
+ *
+ * A look costs one listing per sender, one of failed/ and none of sent/. A sender is silent when its receiver could have
+ * heard it for the whole of its threshold: not while that is down, and not before it was there for so long.
+ */
+import { readdir, stat, statfs } from "node:fs/promises";
+import { hostname } from "node:os";
+import { join } from "node:path";
+import { dashedHost, folders, LEDGER, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
+import { type Config, sections } from "./config.ts";
+import { readDigestHead } from "./digest.ts";
+import { readIfExists } from "./durable.ts";
+import { parseHost } from "./host.ts";
+import { emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
+import { errorMessage, VERSION } from "./service.ts";
+import {
+  type ForwarderState,
+  forwarderStatePath,
+  type Mute,
+  type ReceiverState,
+  readForwarderState,
+  receiverStateSchema,
+} from "./signs.ts";
+import { readState } from "./state.ts";
+
+const MINUTE = 60_000;
+const DAY = 24 * 60 * MINUTE;
+/** A receiver writes its state every ten seconds. */
+const RECEIVER_GONE_MS = MINUTE;
+/** The state file of a port that the config no longer has is not spoken of any more. */
+const OLD_STATE_MS = DAY;
+/** Wall clocks differ from UTC by so much at most. */
+const ZONES_MS = DAY / 2 + 2 * 60 * MINUTE;
+
+/**
+ * How a sender is doing. `ok`: lines come; `quiet`: it is heard, but sends no lines; `silent`: it is not heard; `waiting`:
+ * not heard yet since its receiver started, or while that is down; `never`: expected, and never seen; `gone`: silent for a
+ * day and not expected, or only batches of it are left.
+ */
+export type HostState = "ok" | "quiet" | "silent" | "waiting" | "never" | "gone";
+
+/** The states, the one to look at first before the others. */
+export const HOST_STATES: HostState[] = ["silent", "never", "waiting", "gone", "quiet", "ok"];
+
+/** Where a batch of the last day is; one that neither waits nor failed is delivered. */
+export interface BatchSeen {
+  name: string;
+  place: "open" | "waiting" | "failed" | "delivered";
+}
+
+/** One sender. Times are milliseconds since the epoch by the receiver's clock, 0 for never. */
+export interface HostStatus {
+  host: string;
+  state: HostState;
+  expected: boolean;
+  /** When anything, also a heartbeat, was last heard; never later than now. */
+  heardAt: number;
+  /** When the last line came. */
+  lineAt: number;
+  /** Lines of each whole minute of the last hours, oldest first, and batches of the last day; where details are wanted. */
+  linesPerMinute: number[];
+  batches: BatchSeen[];
+  /** Bytes that the sender still has to ship; unknown when it is not heard. */
+  lag: number | undefined;
+  /** Batches that still take lines. */
+  open: number;
+  /** Sealed batches that are not delivered yet, since when the oldest waits, and its name. */
+  waiting: number;
+  waitingSince?: number;
+  oldest?: string;
+  /** Batches in `failed/`. */
+  failed: number;
+  /** Bytes in batches that are not delivered, failed ones apart. */
+  undelivered: number;
+  /** Totals: bytes that vanished unread on the sender, bytes that were stored and vanished here. */
+  lost: number;
+  gone: number;
+  /** Totals of lines: left out by rules, without a timestamp, of a clock that is ahead. */
+  skipped: number;
+  untimed: number;
+  ahead: number;
+  /** Of its newest line's timestamp, minutes east of UTC. */
+  zone?: number;
+  /** Every line that was in its files then is stored. */
+  through?: number;
+  /** The newest window of which a batch was delivered, and the oldest of which one was not yet; as in batch names. */
+  delivered?: string;
+  undeliveredFrom?: string;
+  agent?: string;
+  peer?: string;
+  muted?: Mute;
+  /** The two addresses, when two shippers claim its name. */
+  contested?: string[];
+}
+
+/** A receiver as its state file tells. */
+export interface ReceiverSeen extends ReceiverState {
+  runs: boolean;
+}
+
+/** What a look shows. */
+export interface Seen {
+  version: string;
+  now: number;
+  /** This server's name. */
+  server: string;
+  dir: string;
+  /** Sorted as people count. */
+  hosts: HostStatus[];
+  receivers: ReceiverSeen[];
+  /** Since when a receiver of this folder runs; 0 when none tells. */
+  startedAt: number;
+  /** What the forwarder told last, and when it showed life; absent when none ever ran here. */
+  forwarder?: ForwarderState & { aliveAt: number };
+  /** Bytes of the file system of `dir`; absent when it can't be asked, or has no size. */
+  disk?: { free: number; total: number };
+  mutes: Record<string, Mute>;
+  /** The newest digest, where digests are made. */
+  digest?: { name: string; sha256: string };
+  /** Lines of all senders in each whole minute of the last hours; where details are wanted. */
+  linesPerMinute: number[];
+  /** What could not be read, and why. */
+  unreadable: { path: string; reason: string; host?: string }[];
+  /** Names of the batches in failed/. */
+  failed: string[];
+}
+
+/** What counts as wrong: of the config's section `monitor`, or its defaults. */
+export type Thresholds = Pick<
+  Config["monitor"],
+  | "expected"
+  | "silentMinutes"
+  | "silentMinutesByHost"
+  | "alertWhenQuiet"
+  | "deliveryMinutes"
+  | "minFreePercent"
+>;
+
+const { shape } = sections.monitor;
+/** The defaults, where the config has no section `monitor`. */
+export const DEFAULT_THRESHOLDS: Thresholds = {
+  expected: [],
+  silentMinutes: shape.silentMinutes.parse(undefined),
+  silentMinutesByHost: {},
+  alertWhenQuiet: shape.alertWhenQuiet.parse(undefined),
+  deliveryMinutes: shape.deliveryMinutes.parse(undefined),
+  minFreePercent: shape.minFreePercent.parse(undefined),
+};
+
+export interface LookOptions {
+  now: number;
+  /** A sender's ledger in memory; without one it is read from the folder. */
+  ledgerOf?: (host: string) => Ledger | undefined;
+  readLedger?: (hostFolder: string) => Promise<Ledger | undefined>;
+  /** Of how many senders, those in trouble first, curves and batches are wanted. */
+  details?: number;
+  /** Nobody could have been heard before. */
+  since?: number;
+  /** Since when a receiver runs that writes no state file, and until when it was well. */
+  unnamed?: { startedAt?: number; wellUntil?: number };
+  mutes?: Record<string, Mute>;
+  /** When a time that lies in the future was first seen: the look keeps it there. */
+  future?: Record<string, { value: number; at: number }>;
+}
+
+interface Look extends LookOptions {
+  dir: string;
+  thresholds: Thresholds;
+  seen: Seen;
+  /** Of the senders seen, where details are wanted. */
+  ledgers: Map<string, Ledger>;
+  mutes: Record<string, Mute>;
+  expected: Set<string>;
+}
+
+/** Looks once. Never throws. */
+export async function seeFolder(dir: string, thresholds: Thresholds, options: LookOptions): Promise<Seen> {
+  const { now, mutes = {} } = options;
+  const seen: Seen = {
+    ...{ version: VERSION, now, server: hostname(), dir, startedAt: 0 },
+    ...{ hosts: [], receivers: [], linesPerMinute: [], unreadable: [], failed: [] },
+    mutes: Object.fromEntries(Object.entries(mutes).filter(([, { until }]) => until > now)),
+  };
+  const expected = new Set(thresholds.expected);
+  const look: Look = { ...options, dir, thresholds, seen, ledgers: new Map(), mutes, expected };
+  await seeReceivers(look);
+  const forwarder = await attempt(look, forwarderStatePath(dir), () => seeForwarder(dir));
+  const { failed } = folders(dir);
+  seen.failed = (await attempt(look, failed, () => listBatches(failed, "sealed", "compressed"))) ?? [];
+  await seeHosts(look);
+  const disk = await attempt(look, dir, () => askDisk(dir));
+  const digest = await readDigestHead(dir).catch(() => undefined);
+  return Object.assign(seen, forwarder && { forwarder }, disk && { disk }, digest && { digest });
+}
+
+/** What `work` gives; when it fails, that is noted, and the look goes on without it. */
+async function attempt<T>(
+  { seen }: Look,
+  path: string,
+  work: () => Promise<T>,
+  host?: string,
+): Promise<T | undefined> {
+  try {
+    return await work();
+  } catch (error) {
+    seen.unreadable.push({ path, reason: errorMessage(error), ...(host !== undefined && { host }) });
+    return undefined;
+  }
+}
+
+/** The forwarder's state with its last sign of life. */
+async function seeForwarder(dir: string): Promise<(ForwarderState & { aliveAt: number }) | undefined> {
+  const state = await readForwarderState(dir);
+  const info = state && (await stat(forwarderStatePath(dir)));
+  return state && { ...state, aliveAt: Math.max(state.at, info?.mtimeMs ?? 0) };
+}
+
+async function seeReceivers(look: Look): Promise<void> {
+  const { dir, now, seen } = look;
+  const names = (await readdir(dir).catch(() => [])).filter((name) => /^\.receiver-\d+\.json$/.test(name));
+  const all: ReceiverSeen[] = [];
+  for (const name of names) {
+    const path = join(dir, name);
+    const found = await attempt(look, path, () => readState(path, receiverStateSchema, 1));
+    if (found?.state === "damaged") seen.unreadable.push({ path, reason: found.reason });
+    if (found?.state === "ok")
+      all.push({ ...found.value, runs: Math.abs(now - found.value.at) < RECEIVER_GONE_MS });
+  }
+  const running = all.filter(({ runs }) => runs);
+  const served = new Set(running.flatMap(({ ports }) => ports));
+  seen.startedAt = Math.max(0, ...running.map(({ startedAt }) => startedAt));
+  seen.receivers = all.filter(
+    ({ runs, ports, at }) =>
+      runs || (!ports.every((port) => served.has(port)) && (served.size === 0 || now - at < OLD_STATE_MS)),
+  );
+}
+
+async function askDisk(dir: string): Promise<{ free: number; total: number } | undefined> {
+  const { bavail, blocks, bsize } = await statfs(dir);
+  return blocks > 0 ? { free: bavail * bsize, total: blocks * bsize } : undefined; // some have no size
+}
+
+// ---- senders
+
+async function seeHosts(look: Look): Promise<void> {
+  const { seen, dir, expected, details = 0 } = look;
+  const failed = new Map<string, number>();
+  for (const name of seen.failed) {
+    const dashed = parseBatchName(name)?.host ?? "";
+    failed.set(dashed, (failed.get(dashed) ?? 0) + 1);
+  }
+  const present = (await attempt(look, dir, () => listHosts(dir))) ?? [];
+  const isName = (host: string) => parseHost(host) === host; // lost+found and the like are none
+  const names = [...new Set([...expected, ...present])].filter(isName).sort(compareAsPeopleCount);
+  for (const host of names) {
+    const dashed = dashedHost(host);
+    const status = await attempt(
+      look,
+      join(dir, host),
+      () => seeHost(look, host, failed.get(dashed) ?? 0),
+      host,
+    );
+    if (!status) continue;
+    failed.delete(dashed);
+    seen.hosts.push(status);
+  }
+  for (const [host, count] of failed) {
+    // its folder is gone, the dashed form of its name is all that is left
+    seen.hosts.push({ ...statusOfLedger(look, host, emptyLedger()), state: "gone", failed: count });
+  }
+  if (details > 0) await addDetails(look, details);
+}
+
+const natural = new Intl.Collator("en", { numeric: true });
+
+/** `10.0.0.9` before `10.0.0.10`. */
+export function compareAsPeopleCount(a: string, b: string): number {
+  return natural.compare(a, b);
+}
+
+/** Those in trouble first, in the order of their states; else as they stand. */
+export function sortBySeverity(hosts: HostStatus[]): HostStatus[] {
+  const rank = ({ state, failed, lost, gone, contested }: HostStatus) =>
+    2 * HOST_STATES.indexOf(state) + Number(failed + lost + gone === 0 && !contested);
+  return hosts.toSorted((a, b) => rank(a) - rank(b));
+}
+
+/** A sender; undefined for what is no sender's folder, or of one that is long gone. */
+async function seeHost(look: Look, host: string, failed: number): Promise<HostStatus | undefined> {
+  const folder = folders(look.dir).host(host);
+  const known = look.ledgerOf?.(host) ?? (await (look.readLedger ?? readLedger)(folder));
+  const ledger = known ?? emptyLedger();
+  const names = await listBatches(folder, "sealed", "open");
+  if (!look.expected.has(host) && !isHostOf(host, names, known)) return undefined;
+  const sealed = names.filter((name) => name.endsWith(".log"));
+  const status: HostStatus = { ...statusOfLedger(look, host, ledger), failed, waiting: sealed.length };
+  for (const name of sealed) {
+    const since = await waitsSince(folder, name, ledger, look.now);
+    if (since >= (status.waitingSince ?? Number.POSITIVE_INFINITY)) continue;
+    Object.assign(status, { waitingSince: since, oldest: name });
+  }
+  status.undelivered += sealed.reduce((sum, name) => sum + (ledger.sealed.get(name)?.bytes ?? 0), 0);
+  status.state = await stateOf(look, status);
+  if (status.state !== "ok" && status.state !== "quiet") status.lag = undefined;
+  const isLeft = status.open + status.waiting + failed > 0;
+  if (status.state === "gone" && !isLeft && look.now - status.heardAt >= 2 * DAY) return undefined;
+  if (look.details) {
+    look.ledgers.set(host, ledger);
+    status.batches = sealed.map((name) => ({ name, place: "waiting" }));
+  }
+  return status;
+}
+
+/** Whether a folder is a sender's: it has a ledger, and the batches that are known of it carry its name. */
+function isHostOf(host: string, names: string[], ledger: Ledger | undefined): boolean {
+  const dashed = dashedHost(host);
+  let some = false;
+  for (const list of [names, ledger?.sealed.keys() ?? [], ledger?.open.keys() ?? []]) {
+    for (const name of list) {
+      if (parseBatchName(name)?.host === dashed) return true;
+      some = true;
+    }
+  }
+  return ledger !== undefined && !some && (ledger.heardAt > 0 || ledger.streams.size > 0);
+}
+
+function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
+  const { now, expected, mutes } = look;
+  const { facts, streams, open } = ledger;
+  const oldLag = [...streams.values()].reduce((sum, { lag = 0 }) => sum + lag, 0);
+  const mute = [mutes[host], mutes["*"]].find((window) => window && window.until > now);
+  const claims = (facts.contestedUntil ?? 0) > now ? (facts.shippers ?? []).slice(-2) : [];
+  return {
+    ...{ host, state: "never", expected: expected.has(host), linesPerMinute: [], batches: [] },
+    heardAt: notInFuture(look, host, ledger.heardAt),
+    lineAt: Math.min(ledger.lineAt, now),
+    lag: facts.lag ?? oldLag,
+    ...{ open: open.size, waiting: 0, failed: 0 },
+    undelivered: [...open.values()].reduce((sum, { bytes }) => sum + bytes, 0),
+    ...{ lost: ledger.lost, gone: facts.gone ?? 0 },
+    ...{ skipped: facts.skipped ?? 0, untimed: facts.untimed ?? 0, ahead: facts.ahead ?? 0 },
+    ...(facts.through !== undefined && { through: Math.min(facts.through, now) }),
+    ...(facts.zone !== undefined && { zone: facts.zone }),
+    ...(facts.agent !== undefined && { agent: facts.agent }),
+    ...(facts.peer !== undefined && { peer: facts.peer }),
+    ...(mute && { muted: mute }),
+    ...(claims.length > 0 && { contested: claims.map(({ peer }) => peer) }),
+  };
+}
+
+/** A time of a clock that was ahead counts as that at which it was first seen. */
+function notInFuture({ now, future }: Look, host: string, at: number): number {
+  if (!future) return Math.min(at, now);
+  const seen = future[host];
+  if (seen && seen.value === at) return Math.min(seen.at, now);
+  delete future[host];
+  if (at > now) future[host] = { value: at, at: now };
+  return Math.min(at, now);
+}
+
+/**
+ * Since when a sealed batch waits: what does not change while it lies there, so neither its change time (chmod, links) nor a
+ * time of the future.
+ */
+async function waitsSince(folder: string, name: string, ledger: Ledger, now: number): Promise<number> {
+  const sealedAt = ledger.sealed.get(name)?.at;
+  const info = await stat(join(folder, name)).catch(() => undefined); // taken just now
+  const times = [Math.max(sealedAt ?? 0, info?.mtimeMs ?? 0), sealedAt, info?.ctimeMs];
+  const known = times.find((at) => at !== undefined && at > 0 && at <= now);
+  return known ?? Math.min(now, parseWindow(parseBatchName(name)?.window ?? "").end + DAY / 2);
+}
+
+async function stateOf(look: Look, { host, heardAt, lineAt, expected }: HostStatus): Promise<HostState> {
+  const { now, thresholds } = look;
+  const threshold = (thresholds.silentMinutesByHost[host] ?? thresholds.silentMinutes) * MINUTE;
+  if (heardAt > 0 && now - heardAt < threshold) return now - lineAt >= threshold ? "quiet" : "ok";
+  if (heardAt === 0 && !expected) return "gone";
+  const { from, until } = await listening(look, host, heardAt);
+  if (until - Math.max(heardAt, from) < threshold) return "waiting";
+  if (heardAt === 0) return "never";
+  return !expected && now - heardAt >= DAY ? "gone" : "silent";
+}
+
+/** From when and until when a sender's receiver could hear it. Whom it heard meanwhile, it can hear. */
+async function listening(
+  look: Look,
+  host: string,
+  heardAt: number,
+): Promise<{ from: number; until: number }> {
+  const { now, since = 0, unnamed } = look;
+  const all = look.seen.receivers.map(({ startedAt, at, runs, health, healthSince, pid }) => ({
+    pid,
+    from: startedAt,
+    until: !runs ? at : health !== undefined ? (healthSince ?? at) : now,
+  }));
+  if (all.length === 0) all.push({ pid: 0, from: unnamed?.startedAt ?? 0, until: unnamed?.wellUntil ?? now });
+  const holder =
+    all.length > 1 ? await readIfExists(join(look.dir, host, `${LEDGER}-lock`)).catch(() => "") : "";
+  const own =
+    all.length === 1 ? all[0] : all.find(({ pid }) => pid !== undefined && String(pid) === holder?.trim());
+  const from = own?.from ?? Math.min(...all.map((receiver) => receiver.from));
+  const until = own?.until ?? Math.max(...all.map((receiver) => receiver.until));
+  return { from: Math.max(from, since), until: heardAt > until ? now : Math.min(until, now) };
+}
+
+// ---- details
+
+/** Curves and batches of the first senders, and the curve of all. */
+async function addDetails({ seen, ledgers, now }: Look, most: number): Promise<void> {
+  const first = Math.floor(now / MINUTE) - HISTORY_MINUTES;
+  const total: number[] = new Array(HISTORY_MINUTES).fill(0);
+  for (const { minutes } of ledgers.values())
+    for (const [minute, lines] of minutes) {
+      const i = minute - first;
+      if (i >= 0 && i < HISTORY_MINUTES) total[i] = (total[i] ?? 0) + lines;
+    }
+  seen.linesPerMinute = total;
+  for (const status of sortBySeverity(seen.hosts).slice(0, most)) {
+    const ledger = ledgers.get(status.host) ?? emptyLedger();
+    const { minutes } = ledger;
+    status.linesPerMinute = total.map((_, i) => minutes.get(first + i) ?? 0);
+    addBatches(status, ledger, seen);
+  }
+}
+
+/** The batches of the last day, and up to where all is delivered. */
+function addBatches(status: HostStatus, { sealed, open }: Ledger, { failed, now }: Seen): void {
+  const dashed = dashedHost(status.host);
+  const all = new Map<string, BatchSeen["place"]>();
+  for (const name of sealed.keys()) all.set(name, "delivered");
+  for (const { name, place } of status.batches) all.set(name, place);
+  for (const name of open.keys()) all.set(name, "open");
+  for (const name of failed) if (parseBatchName(name)?.host === dashed) all.set(name, "failed");
+  status.batches = [];
+  for (const [name, place] of all) {
+    const window = parseBatchName(name)?.window ?? "";
+    if (place === "delivered" && window > (status.delivered ?? "")) status.delivered = window;
+    if (place !== "delivered" && window < (status.undeliveredFrom ?? "~")) status.undeliveredFrom = window;
+    if (parseWindow(window).end > now - DAY - ZONES_MS) status.batches.push({ name, place });
+  }
+}
