@@ -25,7 +25,9 @@ import {
   findMissing,
   formatHour,
   formatVerified,
+  type HostsSeen,
   lookAtHosts,
+  readHourRecord,
   readList,
   verifyFolder,
 } from "./lib/digest.ts";
@@ -44,6 +46,7 @@ import {
   writeStream,
 } from "./lib/durable.ts";
 import { parseHost } from "./lib/host.ts";
+import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import { appendReport, failReportPath, type ReportLine, readReportTail } from "./lib/report.ts";
 import {
   createFaultLog,
@@ -167,6 +170,8 @@ export interface Forwarder {
   intents: Intents;
   state: ForwarderState & { later: Record<string, number> };
   faults: FaultLog;
+  /** Since the start, for the metrics. */
+  totals: { batches: number; lines: number; refusals: number; writtenAt: number };
   /** Only when digests are wanted. */
   digests?: Digests;
 }
@@ -188,6 +193,7 @@ export async function createForwarder(service: Service<"forwarder">): Promise<Fo
     intents: await Intents.load(config.dir, forgotten),
     state: { ...fresh, ...state },
     faults: createFaultLog(log, now),
+    totals: { batches: 0, lines: 0, refusals: 0, writtenAt: 0 },
     ...(config.digest && { digests: await Digests.open(config.dir, forgotten) }),
   };
 }
@@ -254,6 +260,7 @@ export async function forwardOnce(forwarder: Forwarder): Promise<Cycle> {
   }
   cycle.left -= cycle.sent;
   if (!signal.aborted) await saveState(forwarder, cycle);
+  if (!signal.aborted) await leaveMetrics(forwarder, cycle, started);
   if (cycle.sent + cycle.failures > 0) {
     const { sent, lines, failures, left } = cycle;
     log.info("cycle done", { sent, lines, failures, left, ms: now() - started });
@@ -884,6 +891,43 @@ async function saveState({ service, state, faults }: Forwarder, cycle: Cycle): P
   }
 }
 
+/** For the textfile collector of node_exporter, at most once a second. What can't be written is told, and stops nothing. */
+async function leaveMetrics(forwarder: Forwarder, cycle: Cycle, started: number): Promise<void> {
+  const { service, state, faults, totals, digests } = forwarder;
+  const now = service.now();
+  totals.batches += cycle.sent;
+  totals.lines += cycle.lines;
+  totals.refusals += cycle.failures;
+  if (service.flags.once !== true && now - totals.writtenAt < 1000) return;
+  totals.writtenAt = now;
+  const metrics: Metric[] = [
+    ["last_cycle_timestamp_seconds", "gauge", "When the last pass over the queue ended", now / 1000],
+    ["last_cycle_duration_seconds", "gauge", "How long it took", (now - started) / 1000],
+    [
+      "last_delivery_timestamp_seconds",
+      "gauge",
+      "When a batch was last delivered",
+      (state.lastSentAt ?? 0) / 1000,
+    ],
+    ["delivered_batches_total", "counter", "Batches delivered since the forwarder started", totals.batches],
+    ["delivered_lines_total", "counter", "Their lines", totals.lines],
+    ["refusals_total", "counter", "Tries that failed because of the file", totals.refusals],
+    ["left_files", "gauge", "Batches and digests that are not delivered, in failed/ too", cycle.left],
+    ["failed_files", "gauge", "Batches that were tried and are in failed/", Object.keys(state.failed).length],
+    ["pending_digests", "gauge", "Digests that are not delivered", digests?.pending.length ?? 0],
+    [
+      ...(["held_up", "gauge", "Whether delivery is held up, by the kind of fault"] as const),
+      FAULT_KINDS.map((kind) => [{ kind }, state.fault?.kind === kind ? 1 : 0]),
+    ],
+  ];
+  try {
+    await writeMetrics(folders(service.config.dir).metrics, "forwarder", metrics);
+    faults.recovered("metrics", "metrics written again");
+  } catch (error) {
+    faults.failed("metrics", "metrics not written", { error: errorMessage(error) });
+  }
+}
+
 // ---- flags that look, or do one thing
 
 /** `--status`: the queue by host, what failed and why, the last success and the rate; 1 when something is wrong. */
@@ -961,8 +1005,13 @@ function formatStatus(
 
 /** `--hour`: what of a time was delivered, per host; 0 when all of it is. */
 async function printHours({ config, flags, now }: Service<"forwarder">, span: string): Promise<number> {
+  const hours = hoursOf(span);
+  const seen = await lookAtHosts(config.dir, now());
+  const reported = (await readReportTail(config.report, REPORT_BYTES)).filter(
+    ({ status }) => status === "Sent",
+  );
   const rows: HourRow[] = [];
-  for (const hour of hoursOf(span)) rows.push(...(await readHour(config, hour, now())));
+  for (const hour of hours) rows.push(...(await readHour(config.dir, hour, { seen, reported, now: now() })));
   const complete = rows.every(({ missing }) => missing.length === 0);
   if (flags.json) process.stdout.write(`${JSON.stringify({ complete, rows })}\n`);
   else {
@@ -971,12 +1020,13 @@ async function printHours({ config, flags, now }: Service<"forwarder">, span: st
       row.host,
       String(row.batches),
       String(row.lines),
+      row.skipped === undefined ? "-" : String(row.skipped),
       String(row.late),
       row.source,
       row.missing.length === 0 ? "complete" : row.missing.join("; "),
     ]);
-    const heads = ["hour", "host", "batches", "lines", "late parts", "by", "state"];
-    process.stdout.write(formatTable(heads, cells, [2, 3, 4]));
+    const heads = ["hour", "host", "batches", "lines", "skipped", "late parts", "by", "state"];
+    process.stdout.write(formatTable(heads, cells, [2, 3, 4, 5]));
     process.stdout.write(complete ? "complete\n" : "not complete\n");
   }
   return complete ? EXIT.done : EXIT.failed;
@@ -1002,39 +1052,58 @@ interface HourRow {
   host: string;
   batches: number;
   lines: number;
+  /** Lines left out by rules, as the hour's digests tell. */
+  skipped?: number;
   late: number;
   /** What the numbers are from: the list that digests are made of, or the report. */
   source: "digest" | "report";
   missing: string[];
 }
 
-async function readHour({ dir, report }: Settings, hour: string, now: number): Promise<HourRow[]> {
+/** The rows of one hour: at least one, for an hour of which nothing is known is not complete. */
+async function readHour(
+  dir: string,
+  hour: string,
+  { seen, reported, now }: { seen: HostsSeen; reported: ReportLine[]; now: number },
+): Promise<HourRow[]> {
   const listed = await readList(dir, hour);
-  const source = listed.size > 0 ? "digest" : "report";
+  const record = await readHourRecord(dir, hour);
+  const source = listed.size > 0 || record.complete !== undefined ? "digest" : "report";
   const delivered = new Map([...listed.values()].map(({ name, lines }) => [name, lines]));
   if (source === "report") {
-    for (const { batch, lines, status } of await readReportTail(report, REPORT_BYTES))
-      if (status === "Sent" && parseBatchName(batch)?.window.startsWith(hour)) delivered.set(batch, lines);
+    for (const { batch, lines } of reported)
+      if (parseBatchName(batch)?.window.startsWith(hour)) delivered.set(batch, lines);
   }
-  const seen = await lookAtHosts(dir, now);
-  const missing = findMissing(seen, hour, now);
   const names = new Map(seen.hosts.map(({ host }) => [dashedHost(host), host]));
-  const hosts = new Map<string, HourRow>();
+  const rows = new Map<string, HourRow>();
   const rowOf = (host: string) => {
-    const row = hosts.get(host) ?? { hour, host, batches: 0, lines: 0, late: 0, source, missing: [] };
-    hosts.set(host, row);
+    const row = rows.get(host) ?? { hour, host, batches: 0, lines: 0, late: 0, source, missing: [] };
+    rows.set(host, row);
     return row;
   };
   for (const { host } of seen.hosts) rowOf(host);
+  for (const [host, skipped] of record.skipped) rowOf(host).skipped = skipped;
   for (const [batch, lines] of delivered) {
     const { host = "", part = 1 } = parseBatchName(batch) ?? {};
     const row = rowOf(names.get(host) ?? host);
     row.batches++;
     row.lines += lines;
     if (part > 1) row.late++;
+    if (!names.has(host) && !record.complete)
+      row.missing = ["cannot say: how far its shipper is stands nowhere (no ledger, or not heard for long)"];
   }
-  for (const { host, reason } of missing) rowOf(host).missing.push(reason);
-  return [...hosts.values()].sort((a, b) => (a.host < b.host ? -1 : 1));
+  for (const { host, reason } of findMissing(seen, hour, now, record.lossAt))
+    rowOf(host).missing.push(reason);
+  const began = record.begins ?? reported[0]?.at; // what was before stands nowhere
+  const isKnown = delivered.size > 0 || record.complete !== undefined;
+  if (!isKnown && (rows.size === 0 || began === undefined || hour < localHour(began)))
+    rowOf("-").missing.push("nothing is known of this hour, neither by a digest nor by the report");
+  return [...rows.values()].sort((a, b) => (a.host < b.host ? -1 : 1));
+}
+
+/** The hour of a time on this machine's wall clock. */
+function localHour(at: number): string {
+  return formatHour(at, -new Date(at).getTimezoneOffset());
 }
 
 /** `--resend`: moves delivered batches back into their host's folder; the forwarder unpacks and delivers them again. */

@@ -141,7 +141,7 @@ async function lookAndQueue(context: MonitorContext): Promise<Queued> {
     queueSummaries(state, run);
   });
   const wasUnsaved = before.incidents[STATE]?.status === "fault";
-  if (store.unsaved || wasUnsaved) await store.change((state) => tellSaved(state, run, store.unsaved));
+  if (store.unsaved || wasUnsaved) await store.change((state) => noteUnsaved(state, run, store.unsaved));
   failpoint("monitor:queued");
   return { store, context, snapshot };
 }
@@ -565,7 +565,7 @@ function startsAnew({ stateFile }: Options, reason: string, now: number): Change
 }
 
 /** Whether what was told can be remembered is itself told. */
-function tellSaved(state: MonitorState, run: Run, reason: string | undefined): void {
+function noteUnsaved(state: MonitorState, run: Run, reason: string | undefined): void {
   const { stateFile } = run.context.config;
   const incident = incidentOf(state, STATE, "the monitor's state can't be saved");
   if (reason) incident.text = `${stateFile}: ${reason}. Alerts go out all the same, some perhaps twice`;

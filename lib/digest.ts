@@ -113,6 +113,10 @@ export function parseDigest(bytes: Uint8Array, { hour, part }: { hour: string; p
   return {
     begins: lines.find((line) => line.startsWith("# begins "))?.slice(9),
     complete: lines.includes("# complete yes"),
+    hosts: lines.flatMap((line) => {
+      const [, host = "", skipped] = /^# host (\S+) lines=\d+ skipped=(\d+) /.exec(line) ?? [];
+      return skipped === undefined ? [] : [{ host, skipped: Number(skipped) }];
+    }),
     files: files.map((line): HashedFile => ({ sha256: line.slice(0, 64), name: line.slice(66) })),
   };
 }
@@ -165,7 +169,7 @@ export async function lookAtHosts(dir: string, now: number) {
   for (const host of await listHosts(dir)) {
     if (parseHost(host) !== host) continue; // lost+found
     const ledger = await readLedger(folders(dir).host(host));
-    if (!ledger || now - ledger.heardAt > KNOWN_MS) continue;
+    if (!ledger || now - ledger.heardAt > KNOWN_MS || ledger.facts.forgotten !== undefined) continue;
     const {
       through,
       zone = ownZone(now),
@@ -250,6 +254,25 @@ const listFile = (dir: string, hour: string) => join(dir, ".digest", `${hour}.li
 export async function readDigestHead(dir: string): Promise<DigestState["head"]> {
   const found = await readState(stateFile(dir), stateSchema, 1);
   return found.state === "ok" ? found.value.head : undefined;
+}
+
+/** What the record tells of an hour: whether its newest digest says complete (undefined without one), and of its hosts. */
+export async function readHourRecord(dir: string, hour: string) {
+  const found = await readState(stateFile(dir), stateSchema, 1);
+  const state = found.state === "ok" ? found.value : undefined;
+  const skipped = new Map<string, number>();
+  for (const name of state ? await readdir(join(dir, ".digest")) : []) {
+    const parts = parseDigestName(name);
+    const digest = parts?.hour === hour && parseDigest(await readFile(join(dir, ".digest", name)), parts);
+    for (const { host, skipped: more } of digest ? digest.hosts : [])
+      skipped.set(host, (skipped.get(host) ?? 0) + more);
+  }
+  return {
+    begins: state?.begins,
+    complete: state?.hours[hour]?.complete,
+    lossAt: (host: string) => state?.totals[host]?.lossAt ?? 0,
+    skipped,
+  };
 }
 
 /** What was delivered of an hour, by name; empty where no list was kept. */

@@ -306,7 +306,9 @@ export async function ifMissing<T>(work: Promise<T>): Promise<T | undefined> {
  * only for people to read.
  */
 export async function holdLock(path: string, what: string): Promise<{ release: () => void }> {
-  const lock = await tryLock(path);
+  const lock = await tryLock(path).catch((error) => {
+    throw new OperatorError(error.message);
+  });
   if (!lock) {
     const holder = readFileSync(path, "utf8").trim() || "unknown";
     throw new OperatorError(`${what} is in use by process ${holder} (lock ${path}); stop that one first`);

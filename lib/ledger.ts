@@ -20,7 +20,7 @@ export const SEALED = `${LEDGER}-sealed`;
 export const HISTORY_MINUTES = 240;
 
 /** Where a stream stands. Times are milliseconds since the epoch, by the receiver's clock. */
-export interface Stream {
+export interface StreamRecord {
   /** One past the last byte of the source file that is committed. */
   offset: number;
   /** When it was last heard of. */
@@ -126,7 +126,7 @@ export interface Ledger {
   lineAt: number;
   /** Bytes that vanished unread since the ledger began, as the sender told. */
   lost: number;
-  streams: Map<string, Stream>;
+  streams: Map<string, StreamRecord>;
   /** Open batches by the name that they will have when sealed. */
   open: Map<string, OpenBatch>;
   /** Sealed batches of the last days, and all that may still wait. */
@@ -151,7 +151,7 @@ export interface LedgerRecord {
   heardAt?: number;
   lineAt?: number;
   lost?: number;
-  streams?: Record<string, Stream>;
+  streams?: Record<string, StreamRecord>;
   open?: Record<string, OpenBatch>;
   /** Lines per minute, see {@link countMinute}. */
   minutes?: Record<string, number>;

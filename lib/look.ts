@@ -268,7 +268,7 @@ async function seeHosts(look: Look): Promise<void> {
   }
   for (const [host, count] of failed) {
     // its folder is gone, the dashed form of its name is all that is left
-    seen.hosts.push({ ...tellLedger(look, host, emptyLedger()), state: "gone", failed: count });
+    seen.hosts.push({ ...statusOfLedger(look, host, emptyLedger()), state: "gone", failed: count });
   }
   if (details > 0) await addDetails(look, details);
 }
@@ -295,7 +295,7 @@ async function seeHost(look: Look, host: string, failed: number): Promise<HostSt
   const names = await listBatches(folder, "sealed", "open");
   if (!look.expected.has(host) && !isHostOf(host, names, known)) return undefined;
   const sealed = names.filter((name) => name.endsWith(".log"));
-  const status: HostStatus = { ...tellLedger(look, host, ledger), failed, waiting: sealed.length };
+  const status: HostStatus = { ...statusOfLedger(look, host, ledger), failed, waiting: sealed.length };
   for (const name of sealed) {
     const since = await waitsSince(folder, name, ledger, look.now);
     if (since >= (status.waitingSince ?? Number.POSITIVE_INFINITY)) continue;
@@ -326,7 +326,7 @@ function isHostOf(host: string, names: string[], ledger: Ledger | undefined): bo
   return ledger !== undefined && !some && (ledger.heardAt > 0 || ledger.streams.size > 0);
 }
 
-function tellLedger(look: Look, host: string, ledger: Ledger): HostStatus {
+function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
   const { now, expected, mutes } = look;
   const { facts, streams, open } = ledger;
   const oldLag = [...streams.values()].reduce((sum, { lag = 0 }) => sum + lag, 0);

@@ -2,9 +2,10 @@
  * The only place that knows Bun from Deno: the HTTP server, the HTTP client's certificates, and the calls
  * of the system that `node:` does not have (file locks, syncfs). Everything else is `node:` imports and web standards.
  */
+import { createHash } from "node:crypto";
 import { closeSync, fchmodSync, fchownSync, fstatSync, openSync, statSync } from "node:fs";
 import { connect } from "node:net";
-import { platform, release } from "node:os";
+import { constants, platform, release } from "node:os";
 import { dirname } from "node:path";
 import { createServer, type TLSSocket } from "node:tls";
 
@@ -236,20 +237,94 @@ export async function tryLock(path: string): Promise<{ release: () => void } | u
     file.close();
     return undefined;
   }
-  flock ??= await loadFlock();
+  locks ??= await loadLocks();
   const fd = openSync(path, "a+", 0o640);
   giveTo(fd, dirname(path));
-  if (flock(fd, LOCK_EXCLUSIVE_NONBLOCKING) === 0) return { release: () => closeSync(fd) };
+  try {
+    if (isLocked(locks.flock(fd, LOCK_EXCLUSIVE_NONBLOCKING), path)) return { release: () => closeSync(fd) };
+  } catch (error) {
+    closeSync(fd);
+    throw error;
+  }
   closeSync(fd);
   return undefined;
 }
 
-let flock: ((fd: number, operation: number) => number) | undefined;
+/** What a call for a lock says: taken, or held by another. Throws what the system says else, as some file systems do. */
+function isLocked(result: number, path: string): boolean {
+  if (result === 0) return true;
+  const errno = locks?.errno() ?? 0;
+  const [name] = Object.entries(constants.errno).find(([, number]) => number === errno) ?? [`errno ${errno}`];
+  if (name === "EAGAIN" || name === "EACCES") return false;
+  const why = `its file system has no locks (${name}): put it on a local one, or mount it with locks`;
+  throw Object.assign(new Error(`Cannot lock ${path}: ${why}`), { code: name });
+}
 
-/** flock(2) is in neither `node:fs` nor Bun's own API, so it is called in the C library. */
-async function loadFlock(): Promise<(fd: number, operation: number) => number> {
-  const library = await openLibrary({ flock: { args: ["i32", "i32"], returns: "i32" } });
-  return library.flock as (fd: number, operation: number) => number;
+interface Locks {
+  flock: (fd: number, operation: number) => number;
+  fcntl: (fd: number, command: number, lock: Uint8Array) => number;
+  errno: () => number;
+}
+let locks: Locks | undefined;
+
+/** flock(2) and fcntl(2) are in neither `node:fs` nor Bun's own API, so they are called in the C library. */
+async function loadLocks(): Promise<Locks> {
+  const library = await openLibrary({
+    flock: { args: ["i32", "i32"], returns: "i32" },
+    fcntl: { args: ["i32", "i32", "ptr"], returns: "i32" },
+    [ERRNO]: { args: [], returns: "ptr" },
+  });
+  const { read } = await import(FFI);
+  return {
+    flock: library.flock as Locks["flock"],
+    fcntl: library.fcntl as Locks["fcntl"],
+    errno: () => read.i32((library[ERRNO] as () => number)()),
+  };
+}
+
+const ERRNO = platform() === "linux" ? "__errno_location" : "__error";
+
+/**
+ * Locks of any number of names in a folder, by one descriptor: a byte each of one file, at a place that the name's hash
+ * gives (fcntl(2), F_OFD_SETLK). As those of `tryLock` they end with the process. Elsewhere than on Linux each is a file.
+ */
+export class NameLocks {
+  readonly #path: string;
+  #fd = -1;
+
+  constructor(path: string) {
+    this.#path = path;
+  }
+
+  /** Undefined when another process has it, or another object of this one. */
+  async take(name: string): Promise<{ release: () => void } | undefined> {
+    if (deno || platform() !== "linux") return tryLock(`${this.#path}-${name}`);
+    locks ??= await loadLocks();
+    if (this.#fd < 0) {
+      this.#fd = openSync(this.#path, "a+", 0o640);
+      giveTo(this.#fd, dirname(this.#path));
+    }
+    const [fd, path] = [this.#fd, this.#path];
+    if (!isLocked(locks.fcntl(fd, F_OFD_SETLK, rangeOf(name, F_WRLCK)), path)) return undefined;
+    return { release: () => void locks?.fcntl(fd, F_OFD_SETLK, rangeOf(name, F_UNLCK)) };
+  }
+
+  /** Lets all of them go. */
+  close(): void {
+    if (this.#fd >= 0) closeSync(this.#fd);
+    this.#fd = -1;
+  }
+}
+
+const [F_OFD_SETLK, F_WRLCK, F_UNLCK] = [37, 1, 2];
+
+/** `struct flock` of 64-bit Linux: type, whence (the file's start), start, length 1, process 0. */
+function rangeOf(name: string, type: number): Uint8Array {
+  const lock = Buffer.alloc(32);
+  lock.writeUInt16LE(type, 0);
+  createHash("sha256").update(name).digest().copy(lock, 8, 0, 6);
+  lock.writeUInt8(1, 16);
+  return lock;
 }
 
 /**
@@ -281,10 +356,12 @@ export async function loadSyncFs(): Promise<((fd: number) => boolean) | undefine
   return (fd) => (library.syncfs as (fd: number) => number)(fd) === 0;
 }
 
+/** Not a literal where it is imported: Deno's checker would refuse the scheme. */
+const FFI = "bun:ffi" as string;
+
 /** Functions of the C library. */
 async function openLibrary(symbols: Record<string, object>): Promise<Record<string, unknown>> {
-  const name = "bun:ffi"; // not a literal: Deno's checker would refuse the scheme
-  const { dlopen } = await import(name);
+  const { dlopen } = await import(FFI);
   for (const library of ["libc.so.6", "libc.so", "libc.musl-x86_64.so.1", "libSystem.dylib"]) {
     try {
       return dlopen(library, symbols).symbols;

@@ -89,7 +89,7 @@ describe.skipIf(missing({ "systemd-analyze": "systemd" }))("systemd units", () =
       expect(group).toBe(side === "shipper" ? user : "log-rt-sync");
       if (side === "middle") expect(made).toMatch(new RegExp(`^m ${user} +log-rt-sync$`, "m"));
       users.add(user);
-      expect(text).toMatch(/^ExecStart=.* --no-env-file run /m);
+      expect(text).toMatch(/^ExecStart=.* --no-env-file --no-install run /m);
       if (!text.includes("Restart=always")) continue;
       expect(text).toContain("\nRestartPreventExitStatus=2 78\n");
       expect(text).toContain("\nExecReload=/bin/kill -HUP $MAINPID\n");

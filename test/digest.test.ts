@@ -92,6 +92,7 @@ test("parseDigest() takes what formatDigest() made, and nothing that differs in 
   expect(parseDigest(Buffer.from(text), name)).toEqual({
     begins: "2026-11-22T00:00:00.000Z",
     complete: false,
+    hosts: [{ host: HOST, skipped: 0 }],
     files: [{ name: batchName("26112206"), sha256: hash("") }],
   });
   for (let at = 0; at < text.length; at++) {

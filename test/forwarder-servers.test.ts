@@ -1,10 +1,11 @@
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { execFileSync } from "node:child_process";
-import { readdir, readFile, rename, stat, symlink, writeFile } from "node:fs/promises";
+import { execFileSync, spawnSync } from "node:child_process";
+import { mkdir, readdir, readFile, rename, stat, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { formatRecord, LEDGER_VERSION } from "../lib/ledger.ts";
 import { makeSite, type Site } from "./backends.ts";
 import { HABIT_PASSWORD, type HabitServer, type Habits, startHabitServer } from "./servers.ts";
-import { accessLine, runScriptOnce, startScript, tempFolder, until } from "./support.ts";
+import { accessLine, missing, runScriptOnce, startScript, tempFolder, until } from "./support.ts";
 
 setDefaultTimeout(60_000);
 
@@ -280,6 +281,12 @@ describe("flags", () => {
     await rename(join(site.dir, HOST, name), join(site.dir, HOST, name.replace(".log", ".2.log")));
     site.seal(HOST, 14, "x\n");
     expect((await once(site)).code).toBe(0);
+    const unsure = await once(site, "--hour", "2026-11-01T14"); // its sender may have more
+    expect(unsure.output).toContain("cannot say");
+    expect(unsure.code).toBe(1);
+    const facts = { through: Date.UTC(2026, 10, 1, 15, 0, 1), zone: 0 };
+    const ledger = formatRecord({ v: LEDGER_VERSION, heardAt: Date.now(), facts });
+    await writeFile(join(site.dir, HOST, ".ledger"), ledger);
     const { code, output } = await once(site, "--hour", "2026-11-01T14", "--json");
     expect(JSON.parse(output)).toMatchObject({
       complete: true,
@@ -287,9 +294,49 @@ describe("flags", () => {
     });
     expect(code).toBe(0);
     const shown = await once(site, "--hour", "2026-11-01T14/2026-11-01T16");
-    expect(shown.output).toMatch(/2026-11-01T14 +10-10-21-181 +2 +2001 +1 +report +complete/);
+    expect(shown.output).toMatch(/2026-11-01T14 +10\.10\.21\.181 +2 +2001 +- +1 +report +complete/);
+    expect(shown.output).toMatch(/2026-11-01T15 +10\.10\.21\.181 .*has told everything only up to/);
     for (const span of ["2026-11-01", "2026-11-01T25", "2026-11-01T14/2026-11-01T14"])
       expect((await once(site, "--hour", span)).code).toBe(2);
+  });
+
+  test("--hour of which nothing is known says so and is not complete", async () => {
+    const { site } = await makeHabitSite({});
+    await mkdir(site.dir, { recursive: true });
+    const empty = await once(site, "--hour", "2026-11-01T14");
+    expect(empty.output).toContain("nothing is known of this hour");
+    expect(empty.output).toEndWith("not complete\n");
+    expect(empty.code).toBe(1);
+    const facts = { through: Date.now(), zone: 0 };
+    site.seal(HOST, 14, "x\n");
+    expect((await once(site)).code).toBe(0);
+    const ledger = formatRecord({ v: LEDGER_VERSION, heardAt: Date.now(), facts });
+    await writeFile(join(site.dir, HOST, ".ledger"), ledger);
+    expect((await once(site, "--hour", "2026-11-01T14")).code).toBe(0);
+    const before = await once(site, "--hour", "2026-10-31T14", "--json"); // the record is younger
+    expect(JSON.parse(before.output)).toMatchObject({
+      complete: false,
+      rows: [{ host: "-" }, { host: HOST }],
+    });
+    expect(before.code).toBe(1);
+  });
+
+  test("metrics of a pass for the textfile collector", async () => {
+    const { server, site } = await makeHabitSite({});
+    site.seal(HOST, 1, text);
+    expect((await once(site)).code).toBe(0);
+    const read = () => readFile(join(site.dir, ".metrics", "forwarder.prom"), "utf8");
+    expect(await read()).toContain("\nlog_rt_sync_forwarder_delivered_lines_total 2000\n");
+    expect(await read()).toContain("\nlog_rt_sync_forwarder_left_files 0\n");
+    server.habits.create = () => FAILURE;
+    site.seal(HOST, 2, text);
+    expect((await once(site)).code).toBe(1);
+    expect(await read()).toContain('\nlog_rt_sync_forwarder_held_up{kind="server"} 1\n');
+    expect(await read()).toContain("\nlog_rt_sync_forwarder_left_files 1\n");
+    if (!missing({ promtool: "prometheus" })) {
+      const checked = spawnSync("promtool", ["check", "metrics"], { input: await read(), encoding: "utf8" });
+      expect(checked.stderr + checked.stdout).toBe("");
+    }
   });
 
   test("--resend unpacks what was compressed, and says what it can't", async () => {

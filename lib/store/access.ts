@@ -262,7 +262,7 @@ const MOST_REFUSALS = 100;
 const LINES_A_MINUTE = 60;
 
 /** Requests of one address that were refused for one reason. */
-export interface Refusal {
+export interface RefusedSender {
   host: string;
   peer: string;
   reason: string;
@@ -275,7 +275,7 @@ export interface Refusal {
 export class Refusals {
   readonly #log: Log;
   readonly #now: () => number;
-  readonly #rows = new Map<string, Refusal & { toldAt: number; told: number }>();
+  readonly #rows = new Map<string, RefusedSender & { toldAt: number; told: number }>();
   /** Limits that a sender met, by host. */
   readonly #pressed = new Map<string, { text: string; at: number }>();
   /** Since the start, by status and reason. */
@@ -295,7 +295,7 @@ export class Refusals {
     host,
     peer,
     text,
-  }: Omit<Refusal, "count" | "since" | "at"> & { status: number; text: string }): void {
+  }: Omit<RefusedSender, "count" | "since" | "at"> & { status: number; text: string }): void {
     const now = this.#now();
     const total = this.counts.get(`${status} ${reason}`) ?? { status, reason, count: 0 };
     total.count++;
@@ -350,7 +350,7 @@ export class Refusals {
   }
 
   /** Those of the last hour. */
-  list(): Refusal[] {
+  list(): RefusedSender[] {
     const after = this.#now() - 3_600_000;
     return [...this.#rows.values()]
       .filter(({ at }) => at > after)

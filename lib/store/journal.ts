@@ -17,7 +17,7 @@ import { promisify } from "node:util";
 import { crc32 } from "node:zlib";
 import type { Encoding } from "../chunk.ts";
 import { failpoint, removeDurably, syncFolder } from "../durable.ts";
-import type { Stream } from "../ledger.ts";
+import type { StreamRecord } from "../ledger.ts";
 
 const SEGMENT_BYTES = 64 * 1024 * 1024;
 /** Of all segments together; beyond it nothing is taken. */
@@ -55,7 +55,7 @@ export interface Entry {
   /** The source offset of the first line in it. */
   from: number;
   /** Where the stream stands afterwards. */
-  state: Stream;
+  state: StreamRecord;
   runs: Run[];
   /** `[from, to)` of the body is a line without an end, held behind `at` bytes of it. */
   piece?: { at: number; from: number; to: number };

@@ -5,7 +5,7 @@
  * itself is gone or damaged, nothing is cut that may have been acknowledged: such a part is kept whole, and it is told.
  */
 import { closeSync, createReadStream, fstatSync, openSync, readSync, writeSync } from "node:fs";
-import { readdir, rm, stat, truncate } from "node:fs/promises";
+import { readdir, rm, stat, truncate, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { gunzipSync, zstdDecompressSync } from "node:zlib";
@@ -13,7 +13,6 @@ import { LEDGER, listBatches, parseBatchName, parseWindow, withState } from "../
 import {
   exists,
   failpoint,
-  holdLock,
   ifMissing,
   moveDurably,
   readIfExists,
@@ -33,7 +32,7 @@ import {
   readLedger,
   snapshot,
 } from "../ledger.ts";
-import { tryLock } from "../runtime.ts";
+import { type NameLocks, tryLock } from "../runtime.ts";
 import { type Log, OperatorError, wait } from "../service.ts";
 import { type Entry, journalLock, listJournals, type Run, readJournal } from "./journal.ts";
 
@@ -176,7 +175,7 @@ export function noteEntry(ledger: Ledger, entry: Entry, journal: string): void {
       lowest: {},
     };
     if (run.at === 0) Object.assign(batch, { bytes: 0, lines: 0 }); // its first lines, perhaps once more
-    batch.bytes = Math.min(run.at, batch.bytes) + (run.piece?.length ?? 0) + run.to - run.from;
+    batch.bytes = endOfRun(run, batch);
     batch.lines += run.lines;
     batch.endsAt = Math.max(batch.endsAt, run.endsAt);
     batch.at = entry.at;
@@ -198,6 +197,20 @@ export function noteEntry(ledger: Ledger, entry: Entry, journal: string): void {
   ledger.lost = Math.max(ledger.lost, entry.lost ?? 0);
   if (entry.unsure && entry.unsure > ledger.unsure) ledger.unsure = entry.unsure;
   ledger.journal = { id: journal, seq: entry.seq };
+}
+
+/** How long a part is behind a run that was written where it ended; it may have lost what was before. */
+function endOfRun(run: Run, { bytes }: OpenBatch): number {
+  return Math.min(run.at, bytes) + (run.piece?.length ?? 0) + run.to - run.from;
+}
+
+/** Writes an entry again that was noted already. */
+export async function writeAgain(place: Place, entry: Entry, body: Uint8Array): Promise<void> {
+  await writeEntry(place, entry, body);
+  for (const run of entry.runs) {
+    const open = place.ledger.open.get(run.batch);
+    if (open) open.bytes = endOfRun(run, open);
+  }
 }
 
 function isUsedUp(ledger: Ledger, name: string): boolean {
@@ -303,9 +316,23 @@ export function loseBytes(log: Log, ledger: Ledger, host: string, file: string, 
 
 // ---- a sender's folder
 
-/** Takes the lock of a sender's folder, which is made by the caller. Throws an OperatorError when another process has it. */
-export function lockSender(host: string, folder: string): Promise<{ release: () => void }> {
-  return holdLock(join(folder, `${LEDGER}-lock`), `The folder of ${host}`);
+/**
+ * Takes the lock of a sender's folder, which is made by the caller, and leaves a note of who has it. One descriptor
+ * serves all senders, however many. Throws an OperatorError when another process has it.
+ */
+export async function lockSender(
+  locks: NameLocks,
+  host: string,
+  folder: string,
+): Promise<{ release: () => void }> {
+  const note = join(folder, `${LEDGER}-lock`);
+  const lock = await locks.take(host);
+  if (!lock) {
+    const holder = (await readIfExists(note))?.trim() || "unknown";
+    throw new OperatorError(`The folder of ${host} is in use by process ${holder}; stop that one first`);
+  }
+  await writeFile(note, `${process.pid}\n`);
+  return lock;
 }
 
 /** Brings a sender's folder to what its ledger says. Throws an OperatorError when a newer version wrote the ledger. */

@@ -34,7 +34,7 @@ import {
   syncFolder,
   writeDurably,
 } from "../durable.ts";
-import { formatRecord, type Ledger, noteSealed, type Stream, snapshot } from "../ledger.ts";
+import { formatRecord, type Ledger, noteSealed, type StreamRecord, snapshot } from "../ledger.ts";
 import type { Log } from "../service.ts";
 import type { Entry, Journal, Run } from "./journal.ts";
 import {
@@ -111,7 +111,7 @@ const nextTick = promisify(setImmediate);
 interface Draft {
   chunk: Chunk;
   now: number;
-  state: Stream;
+  state: StreamRecord;
   runs: Run[];
   piece?: Entry["piece"];
   /** The lowest source offset of its lines. */
@@ -151,7 +151,7 @@ export class Sender implements Place {
   readonly #openedAt: number;
   #isHeard = false;
   /** What is staged and not in the ledger yet. */
-  readonly #streams = new Map<string, Stream>();
+  readonly #streams = new Map<string, StreamRecord>();
   readonly #lengths = new Map<string, { bytes: number; entries: number }>();
   /** The open batch of each window. */
   readonly #batches = new Map<string, string>();
@@ -206,7 +206,7 @@ export class Sender implements Place {
     return result;
   }
 
-  stream(name: string): Stream | undefined {
+  stream(name: string): StreamRecord | undefined {
     return this.#streams.get(name) ?? this.ledger.streams.get(name);
   }
 
@@ -224,7 +224,7 @@ export class Sender implements Place {
       const known = this.stream(chunk.stream);
       const verdict = compare(chunk, known);
       if (verdict === "ahead" && mayWait) return verdict;
-      this.hear(chunk, chunk.peer);
+      this.hear(chunk, chunk.peer, true);
       const { offset: at = 0, end: to = 0 } = chunk;
       if (
         !known &&
@@ -237,7 +237,7 @@ export class Sender implements Place {
       if (verdict === "unknown")
         return { outcome: Promise.resolve({ kind: "unknown", lines: 0, offset: 0 }) };
       if (verdict === "take") return { outcome: this.#stage(await this.#file(chunk, known)) };
-      const { offset, mark } = known as Stream;
+      const { offset, mark } = known as StreamRecord;
       const told: Outcome = { kind: "conflict", lines: 0, offset, ...(mark !== undefined && { mark }) };
       return { outcome: this.#appended.then(() => told) };
     });
@@ -255,11 +255,11 @@ export class Sender implements Place {
     });
   }
 
-  async #file(chunk: Chunk, known: Stream | undefined): Promise<Draft> {
+  async #file(chunk: Chunk, known: StreamRecord | undefined): Promise<Draft> {
     const now = this.options.now();
     const { offset = known?.offset ?? 0, end = offset + chunk.body.length, body, mark, head } = chunk;
     if (!known) this.#makeRoomForStream();
-    const state: Stream = { ...known, offset: end, at: now };
+    const state: StreamRecord = { ...known, offset: end, at: now };
     delete state.lag;
     if (mark !== undefined) state.mark = mark;
     if (head !== undefined) state.head = head;
@@ -534,10 +534,15 @@ export class Sender implements Place {
 
   // ---- what a sender tells, and what it is told
 
-  /** Takes what a sender tells of itself. */
-  hear(news: SenderNews, peer: string): void {
+  /**
+   * Takes what a sender tells of itself. `hasShipped`: it ships, or names streams. One that was never heard here asks before
+   * it ships anything: this one has used names in another folder, or in this one before it was lost.
+   */
+  hear(news: SenderNews, peer: string, hasShipped: boolean): void {
     const now = this.options.now();
-    const { facts } = this.ledger;
+    const { facts, streams, used } = this.ledger;
+    const isStranger = facts.shippers === undefined && streams.size === 0 && used.size === 0;
+    if (hasShipped && isStranger && news.shipper !== undefined) this.#doubtNames(now);
     this.#isHeard = true;
     this.ledger.heardAt = now;
     this.isDirty = true;
@@ -791,7 +796,7 @@ export class Sender implements Place {
 }
 
 /** The wire's rules for one chunk. */
-function compare(chunk: Chunk, known: Stream | undefined): "take" | "ahead" | "conflict" | "unknown" {
+function compare(chunk: Chunk, known: StreamRecord | undefined): "take" | "ahead" | "conflict" | "unknown" {
   const { offset, end, mark, from, begin } = chunk;
   if (offset === undefined) return "take";
   // Version 1.0 has no marks: its unknown streams are begun at whatever offset it says.
@@ -804,7 +809,7 @@ function compare(chunk: Chunk, known: Stream | undefined): "take" | "ahead" | "c
   return isOther ? "conflict" : "take";
 }
 
-function windowOf({ window, windowEnd = 0 }: Stream): Window | undefined {
+function windowOf({ window, windowEnd = 0 }: StreamRecord): Window | undefined {
   return window === undefined ? undefined : { name: window, endsAt: windowEnd, zone: 0 };
 }
 

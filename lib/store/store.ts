@@ -3,16 +3,18 @@
  * checkpoints, segments that are dropped behind them, sealing, what is written again from the journal after a fault.
  */
 import { randomBytes } from "node:crypto";
-import { statfsSync } from "node:fs";
+import { lstatSync, statfsSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
-import { dashedHost, LEDGER, listHosts } from "../batch.ts";
+import { dashedHost, LEDGER, listHosts, parseBatchName } from "../batch.ts";
 import type { SenderNews, StreamStatus } from "../chunk.ts";
 import { exists, holdLock, makeFolder, removeDurably, writeDurably } from "../durable.ts";
-import { formatRecord, type Ledger, snapshot } from "../ledger.ts";
-import { createFaultLog, errorMessage, type FaultLog } from "../service.ts";
+import { parseHost } from "../host.ts";
+import { formatRecord, type Ledger, readLedger, snapshot } from "../ledger.ts";
+import { NameLocks } from "../runtime.ts";
+import { createFaultLog, errorMessage, type FaultLog, OperatorError } from "../service.ts";
 import { Journal, journalLock, readJournal } from "./journal.ts";
-import { decodeBody, lockSender, Parts, recoverSender, replayJournals, writeEntry } from "./recover.ts";
+import { decodeBody, lockSender, Parts, recoverSender, replayJournals, writeAgain } from "./recover.ts";
 import { type Chunk, type Outcome, Sender, StoreError, type StoreOptions, storeError } from "./sender.ts";
 
 /** A chunk that starts ahead waits so long for what is before it; all that wait hold so many bytes at most. */
@@ -41,6 +43,7 @@ export class Store {
   #options: Options;
   readonly #faults: FaultLog;
   readonly #parts = new Parts();
+  readonly #locks: NameLocks;
   readonly #journal: Journal;
   #lock: { release: () => void } | undefined;
   readonly #opening = new Map<string, Promise<Sender>>();
@@ -55,6 +58,7 @@ export class Store {
   constructor(options: Options) {
     this.#options = options;
     this.#faults = createFaultLog(options.log, options.now);
+    this.#locks = new NameLocks(join(options.dir, ".hosts.lock"));
     this.#journal = new Journal(options.dir, randomBytes(8).toString("hex"));
   }
 
@@ -74,7 +78,11 @@ export class Store {
     for (const host of await listHosts(this.#options.dir)) {
       const folder = join(this.#options.dir, host);
       const names = await readdir(folder).catch(() => [] as string[]); // not ours: lost+found
-      if (!names.some((name) => name.startsWith(LEDGER))) continue;
+      if (parseHost(host) !== host || !names.some((name) => name.startsWith(LEDGER))) continue;
+      if (isCopy(host, await readLedger(folder))) {
+        this.#options.log.warn("folder left alone: its ledger is of another host", { folder });
+        continue;
+      }
       this.#dashes.set(dashedHost(host), host);
       if (isOurs(host)) this.#unopened.add(host);
     }
@@ -137,7 +145,7 @@ export class Store {
   ): Promise<StreamStatus[]> {
     try {
       const sender = this.senders.get(host) ?? (await this.#open(host));
-      sender.hear(news, peer);
+      sender.hear(news, peer, names !== undefined && names.length > 0);
       return await sender.streams(names);
     } catch (error) {
       throw storeError(error);
@@ -177,7 +185,9 @@ export class Store {
       await this.#admit(host);
       const folder = join(options.dir, host);
       await makeFolder(folder, 0o770);
-      const lock = await lockSender(host, folder);
+      if (!lstatSync(folder).isDirectory())
+        throw new OperatorError(`${folder} is a link: no host's folder is one`);
+      const lock = await lockSender(this.#locks, host, folder);
       try {
         await replayJournals(options.dir, this.#journal.id, options.log);
         const ledger = await recoverSender(host, folder, options.log);
@@ -271,7 +281,7 @@ export class Store {
       await makeFolder(sender.folder, 0o770);
       for await (const { entry, body } of readJournal(this.#journal.paths, () => {})) {
         if (entry.host !== host || entry.seq <= sender.safeSeq) continue;
-        await writeEntry(sender, entry, decodeBody(entry, body));
+        await writeAgain(sender, entry, decodeBody(entry, body));
       }
       sender.mend();
       await sender.checkpoint();
@@ -348,12 +358,19 @@ export class Store {
     const isEmpty = this.#journal.paths.length === 0;
     this.senders.clear();
     this.#parts.closeAll();
+    this.#locks.close();
     const lock = this.#lock;
     this.#lock = undefined;
     lock?.release();
     if (isEmpty && lock)
       await removeDurably(journalLock(this.#options.dir, this.#journal.id)).catch(() => {});
   }
+}
+
+/** Whether a ledger speaks of batches, and of none that this host would have: a copy made by hand. */
+function isCopy(host: string, ledger: Ledger | undefined): boolean {
+  const names = [...(ledger?.open.keys() ?? []), ...(ledger?.sealed.keys() ?? [])];
+  return names.length > 0 && !names.some((name) => parseBatchName(name)?.host === dashedHost(host));
 }
 
 export function createStore(options: Options): Store {

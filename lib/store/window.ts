@@ -158,7 +158,7 @@ class Calendar {
 // ---- logFormat
 
 /** Where the time of a format is, compiled from the text of the format once. */
-export interface Place {
+export interface TimePlace {
   variable: TimeVariable;
   /** Text before the first variable. */
   prefix: Uint8Array;
@@ -199,7 +199,7 @@ function holdsTime(name: string, time: TimeVariable): boolean {
 }
 
 /** Compiles a format: a whole `log_format …;` or the text between its quotes. Throws an Error that says what it lacks. */
-export function compileFormat(text: string): Place {
+export function compileFormat(text: string): TimePlace {
   const { escaping, format } = readDirective(text);
   const pieces: Piece[] = [];
   let end = 0;
@@ -212,7 +212,7 @@ export function compileFormat(text: string): Place {
   const places = pieces.flatMap(({ variable }, index) =>
     variable !== undefined && variable in LENGTH ? [placeAt(pieces, index, escaping)] : [],
   );
-  const rank = ({ pick, variable }: Place) => (pick === "only" ? 2 : 0) + (variable === "msec" ? 1 : 0);
+  const rank = ({ pick, variable }: TimePlace) => (pick === "only" ? 2 : 0) + (variable === "msec" ? 1 : 0);
   const best = places.sort((a, b) => rank(a) - rank(b))[0];
   if (!best) throw new Error("has no time: expected $time_local, $time_iso8601 or $msec in it");
   return best;
@@ -237,7 +237,7 @@ function readDirective(text: string): { escaping: string; format: string } {
 }
 
 /** The place of the time variable that is the piece `index`. */
-function placeAt(pieces: Piece[], index: number, escaping: string): Place {
+function placeAt(pieces: Piece[], index: number, escaping: string): TimePlace {
   const variable = pieces[index]?.variable as TimeVariable;
   const isFree = escaping === "none";
   const cut = (text: string) => (isFree ? [text] : splitAtDelimiters(text));
@@ -307,7 +307,7 @@ function exampleOf(name: string, now: Date): string {
 }
 
 /** Finds the time of a line by the places of one format or several. */
-function findByFormats(calendar: Calendar, places: Place[]): FindWindow {
+function findByFormats(calendar: Calendar, places: TimePlace[]): FindWindow {
   const [only] = places;
   if (only && places.length === 1) {
     // combined and its like: the time stands just before the first quote
@@ -341,7 +341,7 @@ function findByFormats(calendar: Calendar, places: Place[]): FindWindow {
 }
 
 /** The window by one place, or undefined when no time, or more than one, stands there. */
-function findAt(calendar: Calendar, place: Place, b: Uint8Array, start: number, end: number) {
+function findAt(calendar: Calendar, place: TimePlace, b: Uint8Array, start: number, end: number) {
   const { delimiters, pick } = place;
   let from = start;
   let to = end;
@@ -363,7 +363,7 @@ function findAt(calendar: Calendar, place: Place, b: Uint8Array, start: number, 
 }
 
 /** The first time of a segment, the last, or the only one. */
-function searchTime(calendar: Calendar, place: Place, b: Uint8Array, from: number, to: number) {
+function searchTime(calendar: Calendar, place: TimePlace, b: Uint8Array, from: number, to: number) {
   const last = to - LENGTH[place.variable];
   const step = place.pick === "last" ? -1 : 1;
   let found: Window | undefined;
@@ -379,7 +379,7 @@ function searchTime(calendar: Calendar, place: Place, b: Uint8Array, from: numbe
 }
 
 /** The window of the time at `at`, when the text of the format stands around it. */
-function timeAt(calendar: Calendar, place: Place, b: Uint8Array, at: number, from: number, to: number) {
+function timeAt(calendar: Calendar, place: TimePlace, b: Uint8Array, at: number, from: number, to: number) {
   const { variable, lead, tail } = place;
   const after = at + LENGTH[variable];
   if (at < from || after > to || !matches(b, at - lead.length, to, lead) || !matches(b, after, to, tail))

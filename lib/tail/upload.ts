@@ -13,11 +13,11 @@ import {
   STREAMS_PATH,
   type StreamStatus,
   UPLOAD_PATH,
-} from "./chunk.ts";
-import { type Config, readSecret } from "./config.ts";
-import { parseHost } from "./host.ts";
-import { fetchWith } from "./runtime.ts";
-import { errorMessage, retryDelay } from "./service.ts";
+} from "../chunk.ts";
+import { type Config, readSecret } from "../config.ts";
+import { parseHost } from "../host.ts";
+import { fetchWith } from "../runtime.ts";
+import { errorMessage, retryDelay } from "../service.ts";
 
 /** Bodies below this many bytes are not worth compressing. */
 const COMPRESS_FROM = 1024;
@@ -35,8 +35,8 @@ const FORGOTTEN_MS = 310_000;
 /** After a time limit was met the next one is longer, up to so many times the configured one. */
 const MOST_PATIENCE = 32;
 
-/** A chunk that is ready to be sent: its body is encoded. */
-export interface Chunk extends ChunkHeaders {
+/** A chunk that is ready to be sent. */
+export interface EncodedChunk extends ChunkHeaders {
   body: Uint8Array<ArrayBuffer>;
   encoding: "identity" | "gzip" | "zstd";
 }
@@ -53,109 +53,120 @@ export type Answer =
   | { kind: "tooLarge" }
   | { kind: "refused"; waitMs: number; status: number; reason: string; isSlow?: boolean };
 
-export type Uploader = ReturnType<typeof createUploader>;
-
 /** The one who talks to the receiver. `signal` ends a request in hand. */
-export function createUploader(config: Config["shipper"], signal: AbortSignal) {
-  const base = config.receiver.replace(/\/+$/, "");
-  const via = config.proxy === undefined ? "" : ` through ${config.proxy}`;
-  let tls = { ca: "", cert: "", key: "" };
-  let fetchChunk = fetchWith({ ...(config.proxy && { proxy: config.proxy }) });
-  let refusals = 0;
-  let patience = 1;
+export class Uploader {
+  readonly #config: Config["shipper"];
+  readonly #signal: AbortSignal;
+  readonly #base: string;
+  readonly #via: string;
+  #tls = { ca: "", cert: "", key: "" };
+  #fetch: typeof fetch;
+  #refusals = 0;
+  #patience = 1;
   /** When a connection that is kept was used last: the runtime forgets it after `FORGOTTEN_MS`. */
-  let keptAt = Number.NEGATIVE_INFINITY;
+  #keptAt = Number.NEGATIVE_INFINITY;
 
-  async function request(path: string, headers: Record<string, string>, body?: BodyInit): Promise<Response> {
-    const pem = (file: string | undefined) => (file === undefined ? "" : readSecret({ file }));
-    const now = { ca: pem(config.ca), cert: pem(config.cert), key: pem(config.key) };
-    if (now.ca !== tls.ca || now.cert !== tls.cert || now.key !== tls.key) {
-      tls = now; // read again when a file has changed: a new certificate needs no restart
-      fetchChunk = fetchWith({ ...now, ...(config.proxy && { proxy: config.proxy }) });
+  constructor(config: Config["shipper"], signal: AbortSignal) {
+    this.#config = config;
+    this.#signal = signal;
+    this.#base = config.receiver.replace(/\/+$/, "");
+    this.#via = config.proxy === undefined ? "" : ` through ${config.proxy}`;
+    this.#fetch = fetchWith({ proxy: config.proxy });
+  }
+
+  /** Sends one chunk, once. Throws only when the signal is aborted. */
+  async send(chunk: EncodedChunk): Promise<Answer> {
+    try {
+      const headers = {
+        ...formatChunkHeaders(chunk),
+        "Content-Type": "text/plain",
+        ...(chunk.encoding !== "identity" && { "Content-Encoding": chunk.encoding }),
+      };
+      const response = await this.#request(UPLOAD_PATH, headers, chunk.body);
+      return this.#answerOf(chunk, response, await readText(response, ANSWER_BYTES));
+    } catch (error) {
+      if (this.#signal.aborted) throw error;
+      const isSlow = (error as Error).name === "TimeoutError";
+      if (isSlow) this.#patience = Math.min(MOST_PATIENCE, this.#patience * 2);
+      const pace = isCertificateFault(error) ? REFUSED : AWAY;
+      return { ...this.#refused(0, `${errorMessage(error)}${this.#via}`, pace), isSlow };
     }
-    const token = config.token && readSecret(config.token);
-    return fetchChunk(base + path, {
+  }
+
+  #answerOf(chunk: EncodedChunk, response: Response, text: string): Answer {
+    const { status, headers } = response;
+    const offset = parseOffset(response);
+    this.#patience = 1;
+    if (status === 200 && offset === chunk.end) {
+      this.#refusals = 0;
+      release(chunk);
+      return { kind: "stored", offset, lines: parseLines(text) };
+    }
+    if (status === 409 && (offset !== undefined || isOurs(response))) {
+      const mark = headers.get(HEADER.mark) ?? undefined;
+      return offset === undefined ? { kind: "unknown" } : { kind: "moved", offset, mark };
+    }
+    if (status === 413) return { kind: "tooLarge" };
+    const after = parseRetryAfter(response);
+    const reason = response.ok ? `${whoAnswers(response, text)}${this.#via}` : firstWords(text);
+    const answer = this.#refused(status, reason, isPassing(status) ? AWAY : REFUSED);
+    return after === undefined ? answer : { ...answer, waitMs: after };
+  }
+
+  /** What the receiver knows of streams of this host, of all when no names are given. A sign of life, too. */
+  async ask(host: string, names: string[] | undefined, news: SenderNews): Promise<StreamStatus[]> {
+    const what = `Cannot ask ${this.#base} where the streams stand${this.#via}`;
+    const headers = { ...formatNews(news), [HEADER.host]: host, "Content-Type": "application/json" };
+    const body = names && JSON.stringify({ streams: names });
+    // fetch tells network faults, also in the middle of an answer, as TypeErrors, which elsewhere are bugs
+    const unanswered = (error: unknown): never => {
+      if (this.#signal.aborted) throw error;
+      throw new Unanswered(what, 0, errorMessage(error));
+    };
+    const response = await this.#request(STREAMS_PATH, headers, body).catch(unanswered);
+    const { status } = response;
+    const text = await readText(response, status === 200 ? STREAMS_BYTES : ANSWER_BYTES).catch(unanswered);
+    const streams = status === 200 ? parseStreams(text, host) : undefined;
+    if (streams) return streams;
+    const hint = status === 404 ? "update the receiver first: it is of version 1.0, or no receiver" : "";
+    const own = firstWords(text) + (ADVICE[status] ?? "");
+    throw new Unanswered(what, status, hint || (isOurs(response) ? own : whoAnswers(response, text)));
+  }
+
+  #request(path: string, headers: Record<string, string>, body?: BodyInit): Promise<Response> {
+    const { ca, cert, key, proxy, token: ref, timeoutSeconds } = this.#config;
+    const pem = (file: string | undefined) => (file === undefined ? "" : readSecret({ file }));
+    const now = { ca: pem(ca), cert: pem(cert), key: pem(key) };
+    if (now.ca !== this.#tls.ca || now.cert !== this.#tls.cert || now.key !== this.#tls.key) {
+      this.#tls = now; // read again when a file has changed: a new certificate needs no restart
+      this.#fetch = fetchWith({ ...now, proxy });
+    }
+    const token = ref && readSecret(ref);
+    const limit = AbortSignal.timeout(timeoutSeconds * 1000 * this.#patience);
+    const send = this.#fetch;
+    return send(this.#base + path, {
       method: "POST",
       headers: { ...headers, ...(token && { Authorization: `Bearer ${token}` }) },
       ...(body !== undefined && { body }),
       redirect: "manual",
-      keepalive: mayKeep(),
-      signal: AbortSignal.any([signal, AbortSignal.timeout(config.timeoutSeconds * 1000 * patience)]),
+      keepalive: this.#mayKeep(),
+      signal: AbortSignal.any([this.#signal, limit]),
     });
   }
 
   /** A connection that was idle is not used again: whatever stands between may have forgotten it. */
-  function mayKeep(): boolean {
-    const idleMs = performance.now() - keptAt;
+  #mayKeep(): boolean {
+    const idleMs = performance.now() - this.#keptAt;
     const isFresh = idleMs < IDLE_MS || idleMs > FORGOTTEN_MS;
-    if (isFresh) keptAt = performance.now();
+    if (isFresh) this.#keptAt = performance.now();
     return isFresh;
   }
 
   /** A fault's pause grows with the number of faults in a row, over all streams. */
-  function refused(status: number, reason: string, pace: { min: number; max: number } = REFUSED): Answer {
-    refusals++;
-    return { kind: "refused", waitMs: retryDelay(refusals, pace), status, reason };
+  #refused(status: number, reason: string, pace: { min: number; max: number }) {
+    this.#refusals++;
+    return { kind: "refused" as const, waitMs: retryDelay(this.#refusals, pace), status, reason };
   }
-
-  return {
-    /** Sends one chunk, once. Throws only when the signal is aborted. */
-    async send(chunk: Chunk): Promise<Answer> {
-      try {
-        const headers = {
-          ...formatChunkHeaders(chunk),
-          "Content-Type": "text/plain",
-          ...(chunk.encoding !== "identity" && { "Content-Encoding": chunk.encoding }),
-        };
-        const response = await request(UPLOAD_PATH, headers, chunk.body);
-        const text = await readText(response, ANSWER_BYTES);
-        const offset = parseOffset(response);
-        patience = 1;
-        if (response.status === 200 && offset === chunk.end) {
-          refusals = 0;
-          release(chunk);
-          return { kind: "stored", offset, lines: parseLines(text) };
-        }
-        if (response.status === 409 && (offset !== undefined || isOurs(response))) {
-          const mark = response.headers.get(HEADER.mark) ?? undefined;
-          return offset === undefined ? { kind: "unknown" } : { kind: "moved", offset, mark };
-        }
-        if (response.status === 413) return { kind: "tooLarge" };
-        const after = parseRetryAfter(response);
-        const reason = response.ok ? `${whoAnswers(response, text)}${via}` : firstWords(text);
-        const answer = refused(response.status, reason, isPassing(response.status) ? AWAY : REFUSED);
-        return answer.kind === "refused" && after !== undefined ? { ...answer, waitMs: after } : answer;
-      } catch (error) {
-        if (signal.aborted) throw error;
-        const isSlow = (error as Error).name === "TimeoutError";
-        if (isSlow) patience = Math.min(MOST_PATIENCE, patience * 2);
-        const answer = refused(0, `${errorMessage(error)}${via}`, isCertificateFault(error) ? REFUSED : AWAY);
-        return { ...answer, isSlow } as Answer;
-      }
-    },
-
-    /** What the receiver knows of streams of this host, of all when no names are given. A sign of life, too. */
-    async ask(host: string, names: string[] | undefined, news: SenderNews): Promise<StreamStatus[]> {
-      const what = `Cannot ask ${base} where the streams stand${via}`;
-      const headers = { ...formatNews(news), [HEADER.host]: host, "Content-Type": "application/json" };
-      const body = names && JSON.stringify({ streams: names });
-      // fetch tells network faults, also in the middle of an answer, as TypeErrors, which elsewhere are bugs
-      const unanswered = (error: unknown): never => {
-        if (signal.aborted) throw error;
-        throw new Unanswered(what, 0, errorMessage(error));
-      };
-      const response = await request(STREAMS_PATH, headers, body).catch(unanswered);
-      const most = response.status === 200 ? STREAMS_BYTES : ANSWER_BYTES;
-      const text = await readText(response, most).catch(unanswered);
-      const streams = response.status === 200 ? parseStreams(text, host) : undefined;
-      if (streams) return streams;
-      const hint =
-        response.status === 404 ? "update the receiver first: it is of version 1.0, or no receiver" : "";
-      const advice = ADVICE[response.status] ?? "";
-      const reason = isOurs(response) ? firstWords(text) + advice : whoAnswers(response, text);
-      throw new Unanswered(what, response.status, hint || reason);
-    },
-  };
 }
 
 /** The question where streams stand was not answered. */
@@ -229,7 +240,7 @@ function parseStreams(text: string, host: string): StreamStatus[] | undefined {
 export function encodeBody(
   body: Uint8Array<ArrayBuffer>,
   compression: Config["shipper"]["compression"],
-): Pick<Chunk, "body" | "encoding"> {
+): Pick<EncodedChunk, "body" | "encoding"> {
   if (compression === "none" || body.length < COMPRESS_FROM)
     return { body: new Uint8Array(body), encoding: "identity" };
   const encoded =
@@ -247,7 +258,7 @@ export function encodeBody(
  * Gives the memory of an encoded body back at once: the collector would let many of them pile up. Small ones may
  * share the runtime's pool with others, and stay.
  */
-function release({ encoding, body }: Chunk): void {
+function release({ encoding, body }: EncodedChunk): void {
   if (encoding !== "identity" && body.buffer.byteLength >= 65_536) body.buffer.transfer(0);
 }
 
