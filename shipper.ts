@@ -18,8 +18,7 @@ import { whatIsMissing } from "./lib/check.ts";
 import type { StreamStatus } from "./lib/chunk.ts";
 import { MARK_BYTES } from "./lib/chunk.ts";
 import type { Config } from "./lib/config.ts";
-import { failpoint, findHolder, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
-import { parseHost } from "./lib/host.ts";
+import { failpoint, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
 import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import {
   createFaultLog,
@@ -27,7 +26,6 @@ import {
   EXIT,
   errorMessage,
   type FaultLog,
-  formatBytes,
   type Log,
   OperatorError,
   runScript,
@@ -35,26 +33,22 @@ import {
   VERSION,
   wait,
 } from "./lib/service.ts";
-import { formatTable, paint } from "./lib/table.ts";
-import { cursorPath, drawName, readCursor, type Stream, type StreamState } from "./lib/tail/cursor.ts";
+import { beginAs, findWayBack, moveTo, takeStatus, takeWayBack } from "./lib/tail/answers.ts";
+import type { Stream } from "./lib/tail/cursor.ts";
 import {
   addMark,
   compressionOf,
   contentStart,
-  endOfLines,
   LogFile,
   type Mark,
-  markBefore,
   parseSkipRule,
   readMark,
   type SkipRule,
-  skipLines,
-  trimNuls,
-  wholeLines,
   wireMark,
 } from "./lib/tail/file.ts";
-import { fitOf } from "./lib/tail/identify.ts";
 import { isGlob, lookAt, Paths, Watch, whyNotFollowed } from "./lib/tail/paths.ts";
+import { Buffers, Changed, readPortion } from "./lib/tail/reader.ts";
+import { showDelivered, showStatus } from "./lib/tail/status.ts";
 import { type FollowedLog, isAtEnd, type Look, placeOf, Streams } from "./lib/tail/streams.ts";
 import { type Answer, type EncodedChunk, encodeBody, Unanswered, Uploader } from "./lib/tail/upload.ts";
 
@@ -69,8 +63,6 @@ const TELL_EVERY_MS = 60_000;
 const METRICS_EVERY_MS = 15_000;
 /** How often it is told that a path of the config matches nothing. */
 const MISSING_EVERY_MS = 3_600_000;
-/** Files in hand at once: a buffer each, so that memory does not grow with the files. */
-const TRANSFERS = 3;
 /** On a link on which a chunk takes so long, one is on its way. */
 const SLOW_MS = 2_000;
 /** The smallest chunk that a 413 or a slow link can lead to. */
@@ -105,8 +97,6 @@ export interface Shipper {
   unknown: Set<Stream>;
   /** Streams without a file, of which the receiver may have more than the cursor says. */
   orphans: Stream[];
-  /** What the receiver told last of all streams. */
-  told: StreamStatus[];
   /** When it may be asked what it knows of a host without a cursor. */
   askAt: number;
   /** A look at all files, for `Log-Through`. */
@@ -124,13 +114,10 @@ class Refused extends Error {
   }
 }
 
-/** The file's bytes are not the ones that were seen before. */
-class Changed extends Error {}
-
 async function main(service: Service<"shipper">): Promise<number> {
   const { config, log, signal, now, flags } = service;
-  if (flags.status) return printStatus(service);
-  if (flags.delivered) return printDelivered(config, String(flags.delivered), signal);
+  if (flags.status) return showStatus(service);
+  if (flags.delivered) return showDelivered(config, String(flags.delivered), signal);
   const isFresh = !existsSync(join(config.stateDir, ".lock"));
   await takeStateDir(config, log);
   const shipper = await openShipper(config, { log, signal, now, isFresh });
@@ -199,7 +186,6 @@ export async function openShipper(
     askNow: false,
     unknown: new Set(),
     orphans: [],
-    told: [],
     askAt: 0,
     lookAt: 0,
   };
@@ -464,8 +450,8 @@ async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBu
       stream.retryAt = mono() + NAMES_MS;
       return true;
     }
-    await findWayBack(shipper, stream, file);
-    takeWayBack(shipper, stream);
+    await findWayBack(streams, stream, file);
+    takeWayBack(streams, stream);
     const isDone = await drain(shipper, stream, { file, buffer, flying: [], isSingle: false });
     stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
@@ -585,7 +571,7 @@ async function goBack(shipper: Shipper, stream: Stream, flight: Flight, first: A
   const answers = [first, ...(await settle(shipper, stream, flight))];
   flight.isSingle = true;
   const [highest] = answers.filter((answer) => answer.kind === "moved").sort((a, b) => b.offset - a.offset);
-  if (highest) return moveTo(shipper, stream, flight.file, highest.offset, highest.mark);
+  if (highest) return moveTo(shipper.streams, stream, flight.file, highest.offset, highest.mark);
   if (!answers.some(({ kind }) => kind === "unknown")) return true;
   shipper.unknown.add(stream);
   shipper.askNow = true;
@@ -604,62 +590,23 @@ async function settle(shipper: Shipper, stream: Stream, flight: Flight): Promise
   return answers;
 }
 
-/**
- * Reads the next chunk behind `before`, with the bytes before it, which are compared with the mark that was made of them;
- * leaves out what is to be skipped, and encodes it. Undefined when there is no whole line.
- */
+/** The next chunk behind `before`, encoded; undefined when there is no whole line. */
 async function prepare(
   shipper: Shipper,
   stream: Stream,
   { file, buffer }: Flight,
   before: Flown | undefined,
 ): Promise<Omit<Flown, "answer" | "sentAt"> | undefined> {
-  const { config, skip, streams } = shipper;
+  const { config, chunkBytes, skip } = shipper;
   const offset = before?.chunk.end ?? stream.offset;
   const marks = before?.marks ?? stream.marks;
-  const guard = Math.min(MARK_BYTES, offset);
-  const room = Math.min(shipper.chunkBytes, (stream.until ?? Number.POSITIVE_INFINITY) - offset);
-  if (room <= 0) return undefined;
-  const limit = guard + room;
-  const seen = stream.size;
-  const view = buffer.subarray(0, await file.readOnce(buffer.subarray(0, limit), offset - guard));
-  const isFull = view.length === limit;
-  const end = offset - guard + view.length;
-  checkGuard([stream.head, marks.at(-1)], view, offset, !isFull);
-  if (!file.compression && !isFull && end < seen) throw new Changed();
-  stream.size =
-    isFull && !file.compression
-      ? Math.max(stream.size, end)
-      : Math.max(end, file.compression ? stream.size : 0);
-  stream.checkedSize = stream.size;
-  noteHead(stream, view, offset - guard);
-
-  const bytes = view.subarray(guard);
-  const length =
-    wholeLines(bytes) || (isFull && !(await isBlank(file, bytes, stream.size)) ? bytes.length : 0); // a piece
-  if (length === 0) {
-    stream.drainedAt = end;
-    return undefined;
-  }
-  if (stream.id === undefined) {
-    beginAs(stream, "new", offset);
-    for (const each of streams.list) // one save for all that begin now
-      if (each.id === undefined && each.size > each.offset) beginAs(each, "new", each.offset);
-  }
-  if (!stream.isNamed) {
-    streams.isChanged = true; // the name is to be in both saves
-    await saveCursor(shipper);
-  }
-  stream.isNamed = true; // a state folder that can't be written stops nothing
-  const mark = markBefore(view.subarray(0, guard + length), offset + length);
-  const from = guard > 0 ? markBefore(view.subarray(0, guard), offset) : undefined;
-  const inLine = guard > 0 && view[guard - 1] !== 0x0a && view[guard - 1] !== 0;
-  const lines = skip.length > 0 ? countNewlines(bytes.subarray(0, length)) : 0; // before they are cut out in place
-  const body = chooseLines(bytes.subarray(0, length), inLine, skip);
-  const skipped = body.length < length ? lines - countNewlines(body) : 0;
+  const portion = await readPortion(stream, file, { buffer, offset, newest: marks.at(-1), chunkBytes, skip });
+  if (!portion) return undefined;
+  await nameStreams(shipper, stream, offset);
+  const { end, mark, from, skipped, body, isFull } = portion;
   const isHeadDue = stream.begin || offset < MARK_BYTES || (stream.head?.length ?? 0) < MARK_BYTES;
   const chunk: EncodedChunk = {
-    ...{ host: config.host, stream: stream.id as string, offset, end: offset + length, mark: wireMark(mark) },
+    ...{ host: config.host, stream: stream.id as string, offset, end, mark: wireMark(mark) },
     ...(from && { from: wireMark(from) }),
     ...(isHeadDue && stream.head && { head: wireMark(stream.head) }),
     ...(skipped > 0 && { skipped }),
@@ -668,52 +615,18 @@ async function prepare(
   return { chunk, marks: addMark(marks, mark), isFull };
 }
 
-/**
- * Throws Changed when the bytes before `offset`, or the head, are not the ones that were seen before. `view` begins at most
- * {@link MARK_BYTES} before the offset; `atEnd` says that it goes to the end of the file.
- */
-function checkGuard(seen: (Mark | undefined)[], view: Buffer, offset: number, atEnd: boolean): void {
-  const guard = Math.min(MARK_BYTES, offset);
-  if (view.length < guard) throw new Changed();
-  const start = offset - guard;
-  for (const mark of seen) {
-    if (!mark || mark.end - mark.length < start) continue;
-    const bytes = view.subarray(mark.end - mark.length - start, mark.end - start);
-    const isCut = bytes.length < mark.length;
-    if (isCut ? atEnd : markBefore(bytes, mark.end).hash !== mark.hash) throw new Changed();
+/** A stream that begins gets its name, with all others that begin now: on stable storage before the first chunk leaves. */
+async function nameStreams(shipper: Shipper, stream: Stream, offset: number): Promise<void> {
+  const { streams } = shipper;
+  if (stream.id === undefined) {
+    beginAs(stream, "new", offset);
+    for (const each of streams.list)
+      if (each.id === undefined && each.size > each.offset) beginAs(each, "new", each.offset);
   }
-}
-
-/** The head grows as far as `view`, that begins at `start`, shows it. */
-function noteHead(stream: Stream, view: Buffer, start: number): void {
-  const { head } = stream;
-  if ((head?.length ?? 0) >= MARK_BYTES) return;
-  const first = head ? head.end - head.length : stream.from;
-  if (first < start) return;
-  const bytes = trimNuls(view.subarray(first - start, first - start + MARK_BYTES));
-  if (bytes.length > (head?.length ?? 0)) stream.head = markBefore(bytes, first + bytes.length);
-}
-
-/** Whether the NULs at the end of `bytes` are room that a writer in place has not filled yet. */
-async function isBlank(file: LogFile, bytes: Uint8Array, size: number): Promise<boolean> {
-  if (bytes.at(-1) !== 0 || file.compression) return false;
-  const last = new Uint8Array(1);
-  return (await file.read(last, size - 1)) === 1 && last[0] === 0;
-}
-
-/** The lines that are not to be skipped. A line that goes over several chunks is never skipped, not even in part. */
-function chooseLines(bytes: Buffer<ArrayBuffer>, inLine: boolean, skip: SkipRule[]): Buffer<ArrayBuffer> {
-  if (skip.length === 0 || bytes.at(-1) !== 0x0a) return bytes;
-  const first = inLine ? bytes.indexOf(0x0a) + 1 : 0;
-  if (inLine && first === 0) return bytes;
-  const kept = skipLines(bytes.subarray(first), skip);
-  return bytes.subarray(0, first + kept.length);
-}
-
-function countNewlines(bytes: Uint8Array): number {
-  let count = 0;
-  for (let at = bytes.indexOf(0x0a); at >= 0; at = bytes.indexOf(0x0a, at + 1)) count++;
-  return count;
+  if (stream.isNamed) return;
+  streams.isChanged = true; // the name is to be in both saves
+  await saveCursor(shipper);
+  stream.isNamed = true; // a state folder that can't be written stops nothing
 }
 
 /** Sends a chunk once. Throws Refused: it is to be held. */
@@ -782,46 +695,6 @@ function lagOf({ streams }: Shipper): number {
 
 // ---- what the receiver says of a stream
 
-/** Draws a name: nothing of the file is in it, so no two streams ever share one. */
-function beginAs(stream: Stream, begin: "new" | "again", offset: number): void {
-  Object.assign(stream, { id: drawName(), begin, isNamed: false, offset, from: offset, endedAs: "" });
-  stream.marks = stream.marks.filter(({ end }) => end <= offset);
-  delete stream.delivered;
-  delete stream.isOld;
-}
-
-/**
- * The receiver has the stream up to another offset. That is believed only when the file has these bytes there (a stream of
- * version 1.0 has no marks); else a new stream begins where the own cursor fits. True when this one goes on.
- */
-async function moveTo(
-  shipper: Shipper,
-  stream: Stream,
-  file: LogFile,
-  offset: number,
-  mark: string | undefined,
-): Promise<boolean> {
-  const { log, streams } = shipper;
-  streams.isMoved = true;
-  const seen = offset > 0 ? await readMark(file, offset) : undefined;
-  const isSame = seen && (mark === undefined ? !stream.begin && stream.isOld : wireMark(seen) === mark);
-  const fields = { path: stream.path, stream: stream.id, sent: stream.offset, receiver: offset };
-  if (offset === 0 || isSame) {
-    log.info("receiver has this file up to another byte: going on there", fields);
-    const marks = stream.marks.filter(({ end }) => end < offset);
-    stream.marks = seen ? [...marks, seen] : marks;
-    stream.offset = offset;
-    if (offset > 0) delete stream.begin;
-    return true;
-  }
-  log.warn("receiver has other bytes than this file: a new stream begins", fields);
-  const fit = await fitOf(file, stream);
-  const isInLine = fit.is === "all" && stream.offset > 0;
-  const at = isInLine ? await endOfLines(file, stream.offset) : fit.is === "behind" ? fit.at : 0;
-  streams.succeed(stream, at);
-  return false;
-}
-
 /** The heartbeat: the question where all streams stand, whatever else goes on; at once when something hangs on the answer. */
 async function heartbeat(shipper: Shipper): Promise<void> {
   const { signal, mono, streams } = shipper;
@@ -857,11 +730,14 @@ async function ask(shipper: Shipper): Promise<boolean> {
       ...(through && { through }),
     });
     noteAnswered(shipper, shipper.unanswered);
-    shipper.told = told;
+    streams.told = told;
     if (isFirst) takeFirstAnswer(shipper, told);
     const byName = new Map(told.map((status) => [status.stream, status]));
     for (const [id, { stream, offset }] of asked)
-      if (stream.id === id) takeStatus(shipper, stream, byName.get(id), offset);
+      if (stream.id === id) {
+        shipper.unknown.delete(stream);
+        takeStatus(streams, stream, byName.get(id), offset);
+      }
     for (const stream of orphans) {
       if (stream.phase.is === "gone" && !stream.file && !stream.isBusy) streams.giveUp(stream);
     }
@@ -891,69 +767,6 @@ function takeFirstAnswer(shipper: Shipper, told: StreamStatus[]): void {
   }
   streams.takeAnswer(told);
   if (told.length > 0) shipper.lookAt = 0;
-}
-
-/**
- * A stream that the receiver has lost, or has less of than it had answered, goes back to what was delivered of it. What is
- * told of a stream without a file may be more than the cursor knew.
- */
-function takeStatus(
-  shipper: Shipper,
-  stream: Stream,
-  found: StreamStatus | undefined,
-  committed: number,
-): void {
-  const { streams, now } = shipper;
-  shipper.unknown.delete(stream);
-  if (found && found.offset >= committed) {
-    if (found.delivered !== undefined) {
-      if (found.delivered !== stream.delivered) streams.isMoved = true;
-      Object.assign(stream, { delivered: found.delivered, deliveredAt: now() });
-    }
-    if (stream.phase.is === "gone" && !stream.file)
-      stream.offset = Math.max(stream.offset, Math.min(found.offset, stream.size));
-    return;
-  }
-  if (stream.begin) return; // its first chunk is on its way
-  stream.wayBack = Math.min(committed, stream.delivered ?? stream.from);
-  const isNothing = stream.wayBack >= Math.min(committed, stream.until ?? committed);
-  if (isNothing && (stream.phase.is === "gone" || stream.phase.is === "ended")) {
-    stream.wayBack = undefined; // all of it is delivered: nothing is left to be said of it
-    return;
-  }
-  streams.reopen(stream);
-  if (stream.phase.is === "gone" && !stream.file) takeWayBack(shipper, stream);
-}
-
-/** A receiver that was set back has more of a lost stream than was delivered, when it stands at bytes that the file has there. */
-async function findWayBack({ told }: Shipper, stream: Stream, file: LogFile): Promise<void> {
-  const head = stream.head && wireMark(stream.head);
-  for (const status of stream.wayBack === undefined ? [] : told) {
-    const { offset, mark } = status;
-    const isAlike = status.stream === stream.id || (head !== undefined && status.head === head);
-    if (!isAlike || offset <= (stream.wayBack ?? 0) || offset > stream.offset) continue;
-    const seen = await readMark(file, offset);
-    const isSame = seen && wireMark(seen) === mark && (await endOfLines(file, offset)) === offset;
-    if (isSame) stream.wayBack = offset;
-  }
-}
-
-/** What was not delivered is shipped again, as a new stream that says so; what was all delivered goes on under a new name. */
-function takeWayBack({ log, streams }: Shipper, stream: Stream): void {
-  const { wayBack, offset, path, id, deliveredAt, phase, file } = stream;
-  if (wayBack === undefined) return;
-  stream.wayBack = undefined;
-  const from = Math.min(offset, wayBack);
-  if (from < offset) {
-    const deliveredAsOf = deliveredAt === undefined ? undefined : new Date(deliveredAt).toISOString();
-    const message =
-      phase.is === "gone" && !file
-        ? "receiver has lost lines of a file that is gone"
-        : "receiver has lost lines: shipping them again";
-    log.warn(message, { path, stream: id, from, bytes: offset - from, deliveredAsOf });
-  }
-  beginAs(stream, from < offset ? "again" : "new", from);
-  streams.isChanged = true;
 }
 
 /**
@@ -1060,32 +873,6 @@ async function keepMetrics(shipper: Shipper): Promise<void> {
   }
 }
 
-/** The buffers of the files in hand: made when first needed, handed from stream to stream. */
-class Buffers {
-  readonly #size: number;
-  readonly #free: Buffer<ArrayBuffer>[] = [];
-  readonly #waiting: ((buffer: Buffer<ArrayBuffer>) => void)[] = [];
-  #made = 0;
-
-  constructor(size: number) {
-    this.#size = size;
-  }
-
-  take(): Promise<Buffer<ArrayBuffer>> {
-    const buffer = this.#free.pop();
-    if (buffer) return Promise.resolve(buffer);
-    if (this.#made >= TRANSFERS) return new Promise((resolve) => this.#waiting.push(resolve));
-    this.#made++;
-    return Promise.resolve(Buffer.allocUnsafeSlow(this.#size));
-  }
-
-  give(buffer: Buffer<ArrayBuffer>): void {
-    const next = this.#waiting.shift();
-    if (next) next(buffer);
-    else this.#free.push(buffer);
-  }
-}
-
 /** Something that one loop waits for and events ring; a ring while nobody waits is not lost. */
 class Wakeup {
   #isRung = false;
@@ -1116,113 +903,6 @@ class Wakeup {
 }
 
 // ---- for the operator
-
-/** What of each file is shipped and delivered; 1 when a log is not there, or nobody ships what is. */
-async function printStatus({ config, flags }: Service<"shipper">): Promise<number> {
-  if (flags.host !== undefined && parseHost(String(flags.host)) !== config.host)
-    throw new OperatorError(`This is the sender ${config.host}, not ${flags.host}`);
-  const found = await readCursor(config.stateDir);
-  const { streams, lost } = "cursor" in found ? found.cursor : { streams: [], lost: 0 };
-  const rows = streams
-    .filter(
-      ({ phase, size, offset, delivered = 0 }) =>
-        phase.is === "reading" || offset < size || delivered < offset,
-    )
-    .map((stream) => ({
-      ...stream,
-      size: sizeNow(stream),
-      lag: Math.max(0, (stream.until ?? sizeNow(stream)) - stream.offset),
-    }))
-    .sort((a, b) => b.lag - a.lag);
-  const lag = rows.reduce((sum, row) => sum + row.lag, 0);
-  const problems = new Paths(config.files, config.olddir).missing().map((path) => `no file matches ${path}`);
-  if (found.state === "damaged")
-    problems.push(`no cursor in ${config.stateDir}: it is damaged; the next start asks the receiver`);
-  if (lag > 0 && findHolder(join(config.stateDir, ".lock")) === undefined)
-    problems.push(`no shipper is running: ${formatBytes(lag)} wait; systemctl status log-rt-sync-shipper`);
-  const ok = problems.length === 0;
-  if (flags.json) {
-    const files = rows.map(({ path, id, size, offset, delivered, lag }) => ({
-      path,
-      stream: id,
-      size,
-      shipped: offset,
-      delivered,
-      lag,
-    }));
-    process.stdout.write(`${JSON.stringify({ ok, problems, files, lost }, null, 2)}\n`);
-  } else process.stdout.write(formatStatus(config, found.state, rows, problems, lost));
-  return ok ? EXIT.done : EXIT.failed;
-}
-
-function formatStatus(
-  { stateDir }: Config["shipper"],
-  state: string,
-  rows: (StreamState & { lag: number })[],
-  problems: string[],
-  lost: number,
-): string {
-  const cells = rows.map(({ path, id = "-", size, offset, delivered, lag }) => {
-    return [path, id, String(size), String(offset), String(delivered ?? "-"), formatBytes(lag)];
-  });
-  const lag = rows.reduce((sum, row) => sum + row.lag, 0);
-  const isFirst = state === "absent";
-  const good = isFirst
-    ? `No cursor in ${stateDir}: nothing was shipped yet`
-    : `ok, ${formatBytes(lag)} to ship`;
-  const lines = [
-    ...problems.map((problem) => paint(problem, true)),
-    ...(problems.length === 0 ? [paint(good, false)] : []),
-    ...(isFirst
-      ? []
-      : [formatTable(["FILE", "STREAM", "SIZE", "SHIPPED", "DELIVERED", "LAG"], cells, [2, 3, 4]).trimEnd()]),
-    ...(lost > 0 ? [`Lost since the cursor began: ${formatBytes(lost)}`] : []),
-  ];
-  return `${lines.join("\n")}\n`;
-}
-
-/** The size of a stream's log: of an archive what was seen of its content. */
-function sizeNow({ path, key, size, offset }: StreamState): number {
-  const isPacked = /\.(gz|zst)$/.test(path);
-  const found = isPacked ? undefined : lookAt(path, path, false, true, new Map());
-  return found?.key === key ? found.size : Math.max(size, offset);
-}
-
-/** 0 when all of a file, whatever it is called now, is at the client; else 1 and how many bytes are not. */
-async function printDelivered(config: Config["shipper"], path: string, signal: AbortSignal): Promise<number> {
-  const found = await readCursor(config.stateDir);
-  if (!("cursor" in found))
-    throw new OperatorError(`Cannot say what is delivered: no cursor in ${cursorPath(config.stateDir)}`);
-  const file = await LogFile.open(path).catch((error) => {
-    throw new OperatorError(`Cannot look at "${path}": ${errorMessage(error)}`);
-  });
-  const { streams } = found.cursor;
-  const own = streams.find(
-    ({ key, copies }) => key === file.key || copies.some((copy) => copy.key === file.key),
-  );
-  let key = own?.key;
-  for (const stream of own ? [] : streams) {
-    const isEnough = stream.offset > 0 && stream.marks.length > 0;
-    if (isEnough && (await fitOf(file, stream as Stream)).is === "all") key = stream.key;
-  }
-  const chain = key === undefined ? [] : streams.filter((stream) => stream.key === key);
-  const names = chain.flatMap(({ id }) => id ?? []);
-  const told =
-    names.length === 0 ? [] : await new Uploader(config, signal).ask(config.host, names, {}).catch(() => []);
-  const length = await file.contentLength();
-  await file.close();
-  let waiting = chain.length === 0 ? length : 0;
-  for (const { id, from, until, delivered } of chain) {
-    const upTo = told.find((status) => status.stream === id)?.delivered ?? delivered ?? from;
-    waiting += Math.max(0, Math.min(until ?? length, length) - Math.max(from, upTo));
-  }
-  const text =
-    waiting === 0
-      ? `all ${length} bytes are delivered`
-      : `${waiting} of ${length} bytes are not delivered yet`;
-  process.stdout.write(`${path}: ${text}\n`);
-  return waiting === 0 ? EXIT.done : EXIT.failed;
-}
 
 /** What only the host can tell, for `--check`. */
 async function check({ config, signal, checks }: Service<"shipper">, connect: boolean): Promise<void> {

@@ -2,7 +2,7 @@
  * Everything that goes wrong in the field, by chance that a seed decides: the same seed plans the same faults
  * with the same pauses between them. Each fault is written down with its time before it happens.
  */
-import { existsSync, statfsSync, statSync } from "node:fs";
+import { existsSync, readdirSync, rmSync, statfsSync, statSync } from "node:fs";
 import { rm, truncate, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type Pipeline, SILENT_SECONDS } from "./pipeline.ts";
@@ -17,7 +17,7 @@ interface Fault {
 /** What is about to happen, in words, and the doing of it. */
 interface Act {
   text: string;
-  run: () => unknown;
+  run: (adversary: Adversary) => unknown;
 }
 
 /** A host that was made silent on purpose: its mails are checked in the end. */
@@ -27,6 +27,9 @@ export interface Outage {
   from: number;
   to: number;
 }
+
+/** A cursor that breaks, a host that is down and the loss of the receiver's folder are apart by so much: DESIGN bounds one at a time. */
+const APART_MS = 15_000;
 
 const FAULTS: Record<string, Fault> = {
   "kill a shipper": { weight: 12, act: (p, random) => kill(p.shippers, random, 5000) },
@@ -57,10 +60,13 @@ function breakCursor(pipeline: Pipeline, random: Random): Act {
   const how = random.pick(["emptied", "cut short", "full of NULs", "garbage"]);
   const names = random.chance(0.3) ? ["cursor.json", "cursor.json.previous"] : ["cursor.json"];
   const downMs = random.between(100, 2000);
-  const run = () =>
-    pipeline.shippers[i]?.kill(downMs, async () => {
+  const run = (adversary: Adversary) => {
+    if (Date.now() - (adversary.losses.at(-1) ?? 0) < APART_MS) return;
+    adversary.brokenAt = Date.now();
+    return pipeline.shippers[i]?.kill(downMs, async () => {
       for (const name of names) await damage(join(pipeline.stateDirs[i] as string, name), how);
     });
+  };
   return { text: `SIGKILL shipper ${i}, ${names.join(" and ")} ${how}`, run };
 }
 
@@ -129,6 +135,11 @@ export interface Adversary {
   /** What was done, oldest first. */
   history: string[];
   outages: Outage[];
+  /** When the receiver's folder was lost, ms since the epoch. */
+  losses: number[];
+  /** When a cursor was broken last, and whether a host is silenced. */
+  brokenAt: number;
+  isSilencing: boolean;
   /** How many of each kind. */
   counts: Record<string, number>;
   /** Ends when all faults are over and everything is healed. */
@@ -143,7 +154,10 @@ export function unleash(
   note: (text: string) => void,
 ): Adversary {
   const counts: Record<string, number> = {};
-  const adversary: Adversary = { history: [], outages: [], counts, finished: Promise.resolve() };
+  const adversary: Adversary = {
+    ...{ history: [], outages: [], losses: [], brokenAt: 0, isSilencing: false },
+    ...{ counts, finished: Promise.resolve() },
+  };
   const tell = (text: string) => {
     adversary.history.push(text);
     note(text);
@@ -158,25 +172,64 @@ export function unleash(
       const { text, run } = (FAULTS[name] as Fault).act(pipeline, random);
       counts[name] = (counts[name] ?? 0) + 1;
       tell(text);
-      const task: Promise<unknown> = Promise.resolve(run()).finally(() => inHand.delete(task));
+      const task: Promise<unknown> = Promise.resolve(run(adversary)).finally(() => inHand.delete(task));
       inHand.add(task);
     }
   };
   const silences = async () => {
     await sleep(Math.min(ms * 0.3, 60_000));
     for (let i = 0; Date.now() < ending - SILENT_SECONDS * 3000; i++) {
+      while (Date.now() - (adversary.losses.at(-1) ?? 0) < APART_MS) await sleep(100);
+      adversary.isSilencing = true;
       const outage = await silence(pipeline, i % pipeline.shippers.length, tell);
+      adversary.isSilencing = false;
       adversary.outages.push(outage);
       await sleep(Math.max(0, Math.min(60_000, ending - Date.now())));
     }
   };
+  const count = Math.max(1, Math.round(ms / 120_000));
+  const lossAt = Array.from({ length: count }, (_, i) => {
+    return ((i + 0.2 + 0.6 * random.fraction()) * ms) / count;
+  });
+  const losses = async () => {
+    for (const at of lossAt) {
+      await sleep(Math.max(0, ending - ms + at - Date.now()));
+      await loseFolder(pipeline, adversary, tell);
+      counts["folder lost"] = (counts["folder lost"] ?? 0) + 1;
+    }
+  };
   adversary.finished = (async () => {
-    await Promise.all([faults(), silences()]);
+    await Promise.all([faults(), silences(), losses()]);
     await Promise.all(inHand);
     for (const proxy of [...pipeline.uplinks, ...(pipeline.downlink ? [pipeline.downlink] : [])])
       proxy.heal();
   })();
   return adversary;
+}
+
+/** The disk of the middle server: all that writes there is killed, everything in the receiver's folder goes, all start again. */
+async function loseFolder(
+  pipeline: Pipeline,
+  adversary: Adversary,
+  tell: (text: string) => void,
+): Promise<void> {
+  const all = [...pipeline.receivers, pipeline.forwarder, pipeline.housekeeping];
+  const isApart = () => !adversary.isSilencing && Date.now() - adversary.brokenAt > APART_MS;
+  while (!isApart() || all.some(({ pid }) => pid === undefined)) await sleep(100);
+  tell("the receiver's folder is lost");
+  adversary.losses.push(Date.now());
+  const dead = all.map(() => Promise.withResolvers<void>());
+  const isEmpty = Promise.withResolvers<void>();
+  const back = all.map((one, i) =>
+    one.kill(500, () => {
+      dead[i]?.resolve();
+      return isEmpty.promise;
+    }),
+  );
+  await Promise.all(dead.map(({ promise }) => promise));
+  for (const name of readdirSync(pipeline.server)) rmSync(join(pipeline.server, name), { recursive: true });
+  isEmpty.resolve();
+  await Promise.all(back);
 }
 
 /** Takes a shipper down for longer than the monitor's patience, and SMTP while the alert is due. */

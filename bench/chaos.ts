@@ -3,9 +3,10 @@
  *
  * Starts the whole pipeline on real parts, lets a seeded adversary loose on it, then lets everything settle
  * and has an independent checker compare what was written with what lies on the client. Every count of the
- * last table must be 0, otherwise the exit code is 1 and the folder with all logs is kept. The same seed plans
+ * last table must be 0 (but for the lines that came again because the folder was lost), otherwise the exit code is 1 and the folder with all logs is kept. The same seed plans
  * the same faults again.
  */
+import { spawnSync } from "node:child_process";
 import { mkdtempSync, readdirSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -13,7 +14,7 @@ import { parseArgs } from "node:util";
 import { type Adversary, type Outage, unleash } from "./adversary.ts";
 import { checkDelivery, type Verdict } from "./checker.ts";
 import type { Mail } from "./mailbox.ts";
-import { type Pipeline, startPipeline, unmountDisk } from "./pipeline.ts";
+import { HEARTBEAT_SECONDS, type Pipeline, startPipeline, unmountDisk } from "./pipeline.ts";
 import { createRandom } from "./random.ts";
 import { createScreen, type Screen } from "./screen.ts";
 
@@ -37,8 +38,12 @@ export interface ChaosResult extends Verdict {
   crashes: number;
   /** Processes that did not end with 0 within 5 seconds of SIGTERM. */
   badExits: number;
+  /** What `forwarder --verify` finds at the client, but for what an hour may be without a promise being broken. */
+  unverified: number;
   kills: number;
   faults: Record<string, number>;
+  /** Answers to the hostile sender. */
+  attacks: Record<string, number>;
   /** How long it took from the last line to its delivery. */
   settledSeconds: number;
   passed: boolean;
@@ -59,9 +64,12 @@ const ZEROS = [
   "mailsTwice",
   "crashes",
   "badExits",
+  "unverified",
 ] as const;
 
 const DISK_MIB = 384;
+/** A host whose link is bad, and whose heartbeat comes late for it. */
+const LATE_MS = 15_000;
 /** When nothing more arrives for so long after the end, the rest is missing. */
 const SETTLE_MS = 45_000;
 
@@ -92,8 +100,9 @@ export async function runChaos(options: ChaosOptions, screen: Screen): Promise<C
     await adversary.finished;
     screen.note(seconds(), "the adversary is done; writers stop, everything settles");
     for (const writer of pipeline.writers) await writer.stop();
+    await pipeline.hostile.stop();
     const ended = Date.now();
-    await settle(pipeline);
+    await settle(pipeline, adversary.losses.length > 0 ? 10_000 : 2_500);
     const settledSeconds = Math.round((Date.now() - ended) / 1000);
     const exits = await Promise.all(pipeline.processes.map((one) => one.stop()));
     screen.end();
@@ -109,15 +118,15 @@ export async function runChaos(options: ChaosOptions, screen: Screen): Promise<C
 }
 
 /** Waits until as many bytes as were written lie at the client and no batch waits, or nothing moves any more. */
-async function settle(pipeline: Pipeline): Promise<void> {
+async function settle(pipeline: Pipeline, quietMs: number): Promise<void> {
   let bytes = -1;
   for (let since = Date.now(); Date.now() - since < SETTLE_MS; await sleep(250)) {
-    const now = folderBytes(pipeline.client);
+    const now = deliveredBytes(pipeline);
     if (now !== bytes) since = Date.now();
     bytes = now;
-    if (bytes >= writtenBytes(pipeline) && countWaiting(pipeline.server) === 0) {
-      await sleep(2500); // what comes twice comes now
-      if (folderBytes(pipeline.client) === bytes) return;
+    if (bytes >= writtenBytes(pipeline) && countWaiting(pipeline) === 0) {
+      await sleep(quietMs); // what comes twice comes now
+      if (deliveredBytes(pipeline) === bytes && countWaiting(pipeline) === 0) return;
     }
   }
 }
@@ -130,7 +139,11 @@ interface Ending {
 
 function judge(options: ChaosOptions, pipeline: Pipeline, adversary: Adversary, ending: Ending): ChaosResult {
   const written = pipeline.writers.map(({ host, lines }) => ({ host, lines }));
-  const verdict = checkDelivery(pipeline.client, written, pipeline.report, pipeline.server);
+  const { report, server, hostileName: hostile } = pipeline;
+  const { losses } = adversary;
+  const heartbeatMs = HEARTBEAT_SECONDS * 1000 + LATE_MS;
+  const verdict = checkDelivery(pipeline.client, written, { report, server, losses, heartbeatMs, hostile });
+  const findings = verifyFolder(pipeline.client, losses);
   const mails = checkMails(pipeline.mailbox.mails, adversary.outages, pipeline.monitor.kills);
   const counts = {
     ...verdict,
@@ -138,20 +151,43 @@ function judge(options: ChaosOptions, pipeline: Pipeline, adversary: Adversary, 
     mailsTwice: mails.twice,
     crashes: pipeline.processes.reduce((sum, one) => sum + one.crashes, 0),
     badExits: ending.exits.filter(({ code, ms }) => code !== 0 || ms > 5000).length,
+    unverified: findings.length,
   };
   return {
     seed: options.seed,
     minutes: options.minutes,
     written: written.reduce((sum, { lines }) => sum + lines, 0),
     ...counts,
-    examples: [...verdict.examples, ...mails.examples],
+    examples: [...verdict.examples, ...mails.examples, ...findings.slice(0, 10)],
     kills: pipeline.processes.reduce((sum, one) => sum + one.kills, 0),
     faults: adversary.counts,
+    attacks: pipeline.hostile.counts,
     settledSeconds: ending.settledSeconds,
     passed: ZEROS.every((name) => counts[name] === 0),
     folder: ending.folder,
     target: pipeline.downlink ? "sftp:// (OpenSSH)" : "file://",
   };
+}
+
+/**
+ * What `forwarder --verify` finds beside our own comparison. An hour that is incomplete breaks no promise; a batch that no
+ * digest names may have come after its hour's newest one, or before the folder, with the list of it, was lost.
+ */
+function verifyFolder(client: string, losses: number[]): string[] {
+  const script = join(import.meta.dirname, "..", "forwarder.ts");
+  const { stdout } = spawnSync(process.execPath, ["run", script, "--verify", client], { encoding: "utf8" });
+  const newest = Math.max(
+    0,
+    ...readdirSync(client).map((name) =>
+      name.endsWith(".sha256") ? statSync(join(client, name)).ctimeMs : 0,
+    ),
+  );
+  return stdout.split("\n").filter((line) => {
+    const [, kind, name = ""] = /^(changed|missing|extra|chain broken): (.*)$/.exec(line) ?? [];
+    if (kind !== "extra") return kind !== undefined;
+    const at = statSync(join(client, name)).ctimeMs;
+    return at < newest && !losses.some((loss) => at < loss);
+  });
 }
 
 /**
@@ -192,19 +228,23 @@ export function checkMails(mails: Mail[], outages: Outage[], monitorKills: numbe
   return result;
 }
 
-/** Open and sealed batches that have not been delivered. */
-function countWaiting(server: string): number {
+/** Open and sealed batches that have not been delivered, but for those of the hostile sender. */
+function countWaiting({ server, hostileName }: Pipeline): number {
   let count = 0;
   for (const entry of readdirSync(server, { withFileTypes: true })) {
     if (!entry.isDirectory() || entry.name === "sent") continue;
-    count += readdirSync(join(server, entry.name)).filter((name) => /\.log(\.part)?$/.test(name)).length;
+    count += readdirSync(join(server, entry.name)).filter((name) => {
+      return /\.log(\.part)?$/.test(name) && !name.includes(`_${hostileName}.`);
+    }).length;
   }
   return count;
 }
 
-function folderBytes(folder: string): number {
+/** Bytes of batches at the client, but for those of the hostile sender. */
+function deliveredBytes({ client: folder, hostileName }: Pipeline): number {
   let bytes = 0;
   for (const name of readdirSync(folder)) {
+    if (name.endsWith(".sha256") || name.includes(`_${hostileName}.`)) continue;
     try {
       bytes += statSync(join(folder, name)).size;
     } catch {
@@ -226,13 +266,13 @@ function describeProgress(
 ): string[] {
   const lines = pipeline.writers.reduce((sum, writer) => sum + writer.lines, 0);
   const bytes = writtenBytes(pipeline);
-  const there = folderBytes(pipeline.client);
+  const there = deliveredBytes(pipeline);
   const kills = pipeline.processes.reduce((sum, one) => sum + one.kills, 0);
   const dead = pipeline.processes.filter(({ pid }) => pid === undefined).map(({ name }) => name);
   return [
     `${Math.round((Date.now() - started) / 1000)} of ${Math.round(minutes * 60)} s   ${adversary.history.length} faults, ${kills} kills`,
     `${lines.toLocaleString("en")} lines written, ${(bytes / 1e6).toFixed(1)} MB   ${(there / 1e6).toFixed(1)} MB at the client`,
-    `down: ${dead.join(", ") || "none"}   waiting batches: ${countWaiting(pipeline.server)}   mails: ${pipeline.mailbox.mails.length}`,
+    `down: ${dead.join(", ") || "none"}   waiting batches: ${countWaiting(pipeline)}   mails: ${pipeline.mailbox.mails.length}`,
   ];
 }
 
@@ -249,10 +289,12 @@ export function formatResult(result: ChaosResult): string {
     ["lines written", result.written.toLocaleString("en")],
     ["lines at the client", result.lines.toLocaleString("en")],
     ["files at the client", result.files],
+    ["lines that came again", result.again],
     ["delivered over", result.target],
     ["processes killed", result.kills],
     ["settled after", `${result.settledSeconds} s`],
     ...Object.entries(result.faults).map(([name, count]): [string, number] => [`fault: ${name}`, count]),
+    ...Object.entries(result.attacks).map(([name, count]): [string, number] => [`attack: ${name}`, count]),
     ...ZEROS.map((name): [string, number] => [name, result[name]]),
   ];
   const width = Math.max(...rows.map(([name]) => name.length));

@@ -5,8 +5,11 @@
  * Every line tells who wrote it (w), into which incarnation of its file (g), its number (n), the window where
  * it belongs, and ends with the CRC-32 of everything before. So what was written need not be kept: the
  * number of lines of each writer is enough to know what is missing.
+ *
+ * Where the receiver's folder was lost, lines may come twice: those behind the first line of their file that was not at
+ * the client as of the last heartbeat before the loss, once for each loss. When a line came is when its file got its name.
  */
-import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { crc32, gunzipSync } from "node:zlib";
 
@@ -18,10 +21,24 @@ export interface Written {
   lines: number;
 }
 
-/** What was found; all but `lines` and `files` must be 0. */
+/** What is known beside the client's folder. */
+export interface Circumstances {
+  report?: string | undefined;
+  /** The receiver's folder. A line without a timestamp whose window is sealed goes by its arrival: it may still wait there. */
+  server?: string | undefined;
+  /** When the receiver's folder was lost, ms, and how long before that the last heartbeat may have been. */
+  losses?: number[];
+  heartbeatMs?: number;
+  /** A host whose lines are not judged, as it stands in batch names. */
+  hostile?: string;
+}
+
+/** What was found; all but `lines`, `files` and `again` must be 0. */
 export interface Verdict {
   lines: number;
   files: number;
+  /** Lines that came twice because the receiver's folder was lost. */
+  again: number;
   missing: number;
   twice: number;
   misfiled: number;
@@ -37,6 +54,7 @@ export interface Verdict {
 
 const BATCH = /^accessLog_(\d{8}_\d\d-\d\d)_([a-z0-9-]+?)(?:\.(\d+))?\.log(\.gz)?$/;
 const LINE = /\/w(\d+)\/g(\d+)\/n(\d+)\/(\d{8}_\d\d-\d\d) (?:.* )?([0-9a-f]{8})$/s;
+const DIGEST = /^accessLog_\d{8}(\.\d+)?\.sha256$/;
 const LINE_FEED = 0x0a;
 const MOST_EXAMPLES = 25;
 /** How a line without a timestamp begins. */
@@ -47,16 +65,29 @@ interface Batch {
   window: string;
   host: string;
   part: number;
+  /** When it got its name, ms. */
+  at: number;
 }
 
-/**
- * Checks the client's folder against `writers` (their index is w), and the report when there is one. A line without a
- * timestamp whose window is sealed goes by its arrival: it may still wait in an open batch of `server`, the receiver's folder.
- */
-export function checkDelivery(folder: string, writers: Written[], report?: string, server?: string): Verdict {
+/** What was seen of each writer's lines. */
+interface Seen {
+  /** When each line came first, ms; 0 for never. */
+  first: Float64Array[];
+  /** When lines came again, by writer, incarnation and number. */
+  repeats: Map<string, number[]>;
+  /** Numbers of the lines of each writer and incarnation. */
+  lives: Map<string, number[]>;
+  /** Per window, writer and incarnation: the last line's number. */
+  last: Map<string, number>;
+}
+
+/** Checks the client's folder against `writers` (their index is w). */
+export function checkDelivery(folder: string, writers: Written[], around: Circumstances = {}): Verdict {
+  const { report, server, hostile } = around;
   const verdict: Verdict = {
     lines: 0,
     files: 0,
+    again: 0,
     missing: 0,
     twice: 0,
     misfiled: 0,
@@ -70,44 +101,50 @@ export function checkDelivery(folder: string, writers: Written[], report?: strin
     verdict[kind] += count;
     if (verdict.examples.length < MOST_EXAMPLES) verdict.examples.push(`${kind}: ${text}`);
   };
-  const seen = writers.map(({ lines }) => new Uint8Array(lines));
+  const first = writers.map(({ lines }) => new Float64Array(lines));
+  const seen: Seen = { first, repeats: new Map(), lives: new Map(), last: new Map() };
   const lengths = new Map<string, number>();
-  const lastOf = new Map<string, number>(); // per window, writer and incarnation: the last line's number
   for (const batch of listDelivery(folder, fault)) {
-    verdict.files++;
-    const lines = checkBatch(join(folder, batch.name), batch, writers, seen, lastOf, fault);
-    verdict.lines += lines;
+    const isJudged = batch.host !== hostile;
+    const lines = checkBatch(join(folder, batch.name), batch, writers, isJudged ? seen : undefined, fault);
     lengths.set(batch.name, lines);
+    if (!isJudged) continue;
+    verdict.files++;
+    verdict.lines += lines;
   }
-  if (server !== undefined) noteOpen(server, seen);
-  for (const [w, numbers] of seen.entries()) findMissing(w, numbers, fault);
+  verdict.again = judgeRepeats(seen, around, fault);
+  if (server !== undefined) noteOpen(server, first);
+  for (const [w, times] of first.entries()) findMissing(w, times, fault);
   if (report !== undefined) checkReport(report, lengths, fault);
   return verdict;
 }
 
-type FaultKind = Exclude<keyof Verdict, "lines" | "files" | "examples">;
+type FaultKind = Exclude<keyof Verdict, "lines" | "files" | "again" | "examples">;
 type Fault = (kind: FaultKind, text: string, count?: number) => void;
 
 /** The batches in the order in which their lines were written: window, host, part. */
 function listDelivery(folder: string, fault: Fault): Batch[] {
   const batches: Batch[] = [];
   for (const name of readdirSync(folder)) {
+    if (DIGEST.test(name)) continue; // forwarder --verify looks at them
     const [, window, host, part] = BATCH.exec(name) ?? [];
     if (window === undefined || host === undefined) fault("stray", name);
-    else batches.push({ name, window, host, part: Number(part ?? 1) });
+    else {
+      const at = statSync(join(folder, name)).ctimeMs;
+      batches.push({ name, window, host, part: Number(part ?? 1), at });
+    }
   }
   const order = (a: Batch, b: Batch) =>
     a.window.localeCompare(b.window) || a.host.localeCompare(b.host) || a.part - b.part;
   return batches.sort(order);
 }
 
-/** Checks every line of a file; gives their number. */
+/** Checks every line of a file, those of a host that is not judged only for their ends; gives their number. */
 function checkBatch(
   path: string,
   batch: Batch,
   writers: Written[],
-  seen: Uint8Array[],
-  lastOf: Map<string, number>,
+  seen: Seen | undefined,
   fault: Fault,
 ): number {
   const raw = readFileSync(path);
@@ -119,24 +156,17 @@ function checkBatch(
       fault("corrupt", `${batch.name} ends in mid-line`);
       break;
     }
-    checkLine(bytes.subarray(start, end), batch, writers, seen, lastOf, fault);
+    if (seen) checkLine(bytes.subarray(start, end), batch, writers, seen, fault);
     lines++;
     start = end + 1;
   }
   return lines;
 }
 
-function checkLine(
-  line: Buffer,
-  batch: Batch,
-  writers: Written[],
-  seen: Uint8Array[],
-  lastOf: Map<string, number>,
-  fault: Fault,
-): void {
+function checkLine(line: Buffer, batch: Batch, writers: Written[], seen: Seen, fault: Fault): void {
   const text = line.toString("latin1");
   const [, w, g, n, window, sum] = LINE.exec(text) ?? [];
-  const numbers = seen[Number(w)];
+  const numbers = seen.first[Number(w)];
   const number = Number(n);
   const right = sum !== undefined && crc32(line.subarray(0, -8)).toString(16).padStart(8, "0") === sum;
   if (!right || numbers === undefined || number >= numbers.length) {
@@ -144,23 +174,72 @@ function checkLine(
     return;
   }
   const label = `w${w} g${g} n${n} in ${batch.name}`;
-  if (numbers[number] === 1) {
-    fault("twice", label);
+  const before = numbers[number] as number;
+  numbers[number] = before > 0 ? Math.min(before, batch.at) : batch.at;
+  if (before > 0) {
+    const key = `${w} ${g} ${n} ${batch.name}`;
+    seen.repeats.set(key, [...(seen.repeats.get(key) ?? []), Math.max(before, batch.at)]);
     return; // its place says nothing about the order of the others
   }
-  numbers[number] = 1;
+  const life = seen.lives.get(`${w} ${g}`) ?? [];
+  seen.lives.set(`${w} ${g}`, life);
+  life.push(number);
   const isElsewhere = window !== batch.window && !text.startsWith(UNTIMED); // by its arrival
   if (isElsewhere || writers[Number(w)]?.host !== batch.host) {
     fault("misfiled", `${label}, belongs to ${window} of ${writers[Number(w)]?.host}`);
   }
   const key = `${batch.window} ${w} ${g}`;
-  const last = lastOf.get(key) ?? -1;
-  if (number < last) fault("outOfOrder", `${label}, after n${last}`);
-  lastOf.set(key, Math.max(last, number));
+  const last = seen.last.get(key) ?? -1;
+  if (number < last && !isClockPart(batch)) fault("outOfOrder", `${label}, after n${last}`);
+  seen.last.set(key, Math.max(last, number));
+}
+
+/** Numbered by the clock's seconds, after a loss: what is in it may lie before what was delivered already. */
+function isClockPart({ part }: Batch): boolean {
+  return part > 1_000_000_000;
+}
+
+/**
+ * Judges what came twice. For each loss, the first line of each file that was not at the client as of the last heartbeat
+ * is found; of what an earlier loss made come again, the second coming counts. Gives how many lines came again within that.
+ */
+function judgeRepeats(seen: Seen, { losses = [], heartbeatMs = 0 }: Circumstances, fault: Fault): number {
+  const repeats = new Map<string, { name: string; times: number[] }>();
+  for (const [key, times] of seen.repeats) {
+    const [w, g, n, name = ""] = key.split(" ");
+    const line = `${w} ${g} ${n}`;
+    const known = repeats.get(line);
+    repeats.set(line, { name, times: [...(known?.times ?? []), ...times] });
+  }
+  let again = 0;
+  for (const [life, numbers] of seen.lives) {
+    numbers.sort((a, b) => a - b);
+    const timesOf = (n: number) => [
+      seen.first[Number(life.split(" ")[0])]?.[n] ?? 0,
+      ...(repeats.get(`${life} ${n}`)?.times ?? []),
+    ];
+    let index = 0;
+    const bounds = losses.map((at, i) => {
+      const since = losses[i - 1] ?? 0;
+      const isThere = (n: number) => timesOf(n).some((time) => time > since && time <= at - heartbeatMs);
+      while (index < numbers.length && isThere(numbers[index] as number)) index++;
+      return numbers[index] ?? Number.POSITIVE_INFINITY;
+    });
+    for (const n of numbers) {
+      const repeat = repeats.get(`${life} ${n}`);
+      if (!repeat) continue;
+      const most = bounds.filter((bound) => n >= bound).length;
+      again += Math.min(most, repeat.times.length);
+      const [w, g] = life.split(" ");
+      const beyond = repeat.times.length - most;
+      if (beyond > 0) fault("twice", `w${w} g${g} n${n} in ${repeat.name}`, beyond);
+    }
+  }
+  return again;
 }
 
 /** Lines without a timestamp in open batches: they are on their way, each at most once. */
-function noteOpen(server: string, seen: Uint8Array[]): void {
+function noteOpen(server: string, seen: Float64Array[]): void {
   for (const host of readdirSync(server, { withFileTypes: true })) {
     if (!host.isDirectory()) continue;
     const folder = join(server, host.name);
@@ -174,7 +253,7 @@ function noteOpen(server: string, seen: Uint8Array[]): void {
   }
 }
 
-function findMissing(w: number, numbers: Uint8Array, fault: Fault): void {
+function findMissing(w: number, numbers: Float64Array, fault: Fault): void {
   let from = -1;
   for (let n = 0; n <= numbers.length; n++) {
     if (numbers[n] === 0) {

@@ -15,6 +15,7 @@ import {
 } from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
+import { type Hostile, startHostile } from "./hostile.ts";
 import { createMailbox, type Mailbox } from "./mailbox.ts";
 import { createProxy, type TcpProxy } from "./proxy.ts";
 import { createRandom, type Random } from "./random.ts";
@@ -23,6 +24,11 @@ import { createWriter, SKIP, type Writer } from "./writer.ts";
 
 const ROOT = join(import.meta.dirname, "..");
 const HOSTS = ["10.1.0.1", "10.1.0.2", "web-3.example.com", "fd00::4"];
+/** A host with a token of its own that means harm (bench/hostile.ts). */
+const HOSTILE = "10.1.0.66";
+const HOSTILE_TOKEN = "a-token-of-its-own-for-the-hostile";
+/** Of every shipper. */
+export const HEARTBEAT_SECONDS = 2;
 /** The mailed threshold for a silent host, as short as the test of it needs. */
 export const SILENT_SECONDS = 8;
 
@@ -52,6 +58,9 @@ export interface Pipeline {
   client: string;
   report: string;
   hosts: string[];
+  hostile: Hostile;
+  /** The hostile host as it stands in batch names. */
+  hostileName: string;
   /** Folder of each shipper's cursor. */
   stateDirs: string[];
   hasOwnDisk: boolean;
@@ -84,10 +93,11 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
   const target = downlink
     ? `sftp://${userName()}@127.0.0.1:${downlink.port}${at("client")}`
     : `file://${at("client")}`;
+  const sendersOf = (p: number) => [...HOSTS.filter((_, i) => i % 2 === p), ...(p === 0 ? [HOSTILE] : [])];
   const serverConfig = {
     receiver: {
-      groups: ports.map((port, p) => ({ port, senders: HOSTS.filter((_, i) => i % 2 === p) })),
-      tokens: { "*": { env: "CHAOS_TOKEN" } },
+      groups: ports.map((port, p) => ({ port, senders: sendersOf(p) })),
+      tokens: { "*": { env: "CHAOS_TOKEN" }, [HOSTILE]: { env: "CHAOS_HOSTILE_TOKEN" } },
       dir,
       sealAfterSeconds: 2,
       idleTimeoutSeconds: 10,
@@ -95,6 +105,7 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
     forwarder: {
       dir,
       target,
+      digest: true,
       ...(sshd && { privateKey: { file: sshd.clientKey }, hostKey: sshd.fingerprint }),
       intervalSeconds: 0.5,
       retryDelaySeconds: 0.2,
@@ -146,7 +157,7 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
       chunkBytes: random.pick([65_536, 262_144, 1_048_576]),
       pollSeconds: 1,
       rotateWaitSeconds: 2,
-      heartbeatSeconds: 2,
+      heartbeatSeconds: HEARTBEAT_SECONDS,
       timeoutSeconds: 4,
     };
     const file = at("config", `shipper-${i}.json`);
@@ -158,7 +169,7 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
     supervise(label, process.execPath, ["run", join(ROOT, `${name}.ts`), "--config", config, ...flags], {
       log: at("output", `${label}.log`),
       cwd: folder,
-      env: { CHAOS_TOKEN: "not-a-secret-of-anyone" },
+      env: { CHAOS_TOKEN: "not-a-secret-of-anyone", CHAOS_HOSTILE_TOKEN: HOSTILE_TOKEN },
     });
   const receivers = ports.map((port, p) =>
     script("receiver", `receiver ${p}`, serverFile, ["--port", String(port)]),
@@ -184,6 +195,10 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
 
   // A file that was rotated before the very first start is history by design: the adversary waits for that.
   await firstLines(HOSTS.map((host) => join(dir, host)));
+  const hostile = startHostile(
+    { port: ports[0] as number, host: HOSTILE, token: HOSTILE_TOKEN, others: HOSTS },
+    createRandom(random.between(0, 0x7fffffff)),
+  );
 
   return {
     writers,
@@ -199,11 +214,14 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
     client: at("client"),
     report,
     hosts: HOSTS,
+    hostile,
+    hostileName: HOSTILE.replaceAll(".", "-"),
     stateDirs,
     hasOwnDisk,
     servers: sshd ? [sshd.process] : [],
     processes: [...shippers, ...receivers, forwarder, monitor, housekeeping],
     close: async () => {
+      await hostile.stop();
       for (const proxy of [...uplinks, ...(downlink ? [downlink] : [])]) await proxy.close();
       await mailbox.down();
       await sshd?.process.stop();

@@ -1,6 +1,6 @@
 /** The chaos run: its judge sees every kind of fault, and a minute of chaos leaves none. */
 import { describe, expect, test } from "bun:test";
-import { readFileSync, rmSync, writeFileSync } from "node:fs";
+import { readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { crc32 } from "node:zlib";
 import { checkMails, runChaos } from "../bench/chaos.ts";
@@ -34,7 +34,7 @@ async function judge(files: Record<string, string>, told?: string) {
     files: _files,
     examples: _examples,
     ...counts
-  } = checkDelivery(folder, writers, report);
+  } = checkDelivery(folder, writers, { report });
   return Object.fromEntries(Object.entries(counts).filter(([, n]) => n > 0));
 }
 
@@ -82,6 +82,55 @@ describe("checkDelivery()", () => {
     expect(await judge(files, told(4) + told(4))).toEqual({ misreported: 1 });
     expect(await judge(files, told(3))).toEqual({ misreported: 1 });
     expect(await judge(files, told(4))).toEqual({});
+  });
+});
+
+describe("checkDelivery() after the loss of a folder", () => {
+  const CLOCK = NAME.replace(".log", ".1795300000.log");
+  const count = async (files: [string, string][], losses: (times: number[]) => number[]) => {
+    const folder = await tempFolder();
+    const times: number[] = [];
+    for (const [name, text] of files) {
+      const path = join(folder, name);
+      writeFileSync(path, text, "latin1");
+      times.push(statSync(path).ctimeMs);
+      await new Promise((resolve) => setTimeout(resolve, 25)); // of another time
+    }
+    const { again, twice, outOfOrder, missing } = checkDelivery(folder, writers, {
+      losses: losses(times),
+      heartbeatMs: 0,
+    });
+    return { again, twice, outOfOrder, missing };
+  };
+  const between = (a = 0, b = 0) => (a + b) / 2;
+
+  test("what lies behind the first line that was not there may come again, once for a loss", async () => {
+    // b was lost; c was delivered behind it and comes again
+    const files: [string, string][] = [
+      [NAME, a],
+      [NAME.replace(".log", ".2.log"), c],
+      [CLOCK, b + c + d],
+    ];
+    const zeros = { twice: 0, outOfOrder: 0, missing: 0 };
+    expect(await count(files, ([, at, next]) => [between(at, next)])).toEqual({ again: 1, ...zeros });
+    expect(await count(files, () => [])).toEqual({ ...zeros, again: 0, twice: 1 });
+  });
+  test("what lies before it may not", async () => {
+    const files: [string, string][] = [
+      [NAME, a + b],
+      [CLOCK, b + c + d],
+    ];
+    expect(await count(files, ([at, next]) => [between(at, next)])).toMatchObject({ again: 0, twice: 1 });
+    expect(await count(files, ([at]) => [(at ?? 0) - 1])).toMatchObject({ again: 1, twice: 0 });
+  });
+  test("leaves out the batches of a hostile host, and digests", async () => {
+    const folder = await tempFolder();
+    writeFileSync(join(folder, NAME), a + b + c + d, "latin1");
+    writeFileSync(join(folder, `accessLog_${WINDOW}_10-6-6-6.log`), "anything\n");
+    writeFileSync(join(folder, "accessLog_26112206.2.sha256"), "");
+    expect(checkDelivery(folder, writers, { hostile: "10-6-6-6" })).toMatchObject({
+      ...{ files: 1, lines: 4, missing: 0, corrupt: 0, stray: 0 },
+    });
   });
 });
 
@@ -207,5 +256,6 @@ test("a minute of chaos: nothing missing, twice, misfiled, out of order or corru
     mailsTwice: 0,
     crashes: 0,
     badExits: 0,
+    unverified: 0,
   });
 }, 240_000);

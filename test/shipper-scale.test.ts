@@ -37,18 +37,25 @@ function keep(shipper: Running): Running {
   return shipper;
 }
 
+const opened: Shipper[] = [];
+afterEach(async () => {
+  for (const { streams } of opened.splice(0)) for (const { file } of streams.list) await file?.close();
+});
+
 /** A shipper within this process, on clocks of the test. */
 async function openOn(
   sender: Sender,
   clock: { now: number; mono: number },
   output: string[] = [],
 ): Promise<Shipper> {
-  return openShipper(parseConfig(readFileSync(sender.config, "utf8"), "shipper"), {
+  const shipper = await openShipper(parseConfig(readFileSync(sender.config, "utf8"), "shipper"), {
     log: createLog((line) => output.push(line)),
     signal: new AbortController().signal,
     now: () => clock.now,
     mono: () => clock.mono,
   });
+  opened.push(shipper);
+  return shipper;
 }
 
 function countLines(stub: StubReceiver): number {

@@ -80,6 +80,7 @@ interface LogWriter {
   lives: Life[];
   next: number;
   lengths: number[];
+  isRotating?: boolean;
 }
 
 interface World {
@@ -185,6 +186,16 @@ function write(world: World, log: LogWriter, count: number): void {
 
 /** Rotates as logrotate does; `.1` is compressed when `gzip` says so, else with a later rotation or never. */
 async function rotate(world: World, log: LogWriter, gzip: boolean): Promise<void> {
+  while (log.isRotating) await sleep(20);
+  log.isRotating = true;
+  try {
+    await rotateNow(world, log, gzip);
+  } finally {
+    log.isRotating = false;
+  }
+}
+
+async function rotateNow(world: World, log: LogWriter, gzip: boolean): Promise<void> {
   const numbered = rotatedOf(log).sort((a, b) => b.number - a.number);
   for (const { number, end } of numbered)
     renameSync(`${log.path}.${number}${end}`, `${log.path}.${number + 1}${end}`);
@@ -207,13 +218,13 @@ function rotatedOf(log: LogWriter): { number: number; end: string }[] {
 }
 
 async function compress(path: string): Promise<void> {
-  if (existsSync(path)) await run("gzip", ["-1", path]);
+  await run("gzip", ["-1", path]);
 }
 
 /** Somebody removes the oldest rotated file without asking. */
 function removeOldest(world: World, log: LogWriter): void {
   const [oldest] = rotatedOf(log).sort((a, b) => b.number - a.number);
-  if (!oldest) return;
+  if (!oldest || log.isRotating) return;
   const life = log.lives[log.lives.length - 1 - oldest.number];
   if (!life || life.isDeleted) return;
   life.isDeleted = true;
@@ -451,7 +462,8 @@ function judge(world: World, seed: number, all: Supervised[], seconds: number): 
     const told = bytesIn(text, "receiver has lost lines: shipping them again");
     const twiceBytes = judgeLines(world, host, verdict);
     verdict.toldAgain += told;
-    if (twiceBytes <= told) continue;
+    // A shipper that was killed before it saved an answer knows of nothing that it ships again.
+    if (twiceBytes <= told || (world.shippers[host]?.kills ?? 0) > 0) continue;
     verdict.untold += twiceBytes - told;
     verdict.stories.push(`${HOSTS[host]}: ${twiceBytes} bytes twice, told ${told}`);
   }

@@ -224,7 +224,7 @@ export class Sender implements Place {
       const known = this.stream(chunk.stream);
       const verdict = compare(chunk, known);
       if (verdict === "ahead" && mayWait) return verdict;
-      this.hear(chunk, chunk.peer);
+      this.hear(chunk, chunk.peer, true);
       const { offset: at = 0, end: to = 0 } = chunk;
       if (
         !known &&
@@ -534,10 +534,15 @@ export class Sender implements Place {
 
   // ---- what a sender tells, and what it is told
 
-  /** Takes what a sender tells of itself. */
-  hear(news: SenderNews, peer: string): void {
+  /**
+   * Takes what a sender tells of itself. `hasShipped`: it ships, or names streams. One that was never heard here asks before
+   * it ships anything: this one has used names in another folder, or in this one before it was lost.
+   */
+  hear(news: SenderNews, peer: string, hasShipped: boolean): void {
     const now = this.options.now();
-    const { facts } = this.ledger;
+    const { facts, streams, used } = this.ledger;
+    const isStranger = facts.shippers === undefined && streams.size === 0 && used.size === 0;
+    if (hasShipped && isStranger && news.shipper !== undefined) this.#doubtNames(now);
     this.#isHeard = true;
     this.ledger.heardAt = now;
     this.isDirty = true;

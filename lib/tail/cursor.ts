@@ -183,6 +183,13 @@ function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string
   return { cursor: { version: 2, shipper, lost, asked: true, files, folders: {}, streams }, since };
 }
 
+const KEPT = Object.keys(stream.shape) as (keyof StreamState)[];
+
+/** What the cursor keeps of a stream. */
+export function toState(full: Stream): StreamState {
+  return Object.fromEntries(KEPT.map((key) => [key, full[key]])) as StreamState;
+}
+
 /** Saves the cursor; with `keep` also as the one to fall back to. */
 export async function writeCursor(stateDir: string, state: Cursor, keep: boolean): Promise<void> {
   await mkdir(stateDir, { recursive: true, mode: 0o750 });

@@ -20,6 +20,7 @@ import {
   readCursor,
   type Stream,
   type StreamState,
+  toState,
   writeCursor,
 } from "./cursor.ts";
 import {
@@ -104,6 +105,8 @@ export class Streams {
   lost = 0;
   /** Names the cursor. */
   shipper = drawName();
+  /** What the receiver told last of all streams. */
+  told: StreamStatus[] = [];
   /** The receiver has said what it knows of this host. */
   asked = false;
   /** What the cursor was at the start. */
@@ -115,7 +118,7 @@ export class Streams {
   seenAt = 0;
   isSettled = false;
   #config: TailConfig;
-  readonly #context: TailContext;
+  readonly context: TailContext;
   #lastFaults = new Map<string, string>();
   /** Times up to which rotated files of a log are not ours, by its live path; undefined when all are. */
   #since = new Map<string, number>();
@@ -132,14 +135,14 @@ export class Streams {
 
   constructor(config: TailConfig, context: TailContext) {
     this.#config = config;
-    this.#context = context;
+    this.context = context;
     this.paths = new Paths(config.files, config.olddir);
   }
 
   /** Takes up what the cursor knows. */
   async open(): Promise<void> {
     const { stateDir } = this.#config;
-    const { log, mono } = this.#context;
+    const { log, mono } = this.context;
     const found = await readCursor(stateDir).catch((error): CursorFound => {
       if (!(error as NodeJS.ErrnoException).code) throw error;
       return { state: "damaged" };
@@ -178,7 +181,7 @@ export class Streams {
     const known = new Set(new Paths(before, olddir).livePaths());
     const added = files.filter((pattern) => !before.includes(pattern));
     for (const path of new Paths(added, olddir).livePaths()) {
-      if (!known.has(path) && !this.logs.has(path)) this.#since.set(path, this.#context.now());
+      if (!known.has(path) && !this.logs.has(path)) this.#since.set(path, this.context.now());
     }
   }
 
@@ -194,7 +197,7 @@ export class Streams {
 
   /** Looks at all folders and files. */
   async look(): Promise<Look> {
-    const { mono, now } = this.#context;
+    const { mono, now } = this.context;
     const started = now();
     const survey = await this.#survey();
     if (!survey) return { isSettled: false, nextAt: mono() + SHIFTING_MS, orphans: [] };
@@ -263,14 +266,14 @@ export class Streams {
   }
 
   #reportFaults({ faults, logs, leftOut }: Survey): void {
-    const { log } = this.#context;
+    const { log } = this.context;
     for (const [path, error] of faults) {
       const message = logs.has(path) ? "cannot follow log file" : "cannot look for log file";
-      this.#context.faults.failed(`look ${path}`, message, { path, error });
+      this.context.faults.failed(`look ${path}`, message, { path, error });
     }
     for (const path of this.#lastFaults.keys()) {
       if (!faults.has(path))
-        this.#context.faults.recovered(`look ${path}`, "log file can be looked at again", { path });
+        this.context.faults.recovered(`look ${path}`, "log file can be looked at again", { path });
     }
     this.#lastFaults = faults;
     for (const { path, key, size: bytes } of leftOut) {
@@ -340,7 +343,7 @@ export class Streams {
     if (isOther && !(await this.#holding(stream, () => this.#checkFile(stream, file)))) return false;
     if (!isPacked) {
       if (file.size !== stream.size) {
-        stream.grewAt = this.#context.mono();
+        stream.grewAt = this.context.mono();
         this.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
       }
       stream.size = file.size;
@@ -378,7 +381,7 @@ export class Streams {
    * fits. Else the stream has no file any more: its bytes may be in a copy, and the file is another log.
    */
   async rebase(stream: Stream, file: LogFile, size: number): Promise<boolean> {
-    const { log } = this.#context;
+    const { log } = this.context;
     const fit = await fitOf(file, stream);
     if (fit.is === "all" && size >= stream.offset) {
       const seen = stream.size; // an event may have told of more than the look listed: the file is asked once more
@@ -414,7 +417,7 @@ export class Streams {
   /** A new stream in the same file, behind the newest mark that it still holds. */
   #goOnBehind(stream: Stream, at: number, key: string, size: number): Stream {
     const { path, offset, id, log: own, isLive, mtimeMs } = stream;
-    this.#context.log.warn("file has other bytes behind what it kept: a new stream begins there", {
+    this.context.log.warn("file has other bytes behind what it kept: a new stream begins there", {
       ...{ path, stream: id, shipped: offset, from: at, again: offset - at },
     });
     const next = this.#begin({ path, key, size, mtimeMs, log: own, isLive, isReadable: true }, at);
@@ -491,7 +494,7 @@ export class Streams {
 
   /** False when it can't be told yet what a file is. */
   async #identifyOne(found: FoundFile): Promise<boolean> {
-    const { faults, mono, now } = this.#context;
+    const { faults, mono, now } = this.context;
     const name = asSeen(found);
     const since = this.#since.get(found.log);
     const firstAt = this.#unknown.get(name) ?? mono();
@@ -536,7 +539,7 @@ export class Streams {
       }
       if (now() - found.mtimeMs < UNFINISHED_MS) return false;
       const fields = { path: found.path, bytes: found.size, error: errorMessage(error) };
-      this.#context.log.warn("rotated file is damaged: not shipped unless it changes", fields);
+      this.context.log.warn("rotated file is damaged: not shipped unless it changes", fields);
       this.#ignored.add(name);
       return true;
     } finally {
@@ -558,7 +561,7 @@ export class Streams {
   }
 
   #settle(found: FoundFile, what: Exclude<Identity, { is: "small" | "busy" }>): Stream | undefined {
-    const { log } = this.#context;
+    const { log } = this.context;
     this.isChanged = true;
     if (what.is === "new") return this.#begin(found, what.at);
     const { stream } = what;
@@ -601,7 +604,7 @@ export class Streams {
     const stream = this.#begin(found, 0, true);
     const file = found.isReadable ? await this.#openFile(found) : undefined;
     try {
-      const isFresh = this.#context.now() - found.mtimeMs <= STILL_WRITTEN_MS;
+      const isFresh = this.context.now() - found.mtimeMs <= STILL_WRITTEN_MS;
       stream.offset = file && !file.compression ? (isFresh ? await endOfLines(file) : found.size) : 0;
       stream.from = stream.offset;
       stream.head = file && (await readHead(file, 0));
@@ -623,11 +626,11 @@ export class Streams {
       ...{ from: offset, offset, log, path, key, copies: [], marks: [], mtimeMs, phase: { is: "reading" } },
       size: isPacked ? offset : size,
     };
-    const stream: Stream = { ...withFile(state, this.#context.mono()), isLive };
+    const stream: Stream = { ...withFile(state, this.context.mono()), isLive };
     if (this.#cut.delete(key)) stream.isCut = true;
     this.list.push(stream);
     this.isChanged = true;
-    if (!isQuiet) this.#context.log.info("following", { path, offset, bytes: stream.size - offset });
+    if (!isQuiet) this.context.log.info("following", { path, offset, bytes: stream.size - offset });
     return stream;
   }
 
@@ -654,7 +657,7 @@ export class Streams {
     if (!own || before === undefined || own.folder === before) return false;
     const isThere = survey.files.some(({ log }) => log === stream.log);
     if (!isThere)
-      this.#context.faults.failed(`away ${stream.log}`, "log folder is another one: waiting for it", {
+      this.context.faults.failed(`away ${stream.log}`, "log folder is another one: waiting for it", {
         path: stream.log,
       });
     return !isThere;
@@ -662,7 +665,7 @@ export class Streams {
 
   /** Streams whose files are gone for so long that they do not come back. */
   #findOrphans(survey: Survey): Stream[] {
-    const { mono } = this.#context;
+    const { mono } = this.context;
     const patience = Math.max(1, this.#config.rotateWaitSeconds) * 1000;
     const isDue = ({ phase, phaseAt, size, offset, file, isBusy }: Stream) =>
       phase.is === "gone" && !file && !isBusy && size > offset && mono() - phaseAt >= patience;
@@ -680,7 +683,7 @@ export class Streams {
   lose(bytes: number, { path, id }: Stream): void {
     this.lost += bytes;
     this.isMoved = true;
-    this.#context.log.error("bytes lost: they were gone before they could be read", {
+    this.context.log.error("bytes lost: they were gone before they could be read", {
       path,
       stream: id,
       bytes,
@@ -689,7 +692,7 @@ export class Streams {
 
   /** What was rotated while we were away goes before the live file, if it is settled soon. */
   #holdLive(waiting: Set<string>): void {
-    const time = this.#context.mono();
+    const time = this.context.mono();
     for (const log of this.logs.values()) {
       if (log.heldUntil === 0) log.heldUntil = time + this.#config.rotateWaitSeconds * 1000;
       log.isHeld = waiting.has(log.path) && time < log.heldUntil;
@@ -698,7 +701,7 @@ export class Streams {
 
   /** Drops what can't come again: delivered and gone; and logs that the config does not name any more. */
   async #prune(survey: Survey): Promise<void> {
-    const time = this.#context.mono();
+    const time = this.context.mono();
     const kept: Stream[] = [];
     for (const stream of this.list) {
       const { phase, phaseAt, offset, size, id, delivered = -1, until = offset, isBusy, file } = stream;
@@ -711,7 +714,7 @@ export class Streams {
       const isOut = stream.log !== "" && !survey.logs.has(stream.log) && !this.paths.names(stream.log);
       if (isOut && !isBusy) {
         const bytes = Math.max(0, size - offset);
-        this.#context.log.warn("log is not followed any more", { path: stream.path, unread: bytes });
+        this.context.log.warn("log is not followed any more", { path: stream.path, unread: bytes });
       }
       if ((!isOver && !isOut) || isBusy) kept.push(stream);
       else {
@@ -751,11 +754,11 @@ export class Streams {
   async #openFile({ path }: FoundFile): Promise<LogFile | undefined> {
     try {
       const file = await LogFile.open(path);
-      this.#context.faults.recovered(path, "log file can be read again", { path });
+      this.context.faults.recovered(path, "log file can be read again", { path });
       return file;
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== "ENOENT") {
-        this.#context.faults.failed(path, "cannot read log file", { path, error: errorMessage(error) });
+        this.context.faults.failed(path, "cannot read log file", { path, error: errorMessage(error) });
       }
       return undefined;
     }
@@ -777,7 +780,7 @@ export class Streams {
     const { file } = stream;
     if (!file || stream.isLive || !isAtEnd(stream)) return; // what an archive still has is not lost
     const { size, mtimeMs } = await file.stat();
-    const age = Math.min(this.#context.mono() - stream.grewAt, Math.abs(this.#context.now() - mtimeMs));
+    const age = Math.min(this.context.mono() - stream.grewAt, Math.abs(this.context.now() - mtimeMs));
     const isMoved = stream.phase.is === "gone" && !file.isUnlinked;
     const isQuiet = file.compression
       ? !file.fault || file.isUnlinked
@@ -786,7 +789,7 @@ export class Streams {
     stream.file = undefined;
     await file.close();
     if (file.compression && stream.size > stream.offset) this.giveUp(stream); // nobody ends a line in an archive
-    this.#context.log.info("file is done", { path: stream.path, stream: stream.id, bytes: stream.offset });
+    this.context.log.info("file is done", { path: stream.path, stream: stream.id, bytes: stream.offset });
     stream.marks = stream.marks.slice(-4);
     if (stream.phase.is !== "gone") this.#enter(stream, { is: "ended", size });
   }
@@ -805,7 +808,7 @@ export class Streams {
       if (isOpen)
         next = Math.min(
           next,
-          Math.max(stream.grewAt, this.#context.mono()) + this.#config.rotateWaitSeconds * 1000,
+          Math.max(stream.grewAt, this.context.mono()) + this.#config.rotateWaitSeconds * 1000,
         );
     }
     return next;
@@ -814,7 +817,7 @@ export class Streams {
   #enter(stream: Stream, phase: Phase): void {
     if (stream.phase.is === "gone" && phase.is === "gone") return;
     stream.phase = phase;
-    stream.phaseAt = this.#context.mono();
+    stream.phaseAt = this.context.mono();
     if (phase.is === "reading") stream.endedAs = "";
     this.isChanged = true;
   }
@@ -837,7 +840,7 @@ export class Streams {
         ...(delivered !== undefined && { delivered }),
         phase: { is: "gone" },
       };
-      return withFile(state, this.#context.mono());
+      return withFile(state, this.context.mono());
     });
     this.#since.clear();
   }
@@ -891,32 +894,6 @@ function withFile(state: StreamState, time: number): Stream {
     endedAs: "",
     grewAt: Number.NEGATIVE_INFINITY,
     isNamed: true,
-  };
-}
-
-/** What the cursor keeps of a stream. */
-function toState(stream: Stream): StreamState {
-  const { id, begin, from, until, offset, delivered, deliveredAt, isOld, log, path, key, copies } = stream;
-  const { head, marks, size, mtimeMs, isCut, phase } = stream;
-  return {
-    id,
-    begin,
-    from,
-    until,
-    offset,
-    delivered,
-    deliveredAt,
-    isOld,
-    log,
-    path,
-    key,
-    copies,
-    head,
-    marks,
-    size,
-    mtimeMs,
-    isCut,
-    phase,
   };
 }
 

@@ -1,0 +1,110 @@
+/**
+ * What the receiver says of a stream, and what follows for it: it stands elsewhere (a 409), it is delivered up to a byte, or
+ * the receiver has lost it. Nothing is believed that the file does not bear out.
+ */
+import type { StreamStatus } from "../chunk.ts";
+import { drawName, type Stream } from "./cursor.ts";
+import { endOfLines, type LogFile, readMark, wireMark } from "./file.ts";
+import { fitOf } from "./identify.ts";
+import type { Streams } from "./streams.ts";
+
+/** Draws a name: nothing of the file is in it, so no two streams ever share one. */
+export function beginAs(stream: Stream, begin: "new" | "again", offset: number): void {
+  Object.assign(stream, { id: drawName(), begin, isNamed: false, offset, from: offset, endedAs: "" });
+  stream.marks = stream.marks.filter(({ end }) => end <= offset);
+  delete stream.delivered;
+  delete stream.isOld;
+}
+
+/**
+ * The receiver has the stream up to another offset. That is believed only when the file has these bytes there (a stream of
+ * version 1.0 has no marks); else a new stream begins where the own cursor fits. True when this one goes on.
+ */
+export async function moveTo(
+  streams: Streams,
+  stream: Stream,
+  file: LogFile,
+  offset: number,
+  mark: string | undefined,
+): Promise<boolean> {
+  const { log } = streams.context;
+  streams.isMoved = true;
+  const seen = offset > 0 ? await readMark(file, offset) : undefined;
+  const isSame = seen && (mark === undefined ? !stream.begin && stream.isOld : wireMark(seen) === mark);
+  const fields = { path: stream.path, stream: stream.id, sent: stream.offset, receiver: offset };
+  if (offset === 0 || isSame) {
+    log.info("receiver has this file up to another byte: going on there", fields);
+    const marks = stream.marks.filter(({ end }) => end < offset);
+    stream.marks = seen ? [...marks, seen] : marks;
+    stream.offset = offset;
+    if (offset > 0) delete stream.begin;
+    return true;
+  }
+  log.warn("receiver has other bytes than this file: a new stream begins", fields);
+  const fit = await fitOf(file, stream);
+  const isInLine = fit.is === "all" && stream.offset > 0;
+  const at = isInLine ? await endOfLines(file, stream.offset) : fit.is === "behind" ? fit.at : 0;
+  streams.succeed(stream, at);
+  return false;
+}
+
+/**
+ * A stream that the receiver has lost, or has less of than it had answered, goes back to what was delivered of it. What is
+ * told of a stream without a file may be more than the cursor knew.
+ */
+export function takeStatus(
+  streams: Streams,
+  stream: Stream,
+  found: StreamStatus | undefined,
+  committed: number,
+): void {
+  if (found && found.offset >= committed) {
+    if (found.delivered !== undefined) {
+      if (found.delivered !== stream.delivered) streams.isMoved = true;
+      Object.assign(stream, { delivered: found.delivered, deliveredAt: streams.context.now() });
+    }
+    if (stream.phase.is === "gone" && !stream.file)
+      stream.offset = Math.max(stream.offset, Math.min(found.offset, stream.size));
+    return;
+  }
+  if (stream.begin) return; // its first chunk is on its way
+  stream.wayBack = Math.min(committed, stream.delivered ?? stream.from);
+  const isNothing = stream.wayBack >= Math.min(committed, stream.until ?? committed);
+  if (isNothing && (stream.phase.is === "gone" || stream.phase.is === "ended")) {
+    stream.wayBack = undefined; // all of it is delivered: nothing is left to be said of it
+    return;
+  }
+  streams.reopen(stream);
+  if (stream.phase.is === "gone" && !stream.file) takeWayBack(streams, stream);
+}
+
+/** A receiver that was set back has more of a lost stream than was delivered, when it stands at bytes that the file has there. */
+export async function findWayBack({ told }: Streams, stream: Stream, file: LogFile): Promise<void> {
+  const head = stream.head && wireMark(stream.head);
+  for (const status of stream.wayBack === undefined ? [] : told) {
+    const { offset, mark } = status;
+    const isAlike = status.stream === stream.id || (head !== undefined && status.head === head);
+    if (!isAlike || offset <= (stream.wayBack ?? 0) || offset > stream.offset) continue;
+    const seen = await readMark(file, offset);
+    const isSame = seen && wireMark(seen) === mark && (await endOfLines(file, offset)) === offset;
+    if (isSame) stream.wayBack = offset;
+  }
+}
+
+/** What was not delivered is shipped again, as a new stream that says so; what was all delivered goes on under a new name. */
+export function takeWayBack(streams: Streams, stream: Stream): void {
+  const { wayBack, offset, path, id, deliveredAt, phase, file } = stream;
+  if (wayBack === undefined) return;
+  stream.wayBack = undefined;
+  const from = Math.min(offset, wayBack);
+  if (from < offset) {
+    const deliveredAsOf = deliveredAt === undefined ? undefined : new Date(deliveredAt).toISOString();
+    const message =
+      phase.is === "gone" && !file
+        ? "receiver has lost lines of a file that is gone"
+        : "receiver has lost lines: shipping them again";
+    streams.context.log.warn(message, { path, stream: id, from, bytes: offset - from, deliveredAsOf });
+  }
+  beginAs(stream, from < offset ? "again" : "new", from);
+  streams.isChanged = true;
+}
