@@ -29,7 +29,7 @@ import {
   startStub,
   startWrapped,
 } from "./pipeline.ts";
-import { missing, notRoot, type Running, until } from "./support.ts";
+import { missing, notRoot, type Running, start, until } from "./support.ts";
 
 const running: Running[] = [];
 afterEach(async () => {
@@ -404,4 +404,65 @@ describe("paths", () => {
     rmSync(host.at("away"), { recursive: true });
     host.expects({ a: 27, b: 5 });
   });
+});
+
+describe("files that change places", () => {
+  test.each(["running", "stopped"])(
+    "%s: two logs are exchanged, and go on under each other's names",
+    async (when) => {
+      for (const patterns of [["a.log", "b.log"], ["*.log"]]) {
+        const host = await createHost(patterns);
+        host.put("a.log", "a", 1, 30);
+        host.put("b.log", "b", 1, 40);
+        await host.sender.once();
+        const shipper = when === "running" ? startShipper(host) : undefined;
+        host.put("a.log", "a", 31, 35);
+        if (shipper) await arrives(host, "a", 35);
+        renameSync(host.at("a.log"), host.at("c"));
+        renameSync(host.at("b.log"), host.at("a.log"));
+        renameSync(host.at("c"), host.at("b.log"));
+        host.put("a.log", "b", 41, 50);
+        host.put("b.log", "a", 36, 45);
+        if (shipper) await arrives(host, "b", 50);
+        if (shipper) await arrives(host, "a", 45);
+        await shipper?.stop();
+        await host.sender.once();
+        host.expects({ a: 45, b: 50 });
+      }
+    },
+  );
+
+  test("the archive of a copy is that file, generations that begin alike are not", async () => {
+    const host = await createHost(["a.log"]);
+    const same = lines("same", 1, 30);
+    await host.sender.once();
+    for (let n = 1; n <= 3; n++) {
+      appendFileSync(host.at("a.log"), same);
+      host.put("a.log", `g${n}`, 1, 2);
+      await host.sender.once();
+      copyFileSync(host.at("a.log"), host.at("a.log.9"));
+      writeFileSync(host.at("a.log.9.gz"), gzipSync(readFileSync(host.at("a.log.9"))));
+      unlinkSync(host.at("a.log.9"));
+      await host.sender.once();
+      for (let k = n - 1; k >= 1; k--) renameSync(host.at(`a.log.${k}`), host.at(`a.log.${k + 1}`));
+      renameSync(host.at("a.log"), host.at("a.log.1"));
+      writeFileSync(host.at("a.log"), "");
+    }
+    await host.sender.once();
+    expect(host.stub.text()).toBe([1, 2, 3].map((n) => same + lines(`g${n}`, 1, 2)).join(""));
+  });
+});
+
+test("a log that is the shipper's own output does not feed itself", async () => {
+  const host = await createHost(["own.log"]);
+  const config = host.sender.config;
+  const command = `exec "$0" run shipper.ts --config "${config}" --once >>"${host.at("own.log")}" 2>&1`;
+  for (let n = 1; n <= 2; n++) {
+    const once = start("sh", ["-c", command, process.execPath]);
+    running.push(once);
+    expect(await once.ended).toBe(0);
+  }
+  const text = readFileSync(host.at("own.log"), "utf8");
+  expect(text.split("\n").length).toBeLessThan(20);
+  expect(text.startsWith(host.stub.text())).toBe(true);
 });

@@ -66,7 +66,7 @@ export async function readPortion(
 
   const bytes = view.subarray(guard);
   const length =
-    wholeLines(bytes) || (isFull && !(await isBlank(file, bytes, stream.size)) ? bytes.length : 0); // a piece
+    wholeLines(bytes) || (isFull && !(await isBlank(stream, file, bytes, end)) ? bytes.length : 0); // a piece
   if (length === 0) {
     stream.drainedAt = end;
     return undefined;
@@ -106,11 +106,15 @@ function noteHead(stream: Stream, view: Buffer, start: number): void {
   if (bytes.length > (head?.length ?? 0)) stream.head = markBefore(bytes, first + bytes.length);
 }
 
-/** Whether the NULs at the end of `bytes` are room that a writer in place has not filled yet. */
-async function isBlank(file: LogFile, bytes: Uint8Array, size: number): Promise<boolean> {
+/** Whether the NULs at the end of `bytes` are room that a writer in place has not filled yet; in a rotated file, that nobody will. */
+async function isBlank(stream: Stream, file: LogFile, bytes: Uint8Array, end: number): Promise<boolean> {
   if (bytes.at(-1) !== 0 || file.compression) return false;
-  const last = new Uint8Array(1);
-  return (await file.read(last, size - 1)) === 1 && last[0] === 0;
+  const block = new Uint8Array(stream.isLive ? 1 : 65_536);
+  for (let at = stream.isLive ? stream.size - 1 : end; ; at += block.length) {
+    const n = await file.read(block, at);
+    if (trimNuls(block.subarray(0, n)).length > 0) return false; // a hole, and lines behind it
+    if (n < block.length || stream.isLive) return true;
+  }
 }
 
 /** The lines that are not to be skipped. A line that goes over several chunks is never skipped, not even in part. */

@@ -331,6 +331,7 @@ export class Streams {
   async #isStill(stream: Stream, file: FoundFile): Promise<boolean> {
     const isNew =
       stream.phase.is === "gone" || (stream.phase.is === "ended" && stream.phase.size !== file.size);
+    if (stream.path !== file.path) stream.endedAs = ""; // no more room is to be filled in a rotated file
     stream.isLive = file.isLive;
     stream.path = file.path;
     stream.log = file.log;
