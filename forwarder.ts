@@ -719,27 +719,35 @@ async function deliverDigests(
   target: Target,
 ): Promise<void> {
   const { config, log, signal } = service;
-  for (const name of [...digests.pending]) {
-    if (signal.aborted) return;
-    try {
-      const one = newDelivery(config, name, join(config.dir, ".digest"), 0);
-      Object.assign(one, { remote: name }, await measure(readChunks(digests.pathOf(name))));
-      const found = await target.look(name);
-      const isHalf = target.direct && found && found.bytes < one.bytes;
-      if (found && !isHalf) await checkSame(target, one, found);
-      else {
-        await target.upload(name, readChunks(digests.pathOf(name)));
-        failpoint("forward:digest");
-        await target.publish(name, one.bytes);
+  const arrived: string[] = [];
+  try {
+    for (const name of [...digests.pending]) {
+      if (signal.aborted) return;
+      try {
+        await deliverDigest(config, target, name, digests.pathOf(name));
+        arrived.push(name); // known late: it is seen to be there already, then
+        log.info("digest delivered", { name });
+        faults.recovered("digest", "digests are taken again");
+      } catch (error) {
+        if (!(error instanceof Refusal || error instanceof Unreadable)) throw error;
+        faults.failed("digest", "digest refused", { name, error: errorMessage(error) });
       }
-      await digests.delivered(name);
-      log.info("digest delivered", { name });
-      faults.recovered("digest", "digests are taken again");
-    } catch (error) {
-      if (!(error instanceof Refusal || error instanceof Unreadable)) throw error;
-      faults.failed("digest", "digest refused", { name, error: errorMessage(error) });
+      if (arrived.length >= GROUP) await digests.delivered(arrived.splice(0));
     }
+  } finally {
+    await digests.delivered(arrived);
   }
+}
+
+async function deliverDigest(config: Settings, target: Target, name: string, path: string): Promise<void> {
+  const one = newDelivery(config, name, join(config.dir, ".digest"), 0);
+  Object.assign(one, { remote: name }, await measure(readChunks(path)));
+  const found = await target.look(name);
+  const isHalf = target.direct && found && found.bytes < one.bytes;
+  if (found && !isHalf) return checkSame(target, one, found);
+  await target.upload(name, readChunks(path));
+  failpoint("forward:digest");
+  await target.publish(name, one.bytes);
 }
 
 // ---- intentions

@@ -33,6 +33,8 @@ const HOUR_MS = 3_600_000;
 const KNOWN_MS = 30 * 24 * HOUR_MS;
 /** How long it is looked whether an hour has become complete. */
 const RIPEN_HOURS = 48;
+/** Digests of a backlog share a save of the state: those that it does not name are taken as they are. */
+const SAVE_EVERY = 100;
 const TITLE = "# log-rt-sync digest 1";
 
 // ---- the format
@@ -320,6 +322,8 @@ export class Digests {
   readonly #news = new Map<string, Map<string, Listed>>();
   /** The lists that were read last. */
   readonly #known = new Map<string, Map<string, Listed>>();
+  /** Digests written since the pass began: the state is saved behind the first, which tells the totals, then seldom. */
+  #unsaved = 0;
   /** The zone of the host that is furthest behind, as seen last. */
   #lastZone: number | undefined;
 
@@ -444,17 +448,23 @@ export class Digests {
     return join(this.#dir, ".digest", name);
   }
 
-  /** A pending digest is at the client. */
-  async delivered(name: string): Promise<void> {
-    if (!this.#state) return;
-    this.#state.pending = this.#state.pending.filter((one) => one !== name);
+  /** Pending digests are at the client. */
+  async delivered(names: string[]): Promise<void> {
+    if (!this.#state || names.length === 0) return;
+    const done = new Set(names);
+    this.#state.pending = this.#state.pending.filter((one) => !done.has(one));
     await writeState(stateFile(this.#dir), this.#state);
   }
 
   /** Writes each digest whose time has come: as soon as its hour is complete, else an hour after its end. */
   async write(now: number, look = lookAtHosts): Promise<void> {
-    const state = this.#state;
-    if (!state) return;
+    if (!this.#state) return;
+    this.#unsaved = 0;
+    await this.#writeDue(this.#state, now, look);
+    if (this.#unsaved > 0) await writeState(stateFile(this.#dir), this.#state);
+  }
+
+  async #writeDue(state: DigestState, now: number, look: typeof lookAtHosts): Promise<void> {
     let seen: HostsSeen | undefined;
     for (;;) {
       const hour = state.next ?? [...this.#news.keys()].sort()[0];
@@ -539,7 +549,7 @@ export class Digests {
       const known = state.totals[host];
       if (known) Object.assign(known, { skipped, untimed, lost });
     }
-    await writeState(stateFile(this.#dir), state);
+    if (this.#unsaved++ % SAVE_EVERY === 0) await writeState(stateFile(this.#dir), state);
   }
 }
 

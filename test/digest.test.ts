@@ -55,7 +55,7 @@ async function makeRecord() {
       const names = [...digests.pending];
       for (const name of names) {
         await writeFile(join(client, name), await readFile(digests.pathOf(name)));
-        await digests.delivered(name);
+        await digests.delivered([name]);
       }
       return names;
     },
