@@ -30,6 +30,8 @@ interface Package {
   scripts: string[];
   /** Its users and folders: `log-rt-sync-<side>.sysusers.conf` and `.tmpfiles.conf`. */
   side: string;
+  /** Files of deploy/ that go into the examples. */
+  examples: string[];
   summary: string;
 }
 const PACKAGES: Package[] = [
@@ -37,12 +39,14 @@ const PACKAGES: Package[] = [
     name: "log-rt-sync-sender",
     scripts: ["shipper"],
     side: "shipper",
+    examples: ["logrotate-nginx"],
     summary: "sends every line of nginx's logs to a Log-RT-Sync server",
   },
   {
     name: "log-rt-sync-middle",
     scripts: ["receiver", "forwarder", "monitor", "housekeep"],
     side: "middle",
+    examples: ["alerts.yml", "fail2ban-log-rt-sync.conf", "haproxy.cfg", "nginx.conf", "verify.sh"],
     summary: "collects nginx's lines in batches and delivers them by SFTP",
   },
 ];
@@ -93,7 +97,7 @@ exec /usr/lib/${name}/bun --smol --no-env-file --config=/dev/null --no-install r
 `;
 }
 
-function addDocuments(folder: string, { name, scripts }: Package): void {
+function addDocuments(folder: string, { name, scripts, examples }: Package): void {
   const documents = `usr/share/doc/${name}`;
   for (const file of ["README.md", "CHANGELOG.md"]) {
     const to = file === "CHANGELOG.md" ? "changelog.gz" : `${file}.gz`;
@@ -101,6 +105,13 @@ function addDocuments(folder: string, { name, scripts }: Package): void {
   }
   copyInto(folder, join(root, "LICENSE"), `${documents}/copyright`);
   copyInto(folder, join(root, "config.example.json"), `${documents}/examples/config.example.json`);
+  for (const file of readdirSync(join(root, "docs")))
+    write(
+      folder,
+      `${documents}/docs/${file}.gz`,
+      gzipSync(readFileSync(join(root, "docs", file)), { level: 9 }),
+    );
+  for (const file of examples) copyInto(folder, join(root, "deploy", file), `${documents}/examples/${file}`);
   // Bun is delivered as its makers built it; the commands have --help in place of a manual page.
   const overrides = [
     `${name}: unstripped-binary-or-object [usr/lib/${name}/bun]`,
