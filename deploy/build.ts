@@ -8,23 +8,13 @@
  * Each output is made beside its final name and renamed, so that a build that fails leaves the last good one.
  */
 import { spawnSync } from "node:child_process";
-import { createHash } from "node:crypto";
-import {
-  cpSync,
-  mkdirSync,
-  mkdtempSync,
-  readdirSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  statSync,
-  writeFileSync,
-} from "node:fs";
+import { cpSync, mkdirSync, mkdtempSync, renameSync, rmSync, statSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { sections } from "../lib/config.ts";
 import { formatBytes } from "../lib/service.ts";
+import { writeSums } from "./sums.ts";
 
 const root = join(import.meta.dirname, "..");
 
@@ -67,24 +57,6 @@ function lockedSources(): string {
   rmSync(folder, { recursive: true, force: true });
   process.stderr.write(`the packages of bun.lock cannot be installed: ${stderr}`);
   process.exit(1);
-}
-
-/** What `sha256sum -c SHA256SUMS` reads, for all that was built here, renamed into place. */
-function writeSums(outdir: string): void {
-  const names = readdirSync(outdir).filter((name) => /^(\w+\.js|log-rt-sync-\w+|.+\.deb)$/.test(name));
-  const sum = (name: string) =>
-    createHash("sha256")
-      .update(readFileSync(join(outdir, name)))
-      .digest("hex");
-  const fresh = join(outdir, "SHA256SUMS.new");
-  writeFileSync(
-    fresh,
-    names
-      .sort()
-      .map((name) => `${sum(name)}  ${name}\n`)
-      .join(""),
-  );
-  renameSync(fresh, join(outdir, "SHA256SUMS"));
 }
 
 const { values } = parseArgs({

@@ -20,6 +20,7 @@ import { tmpdir } from "node:os";
 import { dirname, join, resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { gzipSync } from "node:zlib";
+import { writeSums } from "./sums.ts";
 
 const root = join(import.meta.dirname, "..");
 const { version } = JSON.parse(readFileSync(join(root, "package.json"), "utf8")) as { version: string };
@@ -205,3 +206,4 @@ if (!architecture || !existsSync(join(outdir, "shipper.js"))) {
   process.exit(1);
 }
 for (const one of PACKAGES) process.stdout.write(`${pack(one, outdir, architecture)}\n`);
+writeSums(outdir);

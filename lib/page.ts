@@ -261,7 +261,7 @@ function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
     return length < NAMES_LENGTH;
   };
   const name = (host: HostStatus) =>
-    isBehind(host, newest) ? html`<li class="b">${host.host}` : html`<li>${host.host}`;
+    `<li${isBehind(host, newest) ? ' class="b"' : ""}>${escapeHtml(host.host)}`;
   const groups = HOST_STATES.map((state) => {
     const all = inState(hosts, state);
     const named = all.filter(fits);
@@ -269,7 +269,7 @@ function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
     const more = all.length > named.length && html`<li>and ${number(all.length - named.length)} more`;
     return (
       all.length > 0 &&
-      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}, ${number(all.length)} more</h3><ul>${named.map(name)}${more}</ul></div>`
+      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}, ${number(all.length)} more</h3><ul>${new Html(named.map(name).join(""))}${more}</ul></div>`
     );
   });
   return html`<div class="names">${groups}</div>`;

@@ -395,12 +395,16 @@ function list<T>(items: T[], say: (item: T) => string = String): string {
 
 // ---- for the receiver
 
-/** However many look at the page, the folder is looked at once in so long. */
+/** However many look at the page, the folder is looked at once in so long, and no more often than a tenth of the time. */
 const FRESH_MS = 2_000;
+const REST = 10;
+/** A look that takes longer is not waited for while the one before is not older than this. */
+const SLOW_MS = 100;
+const OLD_MS = 30_000;
 /** Senders whose curves and batches the page shows. */
 export const DETAILED = 200;
 
-/** A function that tells the state of everything; calls within two seconds share one look at the folder. */
+/** A function that tells the state of everything; those who call together share one look at the folder. */
 export function createStatusReader(
   dir: string,
   thresholds: () => Thresholds,
@@ -410,13 +414,20 @@ export function createStatusReader(
     ...{ readLedger: createLedgerReader(), future: {}, unnamed: { startedAt: now() }, details: DETAILED },
     ...{ byDefaults: sources.monitorFile === undefined, ...sources },
   };
-  let lastAt = Number.NEGATIVE_INFINITY;
-  let last: Promise<Snapshot> | undefined;
-  return () => {
-    if (!last || Math.abs(now() - lastAt) > FRESH_MS) {
-      lastAt = now();
-      last = observe(dir, thresholds(), { ...kept, now: lastAt });
-    }
+  let took = 0;
+  let last: Snapshot | undefined;
+  let looking: Promise<Snapshot> | undefined;
+  const look = async (): Promise<Snapshot> => {
+    const begun = performance.now();
+    last = await observe(dir, thresholds(), { ...kept, now: now() });
+    took = performance.now() - begun;
+    looking = undefined;
     return last;
+  };
+  return async () => {
+    const age = last ? Math.abs(now() - last.now) : Number.POSITIVE_INFINITY;
+    if (last && age <= Math.max(FRESH_MS, REST * took)) return last;
+    looking ??= look();
+    return last && took > SLOW_MS && age < OLD_MS ? last : looking;
   };
 }

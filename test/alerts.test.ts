@@ -1,7 +1,7 @@
 /** deploy/alerts.yml and all metrics of the scripts, by Prometheus' own promtool; every metric of a rule is really told. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { spawnSync } from "node:child_process";
-import { mkdir, readFile, writeFile } from "node:fs/promises";
+import { mkdir, readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import {
   accessLine,
@@ -67,6 +67,7 @@ async function allMetrics(): Promise<string> {
       stateDir,
     },
     receiver: { groups: [{ port, senders: ["10.0.0.1", "127.0.0.1"] }], dir, sealAfterSeconds: 0 },
+    forwarder: { dir, target: `file://${target}`, report: join(home, "report.log") },
     housekeep: { dir, report: join(home, "report.log") },
   });
   startScript("receiver", config);
@@ -80,9 +81,14 @@ async function allMetrics(): Promise<string> {
   );
   const shipped = await until("the shipper tells", () => readFile(own, "utf8").catch(() => ""));
   await shipper.stop();
+  await until("the batch is sealed", async () =>
+    (await readdir(join(dir, "10.0.0.1"))).some((name) => name.endsWith(".log")),
+  );
+  expect(await runScriptOnce("forwarder", config, ["--once"])).toMatchObject({ code: 0 });
   expect(await runScriptOnce("housekeep", config)).toMatchObject({ code: 0 });
+  const forwarded = await readFile(join(dir, ".metrics/forwarder.prom"), "utf8");
   const housekept = await readFile(join(dir, ".metrics/housekeep.prom"), "utf8");
-  return `${await (await fetch(at("/metrics"))).text()}${shipped}${housekept}`;
+  return `${await (await fetch(at("/metrics"))).text()}${shipped}${forwarded}${housekept}`;
 }
 
 const RULE_TESTS = `

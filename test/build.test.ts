@@ -91,6 +91,17 @@ test("npm run build makes five files that run alone, without node_modules and of
   await expectLineDelivered(folder, command, await emptyEnvironment());
 });
 
+test("npm run build takes no package whose bytes are not those of bun.lock", async () => {
+  const outdir = await tempFolder();
+  // This registry packs anew: same names and versions, other bytes.
+  const env = await emptyEnvironment(await startRegistry());
+  const args = ["run", join(ROOT, "deploy/build.ts"), "--outdir", outdir];
+  const { code, output } = await run(process.execPath, args, ROOT, env);
+  expect(code).toBe(1);
+  expect(output).toMatch(/bun\.lock cannot be installed(.|\n)*integrity/i);
+  expect(await readdir(outdir)).toEqual([]);
+});
+
 test("npm run build:bin makes five executables that run without Bun", async () => {
   const folder = await build("--compile");
   expect((await readdir(folder)).sort()).toEqual(
@@ -159,7 +170,7 @@ async function runtimePackages(): Promise<Set<string>> {
 async function startRegistry(): Promise<string> {
   const server = createServer(async (request, response) => {
     const path = decodeURIComponent(request.url ?? "").slice(1);
-    const name = path.replace(/\/-\/package\.tgz$/, "");
+    const name = path.replace(/\/-\/[^/]+\.tgz$/, "");
     const folder = join(ROOT, "node_modules", name);
     const manifest = await readFile(join(folder, "package.json"), "utf8").catch(() => undefined);
     if (manifest === undefined) return response.writeHead(404).end();

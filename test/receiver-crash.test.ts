@@ -5,7 +5,7 @@
 import { expect, test } from "bun:test";
 import { existsSync } from "node:fs";
 import { readdir, readFile, rm, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { linesOfWindows, post, sendAll, storedWindows } from "./sending.ts";
 import {
   expectSameLines,
@@ -171,6 +171,77 @@ test.skipIf(missing({ strace: "strace" })).each([3, 20])(
     }
     expect(answers).toBe(chunks * hosts.length);
     expect(syncs).toBeLessThan(answers); // one serves all that came meanwhile
+  },
+);
+
+/** Calls of a trace by strace -f -y in the order in which they ended: name, arguments, result. */
+function* callsOf(trace: string): Generator<{ name: string; args: string; ok: boolean }> {
+  const begun = new Map<string, string>();
+  for (const line of trace.split("\n")) {
+    const [, pid = "", text = ""] = /^(\d+) +(.*)$/.exec(line) ?? [];
+    if (text.endsWith("<unfinished ...>")) {
+      begun.set(pid, text);
+      continue;
+    }
+    const resumed = /^<\.\.\. \w+ resumed>(.*)$/.exec(text)?.[1];
+    const whole = resumed === undefined ? text : `${begun.get(pid) ?? ""}${resumed}`;
+    const [, name = "", args = ""] = /^(\w+)\((.*)$/.exec(whole) ?? [];
+    if (name) yield { name, args, ok: / = \d+/.test(whole) };
+  }
+}
+
+test.skipIf(missing({ strace: "strace" }))(
+  "a segment is dropped only after the syncs of all parts and ledgers that it speaks of",
+  async () => {
+    const { folder, config, url } = await setUp();
+    const receiver = await run(config, url);
+    const trace = join(folder, "trace");
+    const strace = start("strace", [
+      ...["-f", "-y", "-s", "0", "-o", trace, "-p", String(receiver.process.pid)],
+      ...["-e", "trace=pwrite64,pwritev,pwritev2,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat"],
+    ]);
+    await strace.says("attached");
+    const body = Buffer.from(linesOfWindows(10_000).repeat(4));
+    const hosts = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
+    const rounds = Math.ceil((150 << 20) / body.length / hosts.length);
+    await Promise.all(
+      hosts.map(async (host) => {
+        for (let i = 0; i < rounds; i++)
+          expect((await fetch(post(url, body, { host, offset: i * body.length }))).status).toBe(200);
+      }),
+    );
+    const segments = async () =>
+      (await readdir(join(folder, "data"))).filter((name) => /^\.journal-.*-\d+$/.test(name)).sort();
+    await until("segments are dropped", async () => !(await segments())[0]?.endsWith("-00000001"));
+    expect(await receiver.stop()).toBe(0);
+    await strace.stop("SIGINT");
+    /** Parts that were written and not synced since, hosts whose ledger is older than that: by the segment of that time. */
+    const unsynced = new Map<string, number>();
+    const unsaved = new Map<string, number>();
+    let segment = 0;
+    let drops = 0;
+    for (const { name, args, ok } of callsOf(await readFile(trace, "latin1"))) {
+      expect({ name, args, ok: ok || !/sync/.test(name) }).toEqual({ name, args, ok: true });
+      const path = /<([^>]*)>/.exec(args)?.[1] ?? "";
+      if (name.startsWith("pwritev")) segment = Math.max(segment, Number(/-(\d{8})$/.exec(path)?.[1] ?? 0));
+      else if (name === "pwrite64" && path.endsWith(".part")) {
+        unsynced.set(path, unsynced.get(path) ?? segment);
+        unsaved.set(dirname(path), unsaved.get(dirname(path)) ?? segment);
+      } else if (name === "fsync" && path.endsWith(".part")) unsynced.delete(path);
+      else if (name.startsWith("rename") && args.includes('.ledger"')) {
+        const owner = /"([^"]*)\/\.ledger"/.exec(args)?.[1] ?? "";
+        const open = [...unsynced].flatMap(([part, at]) => (dirname(part) === owner ? [at] : []));
+        if (open.length > 0) unsaved.set(owner, Math.min(...open));
+        else unsaved.delete(owner);
+      } else if (name.startsWith("unlink") && /\.journal-[^"]*-\d{8}"/.test(args)) {
+        const dropped = Number(/-(\d{8})"/.exec(args)?.[1]);
+        for (const at of [...unsynced.values(), ...unsaved.values()]) expect(at).toBeGreaterThan(dropped);
+        drops++;
+      }
+    }
+    expect(segment).toBeGreaterThanOrEqual(3);
+    expect(drops).toBeGreaterThanOrEqual(2);
+    expect([...unsynced, ...unsaved]).toEqual([]); // the last one is dropped when all is safe
   },
 );
 

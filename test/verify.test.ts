@@ -1,6 +1,6 @@
 /**
  * A delivered folder with random damage: `--verify` and deploy/verify.sh find it, name it, and agree. Some
- * here; `VERIFY_RUNS=10000 bun test test/verify.test.ts` for more, `VERIFY_SEED` for others.
+ * here; `VERIFY_RUNS=10000 bun test --timeout 3600000 test/verify.test.ts` for more, `VERIFY_SEED` for others.
  */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { spawnSync } from "node:child_process";
@@ -12,7 +12,9 @@ import { accessLine, ROOT, startScript, tempFolder } from "./support.ts";
 
 setDefaultTimeout(6_000_000);
 
-const RUNS = Number(process.env.VERIFY_RUNS ?? 150);
+const RUNS = Number(process.env.VERIFY_RUNS ?? 60);
+/** verify.sh, which takes a second on a busy machine, looks at one of so many. */
+const SHELL_EVERY = Number(process.env.VERIFY_SHELL_EVERY ?? 1);
 const SEED = Number(process.env.VERIFY_SEED ?? 21);
 const HOURS = ["26112205", "26112206", "26112207", "26112208"];
 const hash = (data: string | Uint8Array) => createHash("sha256").update(data).digest("hex");
@@ -218,8 +220,12 @@ test(`${RUNS} random mutations (seed ${SEED}) are found and named by both, which
     const folder = join(root, String(run));
     cpSync(good, folder, { recursive: true });
     const name = mutate(folder, files, randomFrom(SEED * 100_000 + run));
+    expect(formatVerified(await verifyFolder(folder)), `run ${run}: ${name}`).toContain(`: ${name}\n`);
+    if (run % SHELL_EVERY !== 0) {
+      rmSync(folder, { recursive: true });
+      continue;
+    }
     const { text, shell, status } = await verifyBoth(folder);
-    expect(text, `run ${run}: ${name}`).toContain(`: ${name}\n`);
     expect(shell, `run ${run}: ${name}`).toBe(text);
     expect(status, `run ${run}: ${name}`).toBe(1);
     rmSync(folder, { recursive: true });

@@ -6,9 +6,8 @@
  *
  * It reads one ledger at a time and keeps only what has to be looked up: the memory does not grow with the senders' days.
  */
-import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
-import { readdir, stat } from "node:fs/promises";
+import { open, readdir, stat } from "node:fs/promises";
 import { createInterface } from "node:readline";
 import { folders, listBatches, listHosts, parseBatchName } from "../batch.ts";
 import type { Config } from "../config.ts";
@@ -25,6 +24,7 @@ const CURVE_HOURS = 24;
 const MISSING_MS = 48 * HOUR_MS;
 /** How much of the report's end is read, in bytes: some 150,000 deliveries. */
 const REPORT_BYTES = 16 * 1024 * 1024;
+const REPORT_STEP = 64 * 1024;
 /** Names of vanished batches in one account. */
 const MOST_MISSING = 1000;
 
@@ -227,9 +227,14 @@ function isBehind(ledger: Ledger | undefined, end: number): boolean {
 
 // ---- the report
 
-/** A name as a number of 52 bits: many thousands of names fit into little memory. */
+/** A name as a number of 52 bits, without garbage: many thousands of names fit into little memory. */
 function fingerprint(name: string): number {
-  return Number.parseInt(createHash("sha1").update(name).digest("hex").slice(0, 13), 16);
+  let [a, b] = [0x811c9dc5, 0x01000193];
+  for (let i = 0; i < name.length; i++) {
+    a = Math.imul(a ^ name.charCodeAt(i), 0x01000193);
+    b = Math.imul(b, 31) + name.charCodeAt(i);
+  }
+  return (a >>> 0) * 0x100000 + ((b >>> 0) & 0xfffff);
 }
 
 /** Of a report that tells nothing. */
@@ -241,19 +246,47 @@ async function readDeliveries(path: string, oldest: number, sent: string): Promi
   const size = (await ifMissing(stat(path)))?.size;
   // What was delivered and cleared away stands in the report alone: without one nothing can be said of it.
   if (size === undefined) return (await exists(sent)) ? UNKNOWN : { lines, from: 0 };
-  const start = Math.max(0, size - REPORT_BYTES);
-  const reader = createInterface({
-    input: createReadStream(path, { start, encoding: "latin1" }),
-    crlfDelay: Infinity,
-  });
-  let from = start === 0 ? 0 : undefined;
-  for await (const text of reader) {
+  const tail = Math.max(0, size - REPORT_BYTES);
+  const start = await findDay(path, { from: tail, to: size, day: localDay(oldest - 2 * HOUR_MS) });
+  const input = createReadStream(path, { start, encoding: "latin1" });
+  let from = tail === 0 ? 0 : undefined;
+  for await (const text of createInterface({ input, crlfDelay: Infinity })) {
     const line = parseReportLine(text);
     if (!line) continue;
     from ??= line.at + HOUR_MS; // its clock may have been set back by an hour
     if (line.status === "Sent" && line.at >= oldest - HOUR_MS) lines.set(fingerprint(line.batch), line.lines);
   }
   return { lines, from: from ?? Infinity };
+}
+
+/** A place in the report before which only earlier days are: most of a long one is not read. */
+async function findDay(
+  path: string,
+  { from, to, day }: { from: number; to: number; day: string },
+): Promise<number> {
+  const bytes = Buffer.alloc(4096);
+  const file = await open(path);
+  try {
+    let [low, high] = [from, to];
+    while (high - low > REPORT_STEP) {
+      const middle = Math.floor((low + high) / 2);
+      const { bytesRead } = await file.read(bytes, 0, bytes.length, middle);
+      const text = bytes.toString("latin1", 0, bytesRead);
+      const line = text.slice(text.indexOf("\n") + 1, text.indexOf("\n") + 1 + day.length);
+      if (line < day) low = middle;
+      else high = middle;
+    }
+    return low;
+  } finally {
+    await file.close();
+  }
+}
+
+/** `2026-11-22`, as report lines begin. */
+function localDay(at: number): string {
+  const date = new Date(at);
+  const two = (n: number) => String(n).padStart(2, "0");
+  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())}`;
 }
 
 function emptyAmount(): Amount {
