@@ -329,6 +329,7 @@ function evaluateProblems(state: MonitorState, run: Run): void {
 function evaluateHost(state: MonitorState, run: Run, host: HostStatus): void {
   const { context, snapshot } = run;
   noteLost(state, run, host);
+  noteAgain(state, run, host);
   if (host.heardAt === 0 && !host.expected) return;
   if (host.state === "waiting") return; // nothing can be said of it yet
   const isBad = host.state === "silent" || host.state === "never" || host.state === "quiet";
@@ -401,6 +402,27 @@ function noteLost(state: MonitorState, { snapshot, changes }: Run, host: HostSta
   Object.assign(told, { lost: host.lost, gone: host.gone, toldAt: now });
 }
 
+/** What a sender ships again after the receiver's folder was lost, told when it has shipped all of it. */
+function noteAgain(state: MonitorState, { snapshot, changes }: Run, { host, again = 0 }: HostStatus): void {
+  const isPast = state.again[host] === undefined && state.begunAt >= snapshot.now - MINUTE;
+  const known = isPast ? { told: again, seen: again } : (state.again[host] ?? { told: 0, seen: 0 });
+  state.again[host] = known;
+  if (again < known.told) known.told = 0; // lost once more: a new ledger counts anew
+  const isSteady = again === known.seen;
+  known.seen = again;
+  if (!isSteady || again === known.told) return;
+  const bytes = formatBytes(again - known.told);
+  const text = `The receiver had lost lines of ${host}, whose shipper has shipped ${bytes} again of what was not delivered. Some of it may have been: those lines come twice, in files with other names. The shipper's log names each file.`;
+  changes.push({
+    ...{ kind: "note", title: `${host} shipped ${bytes} again`, text, status: "ok", sender: false },
+    ...{
+      since: snapshot.now,
+      next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'shipping them again'"`],
+    },
+  });
+  known.told = again;
+}
+
 /** Of a sender whose records were removed, and for whom nobody asks, nothing is kept. */
 function forgetHosts(state: MonitorState, { hosts, problems }: Snapshot): void {
   if (problems.some(({ key }) => key === "folder")) return;
@@ -410,6 +432,7 @@ function forgetHosts(state: MonitorState, { hosts, problems }: Snapshot): void {
   for (const key of Object.keys(state.incidents))
     if (key.startsWith("host ") && isGone(key.slice(5))) delete state.incidents[key];
   for (const host of Object.keys(state.lost)) if (isGone(host)) delete state.lost[host];
+  for (const host of Object.keys(state.again)) if (isGone(host)) delete state.again[host];
   for (const host of Object.keys(state.totals)) if (isGone(host)) delete state.totals[host];
 }
 

@@ -27,7 +27,7 @@ type Attack = (target: Target, random: Random) => Promise<number>;
 
 const MOST_MS = 5_000;
 /** Requests in a second. */
-const RATE = 40;
+const RATE = 20;
 /** Connections that are held open at once. */
 const MOST_HELD = 200;
 const held = new Set<ReturnType<typeof connect>>();

@@ -1,12 +1,44 @@
 /** The receiver's folder is lost: what was not delivered is shipped again by the host, under names that were never used. */
-import { expect, test } from "bun:test";
-import { readdirSync, rmSync } from "node:fs";
+import { expect, setDefaultTimeout, test } from "bun:test";
+import { execFileSync } from "node:child_process";
+import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, truncateSync } from "node:fs";
 import { join } from "node:path";
-import { createSender, expectArrives, lines, startRealReceiver } from "./pipeline.ts";
-import { until } from "./support.ts";
+import { zstdDecompressSync } from "node:zlib";
+import { parseBatchName } from "../lib/batch.ts";
+import { type ChunkHeaders, HEADER, parseChunkHeaders, parseNews, type StreamStatus } from "../lib/chunk.ts";
+import { createStore } from "../lib/store/store.ts";
+import { createWindowFinder } from "../lib/store/window.ts";
+import { createSender, expectArrives, lines, type RealReceiver, startRealReceiver } from "./pipeline.ts";
+import { post, quiet } from "./sending.ts";
+import { expectSameLines, onCleanup, runScriptOnce, tempFolder, until, writeConfig } from "./support.ts";
+import { isChunk, Wire } from "./wire.ts";
+
+setDefaultTimeout(60_000);
+
+const QUICK = { heartbeatSeconds: 0.1, pollSeconds: 0.1 };
+
+async function wipe(receiver: RealReceiver): Promise<void> {
+  receiver.running.process.kill("SIGKILL");
+  await receiver.running.ended;
+  for (const name of readdirSync(receiver.dir)) rmSync(join(receiver.dir, name), { recursive: true });
+  await receiver.start();
+}
 
 test("the folder is wiped while the log goes on and after a rotation: every line is there again, and it is told", async () => {
   const receiver = await startRealReceiver();
+  const mails = await tempFolder();
+  const folder = await tempFolder();
+  const mail = { smtp: `file://${mails}`, from: "logs@example.com", to: ["ops@example.com"] };
+  const { dir } = receiver;
+  const monitor = await writeConfig(folder, {
+    monitor: {
+      dir,
+      mail,
+      stateFile: join(folder, "monitor.json"),
+      report: join(folder, "report.log"),
+      minFreePercent: 0,
+    },
+  });
   const sender = await createSender(receiver.url, { heartbeatSeconds: 0.2, pollSeconds: 0.1 });
   sender.write(lines("a", 1, 50));
   const shipper = sender.start();
@@ -14,16 +46,368 @@ test("the folder is wiped while the log goes on and after a rotation: every line
   sender.rotate();
   sender.write(lines("b", 1, 50));
   await expectArrives(receiver, sender);
+  await runScriptOnce("monitor", monitor);
   const before = readdirSync(join(receiver.dir, sender.host)).filter((name) => name.endsWith(".part"));
-  receiver.running.process.kill("SIGKILL");
-  await receiver.running.ended;
-  for (const name of readdirSync(receiver.dir)) rmSync(join(receiver.dir, name), { recursive: true });
-  await receiver.start();
+  await wipe(receiver);
   await expectArrives(receiver, sender);
   await shipper.says("receiver has lost lines: shipping them again");
   const after = readdirSync(join(receiver.dir, sender.host)).filter((name) => name.endsWith(".part"));
   expect(before.filter((name) => after.includes(name))).toEqual([]);
   sender.write(lines("b", 51, 60));
   await until("what comes later goes on", () => receiver.stored(sender.host).includes(lines("b", 51, 60)));
+  const told = async () => {
+    await runScriptOnce("monitor", monitor);
+    const texts = readdirSync(mails).map((name) => readFileSync(join(mails, name), "utf8"));
+    return texts.find((text) => text.includes(`${sender.host} shipped`));
+  };
+  expect(await until("a mail says so", told)).toContain("again");
   expect(await shipper.stop()).toBe(0);
+});
+
+test("a stream that begins before the loss is noticed takes no name that may have been used", async () => {
+  const receiver = await startRealReceiver();
+  const shipper = "s".repeat(22);
+  const chunk = (host: string, stream: string) => {
+    const headers = { [HEADER.begin]: "1", [HEADER.mark]: `4:${"A".repeat(22)}`, [HEADER.shipper]: shipper };
+    return fetch(post(receiver.url, lines("x", 1, 3), { host, stream, headers }));
+  };
+  const ask = (host: string, streams?: string[]) =>
+    fetch(`${receiver.url}/streams`, {
+      method: "POST",
+      headers: { [HEADER.host]: host, [HEADER.shipper]: shipper },
+      ...(streams && { body: JSON.stringify({ streams }) }),
+    });
+  const partOf = (host: string) =>
+    readdirSync(join(receiver.dir, host)).flatMap((name) => parseBatchName(name)?.part ?? []);
+  expect((await chunk("10.9.0.1", "a-stream-of-now")).status).toBe(200); // it had asked another folder
+  expect((await ask("10.9.0.2", ["a-stream-of-before"])).status).toBe(200);
+  expect((await chunk("10.9.0.2", "a-stream-of-now")).status).toBe(200);
+  expect((await ask("10.9.0.3")).status).toBe(200); // the very first start
+  expect((await chunk("10.9.0.3", "a-stream-of-now")).status).toBe(200);
+  await until("parts are there", () => partOf("10.9.0.3").length > 0);
+  for (const host of ["10.9.0.1", "10.9.0.2"]) expect(partOf(host)[0]).toBeGreaterThan(1_000_000_000);
+  expect(partOf("10.9.0.3")).toEqual([1]);
+});
+
+test("after its start the receiver seals nothing of a host before it was heard", async () => {
+  const dir = await tempFolder();
+  let now = Date.parse("2026-11-22T06:00:00+06:00");
+  const open = async () => {
+    const store = createStore({
+      ...{ dir, prefix: "accessLog", windowMinutes: 20, sealAfterSeconds: 120, sealLatestSeconds: 900 },
+      ...{ forgetAfterDays: 30, maxHosts: 100, maxStreamsPerHost: 100, maxWindowsPerHost: 100 },
+      ...{ maxNamesPerHour: 1000, findWindow: createWindowFinder(20), log: quiet, now: () => now },
+    });
+    await store.start(() => true);
+    return store;
+  };
+  const body = Buffer.from(lines("a", 1, 3));
+  const first = await open();
+  for (const host of ["10.0.0.1", "10.0.0.2"]) {
+    const range = { offset: 0, end: body.length, mark: `4:${"A".repeat(22)}`, begin: "new" as const };
+    await first.commit({ host, stream: "stream-0001", ...range, body, peer: "" });
+  }
+  await first.close();
+  now += 7_200_000;
+  const store = await open();
+  expect(await store.seal()).toEqual([]);
+  await store.streams("10.0.0.1", ["stream-0001"], {}, "");
+  expect(await store.seal()).toEqual([expect.stringContaining("10-0-0-1")]);
+  now += 901_000;
+  expect(await store.seal()).toEqual([expect.stringContaining("10-0-0-2")]);
+  await store.close();
+});
+
+// ---- a receiver whose words are chosen
+
+/** The contract of the wire in memory; what is delivered, what is lost and when it answers is the test's. */
+class Middle {
+  readonly wire = new Wire();
+  readonly bodies: string[] = [];
+  /** Chunks that begin a stream, and all, in their order. */
+  readonly chunks: ChunkHeaders[] = [];
+  delivered: number | undefined = 0;
+  asked = 0;
+  /** Before a question, whose answer is made already, is answered; before a chunk is. */
+  holdAnswer: () => Promise<unknown> = async () => {};
+  holdChunk: () => Promise<unknown> = async () => {};
+  answer: ((chunk: ChunkHeaders) => Response | undefined) | undefined;
+  readonly #server = Bun.serve({ hostname: "127.0.0.1", port: 0, fetch: (request) => this.#take(request) });
+  readonly url = `http://127.0.0.1:${this.#server.port}`;
+
+  constructor() {
+    onCleanup(() => this.#server.stop(true));
+  }
+
+  get text(): string {
+    return this.bodies.join("");
+  }
+
+  get begun(): ChunkHeaders[] {
+    return this.chunks.filter(({ begin }) => begin !== undefined);
+  }
+
+  stored(): Buffer {
+    return Buffer.from(this.text);
+  }
+
+  /** Everything is lost, what was stored of it and not delivered, too. */
+  wipe(): void {
+    this.wire.streams.clear();
+    this.bodies.length = 0;
+    this.chunks.length = 0;
+  }
+
+  async #take(request: Request): Promise<Response> {
+    if (!isChunk(request)) {
+      this.wire.hear(parseNews(request.headers));
+      const told = (await (await this.wire.tell(request)).json()) as { streams: StreamStatus[] };
+      for (const status of told.streams) Object.assign(status, { delivered: this.#deliveredOf(status) });
+      await this.holdAnswer();
+      this.asked++;
+      return Response.json(told);
+    }
+    const chunk = parseChunkHeaders(request.headers);
+    const raw = new Uint8Array(await request.arrayBuffer());
+    const isPacked = request.headers.get("Content-Encoding") === "zstd";
+    const body = Buffer.from(isPacked ? zstdDecompressSync(raw) : raw).toString("latin1");
+    const forced = this.answer?.(chunk);
+    if (forced) return forced;
+    const answer = this.wire.take(chunk, body.split("\n").length - 1, () => {
+      this.bodies.push(body);
+      this.chunks.push(chunk);
+    });
+    await this.holdChunk();
+    return answer;
+  }
+
+  #deliveredOf({ stream, offset }: StreamStatus): number {
+    const from = this.chunks.find((chunk) => chunk.stream === stream)?.offset ?? 0;
+    return Math.min(offset, Math.max(from, this.delivered ?? offset));
+  }
+
+  /** Waits for so many more answers. */
+  async heartbeats(count: number): Promise<void> {
+    const from = this.asked;
+    await until("heartbeats", () => this.asked >= from + count);
+  }
+}
+
+test("offsets that were answered while the question was on its way are no loss", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, QUICK);
+  sender.write(lines("a", 1, 20));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  let isHeld = false;
+  const go = Promise.withResolvers<void>();
+  middle.holdAnswer = () => {
+    isHeld = true;
+    return go.promise;
+  };
+  await until("a question is on its way", () => isHeld);
+  sender.write(lines("a", 21, 40));
+  await expectArrives(middle, sender);
+  middle.holdAnswer = async () => {};
+  go.resolve();
+  await middle.heartbeats(3);
+  expect(middle.begun).toHaveLength(1);
+  expectSameLines(middle.text, Buffer.concat(sender.written));
+  expect(await shipper.stop()).toBe(0);
+});
+
+test("a 409 below what was answered is sent again under the same name, and nothing falls back", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, { ...QUICK, chunkBytes: 4096, inFlight: 1 });
+  sender.write(lines("a", 1, 20));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  const { end = 0, mark = "" } = middle.chunks[0] ?? {};
+  sender.write(lines("a", 21, 40));
+  await expectArrives(middle, sender);
+  let times = 0;
+  middle.answer = () => {
+    if (times++ > 0) return undefined;
+    return new Response("overtaken", {
+      status: 409,
+      headers: { [HEADER.offset]: `${end}`, [HEADER.mark]: mark },
+    });
+  };
+  sender.write(lines("a", 41, 60));
+  await expectArrives(middle, sender);
+  await middle.heartbeats(2);
+  expect(times).toBeGreaterThan(1);
+  expect(middle.begun).toHaveLength(1);
+  expectSameLines(middle.text, Buffer.concat(sender.written));
+  expect(await shipper.stop()).toBe(0);
+});
+
+test("of a file in which a second stream began, what the first one had not delivered is shipped again, too", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, { ...QUICK, chunkBytes: 4096, inFlight: 1 });
+  const kept = lines("a", 1, 150);
+  sender.write(kept);
+  let shipper = sender.start();
+  await expectArrives(middle, sender);
+  sender.write(lines("lost", 1, 60));
+  await expectArrives(middle, sender);
+  expect(await shipper.stop()).toBe(0);
+  truncateSync(sender.live, kept.length); // the host lost its newest bytes, and wrote others
+  const others = lines("new", 1, 70);
+  sender.write(others);
+  shipper = sender.start();
+  await until("a second stream begins", () => middle.begun.length === 2);
+  await until("all is there", () => middle.text.endsWith(others.slice(-200)));
+  await middle.heartbeats(2);
+  middle.wipe();
+  await until(
+    "both come again",
+    () => middle.text.includes(lines("a", 1, 1)) && middle.text.includes(lines("new", 70, 70)),
+  );
+  await middle.heartbeats(3);
+  const all = middle.text.split(/(?<=\n)/);
+  for (const line of (kept + others).split(/(?<=\n)/))
+    expect(all.filter((each) => each === line)).toEqual([line]);
+  expect(middle.begun.every(({ begin }) => begin === "again")).toBe(true);
+  expect(await shipper.stop()).toBe(0);
+});
+
+test("a file that was shipped again and is compressed then is known by its newest stream: nothing comes a third time", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, QUICK);
+  sender.write(lines("a", 1, 40));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  sender.rotate();
+  sender.write(lines("b", 1, 2));
+  await expectArrives(middle, sender);
+  middle.wipe();
+  const expected = Buffer.concat(sender.written).toString();
+  await until("all comes again", () => middle.text.length >= expected.length);
+  await middle.heartbeats(2);
+  execFileSync("gzip", [join(sender.logs, "access.log.1")]);
+  await shipper.says("copy of a known one");
+  await middle.heartbeats(3);
+  expect(middle.text.length).toBe(expected.length);
+  middle.delivered = undefined; // all of it
+  await middle.heartbeats(2);
+  middle.wipe();
+  await middle.heartbeats(3);
+  expect(middle.text).toBe("");
+  sender.write(lines("b", 3, 4));
+  await until("what is new goes on", () => middle.text === lines("b", 3, 4));
+  expect(await shipper.stop()).toBe(0);
+});
+
+test("what is delivered of a log that always has chunks on their way is known, and not shipped again", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, { ...QUICK, flushMs: 1 });
+  middle.holdChunk = () => Bun.sleep(60);
+  const shipper = sender.start();
+  let n = 0;
+  const writing = setInterval(() => sender.write(lines("a", ++n, n)), 5);
+  onCleanup(() => clearInterval(writing));
+  await until("much is there", () => middle.text.length > 20_000);
+  middle.delivered = 10_000;
+  await middle.heartbeats(4);
+  middle.wipe();
+  const again = await until("it is shipped again", () => middle.begun.find(({ begin }) => begin === "again"));
+  expect(again.offset).toBe(10_000);
+  clearInterval(writing);
+  expect(await shipper.stop()).toBe(0);
+});
+
+test("a stream that is known from an answer alone goes on without Log-Begin", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, { ...QUICK, timeoutSeconds: 1 });
+  sender.write(lines("a", 1, 40));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  expect(await shipper.stop()).toBe(0);
+  rmSync(sender.stateDir, { recursive: true });
+  mkdirSync(sender.stateDir);
+  middle.chunks.length = 0;
+  sender.write(lines("a", 41, 50));
+  const second = sender.start();
+  await expectArrives(middle, sender);
+  expect(middle.chunks.length).toBeGreaterThan(0);
+  expect(middle.begun).toEqual([]);
+  expect(await second.stop()).toBe(0);
+});
+
+test("a receiver that was set back gets what it lacks, from the highest offset that fits, not what was delivered before", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, { ...QUICK, chunkBytes: 4096, inFlight: 1 });
+  middle.delivered = 1000;
+  sender.write(lines("a", 1, 60));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  const [stream, before] = [...middle.wire.streams][0] ?? [];
+  sender.write(lines("a", 61, 120));
+  await expectArrives(middle, sender);
+  await middle.heartbeats(2);
+  middle.wipe();
+  middle.wire.streams.set(stream as string, before as NonNullable<typeof before>); // a backup of the folder
+  const again = await until("it is shipped again", () => middle.begun[0]);
+  expect(again).toMatchObject({ begin: "again", offset: before?.offset as number });
+  await until("all that it lacks", () => middle.text === lines("a", 61, 120));
+  expect(await shipper.stop()).toBe(0);
+});
+
+test("a rotated file that was removed meanwhile: what was not delivered of it is told to the byte", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, { ...QUICK, rotateWaitSeconds: 0.2 });
+  sender.write(lines("a", 1, 40));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  sender.rotate();
+  sender.write(lines("b", 1, 2));
+  await expectArrives(middle, sender);
+  await shipper.says("file is done");
+  const { size } = statSync(join(sender.logs, "access.log.1"));
+  middle.delivered = 1234;
+  await middle.heartbeats(2);
+  rmSync(join(sender.logs, "access.log.1"));
+  middle.wipe();
+  await until("it is told to the receiver", () => middle.wire.lost > 0);
+  expect(middle.wire.lost).toBe(size - 1234);
+  await shipper.says(`bytes=${size - 1234}`);
+  await middle.heartbeats(3);
+  expect(middle.wire.lost).toBe(size - 1234);
+  expect(await shipper.stop()).toBe(0);
+});
+
+test("--delivered ends 0 when all of a file is at the client, also rotated and compressed, else 1 with the bytes", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, QUICK);
+  sender.write(lines("a", 1, 40));
+  const size = lines("a", 1, 40).length;
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  await middle.heartbeats(2);
+  const ask = (path: string) => runScriptOnce("shipper", sender.config, ["--delivered", path]);
+  middle.delivered = 1000;
+  expect(await ask(sender.live)).toMatchObject({
+    code: 1,
+    output: expect.stringContaining(`${size - 1000} of ${size} bytes`),
+  });
+  middle.delivered = undefined;
+  expect(await ask(sender.live)).toMatchObject({
+    code: 0,
+    output: expect.stringContaining(`all ${size} bytes`),
+  });
+  sender.rotate();
+  const rotated = join(sender.logs, "access.log.1");
+  sender.write(lines("b", 1, 2));
+  await expectArrives(middle, sender);
+  expect(await ask(rotated)).toMatchObject({ code: 0 });
+  await shipper.says("file is done");
+  expect(await shipper.stop()).toBe(0);
+  execFileSync("gzip", [rotated]);
+  expect(await ask(`${rotated}.gz`)).toMatchObject({ code: 0 });
+  middle.delivered = 1000;
+  expect(await ask(`${rotated}.gz`)).toMatchObject({
+    code: 1,
+    output: expect.stringContaining(`${size - 1000} of ${size}`),
+  });
 });

@@ -96,6 +96,8 @@ interface World {
   /** What lies or lay at the client. */
   names: Map<string, string>;
   wipes: number[];
+  /** When the receiver (-1) or the shipper of a host was down: there was no heartbeat. */
+  outages: { host: number; from: number; to: number }[];
   isAway: boolean;
   conflicts: number;
   damaged: number;
@@ -157,7 +159,7 @@ async function createWorld(seed: number): Promise<World> {
     receiver: script("receiver", "receiver", at("server.json")),
     forwarder: script("forwarder", "forwarder", at("server.json")),
     seen: LOGS.map(() => []),
-    ...{ names: new Map(), isAway: false, conflicts: 0, damaged: 0, history: [] },
+    ...{ outages: [], names: new Map(), isAway: false, conflicts: 0, damaged: 0, history: [] },
   };
 }
 
@@ -382,11 +384,19 @@ async function trouble(world: World, steps: number, canDelete: boolean): Promise
     if (what < 5) await rotate(world, log, random.chance(0.5));
     else if (what < (world.isAway ? 8 : 6)) toggleClient(world);
     else if (what < 8) lookAtClient(world, true);
-    else if (what < 9) busy.push(random.pick(world.shippers).kill(random.between(0, 800)));
-    else if (what < 10) busy.push(world.receiver.kill(random.between(0, 800)));
+    else if (what < 9) busy.push(kill(world, random.between(0, HOSTS.length - 1), random.between(0, 800)));
+    else if (what < 10) busy.push(kill(world, -1, random.between(0, 800)));
     else if (what < 11) busy.push(world.forwarder.kill(random.between(0, 800)));
   }
   await Promise.all(busy);
+}
+
+/** Kills the shipper of a host, or the receiver (-1), for a while. */
+async function kill(world: World, host: number, ms: number): Promise<void> {
+  const outage = { host, from: Date.now(), to: Number.POSITIVE_INFINITY };
+  world.outages.push(outage);
+  await (world.shippers[host] ?? world.receiver).kill(ms);
+  outage.to = Date.now();
 }
 
 /** Waits until every line is at the client and nothing waits, or nothing moves any more. */
@@ -435,17 +445,29 @@ export function isFine(verdict: Verdict): boolean {
  * Up to where the file of a life was delivered as of `heartbeatSeconds` before each loss: what lies behind may come twice
  * by that loss. What an earlier loss made come again counts as delivered when it came again.
  */
-function boundsOf({ wipes, seen }: World, w: number, life: Life): number[] {
+function boundsOf(world: World, w: number, life: Life): number[] {
+  const { wipes, seen } = world;
   const bounds: number[] = [];
   let bound = life.from;
   for (const [i, at] of wipes.entries()) {
     const since = wipes[i - 1] ?? 0;
-    const until = at - HEARTBEAT_SECONDS * 1000 - SLACK_MS;
+    const until = heardBefore(world, LOGS[w] as number, at);
     const isThere = (n: number) => seen[w]?.[n]?.some((time) => time > since && time <= until);
     while (bound < life.from + life.lines && isThere(bound)) bound++;
     bounds.push(bound);
   }
   return bounds;
+}
+
+/** A time before which the host's last heartbeat before `at` was not, however late it came. */
+function heardBefore({ outages }: World, host: number, at: number): number {
+  const late = HEARTBEAT_SECONDS * 1000 + SLACK_MS;
+  let time = at - late;
+  for (const outage of outages.toSorted((a, b) => b.from - a.from)) {
+    const concerns = outage.host === -1 || outage.host === host;
+    if (concerns && time > outage.from - late && time < outage.to + late) time = outage.from - late;
+  }
+  return time;
 }
 
 function judge(world: World, seed: number, all: Supervised[], seconds: number): Verdict {

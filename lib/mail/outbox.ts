@@ -113,6 +113,8 @@ const stateSchema = monitorNewsSchema.extend({
   incidents: z.record(z.string(), incidentSchema),
   /** Bytes lost that were told, by host, and when. */
   lost: z.record(z.string(), z.object({ lost: z.number(), gone: z.number(), toldAt: z.number() })),
+  /** Bytes shipped again, by host: those that were told, and those that were seen last. */
+  again: z.record(z.string(), z.object({ told: z.number(), seen: z.number() })).default({}),
   future: z.record(z.string(), z.object({ value: z.number(), at: z.number() })),
   /** Of receivers that write no state file here: since when one does not answer, and when one was back. */
   unnamed: z.custom<{ wellUntil?: number; startedAt?: number }>(
@@ -142,6 +144,7 @@ function firstState(now: number): MonitorState {
       clockSetAt: 0,
       incidents: {},
       lost: {},
+      again: {},
       future: {},
     },
     ...{ unnamed: {}, summarisedUntil: 0, accountedUntil: 0, totals: {}, missingTold: [], queue: [] },
