@@ -1159,6 +1159,8 @@ async function verify(folder: string): Promise<number> {
   const verified = await verifyFolder(folder).catch((error) => {
     throw new OperatorError(`Cannot verify ${folder}: ${errorMessage(error)}`);
   });
+  if (verified.heads.length === 0 && verified.findings.length === 0)
+    throw new OperatorError(`no digest is in ${folder}: nothing says what has to be there`);
   process.stdout.write(formatVerified(verified));
   return verified.findings.length === 0 ? EXIT.done : EXIT.failed;
 }

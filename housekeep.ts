@@ -126,7 +126,8 @@ async function dryRun(context: HousekeepContext): Promise<number> {
   const steps: PlannedStep[] = [];
   const { faults } = await housekeepOnce({ ...context, dryRun: steps });
   const rows = steps.map(({ action, file, bytes, reason }) => [action, file, formatBytes(bytes), reason]);
-  process.stdout.write(formatTable(["would", "file", "size", "because"], rows, [2]));
+  const table = formatTable(["would", "file", "size", "because"], rows, [2]);
+  process.stdout.write(rows.length > 0 ? table : "nothing to do\n");
   return faults === 0 ? EXIT.done : EXIT.failed;
 }
 

@@ -804,13 +804,15 @@ function findWarnings(config: ReceiverConfig, monitorFault?: string): string[] {
 }
 
 /** What only this host can tell, for `--check`: creates nothing. */
-async function checkReceiver({ config, configFile, now, checks }: Service<"receiver">): Promise<void> {
+async function checkReceiver(service: Service<"receiver">): Promise<void> {
+  const { config, configFile, now, checks } = service;
+  const served = servedGroups(service);
   const { wrong, missing } = findFaults(config);
   for (const fault of wrong) checks.fault(fault);
   for (const fault of missing) checks.fault(fault, EXIT.failed);
   const monitor = await readMonitorSection(configFile);
   await checks.folder("receiver.dir", config.dir, "make");
-  for (const { port } of config.groups) {
+  for (const { port } of config.groups.filter((_, index) => served.includes(index))) {
     await checks.step(`receiver.groups: ${config.listen}:${port}`, () => checkPort(config, port, now()));
   }
   if (wrong.length + missing.length > 0) return;

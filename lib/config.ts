@@ -22,7 +22,7 @@ const secrets = z
   .transform((refs) => (Array.isArray(refs) ? refs : [refs]))
   .describe("A secret, or a list of secrets that are valid together");
 
-const path = z.string().min(1);
+const path = z.string().min(1, "expected a path");
 const minutes = z.number().positive();
 const seconds = z.number().positive();
 const count = z.number().int().positive();
@@ -98,7 +98,10 @@ const receiver = z
   .strictObject({
     listen: z
       .string()
-      .refine((text) => parseHost(text) !== undefined, "expected an address of this machine, or 0.0.0.0")
+      .refine((text) => parseHost(text) !== undefined, {
+        error: "expected an address of this machine, or 0.0.0.0",
+        abort: true,
+      })
       .default("127.0.0.1")
       .describe("Address to listen on"),
     groups: z.array(group).min(1).describe("Ports, and the senders that each serves"),

@@ -229,7 +229,7 @@ function expectation(issue: z.core.$ZodIssue): string {
   if (issue.code === "invalid_type") return `expected ${TYPES[issue.expected] ?? issue.expected}`;
   if (issue.code === "invalid_value")
     return `expected ${issue.values.map((value) => JSON.stringify(value)).join(" or ")}`;
-  if (issue.code === "too_small")
+  if (issue.code === "too_small" && /^Too small/.test(issue.message))
     return `expected ${issue.inclusive === false ? "more than" : "at least"} ${issue.minimum}${ofWhat(issue.origin)}`;
   if (issue.code === "too_big") return `expected at most ${issue.maximum}${ofWhat(issue.origin)}`;
   if (issue.code === "invalid_union") return "expected another form; docs/config.md has an example";
@@ -258,6 +258,10 @@ function howToWrite(issue: z.core.$ZodIssue, key: string, value: unknown): strin
   if (issue.expected === "array") return `write ["${withoutPassword(text)}"]`;
   if (issue.expected !== "number" && issue.expected !== "int") return "";
   if (/^-?\d+(\.\d+)?$/.test(text)) return `leave the quotes out: ${text}`;
+  const bytes = /^(\d+(?:\.\d+)?)\s*([kmg])?(i?b)?$/i.exec(text);
+  if (/Bytes/.test(key) && bytes)
+    return `in bytes: ${Math.round(Number(bytes[1]) * 1024 ** " kmg".indexOf((bytes[2] ?? " ").toLowerCase()))}`;
+  if (/Percent$/.test(key) && /^[\d.]+\s*%$/.test(text)) return `a number alone: ${Number.parseFloat(text)}`;
   const [, amount = "", unit = ""] = /^(\d+(?:\.\d+)?)\s*([a-z]+)$/i.exec(text) ?? [];
   const seconds =
     Number(amount) *

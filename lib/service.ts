@@ -101,6 +101,12 @@ const COMPANIONS: Record<string, string[]> = {
   host: ["status"],
 };
 
+/** Of these a script does one at a time. */
+const MODES = [
+  ...["status", "once", "watch", "delivered", "forget", "hour", "resend"],
+  ...["test-file", "verify", "test-mail", "mute", "dry-run"],
+];
+
 /**
  * Runs a script: parses the flags, loads its section of the config, calls `main` and exits with the number
  * that it returns. Never returns.
@@ -141,7 +147,8 @@ export async function runScript<S extends Section>(
     else warnOfSurroundings(spec, service);
     await end(checking ? checks.end() : await main(service));
   } catch (error) {
-    if (!checking || error instanceof ExitNow)
+    if (abort.signal.aborted && error === abort.signal.reason) await end(EXIT.done); // it ended where it stood
+    if (!checking || error instanceof ExitNow || error instanceof UsageError)
       await end(explain(error, log), error instanceof Error && !(error instanceof ExitNow));
     for (const fault of error instanceof ConfigError ? error.faults : [errorMessage(error)])
       checks.fault(fault, error instanceof ConfigError ? error.code : EXIT.failed);
@@ -250,6 +257,8 @@ function parseFlags<S extends Section>(spec: ScriptSpec<S>, argv: string[]): Ser
   }
   if (values.help) throw new ExitNow(EXIT.done, usage(spec.name, spec.about, known));
   if (values.version) throw new ExitNow(EXIT.done, `log-rt-sync ${spec.name} ${VERSION} (${runtime})\n`);
+  const modes = MODES.filter((mode) => values[mode]).map((mode) => `--${mode}`);
+  if (modes.length > 1) throw refuse(`${modes.join(" and ")} don't go together`);
   for (const [flag, others] of Object.entries(COMPANIONS)) {
     const fitting = others.filter((other) => takesValue.has(other));
     if (values[flag] && !fitting.some((other) => values[other]))

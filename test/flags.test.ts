@@ -4,7 +4,7 @@ import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import ssh2 from "ssh2";
 import type { Section } from "../lib/config.ts";
-import { missing, ROOT, start, tempFolder } from "./support.ts";
+import { freePort, missing, ROOT, start, tempFolder } from "./support.ts";
 
 const VERSION: string = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")).version;
 
@@ -157,6 +157,48 @@ test.skipIf(missing({ script: "bsdutils" }))(
     }
   },
 );
+
+test.each([
+  ["shipper", ["--status", "--once"]],
+  ["forwarder", ["--hour", "2026-11-27T14", "--resend", "x"]],
+  ["monitor", ["--watch", "--test-mail"]],
+  ["housekeep", ["--watch", "--dry-run"]],
+] as [Section, string[]][])("%s %p is two things at a time: refused", async (name, flags) => {
+  const { code, output } = await run(name, ["--config", await goodConfig(), ...flags]);
+  expect(output).toMatch(/^--[\w-]+ and --[\w-]+ don't go together\n/);
+  expect(code).toBe(2);
+});
+
+test("receiver --check looks at the group of --port alone, and refuses a port of no group", async () => {
+  const file = await goodConfig();
+  const { code, output } = await run("receiver", ["--config", file, "--check", "--port", "77"]);
+  expect(output).toEndWith(`No group has port 77: ${file} has groups of ports 0\n`);
+  expect(code).toBe(2);
+});
+
+test("housekeep --dry-run says when there is nothing to do", async () => {
+  const { code, output } = await run("housekeep", ["--config", await goodConfig(), "--dry-run"]);
+  expect(output).toEndWith("\nnothing to do\n");
+  expect(code).toBe(0);
+});
+
+test("forwarder --verify of a folder without a digest proves nothing, and says so", async () => {
+  const folder = await tempFolder();
+  const { code, output } = await run("forwarder", ["--verify", folder]);
+  expect(output).toBe(`no digest is in ${folder}: nothing says what has to be there\n`);
+  expect(code).toBe(1);
+});
+
+test("SIGTERM in the middle of a monitor's run ends it with 0, without an error", async () => {
+  const file = await goodConfig();
+  const config = JSON.parse(readFileSync(file, "utf8"));
+  config.monitor.receivers = [`http://127.0.0.1:${await freePort()}`]; // a fault, which is looked at a second time
+  await writeFile(file, JSON.stringify(config));
+  const running = start(process.execPath, ["run", join(ROOT, "monitor.ts"), "--config", file]);
+  await running.says("first run");
+  expect(await running.stop()).toBe(0);
+  expect(running.output).not.toContain("error");
+});
 
 test("what is written into a slow pipe arrives to its end, and a closed pipe is no error", async () => {
   const file = join(await tempFolder(), "config.json");
