@@ -190,15 +190,31 @@ describe("Bun in a stranger's folder", () => {
   });
 });
 
-test.skipIf(missing({ nft: "nftables" }) || notRoot())(
-  "nft accepts the rule in docs/security.md",
+/** 150 connections of one address, then one of another one; how many of each were let in. */
+const KNOCK = `
+import { connect, createServer } from "node:net";
+const server = createServer(() => {}).listen(5001, "0.0.0.0");
+await new Promise((resolve) => server.on("listening", resolve));
+const knock = (localAddress) => new Promise((resolve) => {
+  const socket = connect({ port: 5001, host: "127.0.0.1", localAddress });
+  socket.on("connect", () => resolve(1));
+  socket.on("error", () => resolve(0));
+});
+const first = await Promise.all(Array.from({ length: 150 }, () => knock("127.0.0.1")));
+console.log(first.reduce((sum, one) => sum + one, 0), await knock("127.0.0.2"));
+process.exit(0);
+`;
+
+test.skipIf(missing({ nft: "nftables", ip: "iproute2", unshare: "util-linux" }) || notRoot())(
+  "the nftables rule in docs/security.md lets 100 connections of an address in, and those of the others",
   async () => {
     const text = await readFile(join(ROOT, "docs/security.md"), "utf8");
+    const folder = await tempFolder();
     const rule = /<!-- nftables: a test loads it -->\n```\n(.*?)```/s.exec(text)?.[1] ?? "";
-    const file = join(await tempFolder(), "rule.nft");
-    await writeFile(file, rule);
-    expect(rule).toContain("ct count over 100");
-    expect(run("unshare", ["-n", "nft", "-f", file])).toEqual({ code: 0, output: "" });
+    await writeFile(join(folder, "rule.nft"), rule);
+    await writeFile(join(folder, "knock.js"), KNOCK);
+    const commands = `ip link set lo up && nft -f ${folder}/rule.nft && exec ${process.execPath} ${folder}/knock.js`;
+    expect(run("unshare", ["-n", "sh", "-c", commands])).toEqual({ code: 0, output: "100 1\n" });
   },
 );
 
