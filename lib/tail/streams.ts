@@ -211,7 +211,7 @@ export class Streams {
 
     const unknown = await this.#locate(survey);
     const waiting = await this.#identifyAll(unknown, survey);
-    await this.#findUnderOtherNames(survey);
+    if (waiting.size === 0) await this.#findUnderOtherNames(survey);
     this.#reportFaults(survey);
     const orphans = this.#findOrphans(survey);
     const isMissing = this.list.some(({ phase, offset, size }) => phase.is === "gone" && size > offset);
@@ -473,7 +473,7 @@ export class Streams {
   /** A stream without a file is looked for in files that no rule knows as rotations, too: there its bytes are needed as proof. */
   async #findUnderOtherNames({ leftOut }: Survey): Promise<void> {
     const homeless = this.list.filter(
-      (stream) => !this.#hasHome(stream) && (stream.head?.length ?? 0) >= MARK_BYTES,
+      (stream) => !this.#hasHome(stream) && stream.offset >= MARK_BYTES && stream.marks.length > 0,
     );
     for (const found of homeless.length > 0 ? leftOut : []) {
       const tried = `${asSeen(found)} ${homeless.length}`;
