@@ -202,13 +202,13 @@ export function findLeaks<S extends Section>(section: S, config: Config[S], conf
  * (the content of /etc/passwd). Undefined on a host without that user.
  */
 export function asUnitUser(section: Section, passwd: string, command: string[]): string | undefined {
-  const isShipper = section === "shipper";
-  const user = isShipper ? "log-rt-sync-shipper" : "log-rt-sync"; // as in deploy/systemd
+  const user = `log-rt-sync-${section}`; // as in deploy/systemd
+  const groups = section === "shipper" ? ["-g", user, "-G", "adm"] : ["-g", "log-rt-sync"];
   if (!passwd.split("\n").some((line) => line.startsWith(`${user}:`))) return undefined;
   const quoted = command.map((word) =>
     /^[\w./:=@-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`,
   );
-  return ["runuser", "-u", user, ...(isShipper ? ["-g", user, "-G", "adm"] : []), "--", ...quoted].join(" ");
+  return ["runuser", "-u", user, ...groups, "--", ...quoted].join(" ");
 }
 
 function lengthOf(ref: Parameters<typeof readSecret>[0]): number {

@@ -221,16 +221,18 @@ test("--check warns of a time zone that the runtime does not know, and of what o
 });
 
 test("asUnitUser() gives root the command that looks as the unit's user, where there is one", async () => {
-  const passwd =
-    "root:x:0:0::/:/bin/sh\nlog-rt-sync:x:998:998::/:/bin/false\nlog-rt-sync-shipper:x:997:997::/:\n";
+  const users = ["shipper", "receiver", "forwarder", "monitor", "housekeep"] as const;
+  const passwd = users.map((name, i) => `log-rt-sync-${name}:x:${990 + i}:990::/:\n`).join("");
   const command = ["/usr/local/bin/bun", "run", "/opt/x.ts", "--config", "/etc/my config.json", "--check"];
   const quoted = "/usr/local/bin/bun run /opt/x.ts --config '/etc/my config.json' --check";
-  expect(asUnitUser("monitor", passwd, command)).toBe(`runuser -u log-rt-sync -- ${quoted}`);
+  expect(asUnitUser("monitor", passwd, command)).toBe(
+    `runuser -u log-rt-sync-monitor -g log-rt-sync -- ${quoted}`,
+  );
   expect(asUnitUser("shipper", passwd, command)).toBe(
     `runuser -u log-rt-sync-shipper -g log-rt-sync-shipper -G adm -- ${quoted}`,
   );
   expect(asUnitUser("monitor", "log-rt-sync-shipper:x:1:1::/:\n", command)).toBeUndefined();
-  for (const section of ["shipper", "receiver", "forwarder", "monitor", "housekeep"] as const) {
+  for (const section of users) {
     const units = await readdir(join(ROOT, "deploy", "systemd"));
     const unit = units.find((name) => name.startsWith(`log-rt-sync-${section}`) && name.endsWith(".service"));
     const text = await readFile(join(ROOT, "deploy", "systemd", String(unit)), "utf8");
