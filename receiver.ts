@@ -594,7 +594,7 @@ class StateFile {
       ports,
       ...(health !== undefined && { health, healthSince: this.#healthSince }),
       refused: refusals.list(),
-      pressed: refusals.pressed(),
+      pressed: [...store.crowd(), ...refusals.pressed()],
     };
     try {
       await writeState(join(config.dir, `.receiver-${ports[0]}.json`), state);

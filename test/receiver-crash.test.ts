@@ -266,6 +266,29 @@ test.skipIf(missing({ strace: "strace" }))(
   },
 );
 
+test.skipIf(missing({ strace: "strace" }))(
+  "a part or a ledger that could not be synced is written again from the journal, not only synced again",
+  async () => {
+    const { dir, config, url } = await setUp();
+    const receiver = await run(config, url);
+    const text = linesOfWindows(3000);
+    const half = text.lastIndexOf("\n", text.length / 2) + 1;
+    await sendAll(url, "10.0.0.1", Buffer.from(text.slice(0, half)));
+    const strace = start("strace", [
+      ...["-f", "-o", "/dev/null", "-p", String(receiver.process.pid)],
+      ...["-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1..5"],
+    ]);
+    await strace.says("attached");
+    await sendAll(url, "10.0.0.1", Buffer.from(text));
+    await receiver.says("batches are written again");
+    await strace.stop("SIGINT");
+    expect(receiver.output).toMatch(/ledger not saved|batches not written/);
+    await receiver.stop("SIGKILL");
+    expect(await (await run(config, url)).stop()).toBe(0);
+    await expectWindows(dir, "10.0.0.1", text);
+  },
+);
+
 test("a replay that is cut at its end, and made again, writes nothing twice", async () => {
   const { dir, config, url } = await setUp();
   const text = linesOfWindows(600);

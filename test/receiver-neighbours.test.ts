@@ -303,12 +303,20 @@ test('the holder of "*" makes no more names than it may, and those that are name
   const folder = await tempFolder();
   const token = "everyone's-token-of-27-signs";
   await writeFile(join(folder, "all"), token);
-  const { send, good } = await setUp({ maxHosts: 20 }, { tokens: { "*": { file: join(folder, "all") } } });
+  const { send, good, state } = await setUp(
+    { maxHosts: 20 },
+    { tokens: { "*": { file: join(folder, "all") } } },
+  );
   const statuses: number[] = [];
   for (let i = 0; i < 30; i++)
     statuses.push((await send(LINE, { host: `made-up-${i}.example`, token })).status);
   expect(statuses).toEqual([...Array(10).fill(200), ...Array(20).fill(503)]);
   await good(3);
+  await until("the state file says how many there are", async () =>
+    (await state()).pressed.some(
+      ({ text }: { text: string }) => text === "10 of 10 hosts that no group lists are known",
+    ),
+  );
   const many = await setUp({}, { tokens: { "*": { file: join(folder, "all") } } });
   const answers: number[] = [];
   for (let i = 0; i < 130; i++)

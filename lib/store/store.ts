@@ -23,6 +23,8 @@ const AHEAD_BYTES = 33_554_432;
 /** Senders whose names nobody listed: new ones in a minute, and their share of all. */
 const NEW_NAMES_A_MINUTE = 60;
 const UNLISTED_SHARE = 0.5;
+/** A limit of hosts is told when so much of it is used. */
+const TOLD_FROM = 0.8;
 /** A changed ledger is saved after so many ms, later with many senders. */
 const CHECKPOINT_MS = { min: 2_000, max: 120_000, perSender: 20 };
 /** Senders that background work is done for at once. */
@@ -166,6 +168,18 @@ export class Store {
       return errorMessage(error);
     }
     return undefined;
+  }
+
+  /** Who takes most of the room that there is for hosts, told from 80 % on. */
+  crowd(): { host: string; text: string }[] {
+    const { maxHosts, isListed } = this.#options;
+    const known = [...this.senders.keys()];
+    const unlisted = isListed ? known.filter((host) => !isListed(host)).length : 0;
+    const most = maxHosts * UNLISTED_SHARE;
+    return [
+      ...(known.length >= TOLD_FROM * maxHosts ? [`${known.length} of ${maxHosts} hosts are known`] : []),
+      ...(unlisted >= TOLD_FROM * most ? [`${unlisted} of ${most} hosts that no group lists are known`] : []),
+    ].map((text) => ({ host: "*", text }));
   }
 
   // ---- opening
