@@ -313,7 +313,11 @@ export async function holdLock(path: string, what: string): Promise<{ release: (
     const holder = readFileSync(path, "utf8").trim() || "unknown";
     throw new OperatorError(`${what} is in use by process ${holder} (lock ${path}); stop that one first`);
   }
-  writeFileSync(path, `${process.pid}\n`);
+  try {
+    writeFileSync(path, `${process.pid}\n`);
+  } catch {
+    // the lock is held all the same: a full disk must not keep it from its owner
+  }
   return lock;
 }
 

@@ -1,5 +1,5 @@
 import { expect, test } from "bun:test";
-import { readdir, readFile, writeFile } from "node:fs/promises";
+import { readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { appendDurably, holdLock, moveDurably, readIfExists, writeDurably } from "../lib/durable.ts";
 import { start, tempFolder } from "./support.ts";
@@ -52,5 +52,13 @@ test("holdLock() names the process that holds it and is free again after kill -9
     `The folder is in use by process ${holder.process.pid}`,
   );
   await holder.stop("SIGKILL");
+  (await holdLock(path, "The folder")).release();
+});
+
+test("holdLock() holds what the kernel gave it, though a full disk takes no process id", async () => {
+  const path = join(await tempFolder(), "full.lock");
+  await symlink("/dev/full", path);
+  const lock = await holdLock(path, "The folder");
+  lock.release();
   (await holdLock(path, "The folder")).release();
 });
