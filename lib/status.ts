@@ -395,14 +395,13 @@ function list<T>(items: T[], say: (item: T) => string = String): string {
 
 // ---- for the receiver
 
-/** However many look at the page, the folder is looked at once in so long, and no more often than a tenth of the time. */
+/** However many look at the page, the folder is looked at once in so long. */
 const FRESH_MS = 2_000;
-const REST = 10;
-/** A look that takes longer is not waited for while the one before is not older than this. */
-const SLOW_MS = 100;
-const OLD_MS = 30_000;
 /** Senders whose curves and batches the page shows. */
 export const DETAILED = 200;
+/** With more senders a look has a tenth of the time at most, and nobody waits for it while the one before is not older. */
+const REST = 10;
+const OLD_MS = 30_000;
 
 /** A function that tells the state of everything; those who call together share one look at the folder. */
 export function createStatusReader(
@@ -426,8 +425,9 @@ export function createStatusReader(
   };
   return async () => {
     const age = last ? Math.abs(now() - last.now) : Number.POSITIVE_INFINITY;
-    if (last && age <= Math.max(FRESH_MS, REST * took)) return last;
+    const many = last !== undefined && last.hosts.length > DETAILED;
+    if (last && age <= (many ? Math.max(FRESH_MS, REST * took) : FRESH_MS)) return last;
     looking ??= look();
-    return last && took > SLOW_MS && age < OLD_MS ? last : looking;
+    return last && many && age < OLD_MS ? last : looking;
   };
 }

@@ -155,3 +155,12 @@ test("renderPage() shows up to where a sender is delivered, by its own clock", (
   );
   expect(cell({ delivered: "26112300_20-39", zone: 840 })).toBe("00:40");
 });
+
+test("renderPage() does not say that the disk has room while chunks are refused for want of it", () => {
+  const receiver = { version: 1 as const, at: NOW, startedAt: 0, ports: [5001], refused: [], pressed: [] };
+  const full = { ...receiver, runs: true, health: "the disk is full" };
+  const page = renderPage(status([host("a")], { receivers: [full] }));
+  expect(page).toContain("Disk needs room");
+  expect(page).not.toContain("Disk has room");
+  expectText(page, "The receiver on port 5001 can&#39;t store lines");
+});

@@ -6,7 +6,7 @@ import { emptyLedger, formatRecord, type Ledger, type LedgerRecord } from "../li
 import { DEFAULT_THRESHOLDS, type Thresholds } from "../lib/look.ts";
 import type { ReceiverState } from "../lib/signs.ts";
 import { createStatusReader, headline, observe, type Snapshot } from "../lib/status.ts";
-import { tempFolder } from "./support.ts";
+import { tempFolder, until } from "./support.ts";
 
 const NOW = Date.parse("2026-11-22T10:52:31Z");
 const MINUTE = 60_000;
@@ -341,4 +341,25 @@ test("createStatusReader() looks at the folder once for many that ask, and again
   expect((await read()).hosts).toHaveLength(1);
   now += 2000;
   expect((await read()).hosts).toHaveLength(2);
+});
+
+test("createStatusReader() lets nobody wait for a look at many senders: they see the one before", async () => {
+  const dir = await folderWith(Array.from({ length: 201 }, (_, i) => `a${i}/.ledger`));
+  let now = NOW;
+  const ledgerOf = (): Ledger => ({ ...emptyLedger(), heardAt: NOW });
+  const read = createStatusReader(dir, () => DEFAULT_THRESHOLDS, { ledgerOf, now: () => now });
+  expect((await read()).hosts).toHaveLength(201);
+  await mkdir(join(dir, "b"));
+  now += 29_000;
+  expect((await read()).hosts).toHaveLength(201);
+  await until("the next ones see the new look", async () => (await read()).hosts.length === 202);
+  await mkdir(join(dir, "c"));
+  now += 31_000; // too old to be shown
+  expect((await read()).hosts).toHaveLength(203);
+});
+
+test("observe() says nothing of a disk that has no size", async () => {
+  const seen = await observe("/proc/sys", DEFAULT_THRESHOLDS, { now: NOW });
+  expect(seen.disk).toBeUndefined();
+  expect(problem(seen, "disk")).toBeUndefined();
 });
