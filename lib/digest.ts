@@ -33,6 +33,8 @@ const HOUR_MS = 3_600_000;
 const KNOWN_MS = 30 * 24 * HOUR_MS;
 /** How long it is looked whether an hour has become complete. */
 const RIPEN_HOURS = 48;
+/** Hours whose numbers are remembered. */
+const KEPT_HOURS = 24 * 100;
 /** Digests of a backlog share a save of the state: those that it does not name are taken as they are. */
 const SAVE_EVERY = 100;
 const TITLE = "# log-rt-sync digest 1";
@@ -379,8 +381,9 @@ export class Digests {
     state.hours[name.hour] = { part: name.part, complete };
     state.pending.push(state.head.name);
     if (!state.next || name.hour >= state.next) state.next = hourAfter(name.hour);
-    const hours = Object.keys(state.hours).sort();
-    for (const old of hours.slice(0, Math.max(0, hours.length - 24 * 100))) delete state.hours[old];
+    const hours = Object.keys(state.hours);
+    if (hours.length < KEPT_HOURS + 100) return;
+    for (const old of hours.sort().slice(0, -KEPT_HOURS)) delete state.hours[old];
   }
 
   /** Notes what was delivered, on stable storage when it returns; what is noted already changes nothing. */
@@ -492,8 +495,8 @@ export class Digests {
   async #writeLate(state: DigestState, seen: HostsSeen, before: string, now: number): Promise<void> {
     const oldest = formatHour(hourSpan(before, 0).start - RIPEN_HOURS * HOUR_MS, 0);
     const open = Object.keys(state.hours).filter((hour) => hour >= oldest && !state.hours[hour]?.complete);
-    for (const hour of [...new Set([...this.#news.keys(), ...open])].sort()) {
-      if (hour >= before) break;
+    const late = [...this.#news.keys(), ...open].filter((hour) => hour < before); // of a backlog: few of many
+    for (const hour of [...new Set(late)].sort()) {
       const missing = this.#missing(state, seen, hour, now);
       if (this.#news.has(hour) || missing.length === 0)
         await this.#writeOne(state, seen, { hour, missing, now });
