@@ -274,10 +274,8 @@ test.skipIf(process.getuid?.() !== 0 || missing({ runuser: "util-linux" }))(
     const reading = start("runuser", ["-u", "nobody", "--", runtime, "run", bundle, "--config", file], {
       cwd: home,
     });
-    expect(await reading.ended).toBe(78);
-    expect(reading.output).toBe(
-      `${file}: cannot be read (EACCES): it belongs to root:root with mode 0600, and is read by nobody\n`,
-    );
+    const output = `${file}: cannot be read (EACCES): it belongs to root:root with mode 0600, and is read by nobody\n`;
+    expect({ code: await reading.ended, output: reading.output }).toEqual({ code: 78, output });
   },
 );
 
