@@ -678,6 +678,12 @@ function renderMetrics({ counts, intake, refusals, store, startedAt }: Receiver,
     ["failed_batches", "gauge", "Batches in failed/", told((h) => h.failed)],
     ["requests_in_flight", "gauge", "Requests in hand", intake.requests],
     ["bytes_in_flight", "gauge", "Bytes of bodies in hand", intake.bytes],
+    [
+      "problem",
+      "gauge",
+      "What is wrong, in the words of the page",
+      status.problems.map(({ key, leg, title }) => [{ key, leg, title }, 1]),
+    ],
     ["disk_free_bytes", "gauge", "Free space of dir", disk ? disk.free : []],
     ["disk_size_bytes", "gauge", "Size of dir's disk", disk ? disk.total : []],
   ];

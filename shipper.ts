@@ -57,6 +57,8 @@ const FAULT_MS = 1000;
 const SAVE_EVERY_MS = 1000;
 /** Without a cursor, a chunk of the process before may still be on its way for so long. */
 const PATIENCE_MS = 10_000;
+/** So often a rotated file that grows goes before the live one. */
+const ROUNDS = 5;
 /** Names that change in a burst are looked at together. */
 const NAMES_MS = 20;
 const TELL_EVERY_MS = 60_000;
@@ -410,22 +412,49 @@ function isDue(shipper: Shipper, log: FollowedLog, stream: Stream): boolean {
 /** Ships the streams of a log to their ends, oldest first, the live one last. */
 async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "shipped">> {
   const { streams, signal } = shipper;
-  let atEnd = true;
   if (!streams.asked) return { atEnd: false };
-  for (const stream of streamsOf(shipper, log)) {
-    if (signal.aborted) return { atEnd: false };
-    try {
-      if (!stream.isLive) refresh(shipper, stream); // what its writer still put there goes before the live file's lines
-      if (isDue(shipper, log, stream)) atEnd = (await shipStream(shipper, stream)) && atEnd;
-      else if (!stream.isLive && !stream.isBusy && stream.phase.is === "reading")
-        await streams.finish(stream);
-      if (log.isHeld && stream.isLive) atEnd = false;
-    } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      return { atEnd: false, waitMs: error.waitMs };
+  try {
+    const own = streamsOf(shipper, log);
+    const live = own.filter(({ isLive }) => isLive);
+    const isRotating = own.some(({ isLive, phase }) => !isLive && phase.is === "reading");
+    for (const stream of live) refresh(shipper, stream); // before the rotated ones: what comes later comes after theirs
+    const sizes = live.map(({ size }) => size);
+    let atEnd = await shipRotated(shipper, log);
+    for (const [i, stream] of live.entries()) {
+      if (signal.aborted || log.isHeld) return { atEnd: false };
+      if (isRotating && sizes[i] === stream.offset && !stream.wayBack) {
+        if (stream.size > stream.offset)
+          atEnd = false; // it came after the look at the rotated ones: next time
+        else stream.endedAs = placeOf(stream);
+      } else if (isDue(shipper, log, stream)) atEnd = (await shipStream(shipper, stream)) && atEnd;
+    }
+    return { atEnd };
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    return { atEnd: false, waitMs: error.waitMs };
+  }
+}
+
+/**
+ * Ships the rotated files of a log to their ends, again when their writer put something there meanwhile: it goes before
+ * what the writer puts into the live file after it. A few times at most, or a writer that stays would hold up the others.
+ */
+async function shipRotated(shipper: Shipper, log: FollowedLog): Promise<boolean> {
+  const { streams, signal } = shipper;
+  let atEnd = true;
+  for (let round = 0, isGrown = true; isGrown && round < ROUNDS; round++) {
+    isGrown = false;
+    for (const stream of streamsOf(shipper, log)) {
+      if (signal.aborted) return false;
+      if (stream.isLive) continue;
+      refresh(shipper, stream);
+      if (isDue(shipper, log, stream)) {
+        isGrown = true;
+        atEnd = (await shipStream(shipper, stream)) && atEnd;
+      } else if (!stream.isBusy && stream.phase.is === "reading") await streams.finish(stream);
     }
   }
-  return { atEnd };
+  return atEnd;
 }
 
 /** Ships one stream to its end, when its turn comes. True when that was reached. Throws Refused. */

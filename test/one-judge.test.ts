@@ -132,5 +132,10 @@ test("the page, the mail, --status and the metrics say the same of one folder", 
     expect(metric("last_seen_timestamp_seconds", host)).toBe(heardAt / 1000);
     expect(page).toContain(`id="host-${host}" data-s="${state}"`);
   }
+  const quoted = (text: string) => `"${text.replace(/["\\]/g, "\\$&")}"`;
+  for (const { key, leg, title } of problems)
+    expect(metrics).toContain(
+      `log_rt_sync_receiver_problem{key=${quoted(key)},leg=${quoted(leg)},title=${quoted(title)}} 1\n`,
+    );
   await receiver.stop();
 });
