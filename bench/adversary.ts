@@ -146,12 +146,13 @@ export interface Adversary {
   finished: Promise<void>;
 }
 
-/** Lets faults happen for `ms`; `note` is told of each before it happens. */
+/** Lets faults happen for `ms`; `note` is told of each before it happens. `losses`: how often the folder is lost. */
 export function unleash(
   pipeline: Pipeline,
   random: Random,
   ms: number,
   note: (text: string) => void,
+  losses?: number,
 ): Adversary {
   const counts: Record<string, number> = {};
   const adversary: Adversary = {
@@ -187,11 +188,11 @@ export function unleash(
       await sleep(Math.max(0, Math.min(60_000, ending - Date.now())));
     }
   };
-  const count = Math.max(1, Math.round(ms / 120_000));
+  const count = losses ?? Math.max(1, Math.round(ms / 120_000));
   const lossAt = Array.from({ length: count }, (_, i) => {
     return ((i + 0.2 + 0.6 * random.fraction()) * ms) / count;
   });
-  const losses = async () => {
+  const loseFolders = async () => {
     for (const at of lossAt) {
       await sleep(Math.max(0, ending - ms + at - Date.now()));
       await loseFolder(pipeline, adversary, tell);
@@ -199,7 +200,7 @@ export function unleash(
     }
   };
   adversary.finished = (async () => {
-    await Promise.all([faults(), silences(), losses()]);
+    await Promise.all([faults(), silences(), loseFolders()]);
     await Promise.all(inHand);
     for (const proxy of [...pipeline.uplinks, ...(pipeline.downlink ? [pipeline.downlink] : [])])
       proxy.heal();

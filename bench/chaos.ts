@@ -23,6 +23,8 @@ export interface ChaosOptions {
   minutes: number;
   seed: number;
   linesPerSecond: number;
+  /** How often the receiver's folder is lost; without it, once in two minutes. */
+  losses?: number;
 }
 
 /** What came of it. */
@@ -92,9 +94,8 @@ export async function runChaos(options: ChaosOptions, screen: Screen): Promise<C
   for (const name of ["SIGINT", "SIGTERM"] as const) process.on(name, abandon);
   const started = Date.now();
   const seconds = () => ((Date.now() - started) / 1000).toFixed(1);
-  const adversary = unleash(pipeline, random, options.minutes * 60_000, (text) =>
-    screen.note(seconds(), text),
-  );
+  const tell = (text: string) => screen.note(seconds(), text);
+  const adversary = unleash(pipeline, random, options.minutes * 60_000, tell, options.losses);
   screen.watch(() => describeProgress(pipeline, adversary, started, options.minutes));
   try {
     await adversary.finished;
@@ -308,13 +309,14 @@ function sleep(ms: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, ms));
 }
 
-const USAGE = `Usage: npm run chaos -- [--minutes N] [--seed N] [--rate LINES_PER_SECOND] [--json FILE] [--keep]\n`;
+const USAGE = `Usage: npm run chaos -- [--minutes N] [--seed N] [--rate LINES_PER_SECOND] [--losses N] [--json FILE] [--keep]\n`;
 
 async function main(): Promise<number> {
   const options = {
     minutes: { type: "string", default: "5" },
     seed: { type: "string", default: "1" },
     rate: { type: "string", default: "4000" },
+    losses: { type: "string" },
     json: { type: "string" },
     keep: { type: "boolean", default: false },
     help: { type: "boolean", default: false },
@@ -329,7 +331,8 @@ async function main(): Promise<number> {
     process.stdout.write(USAGE);
     return values.help ? 0 : 2;
   }
-  const result = await runChaos({ minutes, seed, linesPerSecond }, createScreen());
+  const losses = values.losses === undefined ? {} : { losses: Number(values.losses) };
+  const result = await runChaos({ minutes, seed, linesPerSecond, ...losses }, createScreen());
   process.stdout.write(formatResult(result));
   if (values.json) writeFileSync(values.json, `${JSON.stringify(result, null, 2)}\n`);
   if (result.passed && !values.keep) rmSync(result.folder, { recursive: true, force: true });
