@@ -270,7 +270,7 @@ describe("POST /upload", () => {
     const answer = await send(LINE, { host: "web.1-example" });
     expect(answer.status).toBe(403);
     expect(await answer.text()).toContain("web-1.example");
-    expect(await made()).toEqual(["web-1.example"]);
+    expect((await made()).filter((name) => !name.startsWith("."))).toEqual(["web-1.example"]);
   });
 
   test("keeps two hosts behind one address apart", async () => {
@@ -518,7 +518,7 @@ describe("who may come in", () => {
     expect((await send(LINE, { host: "10.9.9.9" }, from)).status).toBe(403);
     expect((await send(LINE, { host: "10.0.0.6" }, { peer: "192.0.2.1" })).status).toBe(403);
     expect((await send(LINE, { host: "10.0.0.6" }, { peer: "::ffff:10.0.0.6" })).status).toBe(200);
-    expect((await made()).length).toBe(4);
+    expect((await made()).filter((name) => !name.startsWith(".")).length).toBe(4);
   });
 
   test("a token is asked for, must be known, must be the host's, and is read again when its file changes", async () => {
