@@ -368,6 +368,24 @@ describe("copytruncate", () => {
     truncateSync(sender.live, 0);
   };
 
+  test("of a file of which the receiver has more than the cursor says, while the answer is still out", async () => {
+    const sender = await shippedTen();
+    sender.write(lines("a", 11, 400));
+    const killed = sender.start([], { LOG_RT_SYNC_STOP_AT: "shipper:answered" });
+    expect(await killed.ended).toBe("SIGKILL"); // the lines are stored, the cursor does not know
+    sender.write(lines("a", 401, 500));
+    receiver.running.process.kill("SIGSTOP");
+    const shipper = await startShipper(sender);
+    await Bun.sleep(300); // time for the chunk to be on its way
+    copytruncate(sender);
+    sender.write(lines("b", 1, 50));
+    receiver.running.process.kill("SIGCONT");
+    const all = Buffer.concat(sender.written).length;
+    await until("all has arrived", () => receiver.stored(sender.host).length >= all);
+    await finish(sender, shipper);
+    expect(await lostBytes(sender)).toBe(0);
+  });
+
   test("while stopped: the unread tail comes from the copy", async () => {
     const sender = await shippedTen();
     sender.write(lines("a", 11, 500));

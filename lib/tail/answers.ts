@@ -6,6 +6,7 @@ import type { StreamStatus } from "../chunk.ts";
 import { drawName, type Stream } from "./cursor.ts";
 import { endOfLines, type LogFile, readMark, wireMark } from "./file.ts";
 import { fitOf } from "./identify.ts";
+import { Changed } from "./reader.ts";
 import type { Streams } from "./streams.ts";
 
 /** Draws a name: nothing of the file is in it, so no two streams ever share one. */
@@ -18,7 +19,7 @@ export function beginAs(stream: Stream, begin: "new" | "again", offset: number):
 
 /**
  * The receiver has the stream up to another offset. That is believed only when the file has these bytes there (a stream of
- * version 1.0 has no marks); else a new stream begins where the own cursor fits. True when this one goes on.
+ * version 1.0 has no marks); else a new stream begins where the own cursor fits. True when this one goes on. Throws Changed.
  */
 export async function moveTo(
   streams: Streams,
@@ -40,11 +41,9 @@ export async function moveTo(
     if (offset > 0) delete stream.begin;
     return true;
   }
+  if ((await fitOf(file, stream)).is !== "all") throw new Changed(); // it is the file that has other bytes than were shipped
   log.warn("receiver has other bytes than this file: a new stream begins", fields);
-  const fit = await fitOf(file, stream);
-  const isInLine = fit.is === "all" && stream.offset > 0;
-  const at = isInLine ? await endOfLines(file, stream.offset) : fit.is === "behind" ? fit.at : 0;
-  streams.succeed(stream, at);
+  streams.succeed(stream, stream.offset > 0 ? await endOfLines(file, stream.offset) : 0);
   return false;
 }
 
