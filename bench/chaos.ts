@@ -7,7 +7,8 @@
  * the same faults again.
  */
 import { spawnSync } from "node:child_process";
-import { mkdtempSync, readdirSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { createHash } from "node:crypto";
+import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
@@ -144,7 +145,7 @@ function judge(options: ChaosOptions, pipeline: Pipeline, adversary: Adversary, 
   const { losses } = adversary;
   const heartbeatMs = HEARTBEAT_SECONDS * 1000 + LATE_MS;
   const verdict = checkDelivery(pipeline.client, written, { report, server, losses, heartbeatMs, hostile });
-  const findings = verifyFolder(pipeline.client, losses);
+  const findings = verifyFolder(pipeline.client, server, losses);
   const mails = checkMails(pipeline.mailbox.mails, adversary.outages, pipeline.monitor.kills);
   const counts = {
     ...verdict,
@@ -171,23 +172,33 @@ function judge(options: ChaosOptions, pipeline: Pipeline, adversary: Adversary, 
 }
 
 /**
- * What `forwarder --verify` finds beside our own comparison. An hour that is incomplete breaks no promise; a batch that no
- * digest names may have come after its hour's newest one, or before the folder, with the list of it, was lost.
+ * What `forwarder --verify` finds beside our own comparison. An hour that is incomplete breaks no promise. A batch that no
+ * digest names came after its hour's newest one was made, and then the list for the next one has it with its hash; or
+ * before the folder, with that list, was lost.
  */
-function verifyFolder(client: string, losses: number[]): string[] {
+function verifyFolder(client: string, server: string, losses: number[]): string[] {
   const script = join(import.meta.dirname, "..", "forwarder.ts");
-  const { stdout } = spawnSync(process.execPath, ["run", script, "--verify", client], { encoding: "utf8" });
-  const newest = Math.max(
-    0,
-    ...readdirSync(client).map((name) =>
-      name.endsWith(".sha256") ? statSync(join(client, name)).ctimeMs : 0,
-    ),
-  );
+  const { stdout } = spawnSync(process.execPath, ["run", script, "--verify", client], {
+    encoding: "utf8",
+    maxBuffer: 64 * 1024 * 1024,
+  });
+  const lists = join(server, ".digest");
+  const files = readdirSync(lists);
+  const noted = files
+    .filter((name) => name.endsWith(".list"))
+    .map((name) => readFileSync(join(lists, name), "utf8"))
+    .join("");
   return stdout.split("\n").filter((line) => {
     const [, kind, name = ""] = /^(changed|missing|extra|chain broken): (.*)$/.exec(line) ?? [];
     if (kind !== "extra") return kind !== undefined;
-    const at = statSync(join(client, name)).ctimeMs;
-    return at < newest && !losses.some((loss) => at < loss);
+    const path = join(client, name);
+    const at = statSync(path).ctimeMs;
+    if (losses.some((loss) => at < loss)) return false;
+    const ofHour = `${name.split("_", 2).join("_")}.`;
+    const digests = files.filter((file) => file.endsWith(".sha256") && file.startsWith(ofHour));
+    const made = Math.max(0, ...digests.map((file) => statSync(join(lists, file)).mtimeMs));
+    const hash = createHash("sha256").update(readFileSync(path)).digest("hex");
+    return at < made || !noted.includes(`${hash}  ${name}\n`);
   });
 }
 
