@@ -18,7 +18,7 @@ import { whatIsMissing } from "./lib/check.ts";
 import type { StreamStatus } from "./lib/chunk.ts";
 import { MARK_BYTES } from "./lib/chunk.ts";
 import type { Config } from "./lib/config.ts";
-import { failpoint, holdLock, makeFolder, moveDurably } from "./lib/durable.ts";
+import { failpoint, holdLock, LockedError, makeFolder, moveDurably } from "./lib/durable.ts";
 import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import {
   createFaultLog,
@@ -140,7 +140,7 @@ async function takeStateDir({ stateDir }: Config["shipper"], log: Log): Promise<
     await makeFolder(stateDir);
     await holdLock(join(stateDir, ".lock"), `The state folder ${stateDir}`);
   } catch (error) {
-    if (error instanceof OperatorError) throw error;
+    if (error instanceof LockedError) throw error;
     const consequence = "shipping goes on; a restart asks the receiver where it stands";
     log.error("cannot use state folder", { stateDir, error: errorMessage(error), consequence });
   }

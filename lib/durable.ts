@@ -300,8 +300,12 @@ export async function ifMissing<T>(work: Promise<T>): Promise<T | undefined> {
   }
 }
 
+/** Another process has the lock. */
+export class LockedError extends OperatorError {}
+
 /**
- * Takes the lock at `path` until `release` or the end of the process, or throws an OperatorError that names the holder.
+ * Takes the lock at `path` until `release` or the end of the process. Throws a LockedError that names the holder, or an
+ * OperatorError that says why it can't be had at all.
  * The kernel holds the lock itself, so that it ends with its process even after kill -9; the process id in the file is
  * only for people to read.
  */
@@ -311,7 +315,7 @@ export async function holdLock(path: string, what: string): Promise<{ release: (
   });
   if (!lock) {
     const holder = readFileSync(path, "utf8").trim() || "unknown";
-    throw new OperatorError(`${what} is in use by process ${holder} (lock ${path}); stop that one first`);
+    throw new LockedError(`${what} is in use by process ${holder} (lock ${path}); stop that one first`);
   }
   try {
     writeFileSync(path, `${process.pid}\n`);

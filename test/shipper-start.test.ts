@@ -1,10 +1,10 @@
 /** What a shipper makes of the files that it finds at its start: their order, and what of them is its own. */
 import { expect, test } from "bun:test";
 import { execFileSync } from "node:child_process";
-import { rmSync } from "node:fs";
+import { mkdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { createSender, lines, type Sender, shiftNames, startStub } from "./pipeline.ts";
-import { until } from "./support.ts";
+import { notRoot, onCleanup, until } from "./support.ts";
 
 async function shippedTen(url: string, options: object = {}): Promise<Sender> {
   const sender = await createSender(url, options);
@@ -95,5 +95,20 @@ test("a new match of a glob is followed at once where events tell of it, not at 
   await until("the first file is shipped", () => stub.text() === lines("a", 1, 1));
   await Bun.write(join(sender.logs, "other.log"), lines("b", 1, 1));
   await until("the new one is shipped", () => stub.text().endsWith(lines("b", 1, 1)));
+  expect(await shipper.stop()).toBe(0);
+});
+
+test.skipIf(notRoot())("a state folder on a read-only disk stops nothing, and is told", async () => {
+  const stub = startStub();
+  const sender = await createSender(stub.url);
+  mkdirSync(sender.stateDir, { recursive: true });
+  execFileSync("mount", ["-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", sender.stateDir]);
+  onCleanup(() => execFileSync("umount", ["-l", sender.stateDir]));
+  sender.write(lines("a", 1, 3));
+  const shipper = sender.start();
+  await shipper.says("cannot use state folder");
+  await until("the lines", () => stub.text() === lines("a", 1, 3));
+  sender.write(lines("a", 4, 4));
+  await until("the next line", () => stub.text() === lines("a", 1, 4));
   expect(await shipper.stop()).toBe(0);
 });
