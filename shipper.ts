@@ -416,10 +416,12 @@ async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "
   try {
     const own = streamsOf(shipper, log);
     const live = own.filter(({ isLive }) => isLive);
-    const isRotating = own.some(({ isLive, phase }) => !isLive && phase.is === "reading");
-    for (const stream of live) refresh(shipper, stream); // before the rotated ones: what comes later comes after theirs
+    const rotated = own.filter(({ isLive }) => !isLive);
+    const isRotating = rotated.some(({ phase }) => phase.is === "reading");
+    // Sizes before the look at the rotated ones: what comes later comes after theirs.
+    for (const stream of isRotating ? live : []) refresh(shipper, stream);
     const sizes = live.map(({ size }) => size);
-    let atEnd = await shipRotated(shipper, log);
+    let atEnd = await shipRotated(shipper, log, rotated);
     for (const [i, stream] of live.entries()) {
       if (signal.aborted || log.isHeld) return { atEnd: false };
       if (isRotating && sizes[i] === stream.offset && !stream.wayBack) {
@@ -439,14 +441,13 @@ async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "
  * Ships the rotated files of a log to their ends, again when their writer put something there meanwhile: it goes before
  * what the writer puts into the live file after it. A few times at most, or a writer that stays would hold up the others.
  */
-async function shipRotated(shipper: Shipper, log: FollowedLog): Promise<boolean> {
+async function shipRotated(shipper: Shipper, log: FollowedLog, rotated: Stream[]): Promise<boolean> {
   const { streams, signal } = shipper;
   let atEnd = true;
   for (let round = 0, isGrown = true; isGrown && round < ROUNDS; round++) {
     isGrown = false;
-    for (const stream of streamsOf(shipper, log)) {
+    for (const stream of rotated) {
       if (signal.aborted) return false;
-      if (stream.isLive) continue;
       refresh(shipper, stream);
       if (isDue(shipper, log, stream)) {
         isGrown = true;
