@@ -27,8 +27,8 @@ import {
   formatVerified,
   type HostsSeen,
   lookAtHosts,
-  readHourRecord,
   readList,
+  readRecord,
   verifyFolder,
 } from "./lib/digest.ts";
 import {
@@ -1015,11 +1015,13 @@ function formatStatus(
 async function printHours({ config, flags, now }: Service<"forwarder">, span: string): Promise<number> {
   const hours = hoursOf(span);
   const seen = await lookAtHosts(config.dir, now());
-  const reported = (await readReportTail(config.report, REPORT_BYTES)).filter(
-    ({ status }) => status === "Sent",
-  );
+  const sent = (await readReportTail(config.report, REPORT_BYTES)).filter(({ status }) => status === "Sent");
+  const reported = Map.groupBy(sent, ({ batch }) => parseBatchName(batch)?.window.slice(0, 8) ?? "");
+  const record = await readRecord(config.dir);
+  const began = record.begins ?? sent[0]?.at; // what was before stands nowhere
+  const known = { seen, reported, record, began, now: now() };
   const rows: HourRow[] = [];
-  for (const hour of hours) rows.push(...(await readHour(config.dir, hour, { seen, reported, now: now() })));
+  for (const hour of hours) rows.push(...(await readHour(config.dir, hour, known)));
   const complete = rows.every(({ missing }) => missing.length === 0);
   if (flags.json) process.stdout.write(`${JSON.stringify({ complete, rows })}\n`);
   else {
@@ -1068,19 +1070,29 @@ interface HourRow {
   missing: string[];
 }
 
+/** What is read once for all hours. */
+interface Known {
+  seen: HostsSeen;
+  /** Report lines of delivered batches, by their hour. */
+  reported: Map<string, ReportLine[]>;
+  record: Awaited<ReturnType<typeof readRecord>>;
+  /** Since when something is known, milliseconds since the epoch. */
+  began: number | undefined;
+  now: number;
+}
+
 /** The rows of one hour: at least one, for an hour of which nothing is known is not complete. */
 async function readHour(
   dir: string,
   hour: string,
-  { seen, reported, now }: { seen: HostsSeen; reported: ReportLine[]; now: number },
+  { seen, reported, record, began, now }: Known,
 ): Promise<HourRow[]> {
   const listed = await readList(dir, hour);
-  const record = await readHourRecord(dir, hour);
-  const source = listed.size > 0 || record.complete !== undefined ? "digest" : "report";
+  const told = await record.ofHour(hour);
+  const source = listed.size > 0 || told.complete !== undefined ? "digest" : "report";
   const delivered = new Map([...listed.values()].map(({ name, lines }) => [name, lines]));
   if (source === "report") {
-    for (const { batch, lines } of reported)
-      if (parseBatchName(batch)?.window.startsWith(hour)) delivered.set(batch, lines);
+    for (const { batch, lines } of reported.get(hour) ?? []) delivered.set(batch, lines);
   }
   const names = new Map(seen.hosts.map(({ host }) => [dashedHost(host), host]));
   const rows = new Map<string, HourRow>();
@@ -1090,20 +1102,19 @@ async function readHour(
     return row;
   };
   for (const { host } of seen.hosts) rowOf(host);
-  for (const [host, skipped] of record.skipped) rowOf(host).skipped = skipped;
+  for (const [host, skipped] of told.skipped) rowOf(host).skipped = skipped;
   for (const [batch, lines] of delivered) {
     const { host = "", part = 1 } = parseBatchName(batch) ?? {};
     const row = rowOf(names.get(host) ?? host);
     row.batches++;
     row.lines += lines;
     if (part > 1) row.late++;
-    if (!names.has(host) && !record.complete)
+    if (!names.has(host) && !told.complete)
       row.missing = ["cannot say: how far its shipper is stands nowhere (no ledger, or not heard for long)"];
   }
   for (const { host, reason } of findMissing(seen, hour, now, record.lossAt))
     rowOf(host).missing.push(reason);
-  const began = record.begins ?? reported[0]?.at; // what was before stands nowhere
-  const isKnown = delivered.size > 0 || record.complete !== undefined;
+  const isKnown = delivered.size > 0 || told.complete !== undefined;
   if (!isKnown && (rows.size === 0 || began === undefined || hour < localHour(began)))
     rowOf("-").missing.push("nothing is known of this hour, neither by a digest nor by the report");
   return [...rows.values()].sort((a, b) => (a.host < b.host ? -1 : 1));

@@ -260,23 +260,27 @@ export async function readDigestHead(dir: string): Promise<DigestState["head"]> 
   return found.state === "ok" ? found.value.head : undefined;
 }
 
-/** What the record tells of an hour: whether its newest digest says complete (undefined without one), and of its hosts. */
-export async function readHourRecord(dir: string, hour: string) {
+/** What the record tells beside the lists: since when there is one, and of an hour, which `ofHour` reads. */
+export async function readRecord(dir: string) {
   const found = await readState(stateFile(dir), stateSchema, 1);
   const state = found.state === "ok" ? found.value : undefined;
-  const skipped = new Map<string, number>();
-  for (const name of state ? await readdir(join(dir, ".digest")) : []) {
-    const parts = parseDigestName(name);
-    const digest = parts?.hour === hour && parseDigest(await readFile(join(dir, ".digest", name)), parts);
-    for (const { host, skipped: more } of digest ? digest.hosts : [])
-      skipped.set(host, (skipped.get(host) ?? 0) + more);
-  }
-  return {
-    begins: state?.begins,
-    complete: state?.hours[hour]?.complete,
-    lossAt: (host: string) => state?.totals[host]?.lossAt ?? 0,
-    skipped,
+  const digests = Map.groupBy(
+    state ? await readdir(join(dir, ".digest")) : [],
+    (name) => parseDigestName(name)?.hour,
+  );
+  /** Whether its newest digest says complete (undefined without one), and the lines that rules left out, by host. */
+  const ofHour = async (hour: string) => {
+    const skipped = new Map<string, number>();
+    for (const name of digests.get(hour) ?? []) {
+      const bytes = await ifMissing(readFile(join(dir, ".digest", name))); // removed meanwhile for its age
+      if (!bytes) continue;
+      const digest = parseDigest(bytes, parseDigestName(name) as DigestName);
+      for (const { host, skipped: more } of digest?.hosts ?? [])
+        skipped.set(host, (skipped.get(host) ?? 0) + more);
+    }
+    return { complete: state?.hours[hour]?.complete, skipped };
   };
+  return { begins: state?.begins, lossAt: (host: string) => state?.totals[host]?.lossAt ?? 0, ofHour };
 }
 
 /** What was delivered of an hour, by name; empty where no list was kept. */
