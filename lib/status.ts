@@ -418,10 +418,13 @@ export function createStatusReader(
   let looking: Promise<Snapshot> | undefined;
   const look = async (): Promise<Snapshot> => {
     const begun = performance.now();
-    last = await observe(dir, thresholds(), { ...kept, now: now() });
-    took = performance.now() - begun;
-    looking = undefined;
-    return last;
+    try {
+      last = await observe(dir, thresholds(), { ...kept, now: now() });
+      return last;
+    } finally {
+      took = performance.now() - begun;
+      looking = undefined; // also of one that failed: the next one looks again
+    }
   };
   return async () => {
     const age = last ? Math.abs(now() - last.now) : Number.POSITIVE_INFINITY;
