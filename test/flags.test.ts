@@ -2,8 +2,8 @@ import { describe, expect, test } from "bun:test";
 import { readFileSync } from "node:fs";
 import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import ssh2 from "ssh2";
 import type { Section } from "../lib/config.ts";
+import { makeKey } from "./servers.ts";
 import { freePort, missing, ROOT, start, tempFolder } from "./support.ts";
 
 const VERSION: string = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")).version;
@@ -246,6 +246,6 @@ test.skipIf(missing({ openssl: "openssl" }))(
 
 /** A private key in OpenSSH form, made for this test. */
 function sshKey(): string {
-  const { private: key } = ssh2.utils.generateKeyPairSync("ed25519");
+  const { private: key } = makeKey();
   return key;
 }

@@ -1,7 +1,7 @@
 /** The receiver's folder is lost: what was not delivered is shipped again by the host, under names that were never used. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { execFileSync } from "node:child_process";
-import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, truncateSync } from "node:fs";
+import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { zstdDecompressSync } from "node:zlib";
 import { parseBatchName } from "../lib/batch.ts";
@@ -47,6 +47,9 @@ test("the folder is wiped while the log goes on and after a rotation: every line
   sender.write(lines("b", 1, 50));
   await expectArrives(receiver, sender);
   await runScriptOnce("monitor", monitor);
+  const state = JSON.parse(readFileSync(join(folder, "monitor.json"), "utf8"));
+  state.begunAt -= 3_600_000; // what a fresh monitor finds is past for it; this one has been there for a while
+  writeFileSync(join(folder, "monitor.json"), JSON.stringify(state));
   const before = readdirSync(join(receiver.dir, sender.host)).filter((name) => name.endsWith(".part"));
   await wipe(receiver);
   await expectArrives(receiver, sender);
