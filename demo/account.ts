@@ -2,7 +2,8 @@
  * The account: what nginx wrote against what the client got, by host and window. It shares no code with the
  * five scripts on purpose: it finds windows and parses batch names by itself, from the files alone.
  */
-import { readdir, readFile } from "node:fs/promises";
+import { readdirSync } from "node:fs";
+import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { gunzipSync } from "node:zlib";
 
@@ -51,11 +52,14 @@ export async function tallyLogs(
   }
 }
 
-/** The lines of every file that the client has, and how many files there are of each host and window. */
-export async function tallyDelivered(folder: string): Promise<{ tally: Tally; parts: Map<string, number> }> {
+/** The lines of every file that the client has (of those `listed`), and how many files there are of each host and window. */
+export async function tallyDelivered(
+  folder: string,
+  listed = readdirSync(folder),
+): Promise<{ tally: Tally; parts: Map<string, number> }> {
   const tally: Tally = new Map();
   const parts = new Map<string, number>();
-  const batches = (await readdir(folder)).filter((name) => !/_\d{8}(\.\d+)?\.sha256$/.test(name)); // digests
+  const batches = listed.filter((name) => !/_\d{8}(\.\d+)?\.sha256$/.test(name)); // digests
   const names = batches.map((name) => {
     const match = /_(\d{8}_\d\d-\d\d)_([a-z0-9-]+?)(?:\.(\d+))?\.log$/.exec(name);
     if (!match) throw new Error(`${join(folder, name)}: not a batch's name`);

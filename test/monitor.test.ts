@@ -27,6 +27,9 @@ const NOON = Date.UTC(2026, 10, 22, 12);
 
 // ---- whole runs
 
+/** The minute of the summary that is not near, for what runs by the real clock. */
+const FAR_SUMMARY = { summaryMinute: (new Date().getUTCMinutes() + 40) % 60 };
+
 async function setUp(more: object = {}) {
   const folder = await tempFolder();
   const dir = join(folder, "batches");
@@ -116,7 +119,7 @@ async function startHttp(
 }
 
 test("checkOnce() tells what the forwarder met, what failed and what waits too long", async () => {
-  const { dir, config, received } = await setUp();
+  const { dir, config, received } = await setUp(FAR_SUMMARY);
   const name = "accessLog_26112206_20-39_10-0-0-1.log";
   await mkdir(join(dir, "failed"));
   await writeFile(join(dir, "failed", name), "x\n");
@@ -223,6 +226,7 @@ test("monitor --watch follows its schedule, keeps other runs out of a pass, and 
     expected: ["10.0.0.1"],
     schedule: "* * * * * *",
     silentMinutes: 0.02,
+    ...FAR_SUMMARY,
   });
   const watching = startScript("monitor", file, ["--watch"]);
   await until("the first mail", async () => (await received()).length === 1);
@@ -283,7 +287,7 @@ test("monitor --status and --test-mail", async () => {
 });
 
 test("monitor --mute tells no silence of a host for a while, and all the rest", async () => {
-  const { dir, file, config, received } = await setUp({ silentMinutes: 5 });
+  const { dir, file, config, received } = await setUp({ silentMinutes: 5, ...FAR_SUMMARY });
   const now = Date.now();
   await writeLedger(dir, "10.0.0.1", heard(now));
   await runAt(config, now);
@@ -415,7 +419,12 @@ test("monitor --watch goes on looking while a mail server takes its time", async
         end.then(() => done());
       }),
   });
-  const { dir, config, file } = await setUp({ expected: ["10.0.0.1"], mail, schedule: "* * * * * *" });
+  const { dir, config, file } = await setUp({
+    expected: ["10.0.0.1"],
+    mail,
+    schedule: "* * * * * *",
+    ...FAR_SUMMARY,
+  });
   const watching = startScript("monitor", file, ["--watch"]);
   await until("the mail is with the server", () => copies === 1);
   await writeLedger(dir, "10.0.0.1", heard(Date.now()));
