@@ -77,13 +77,18 @@ export function takeStatus(
   if (stream.phase.is === "gone" && !stream.file) takeWayBack(streams, stream);
 }
 
-/** A receiver that was set back has more of a lost stream than was delivered, when it stands at bytes that the file has there. */
+/**
+ * A receiver that was set back has more of a lost stream than was delivered, when it stands at bytes that the file has there.
+ * Where rules left lines out of a chunk, its word may be some bytes too low, in the middle of a line: that one comes whole.
+ */
 export async function findWayBack({ told }: Streams, stream: Stream, file: LogFile): Promise<void> {
+  if (stream.wayBack === undefined) return;
+  stream.wayBack = Math.max(stream.from, await endOfLines(file, stream.wayBack));
   const head = stream.head && wireMark(stream.head);
-  for (const status of stream.wayBack === undefined ? [] : told) {
+  for (const status of told) {
     const { offset, mark } = status;
     const isAlike = status.stream === stream.id || (head !== undefined && status.head === head);
-    if (!isAlike || offset <= (stream.wayBack ?? 0) || offset > stream.offset) continue;
+    if (!isAlike || offset <= stream.wayBack || offset > stream.offset) continue;
     const seen = await readMark(file, offset);
     const isSame = seen && wireMark(seen) === mark && (await endOfLines(file, offset)) === offset;
     if (isSame) stream.wayBack = offset;
