@@ -136,7 +136,8 @@ describe("a sender with a token of its own", () => {
       return status === 200;
     });
     await closed;
-    expect(answer).toMatch(/^HTTP\/1\.1 408 [^]*\r\nConnection: close\r\n/i);
+    expect(answer).toMatch(/^HTTP\/1\.1 408 /);
+    expect(answer.toLowerCase()).toContain("\r\nconnection: close\r\n");
   });
 
   test("that begins a stream with every request is bounded, in memory and on the disk, and stops nobody", async () => {
