@@ -102,7 +102,8 @@ describe("checkDelivery() after the loss of a folder", () => {
       writeFileSync(path, text, "latin1");
       times.push(statSync(path).ctimeMs);
       const lines = `lines=${text.split("\n").length - 1}`;
-      if (name !== around.untold) told += `2026-11-22 06:45:01 | ${name} | ${lines} | status=Sent\n`;
+      if (name !== around.untold && !name.endsWith(".tmp"))
+        told += `2026-11-22 06:45:01 | ${name} | ${lines} | status=Sent\n`;
       await new Promise((resolve) => setTimeout(resolve, 25)); // of another time
     }
     writeFileSync(report, told);
@@ -159,10 +160,10 @@ describe("checkDelivery() after the loss of a folder", () => {
       [CLOCK, a + b + c + d],
     ];
     const loss = ([, at, next]: number[]) => [between(at, next)];
-    expect(await count(files, loss, { untold: NAME })).toMatchObject({ ...zeros, again: 2, misreported: 1 });
+    expect(await count(files, loss, { untold: NAME })).toEqual({ ...zeros, again: 2 });
     expect(await count(files, () => [], { untold: NAME })).toMatchObject({
       stray: 1,
-      misreported: 2,
+      misreported: 1,
       twice: 2,
     });
   });
