@@ -545,6 +545,7 @@ function answerError(receiver: Receiver, error: Error, c: HttpContext): Response
   if (status === 401)
     c.header("WWW-Authenticate", [UPLOAD_PATH, STREAMS_PATH].includes(c.req.path) ? "Bearer" : BROWSER_LOGIN);
   if (status === 503) c.header("Retry-After", RETRY_AFTER_SECONDS);
+  if (status === 408) c.header("Connection", "close"); // the rest of its body would come as slowly
   return c.text(`${error.message}\n`, status as 400);
 }
 
