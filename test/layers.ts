@@ -156,6 +156,15 @@ export const RULES: Record<string, (tree: Tree) => string[]> = {
       .map(([name, where]) => `${name}: ${[...new Set(where)].join(", ")}`);
   },
 
+  "what is exported is used": (tree) => {
+    const code = [...tree.values()].map(codeOf).join("\n");
+    return [...tree].flatMap(([file, source]) =>
+      [...codeOf(source).matchAll(/^export (?:async )?(?:function\*?|const|class) (\w+)/gm)]
+        .filter(([, name]) => (code.match(new RegExp(`\\b${name}\\b`, "g")) ?? []).length === 1)
+        .map(([, name]) => `${file} ${name}`),
+    );
+  },
+
   "a header names only files and functions that exist": (tree) => {
     const code = [...tree.values()].map(codeOf).join("\n");
     return [...tree].flatMap(([file, source]) => {

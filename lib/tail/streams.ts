@@ -644,6 +644,7 @@ export class Streams {
       !stream.head || (await readMark(file, stream.head.end, stream.head.length))?.hash === stream.head.hash;
     if (isSame) stream.head = head;
     this.isChanged = true;
+    await this.closeSome(); // any number may have grown since the last look
   }
 
   // ---- what is gone
