@@ -121,17 +121,23 @@ describe("a sender with a token of its own", () => {
     expect(await receiver.stop()).toBe(0);
   });
 
-  test("that sends a byte now and then is cut off, and gives its places back", async () => {
+  test("that sends a byte now and then is cut off, its connection closed, and gives its places back", async () => {
     const { port, good, send } = await setUp({ idleTimeoutSeconds: 2, maxRequests: 4 });
     const slow = await hang(port, head("10.0.0.2", BAD, 600));
-    const drip = setInterval(() => slow.write("x"), 200);
+    let answer = "";
+    slow.on("data", (bytes) => (answer += bytes));
+    const closed = new Promise((resolve) => slow.once("close", resolve));
+    const drip = setInterval(() => slow.destroyed || slow.write("x"), 200);
     onCleanup(() => clearInterval(drip));
     expect((await send(LINE, { host: "10.0.0.2", token: BAD })).status).toBe(503);
     await good(5);
     await until("the slow one is cut off", async () => {
-      const answer = await send(LINE, { host: "10.0.0.2", token: BAD });
-      return answer.status === 200;
+      const { status } = await send(LINE, { host: "10.0.0.2", token: BAD });
+      return status === 200;
     });
+    await closed;
+    expect(answer).toMatch(/^HTTP\/1\.1 408 /);
+    expect(answer.toLowerCase()).toContain("\r\nconnection: close\r\n");
   });
 
   test("that begins a stream with every request is bounded, in memory and on the disk, and stops nobody", async () => {
