@@ -17,7 +17,7 @@ import {
 } from "./config.ts";
 import { errorMessage, nearest } from "./explain.ts";
 
-import { runtime, waitAtOnce } from "./runtime.ts";
+import { runtime } from "./runtime.ts";
 
 export { errorMessage } from "./explain.ts";
 
@@ -76,8 +76,6 @@ export interface ScriptSpec<S extends Section> {
   flags?: Record<string, string>;
   /** Flags that need no config: each is given its value, and gives the exit code. */
   withoutConfig?: Record<string, (value: string) => Promise<number>>;
-  /** How many system calls may wait at once, where the runtime's own number is too small. */
-  callsAtOnce?: number;
   /**
    * For `--check`: says to `service.checks` what only the running host can tell, or gives the faults of it; `connect`
    * with `--connect`.
@@ -115,7 +113,6 @@ export async function runScript<S extends Section>(
   spec: ScriptSpec<S>,
   main: (service: Service<S>) => Promise<number>,
 ): Promise<never> {
-  if (spec.callsAtOnce !== undefined) await waitAtOnce(spec.callsAtOnce);
   const log = createLog();
   const abort = new AbortController();
   for (const name of ["SIGTERM", "SIGINT"] as const) {

@@ -239,6 +239,37 @@ test("offsets that were answered while the question was on its way are no loss",
   expect(await shipper.stop()).toBe(0);
 });
 
+test("a stream that begins while the question is on its way is no loss", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, { ...QUICK, flushMs: 10 });
+  sender.write(lines("a", 1, 20));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  let refused = 0;
+  middle.answer = () => {
+    refused++;
+    return new Response("busy", { status: 503, headers: { "Retry-After": "0" } });
+  };
+  sender.rotate();
+  sender.write(lines("b", 1, 20));
+  await until("the second stream has its name", () => refused > 0);
+  let isHeld = false;
+  const go = Promise.withResolvers<void>();
+  middle.holdAnswer = () => {
+    isHeld = true;
+    return go.promise;
+  };
+  await until("a question is on its way", () => isHeld);
+  middle.answer = undefined;
+  await expectArrives(middle, sender);
+  middle.holdAnswer = async () => {};
+  go.resolve();
+  await middle.heartbeats(3);
+  expect(middle.begun.map(({ begin }) => begin)).toEqual(["new", "new"]);
+  expectSameLines(middle.text, Buffer.concat(sender.written));
+  expect(await shipper.stop()).toBe(0);
+});
+
 test("a 409 below what was answered is sent again under the same name, and nothing falls back", async () => {
   const middle = new Middle();
   const sender = await createSender(middle.url, { ...QUICK, chunkBytes: 4096, inFlight: 1 });
