@@ -182,7 +182,7 @@ describe.skipIf(skip)("a line that fails", () => {
       for (const host of [HOST, "10.0.0.1"])
         content[site.seal(host, hour, lines(800 + hour))] = lines(800 + hour);
     }
-    line.answerMs = CUT_MS / 20;
+    line.answerMs = 15;
     let kills = 0;
     const away = `${backend.folder}.away`;
     let running = startScript("forwarder", site.configFile);

@@ -26,7 +26,7 @@ export function parseHours(span: string): string[] {
   return Array.from({ length: (end - first) / HOUR_MS }, (_, i) => formatHour(first + i * HOUR_MS, 0));
 }
 
-export interface HourRow {
+export interface MatrixRow {
   hour: string;
   host: string;
   batches: number;
@@ -44,13 +44,13 @@ export async function readHours(
   { dir, report }: { dir: string; report: string },
   hours: string[],
   now: number,
-): Promise<HourRow[]> {
+): Promise<MatrixRow[]> {
   const seen = await lookAtHosts(dir, now);
   const sent = (await readReportTail(report, REPORT_BYTES)).filter(({ status }) => status === "Sent");
   const reported = Map.groupBy(sent, ({ batch }) => parseBatchName(batch)?.window.slice(0, 8) ?? "");
   const record = await readRecord(dir);
   const began = record.begins ?? sent[0]?.at; // what was before stands nowhere
-  const rows: HourRow[] = [];
+  const rows: MatrixRow[] = [];
   for (const hour of hours) rows.push(...(await readHour(dir, hour, { seen, reported, record, began, now })));
   return rows;
 }
@@ -71,7 +71,7 @@ async function readHour(
   dir: string,
   hour: string,
   { seen, reported, record, began, now }: Known,
-): Promise<HourRow[]> {
+): Promise<MatrixRow[]> {
   const listed = await readList(dir, hour);
   const told = await record.ofHour(hour);
   const source = listed.size > 0 || told.complete !== undefined ? "digest" : "report";
@@ -80,7 +80,7 @@ async function readHour(
     for (const { batch, lines } of reported.get(hour) ?? []) delivered.set(batch, lines);
   }
   const names = new Map(seen.hosts.map(({ host }) => [dashedHost(host), host]));
-  const rows = new Map<string, HourRow>();
+  const rows = new Map<string, MatrixRow>();
   const rowOf = (host: string) => {
     const row = rows.get(host) ?? { hour, host, batches: 0, lines: 0, late: 0, source, missing: [] };
     rows.set(host, row);
