@@ -535,8 +535,9 @@ class DeliveryPass {
     const fresh = () => group.filter(({ step }) => step === "uploaded");
     try {
       if (!this.#target.direct) await each(fresh(), (one) => this.#meetExisting(one));
+      // one whose line is written keeps its intention: by the time in it the line is known again
       await intents.add(
-        group.filter(({ step }) => step !== "refused"),
+        group.filter(({ step, reported }) => step !== "refused" && !reported),
         now(),
       );
       failpoint("forward:intent");

@@ -25,7 +25,7 @@ import {
   statfs,
   utimes,
 } from "node:fs/promises";
-import { availableParallelism, constants as priorities, setPriority } from "node:os";
+import { availableParallelism } from "node:os";
 import { dirname, join } from "node:path";
 import { pipeline } from "node:stream/promises";
 import { crc32, createGunzip, createGzip, gzipSync } from "node:zlib";
@@ -108,7 +108,6 @@ export interface HousekeepResult {
 async function main(service: Service<"housekeep">): Promise<number> {
   const { config, configFile, flags, log, signal, now } = service;
   if (flags["dry-run"]) return dryRun({ config, log, signal, now });
-  await stepBack();
   const context = { config, log, signal, now };
   if (!flags.watch) return (await housekeepOnce(context)).faults === 0 ? EXIT.done : EXIT.failed;
   let current = config;
@@ -129,18 +128,6 @@ async function dryRun(context: HousekeepContext): Promise<number> {
   const table = formatTable(["would", "file", "size", "because"], rows, [2]);
   process.stdout.write(rows.length > 0 ? table : "nothing to do\n");
   return faults === 0 ? EXIT.done : EXIT.failed;
-}
-
-/** Lets the receiver go first. Linux has a priority per thread, and those that compress are there already. */
-async function stepBack(): Promise<void> {
-  const threads = await readdir("/proc/self/task").catch(() => []);
-  for (const id of [0, ...threads.map(Number)]) {
-    try {
-      setPriority(id, priorities.priority.PRIORITY_BELOW_NORMAL);
-    } catch {
-      // the thread has ended, or the system has no such thing: it is only a courtesy
-    }
-  }
 }
 
 /** One pass over `dir`. Throws an OperatorError when another one runs, or when `dir` is not there or another user's. */

@@ -169,11 +169,17 @@ async function lookTwice(before: MonitorState, context: MonitorContext): Promise
   const first = await lookOnce(before, context);
   const isNew = ({ key, sudden }: Problem) => sudden === true && before.incidents[key]?.status !== "fault";
   if (!first.problems.some(isNew)) return first;
-  await (context.secondLook ?? (() => wait(SECOND_LOOK_MS, context.signal)))();
+  await (context.secondLook ?? (() => wait(secondLookMs(context.config), context.signal)))();
   const again = await lookOnce(before, context);
   const seen = new Set(first.problems.map(({ key }) => key));
   again.problems = again.problems.filter((problem) => !isNew(problem) || seen.has(problem.key));
   return again;
+}
+
+/** No silence that is to be told may come and go between the two looks. */
+function secondLookMs({ silentMinutes, silentMinutesByHost }: Options): number {
+  const shortest = Math.min(silentMinutes, ...Object.values(silentMinutesByHost));
+  return Math.min(SECOND_LOOK_MS, (shortest * MINUTE) / 2);
 }
 
 async function lookOnce(state: MonitorState, context: MonitorContext): Promise<Snapshot> {

@@ -60,8 +60,6 @@ import { compileFormat, createWindowFinder } from "./lib/store/window.ts";
 type ReceiverConfig = Config["receiver"];
 type MonitorConfig = Config["monitor"];
 
-/** Syncs that wait for the disk at once: the file system writes its journal once for all of them. */
-const SYNCS_AT_ONCE = 16;
 const SEAL_EVERY_MS = 1000;
 /** Bodies of so many bytes are given back at once; smaller ones may share the runtime's pool. */
 const RELEASE_FROM = 65_536;
@@ -545,6 +543,7 @@ function answerError(receiver: Receiver, error: Error, c: HttpContext): Response
   if (status === 401)
     c.header("WWW-Authenticate", [UPLOAD_PATH, STREAMS_PATH].includes(c.req.path) ? "Bearer" : BROWSER_LOGIN);
   if (status === 503) c.header("Retry-After", RETRY_AFTER_SECONDS);
+  if (status === 408) c.header("Connection", "close"); // the rest of its body would come as slowly
   return c.text(`${error.message}\n`, status as 400);
 }
 
@@ -869,7 +868,6 @@ if (import.meta.main) {
         "port=N": "serve the group of this port alone, as one process of several",
         "forget=HOST": "forget a host that is gone: its streams and names, once nothing of it waits",
       },
-      callsAtOnce: SYNCS_AT_ONCE,
       check: checkReceiver,
     },
     main,

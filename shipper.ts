@@ -746,9 +746,10 @@ async function heartbeat(shipper: Shipper): Promise<void> {
 async function ask(shipper: Shipper): Promise<boolean> {
   const { streams, config, signal, orphans } = shipper;
   await saveFirst(shipper);
-  const asked = new Map<string, { stream: Stream; offset: number }>();
+  const asked = new Map<string, { stream: Stream; committed: number | undefined }>();
   for (const stream of streams.list) {
-    if (stream.id !== undefined) asked.set(stream.id, { stream, offset: stream.offset }); // answered before the question leaves
+    const { id, begin, offset } = stream; // answered before the question leaves
+    if (id !== undefined) asked.set(id, { stream, committed: begin ? undefined : offset });
   }
   const isFirst = !streams.asked;
   shipper.askNow = false;
@@ -763,10 +764,10 @@ async function ask(shipper: Shipper): Promise<boolean> {
     streams.told = told;
     if (isFirst) takeFirstAnswer(shipper, told);
     const byName = new Map(told.map((status) => [status.stream, status]));
-    for (const [id, { stream, offset }] of asked)
+    for (const [id, { stream, committed }] of asked)
       if (stream.id === id) {
         shipper.unknown.delete(stream);
-        takeStatus(streams, stream, byName.get(id), offset);
+        takeStatus(streams, stream, byName.get(id), committed);
       }
     for (const stream of orphans) {
       if (stream.phase.is === "gone" && !stream.file && !stream.isBusy) streams.giveUp(stream);

@@ -63,8 +63,11 @@ function breakCursor(pipeline: Pipeline, random: Random): Act {
   const run = (adversary: Adversary) => {
     if (Date.now() - (adversary.losses.at(-1) ?? 0) < APART_MS) return;
     adversary.brokenAt = Date.now();
+    const path = (name: string) => join(pipeline.stateDirs[i] as string, name);
     return pipeline.shippers[i]?.kill(downMs, async () => {
-      for (const name of names) await damage(join(pipeline.stateDirs[i] as string, name), how);
+      const isAll = names.length === 2 || !existsSync(path("cursor.json.previous"));
+      if (isAll) adversary.forgets.push({ host: pipeline.writers[i]?.host ?? "", at: Date.now() });
+      for (const name of names) await damage(path(name), how);
     });
   };
   return { text: `SIGKILL shipper ${i}, ${names.join(" and ")} ${how}`, run };
@@ -137,6 +140,8 @@ export interface Adversary {
   outages: Outage[];
   /** When the receiver's folder was lost, ms since the epoch. */
   losses: number[];
+  /** When a host lost both saves of its cursor. */
+  forgets: { host: string; at: number }[];
   /** When a cursor was broken last, and whether a host is silenced. */
   brokenAt: number;
   isSilencing: boolean;
@@ -156,7 +161,7 @@ export function unleash(
 ): Adversary {
   const counts: Record<string, number> = {};
   const adversary: Adversary = {
-    ...{ history: [], outages: [], losses: [], brokenAt: 0, isSilencing: false },
+    ...{ history: [], outages: [], losses: [], forgets: [], brokenAt: 0, isSilencing: false },
     ...{ counts, finished: Promise.resolve() },
   };
   const tell = (text: string) => {

@@ -73,6 +73,8 @@ const ZEROS = [
 const DISK_MIB = 384;
 /** A host whose link is bad, and whose heartbeat comes late for it. */
 const LATE_MS = 15_000;
+/** Lines of the writers as long as the 1 % of other lines that rules leave out of a chunk of 1 MiB, and as many again. */
+const LEFT_OUT_LINES = 60;
 /** When nothing more arrives for so long after the end, the rest is missing. */
 const SETTLE_MS = 45_000;
 
@@ -142,9 +144,10 @@ interface Ending {
 function judge(options: ChaosOptions, pipeline: Pipeline, adversary: Adversary, ending: Ending): ChaosResult {
   const written = pipeline.writers.map(({ host, lines }) => ({ host, lines }));
   const { report, server, hostileName: hostile } = pipeline;
-  const { losses } = adversary;
+  const { losses, forgets } = adversary;
   const heartbeatMs = HEARTBEAT_SECONDS * 1000 + LATE_MS;
-  const verdict = checkDelivery(pipeline.client, written, { report, server, losses, heartbeatMs, hostile });
+  const around = { report, server, losses, heartbeatMs, leftOutLines: LEFT_OUT_LINES, forgets, hostile };
+  const verdict = checkDelivery(pipeline.client, written, around);
   const findings = verifyFolder(pipeline.client, server, losses);
   const mails = checkMails(pipeline.mailbox.mails, adversary.outages, pipeline.monitor.kills);
   const counts = {

@@ -6,8 +6,10 @@
  * it belongs, and ends with the CRC-32 of everything before. So what was written need not be kept: the
  * number of lines of each writer is enough to know what is missing.
  *
- * Where the receiver's folder was lost, lines may come twice: those behind the first line of their file that was not at
- * the client as of the last heartbeat before the loss, once for each loss. When a line came is when its file got its name.
+ * Where the receiver's folder was lost, lines may come twice, once for each loss: those behind the first line of their file
+ * that was not delivered as of the last heartbeat before it (delivered is what has its name and its report line, later of
+ * the two); all of a host that lost both saves of its cursor after that: nobody knows any more what was delivered before.
+ * A batch that got its name shortly before and was not reported yet is not any more, and half an upload stays.
  */
 import { existsSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
@@ -29,6 +31,10 @@ export interface Circumstances {
   /** When the receiver's folder was lost, ms, and how long before that the last heartbeat may have been. */
   losses?: number[];
   heartbeatMs?: number;
+  /** Lines as long as what rules leave out of the largest chunk: within it, the receiver can't tell where a line began. */
+  leftOutLines?: number;
+  /** When a host lost all that it had saved; the host as it stands in batch names. */
+  forgets?: { host: string; at: number }[];
   /** A host whose lines are not judged, as it stands in batch names. */
   hostile?: string;
 }
@@ -59,13 +65,16 @@ const LINE_FEED = 0x0a;
 const MOST_EXAMPLES = 25;
 /** How a line without a timestamp begins. */
 const UNTIMED = "  continued ";
+/** So long after its name a batch has its report line; and what was under way at a loss is written for so long. */
+const REPORT_MS = 30_000;
+const KILLED_MS = 2_000;
 
 interface Batch {
   name: string;
   window: string;
   host: string;
   part: number;
-  /** When it got its name, ms. */
+  /** When it was delivered, ms; infinity for what was lost before its report line. */
   at: number;
 }
 
@@ -104,7 +113,8 @@ export function checkDelivery(folder: string, writers: Written[], around: Circum
   const first = writers.map(({ lines }) => new Float64Array(lines));
   const seen: Seen = { first, repeats: new Map(), lives: new Map(), last: new Map() };
   const lengths = new Map<string, number>();
-  for (const batch of listDelivery(folder, fault)) {
+  const told = report === undefined ? undefined : readReport(report, fault);
+  for (const batch of listDelivery(folder, told, around, fault)) {
     const isJudged = batch.host !== hostile;
     const lines = checkBatch(join(folder, batch.name), batch, writers, isJudged ? seen : undefined, fault);
     lengths.set(batch.name, lines);
@@ -112,10 +122,10 @@ export function checkDelivery(folder: string, writers: Written[], around: Circum
     verdict.files++;
     verdict.lines += lines;
   }
-  verdict.again = judgeRepeats(seen, around, fault);
+  verdict.again = judgeRepeats(seen, writers, around, fault);
   if (server !== undefined) noteOpen(server, first);
   for (const [w, times] of first.entries()) findMissing(w, times, fault);
-  if (report !== undefined) checkReport(report, lengths, fault);
+  if (told) checkReport(folder, told, lengths, around, fault);
   return verdict;
 }
 
@@ -123,15 +133,22 @@ type FaultKind = Exclude<keyof Verdict, "lines" | "files" | "again" | "examples"
 type Fault = (kind: FaultKind, text: string, count?: number) => void;
 
 /** The batches in the order in which their lines were written: window, host, part. */
-function listDelivery(folder: string, fault: Fault): Batch[] {
+function listDelivery(
+  folder: string,
+  told: Told | undefined,
+  { losses = [] }: Circumstances,
+  fault: Fault,
+): Batch[] {
   const batches: Batch[] = [];
   for (const name of readdirSync(folder)) {
     if (DIGEST.test(name)) continue; // forwarder --verify looks at them
+    const named = statSync(join(folder, name)).ctimeMs;
+    if (name.endsWith(".tmp") && losses.some((loss) => named <= loss + KILLED_MS)) continue;
     const [, window, host, part] = BATCH.exec(name) ?? [];
     if (window === undefined || host === undefined) fault("stray", name);
     else {
-      const at = statSync(join(folder, name)).ctimeMs;
-      batches.push({ name, window, host, part: Number(part ?? 1), at });
+      const reported = told ? (told.get(name)?.[0]?.at ?? Number.POSITIVE_INFINITY) : 0;
+      batches.push({ name, window, host, part: Number(part ?? 1), at: Math.max(named, reported) });
     }
   }
   const order = (a: Batch, b: Batch) =>
@@ -200,10 +217,15 @@ function isClockPart({ part }: Batch): boolean {
 }
 
 /**
- * Judges what came twice. For each loss, the first line of each file that was not at the client as of the last heartbeat
+ * Judges what came twice. For each loss, the first line of each file that was not delivered as of the last heartbeat
  * is found; of what an earlier loss made come again, the second coming counts. Gives how many lines came again within that.
  */
-function judgeRepeats(seen: Seen, { losses = [], heartbeatMs = 0 }: Circumstances, fault: Fault): number {
+function judgeRepeats(
+  seen: Seen,
+  writers: Written[],
+  { losses = [], heartbeatMs = 0, leftOutLines = 0, forgets = [] }: Circumstances,
+  fault: Fault,
+): number {
   const repeats = new Map<string, { name: string; times: number[] }>();
   for (const [key, times] of seen.repeats) {
     const [w, g, n, name = ""] = key.split(" ");
@@ -218,12 +240,18 @@ function judgeRepeats(seen: Seen, { losses = [], heartbeatMs = 0 }: Circumstance
       seen.first[Number(life.split(" ")[0])]?.[n] ?? 0,
       ...(repeats.get(`${life} ${n}`)?.times ?? []),
     ];
+    const host = writers[Number(life.split(" ")[0])]?.host;
     let index = 0;
     const bounds = losses.map((at, i) => {
-      const since = losses[i - 1] ?? 0;
+      const [since, next] = [losses[i - 1] ?? 0, losses[i + 1] ?? Number.POSITIVE_INFINITY];
+      if (forgets.some((one) => one.host === host && one.at > at && one.at < next)) {
+        index = 0;
+        return 0;
+      }
       const isThere = (n: number) => timesOf(n).some((time) => time > since && time <= at - heartbeatMs);
       while (index < numbers.length && isThere(numbers[index] as number)) index++;
-      return numbers[index] ?? Number.POSITIVE_INFINITY;
+      if (index === numbers.length) return Number.POSITIVE_INFINITY;
+      return numbers[Math.max(0, index - leftOutLines)] ?? 0;
     });
     for (const n of numbers) {
       const repeat = repeats.get(`${life} ${n}`);
@@ -265,21 +293,41 @@ function findMissing(w: number, numbers: Float64Array, fault: Fault): void {
   }
 }
 
-/** Every delivered batch has one line `time | name | lines=n | status=Sent`, and no other has one. */
-function checkReport(report: string, lengths: Map<string, number>, fault: Fault): void {
-  const sent = new Map<string, number[]>();
+/** The report lines that say Sent, by batch; times are of this machine's zone. */
+type Told = Map<string, { lines: number; at: number }[]>;
+
+function readReport(report: string, fault: Fault): Told {
+  const told: Told = new Map();
   const text = existsSync(report) ? readFileSync(report, "utf8") : "";
   for (const line of text.split("\n")) {
     if (line === "") continue;
-    const [, name, lines] = / \| (\S+) \| lines=(\d+) \| status=Sent$/.exec(line) ?? [];
+    const [, at = "", name, lines] = /^(.{19}) \| (\S+) \| lines=(\d+) \| status=Sent$/.exec(line) ?? [];
     if (name === undefined) fault("misreported", `not a report line: ${line}`);
-    else sent.set(name, [...(sent.get(name) ?? []), Number(lines)]);
+    else {
+      const entry = { lines: Number(lines), at: new Date(at.replace(" ", "T")).getTime() };
+      told.set(name, [...(told.get(name) ?? []), entry]);
+    }
   }
+  return told;
+}
+
+/** Every delivered batch has one line `time | name | lines=n | status=Sent`, and no other has one. */
+function checkReport(
+  folder: string,
+  told: Told,
+  lengths: Map<string, number>,
+  { losses = [] }: Circumstances,
+  fault: Fault,
+): void {
   for (const [name, lines] of lengths) {
-    const told = sent.get(name) ?? [];
-    if (told.length !== 1 || told[0] !== lines)
-      fault("misreported", `${name} has ${lines} lines, told: ${told.join(", ") || "nothing"}`);
+    const own = told.get(name) ?? [];
+    if (own.length === 1 && own[0]?.lines === lines) continue;
+    const named = statSync(join(folder, name)).ctimeMs;
+    const isLost = losses.some((loss) => named <= loss + KILLED_MS && named > loss - REPORT_MS);
+    if (own.length === 0 && isLost) continue;
+    const counts = own.map((entry) => entry.lines).join(", ");
+    fault("misreported", `${name} has ${lines} lines, told: ${counts || "nothing"}`);
   }
-  for (const name of sent.keys())
+  for (const name of told.keys())
     if (!lengths.has(name)) fault("misreported", `${name} was told but is not there`);
 }

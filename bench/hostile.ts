@@ -5,7 +5,7 @@
  */
 import { connect } from "node:net";
 import { gzipSync } from "node:zlib";
-import type { Random } from "./random.ts";
+import { createRandom, type Random } from "./random.ts";
 
 /** Where it attacks, and as whom. */
 export interface Target {
@@ -86,26 +86,40 @@ const ATTACKS: Record<string, Attack> = {
   "all of its streams": (target) => post(target, "/streams", "", {}),
   "path out of the folder": (target, random) =>
     send(target, { stream: "../../../../etc/cron.d/x", body: line(random, 2026) }),
-  "body that does not come": (target, random) => hang(target, drawName(random)),
+  "body that does not come": (target, random) => hang(target, bodyHead(target, drawName(random))),
 };
 
-/** Begins to attack. */
-export function startHostile(target: Target, random: Random): Hostile {
+/** What a stranger does, and the holder of the token of `"*"`: not a part of `startHostile`, which is one sender. */
+const OF_OTHERS: Record<string, Attack> = {
+  "token that is none": (target, random) =>
+    send({ ...target, token: drawName(random) }, { stream: drawName(random), body: line(random, 2026) }),
+  "host of its own": (target, random) =>
+    send({ ...target, host: `x${drawName(random)}` }, { stream: drawName(random), body: line(random, 2026) }),
+  "connection that says nothing": (target) => hang(target, ""),
+  "half a header": (target) => hang(target, "POST /upload HTTP/1.1\r\nHost: x\r\n"),
+};
+
+/** All attacks by name. */
+export const ATTACK_NAMES = [...Object.keys(ATTACKS), ...Object.keys(OF_OTHERS)];
+
+/** Begins to attack, with one attack or with all of a sender in turn. */
+export function startHostile(target: Target, random: Random, { only = "", rate = RATE } = {}): Hostile {
+  const attacks = only ? { [only]: ATTACKS[only] ?? (OF_OTHERS[only] as Attack) } : ATTACKS;
   const counts: Record<string, number> = {};
   let isOver = false;
   const running = (async () => {
     const inHand = new Set<Promise<void>>();
     while (!isOver) {
-      const name = random.pick(Object.keys(ATTACKS));
-      const task: Promise<void> = (ATTACKS[name] as Attack)(target, random)
+      const name = random.pick(Object.keys(attacks));
+      const task: Promise<void> = (attacks[name] as Attack)(target, random)
         .catch(() => 0)
         .then((status) => {
           counts[`${name} ${status}`] = (counts[`${name} ${status}`] ?? 0) + 1;
           inHand.delete(task);
         });
       inHand.add(task);
-      await new Promise((resolve) => setTimeout(resolve, 1000 / RATE));
-      while (inHand.size > MOST_HELD) await Promise.race(inHand);
+      await new Promise((resolve) => setTimeout(resolve, 1000 / rate));
+      while (inHand.size > (only ? 5 * rate : MOST_HELD)) await Promise.race(inHand);
     }
     await Promise.all(inHand);
   })();
@@ -151,8 +165,8 @@ async function post(
   return answer.status;
 }
 
-/** Announces a body and stays. */
-function hang({ port, host, token }: Target, stream: string): Promise<number> {
+/** Begins a request and stays. */
+function hang({ port }: Target, bytes: string): Promise<number> {
   return new Promise((resolve) => {
     const socket = connect(port, "127.0.0.1");
     held.add(socket);
@@ -162,13 +176,18 @@ function hang({ port, host, token }: Target, stream: string): Promise<number> {
       resolve(0);
     });
     setTimeout(() => socket.destroy(), MOST_MS);
-    const head = [
-      "POST /upload HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain",
-      `Authorization: Bearer ${token}\r\nLog-Host: ${host}\r\nLog-Stream: ${stream}`,
-      "Log-Begin: 1\r\nUpload-Offset: 0\r\nUpload-End: 1000000\r\nContent-Length: 1000000\r\n\r\nx",
-    ];
-    socket.write(head.join("\r\n"));
+    socket.write(bytes);
   });
+}
+
+/** The head of a request that announces a body. */
+function bodyHead({ host, token }: Target, stream: string): string {
+  const head = [
+    "POST /upload HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain",
+    `Authorization: Bearer ${token}\r\nLog-Host: ${host}\r\nLog-Stream: ${stream}`,
+    "Log-Begin: 1\r\nUpload-Offset: 0\r\nUpload-End: 1000000\r\nContent-Length: 1000000\r\n\r\nx",
+  ];
+  return head.join("\r\n");
 }
 
 function line(random: Random, year: number): string {
@@ -179,4 +198,14 @@ function line(random: Random, year: number): string {
 
 function drawName(random: Random): string {
   return Array.from({ length: 4 }, () => random.between(0x10000000, 0x7fffffff).toString(16)).join("");
+}
+
+/** As a process of its own, for `attacks.ts`: a target and what to do as JSON; counts as JSON when its input ends. */
+if (import.meta.main) {
+  const { target, only, rate, seed } = JSON.parse(process.argv[2] ?? "{}");
+  const hostile = startHostile(target, createRandom(seed), { only, rate });
+  for await (const _ of process.stdin); // until it is closed
+  await hostile.stop();
+  process.stdout.write(`${JSON.stringify(hostile.counts)}\n`);
+  process.exit(0);
 }

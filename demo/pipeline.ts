@@ -5,7 +5,7 @@
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { parseBatchName } from "../lib/batch.ts";
-import { readLedger, readSealed } from "../lib/ledger.ts";
+import { readLedger } from "../lib/ledger.ts";
 import { readCursor } from "../lib/tail/cursor.ts";
 import { dashed } from "./account.ts";
 import type { Places } from "./fleet.ts";
@@ -38,10 +38,9 @@ export async function readPipeline(places: Places, writers: Writer[]): Promise<H
   for (const writer of writers) {
     const folder = join(places.batches, writer.host);
     const ledger = await readLedger(folder);
-    // By name: a batch that is sealed between the two reads stands in both.
     const batches = new Map<string, { state: "open" | "sealed" | "delivered"; lines: number }>();
     for (const [name, { lines }] of ledger?.open ?? []) batches.set(name, { state: "open", lines });
-    for (const { name, lines } of await readSealed(folder)) {
+    for (const { name, lines } of ledger?.sealed.values() ?? []) {
       batches.set(name, { state: delivered.has(name) ? "delivered" : "sealed", lines });
     }
     const windows = new Map<string, WindowState>();

@@ -27,9 +27,6 @@ export const HEADER = {
   agent: "Log-Agent",
 } as const;
 
-/** The stream that a shipper of version 1.0 names in a heartbeat when it has no file with a line yet. */
-export const IDLE_STREAM = "heartbeat";
-
 /** How a body may be encoded on the way. */
 export type Encoding = "identity" | "gzip" | "zstd";
 

@@ -148,6 +148,11 @@ function hourAfter(hour: string): string {
   return formatHour(hourSpan(hour, 0).end, 0);
 }
 
+/** Hours before it have a digest when something of them is delivered, and only then: a line of 2005 would make 180,000 others. */
+function oldestHour({ begins }: DigestState): string {
+  return formatHour(begins - KEPT_HOURS * HOUR_MS, 0);
+}
+
 function ownZone(now: number): number {
   return -new Date(now).getTimezoneOffset();
 }
@@ -384,7 +389,8 @@ export class Digests {
     state.head = { name: formatDigestName(name), sha256, complete, at };
     state.hours[name.hour] = { part: name.part, complete };
     state.pending.push(state.head.name);
-    if (!state.next || name.hour >= state.next) state.next = hourAfter(name.hour);
+    const isChained = name.hour >= oldestHour(state);
+    if (isChained && (!state.next || name.hour >= state.next)) state.next = hourAfter(name.hour);
     const hours = Object.keys(state.hours);
     if (hours.length < KEPT_HOURS + 100) return;
     for (const old of hours.sort().slice(0, -KEPT_HOURS)) delete state.hours[old];
@@ -474,7 +480,7 @@ export class Digests {
   async #writeDue(state: DigestState, now: number, look: typeof lookAtHosts): Promise<void> {
     let seen: HostsSeen | undefined;
     for (;;) {
-      const hour = state.next ?? [...this.#news.keys()].sort()[0];
+      const hour = state.next ?? this.#firstHour(state);
       if (hour === undefined || now < hourSpan(hour, this.#lastZone ?? 14 * 60).end) return;
       if (!seen) {
         seen = await look(this.#dir, now);
@@ -489,6 +495,13 @@ export class Digests {
       await this.#writeLate(state, seen, hour, now);
       await this.#writeOne(state, seen, { hour, missing, now });
     }
+  }
+
+  /** The first hour in which something was delivered; of what is older than any chain reaches, the one in which that was. */
+  #firstHour(state: DigestState): string | undefined {
+    if (this.#news.size === 0) return undefined;
+    const chained = [...this.#news.keys()].filter((hour) => hour >= oldestHour(state));
+    return chained.sort()[0] ?? formatHour(state.begins, this.#lastZone ?? 0);
   }
 
   #missing(state: DigestState, seen: HostsSeen, hour: string, now: number): Digest["missing"] {

@@ -10,7 +10,6 @@ import {
   closeSync,
   constants,
   fchmodSync,
-  fdatasyncSync,
   fstatSync,
   ftruncateSync,
   lstatSync,
@@ -21,9 +20,9 @@ import {
   utimesSync,
   writeFileSync,
 } from "node:fs";
-import { type FileHandle, mkdir, open, readFile, rename, rm, statfs } from "node:fs/promises";
+import { type FileHandle, mkdir, open, readFile, rename, rm } from "node:fs/promises";
 import { dirname } from "node:path";
-import { giveTo, loadSyncFs, tryLock } from "./runtime.ts";
+import { giveTo, tryLock } from "./runtime.ts";
 import { OperatorError } from "./service.ts";
 
 /** The ending of every temp file of ours; housekeeping removes stale ones by it. */
@@ -134,7 +133,7 @@ export async function appendDurably(path: string, lines: string): Promise<void> 
 }
 
 /** Writes all of `data` at `position`; write(2) may take less than it was given. */
-export async function writeFully(file: FileHandle, data: Uint8Array, position: number): Promise<void> {
+async function writeFully(file: FileHandle, data: Uint8Array, position: number): Promise<void> {
   let done = 0;
   while (done < data.length) {
     const { bytesWritten } = await file.write(data, done, data.length - done, position + done);
@@ -175,60 +174,6 @@ export async function writeStream(
   } finally {
     await file.close();
   }
-}
-
-/** Makes the data of an open file survive a power loss, in place: the caller waits for the disk. */
-export function syncData(fd: number): void {
-  fdatasyncSync(fd);
-}
-
-/** A sync of a whole file system that took longer (ms) waited for what others write: it is not tried for a while… */
-const SLOW_MS = 250;
-/** …of so many ms, twice as many each time in a row. */
-const AVOID_MS = { min: 2_000, max: 60_000 };
-
-/** A file system of which all files can be put on stable storage by one call. */
-export interface FileSystem {
-  /** Tells it from others, as in stat(2). */
-  device: number;
-  /**
-   * Puts all that was written to it on stable storage; the caller waits in place. False when that failed, or costs
-   * too much now: then each file is to be synced by itself, which also tells whose write it was that failed.
-   */
-  sync(): boolean;
-  close(): void;
-}
-
-/**
- * ext4, XFS and Btrfs, by their `type` in statfs(2). Of others syncfs(2) is no proof: an overlay does not tell what
- * failed below it, and FUSE does not ask its server to sync.
- */
-export const SYNCED_WHOLE = [0xef53, 0x58465342, 0x9123683e];
-
-/**
- * The file system of a folder; undefined where it can't be synced as a whole. It is opened before anything is written:
- * a failure is told to those who had it open at that time.
- */
-export async function openFileSystem(folder: string): Promise<FileSystem | undefined> {
-  const syncfs = await loadSyncFs();
-  if (!syncfs || !SYNCED_WHOLE.includes((await statfs(folder)).type)) return undefined;
-  const fd = openSync(folder, "r");
-  let avoidUntil = 0;
-  let avoidMs = 0;
-  return {
-    device: fstatSync(fd).dev,
-    sync() {
-      const started = performance.now();
-      if (started < avoidUntil) return false;
-      const ok = syncfs(fd);
-      const ended = performance.now();
-      const isSlow = ended - started > SLOW_MS;
-      avoidMs = isSlow ? Math.min(AVOID_MS.max, Math.max(AVOID_MS.min, 2 * avoidMs)) : 0;
-      avoidUntil = ended + avoidMs;
-      return ok;
-    },
-    close: () => closeSync(fd),
-  };
 }
 
 /** Creates a folder and its parents, on stable storage when it returns. In one that its group shares it is shared, too. */

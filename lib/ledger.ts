@@ -293,8 +293,3 @@ export function createLedgerReader(): typeof readLedger {
     return ledger;
   };
 }
-
-/** The batches of a sender that were sealed in the last days. */
-export async function readSealed(hostFolder: string): Promise<SealedBatch[]> {
-  return [...((await readLedger(hostFolder))?.sealed.values() ?? [])];
-}

@@ -103,6 +103,63 @@ const BLOCK = 65_536;
 /** What is longer is no report line, and is handed on in pieces. */
 const LONGEST_LINE = 65_536;
 
+const BEFORE_NAME = Buffer.from(" | ");
+const BEFORE_LINES = Buffer.from(" | lines=");
+const BEHIND_LINES = Buffer.from(" | status=Sent");
+const TIME_BYTES = 19;
+
+/**
+ * Hands over each delivery that a report tells from a place in it on: where its name stands in a block of bytes, and its
+ * lines. No text is made of it: of a report of many thousand lines that would be the most of the memory.
+ */
+export async function readDelivered(
+  path: string,
+  start: number,
+  take: (block: Buffer, from: number, to: number, lines: number) => void,
+): Promise<void> {
+  const block = Buffer.alloc(BLOCK);
+  const file = await open(path);
+  try {
+    for (let at = start, kept = 0; ; ) {
+      const { bytesRead } = await file.read(block, kept, BLOCK - kept, at);
+      if (bytesRead === 0) return takeDelivered(block, 0, kept, take);
+      at += bytesRead;
+      const length = kept + bytesRead;
+      let from = 0;
+      for (let end = block.indexOf(0x0a); end >= 0 && end < length; end = block.indexOf(0x0a, from)) {
+        takeDelivered(block, from, end, take);
+        from = end + 1;
+      }
+      kept = from === 0 && length === BLOCK ? 0 : length - from; // a line as long as a block is none of ours
+      block.copyWithin(0, length - kept, length);
+    }
+  } finally {
+    await file.close();
+  }
+}
+
+/** One line as {@link LINE} has it, when it tells a delivery. */
+function takeDelivered(
+  block: Buffer,
+  from: number,
+  end: number,
+  take: (block: Buffer, from: number, to: number, lines: number) => void,
+): void {
+  const isAt = (text: Buffer, at: number) => block.compare(text, 0, text.length, at, at + text.length) === 0;
+  const name = from + TIME_BYTES + BEFORE_NAME.length;
+  const behind = end - (block[end - 1] === 0x0d ? 1 : 0) - BEHIND_LINES.length;
+  if (behind <= name || !isAt(BEHIND_LINES, behind) || !isAt(BEFORE_NAME, from + TIME_BYTES)) return;
+  let lines = 0;
+  let digit = behind - 1;
+  for (let unit = 1; isDigit(block[digit]); unit *= 10) lines += unit * ((block[digit--] as number) - 0x30);
+  const to = digit + 1 - BEFORE_LINES.length;
+  if (digit + 1 < behind && to > name && isAt(BEFORE_LINES, to)) take(block, name, to, lines);
+}
+
+function isDigit(byte = 0): boolean {
+  return byte >= 0x30 && byte <= 0x39;
+}
+
 /** The lines of a file with their line breaks; the last one may have none. */
 async function* readLines(path: string): AsyncGenerator<Buffer> {
   let rest = Buffer.alloc(0);

@@ -5,7 +5,7 @@
 import { createHash } from "node:crypto";
 import { closeSync, fchmodSync, fchownSync, fstatSync, openSync, statSync } from "node:fs";
 import { connect } from "node:net";
-import { constants, platform, release } from "node:os";
+import { constants, platform } from "node:os";
 import { dirname } from "node:path";
 import { createServer, type TLSSocket } from "node:tls";
 
@@ -39,6 +39,7 @@ export interface Server {
 // The few members of each runtime that are used, so that neither runtime's checker needs the other's types.
 interface BunRuntime {
   serve(options: object): { port: number; stop(force?: boolean): Promise<void> };
+  gc(inPlace: boolean): void;
 }
 interface BunServer {
   requestIP(request: Request): { address: string; port: number } | null;
@@ -328,32 +329,11 @@ function rangeOf(name: string, type: number): Uint8Array {
 }
 
 /**
- * Lets so many system calls (syncs above all) wait at once. Bun has a thread for each core, which is few for
- * calls that only wait, and reads the number from the environment of the process when it needs the first one: so
- * this comes before anything else. Deno's pool is large enough. A number that the operator has set stays.
+ * Lets the collector run now, beside what goes on. For work that leaves much garbage in buffers: Bun waits for so much
+ * of it that memory is always fresh, and fresh memory costs more time than collecting. Deno can't be asked.
  */
-export async function waitAtOnce(calls: number): Promise<void> {
-  if (deno || process.env.UV_THREADPOOL_SIZE !== undefined) return;
-  const library = await openLibrary({ setenv: { args: ["cstring", "cstring", "i32"], returns: "i32" } });
-  const text = (value: string) => Buffer.from(`${value}\0`);
-  (library.setenv as (name: Buffer, value: Buffer, replace: number) => number)(
-    text("UV_THREADPOOL_SIZE"),
-    text(String(calls)),
-    1,
-  );
-}
-
-/**
- * syncfs(2): puts all that was written to the file system of an open file or folder on stable storage, and says
- * whether that went well. It waits in place. Undefined where it can't be called, and on Linux before 5.8, where it
- * does not tell of writes that failed.
- */
-export async function loadSyncFs(): Promise<((fd: number) => boolean) | undefined> {
-  if (deno || platform() !== "linux") return undefined;
-  const [major = 0, minor = 0] = release().split(".").map(Number);
-  if (major < 5 || (major === 5 && minor < 8)) return undefined;
-  const library = await openLibrary({ syncfs: { args: ["i32"], returns: "i32" } });
-  return (fd) => (library.syncfs as (fd: number) => number)(fd) === 0;
+export function collectGarbage(): void {
+  bun?.gc(false);
 }
 
 /** Not a literal where it is imported: Deno's checker would refuse the scheme. */

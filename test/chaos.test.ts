@@ -4,7 +4,7 @@ import { readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { crc32 } from "node:zlib";
 import { checkMails, runChaos } from "../bench/chaos.ts";
-import { checkDelivery, type Written } from "../bench/checker.ts";
+import { type Circumstances, checkDelivery, type Written } from "../bench/checker.ts";
 import { createProxy } from "../bench/proxy.ts";
 import { createRandom } from "../bench/random.ts";
 import { createWriter } from "../bench/writer.ts";
@@ -87,22 +87,33 @@ describe("checkDelivery()", () => {
 
 describe("checkDelivery() after the loss of a folder", () => {
   const CLOCK = NAME.replace(".log", ".1795300000.log");
-  const count = async (files: [string, string][], losses: (times: number[]) => number[]) => {
+  /** The files get their names, and their report lines but for `untold`, one after the other. */
+  const count = async (
+    files: [string, string][],
+    losses: (times: number[]) => number[],
+    around: Partial<Circumstances> & { untold?: string } = {},
+  ) => {
     const folder = await tempFolder();
+    const report = join(await tempFolder(), "report.log");
     const times: number[] = [];
+    let told = "";
     for (const [name, text] of files) {
       const path = join(folder, name);
       writeFileSync(path, text, "latin1");
       times.push(statSync(path).ctimeMs);
+      const lines = `lines=${text.split("\n").length - 1}`;
+      if (name !== around.untold && !name.endsWith(".tmp"))
+        told += `2026-11-22 06:45:01 | ${name} | ${lines} | status=Sent\n`;
       await new Promise((resolve) => setTimeout(resolve, 25)); // of another time
     }
-    const { again, twice, outOfOrder, missing } = checkDelivery(folder, writers, {
-      losses: losses(times),
-      heartbeatMs: 0,
+    writeFileSync(report, told);
+    const { again, twice, outOfOrder, missing, stray, misreported } = checkDelivery(folder, writers, {
+      ...{ losses: losses(times), heartbeatMs: 0, report, ...around },
     });
-    return { again, twice, outOfOrder, missing };
+    return { again, twice, outOfOrder, missing, stray, misreported };
   };
   const between = (a = 0, b = 0) => (a + b) / 2;
+  const zeros = { twice: 0, outOfOrder: 0, missing: 0, stray: 0, misreported: 0 };
 
   test("what lies behind the first line that was not there may come again, once for a loss", async () => {
     // b was lost; c was delivered behind it and comes again
@@ -111,7 +122,6 @@ describe("checkDelivery() after the loss of a folder", () => {
       [NAME.replace(".log", ".2.log"), c],
       [CLOCK, b + c + d],
     ];
-    const zeros = { twice: 0, outOfOrder: 0, missing: 0 };
     expect(await count(files, ([, at, next]) => [between(at, next)])).toEqual({ again: 1, ...zeros });
     expect(await count(files, () => [])).toEqual({ ...zeros, again: 0, twice: 1 });
   });
@@ -122,6 +132,40 @@ describe("checkDelivery() after the loss of a folder", () => {
     ];
     expect(await count(files, ([at, next]) => [between(at, next)])).toMatchObject({ again: 0, twice: 1 });
     expect(await count(files, ([at]) => [(at ?? 0) - 1])).toMatchObject({ again: 1, twice: 0 });
+  });
+  test("what was left out of a chunk makes the bound lower by so much", async () => {
+    const files: [string, string][] = [
+      [NAME, a + b],
+      [CLOCK, b + c + d],
+    ];
+    const loss = ([at, next]: number[]) => [between(at, next)];
+    expect(await count(files, loss, { leftOutLines: 1 })).toEqual({ again: 1, ...zeros });
+  });
+  test("all of a host that lost its cursor after it may come again, once, and of no other host", async () => {
+    const files: [string, string][] = [
+      [NAME, a + b + c + d],
+      [CLOCK, a + b],
+    ];
+    const loss = ([at, next]: number[]) => [between(at, next)];
+    const forget = (host: string, at: number) => ({ forgets: [{ host, at }] });
+    const after = Date.now() + 60_000;
+    expect(await count(files, loss, forget("10-1-0-1", after))).toEqual({ again: 2, ...zeros });
+    expect(await count(files, loss, forget("10-1-0-2", after))).toMatchObject({ again: 0, twice: 2 });
+    expect(await count(files, loss, forget("10-1-0-1", 1))).toMatchObject({ again: 0, twice: 2 });
+  });
+  test("a batch that was not reported yet was not delivered; half an upload of before stays", async () => {
+    const files: [string, string][] = [
+      [NAME, a + b],
+      [`${NAME}.tmp`, ""],
+      [CLOCK, a + b + c + d],
+    ];
+    const loss = ([, at, next]: number[]) => [between(at, next)];
+    expect(await count(files, loss, { untold: NAME })).toEqual({ ...zeros, again: 2 });
+    expect(await count(files, () => [], { untold: NAME })).toMatchObject({
+      stray: 1,
+      misreported: 1,
+      twice: 2,
+    });
   });
   test("leaves out the batches of a hostile host, and digests", async () => {
     const folder = await tempFolder();

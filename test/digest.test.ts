@@ -209,6 +209,22 @@ describe("Digests", () => {
     expect(text.split("\n").filter((line) => line.endsWith(batchName("26112205")))).toHaveLength(1);
   });
 
+  test("a line of years ago is listed with the hour in which it came, and makes no digest of each hour since", async () => {
+    const record = await makeRecord();
+    const through = SIX + 4 * HOUR;
+    await record.deliver(batchName("05112206"), SIX);
+    expect(await record.write(SIX + HOUR / 2, seen({ through }))).toEqual([]);
+    await record.deliver(batchName("26112206"), SIX + HOUR / 2);
+    await record.restart();
+    const names = await record.write(SIX + HOUR + 1, seen({ through }));
+    expect(names.map((name) => parseDigestName(name)?.hour)).toEqual(["05112206", "26112206"]);
+    await record.deliver(batchName("15112206"), SIX + HOUR + 2);
+    await record.restart();
+    const more = await record.write(SIX + 3 * HOUR + 1, seen({ through }));
+    expect(more.map((name) => parseDigestName(name)?.hour)).toEqual(["15112206", "26112207", "26112208"]);
+    expect(await record.kinds()).toEqual([]);
+  });
+
   test("a process that ends between the digest's file and the state: the next one takes it as it is", async () => {
     const record = await makeRecord();
     const state = join(record.dir, ".digest", "state.json");

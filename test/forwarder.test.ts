@@ -97,6 +97,19 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("to $name", ({ start }) => {
     expect(await site.list("sent")).toEqual([name]);
   });
 
+  test("killed twice behind the report line, in two seconds: it is one line all the same", async () => {
+    const site = await makeSite(backend);
+    const name = site.seal(HOST, 1, lines(50));
+    await once(site, { LOG_RT_SYNC_STOP_AT: "forward:reported" });
+    const second = Math.floor(Date.now() / 1000);
+    await until("the next second", () => Date.now() / 1000 >= second + 1);
+    await once(site, { LOG_RT_SYNC_STOP_AT: "forward:reported" });
+    expect((await once(site)).code).toBe(0);
+    expect(await site.report()).toEqual([`${name} | lines=50 | status=Sent`]);
+    expect(await site.list("sent")).toEqual([name]);
+    await takeAway(backend);
+  });
+
   test.each(["half", "\0"])(
     "a temp file that a kill left (%j, then NULs of its size) is written anew",
     async (left) => {

@@ -43,6 +43,9 @@ const BREACHES: Record<string, [file: string, source: string, breach: string][]>
   "one exported name means one thing": [
     ["lib/lonely.ts", "export function parseBatchName() {}", "parseBatchName: lib/batch.ts, lib/lonely.ts"],
   ],
+  "what is exported is used": [
+    ["lib/lonely.ts", "export function nobodyCalls() {}", "lib/lonely.ts nobodyCalls"],
+  ],
   "a header names only files and functions that exist": [
     ["lib/lonely.ts", "/** See lib/nowhere.ts. */", "lib/lonely.ts names lib/nowhere.ts"],
     ["lib/lonely.ts", "/** See `neverWritten()`. */", "lib/lonely.ts names neverWritten"],

@@ -13,7 +13,6 @@ import {
   parseRecord,
   parseRecords,
   readLedger,
-  readSealed,
   snapshot,
 } from "../lib/ledger.ts";
 import { tempFolder } from "./support.ts";
@@ -105,18 +104,17 @@ test("parseRecord() refuses what is not a record", () => {
     expect(parseRecord(line)).toBeUndefined();
 });
 
-test("readLedger() and readSealed() tell an absent file from an empty one, and take over the names of version 1.0", async () => {
+test("readLedger() tells an absent file from an empty one, and take over the names of version 1.0", async () => {
   const folder = await tempFolder();
   expect(await readLedger(folder)).toBeUndefined();
-  expect(await readSealed(folder)).toEqual([]);
   await writeFile(join(folder, ".ledger"), "");
   expect(await readLedger(folder)).toEqual(emptyLedger());
   const batch = { name: "accessLog_26112206_20-39_h.log", bytes: 1, lines: 1, at: 5 };
   const text =
     formatRecord({ forgotten: "26112206_00-19" }) + formatRecord(batch) + formatRecord(batch).slice(0, 20);
   await writeFile(join(folder, ".ledger-sealed"), text);
-  expect(await readSealed(folder)).toEqual([{ ...batch, waits: true }]);
   expect(await readLedger(folder)).toMatchObject({
+    sealed: new Map([[batch.name, { ...batch, waits: true }]]),
     used: new Map([["26112206_20-39", 1]]),
     unsure: "26112206_00-19",
   });

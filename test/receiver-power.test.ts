@@ -8,14 +8,19 @@ import { expectSameLines, freePort, startScript, tempFolder, until, writeConfig 
 
 const CUTS = Number(process.env.LOG_RT_SYNC_CUTS ?? 3);
 
-/** Sends chunks one after the other until the receiver is gone. Gives what was answered, and what may have been taken. */
-async function sendUntilGone(url: string, host: string, text: Buffer<ArrayBuffer>, from: number) {
-  let answered = from;
+/** Sends chunks one after the other until the receiver is gone; notes what was answered. Gives what may have been taken. */
+async function sendUntilGone(
+  url: string,
+  host: string,
+  text: Buffer<ArrayBuffer>,
+  answers: Map<string, number>,
+): Promise<number> {
   for (;;) {
+    const answered = answers.get(host) ?? 0;
     const size = Math.ceil(20_000 * Math.random());
     const cut = text.lastIndexOf(0x0a, Math.min(text.length, answered + 400 + size) - 1) + 1;
     const end = cut > answered ? cut : text.length;
-    if (end === answered) return { answered, sent: end };
+    if (end === answered) return end;
     const mark = (at: number) => formatMark(text.subarray(Math.max(0, at - MARK_BYTES), at));
     const headers: Record<string, string> = {
       [HEADER.mark]: mark(end),
@@ -23,8 +28,8 @@ async function sendUntilGone(url: string, host: string, text: Buffer<ArrayBuffer
     };
     const request = post(url, text.subarray(answered, end), { host, offset: answered, headers });
     const answer = await fetch(request).catch(() => undefined);
-    if (answer?.status !== 200) return { answered, sent: end };
-    answered = end;
+    if (answer?.status !== 200) return end;
+    answers.set(host, end);
   }
 }
 
@@ -43,14 +48,15 @@ test.skipIf(noDisk()).each([3, 12])(
     for (let cuts = 0; cuts < CUTS; cuts++) {
       const running = startScript("receiver", config);
       await running.says("receiver listens");
+      const answers = new Map(stands);
       const sending = Promise.all(
-        hosts.map(
-          async (host) => [host, await sendUntilGone(url, host, text, stands.get(host) ?? 0)] as const,
-        ),
+        hosts.map(async (host) => [host, await sendUntilGone(url, host, text, answers)] as const),
       );
       await new Promise((resolve) => setTimeout(resolve, 200 + 900 * Math.random())); // any instruction
+      // What is answered from now on proves nothing: a machine without power answers nobody, and ext4 may end the very
+      // fdatasync that the cut falls into with success.
+      const before = new Map(answers);
       disk.cut();
-      await new Promise((resolve) => setTimeout(resolve, 50)); // what is answered now must be true as well
       await running.stop("SIGKILL");
       const results = await sending;
       disk.restore();
@@ -58,11 +64,12 @@ test.skipIf(noDisk()).each([3, 12])(
       await again.says("receiver listens");
       expect(again.output).not.toContain("acknowledged bytes are gone");
       expect(again.output).not.toContain("damaged");
-      for (const [host, { answered, sent }] of results) {
+      for (const [host, sent] of results) {
         const asked = await fetch(`${url}/streams`, { method: "POST", headers: { [HEADER.host]: host } });
         const [stream] = ((await asked.json()) as { streams: { offset: number }[] }).streams;
         const offset = stream?.offset ?? 0;
-        expect([answered, sent]).toContain(offset); // an answer that was lost with the power counts, too
+        expect(offset).toBeGreaterThanOrEqual(before.get(host) ?? 0);
+        expect(offset).toBeLessThanOrEqual(sent); // an answer that was lost with the power counts, too
         expectSameLines(await storedText(dir, host), text.subarray(0, offset));
         stands.set(host, offset);
       }

@@ -8,6 +8,7 @@ import {
   formatReportLine,
   parseReportLine,
   type ReportLine,
+  readDelivered,
   readReportTail,
   trimReport,
 } from "../lib/report.ts";
@@ -73,6 +74,26 @@ test("readReportTail() reads no more than asked for and skips a cut first line",
   expect(await readReportTail(path)).toEqual([]);
   await appendReport(path, [line({ lines: 1 }), line({ lines: 2 }), line({ lines: 3 })]);
   expect((await readReportTail(path, 200)).map(({ lines }) => lines)).toEqual([2, 3]);
+});
+
+test("readDelivered() takes the deliveries that parseReportLine() takes, across blocks, beside anything else", async () => {
+  const path = join(await tempFolder(), "report.log");
+  const whole = Array.from({ length: 3000 }, (_, i) => formatReportLine(line({ lines: i * 7919 })));
+  const odd = [
+    formatReportLine(line({ status: "Failed", reason: "status=Sent" })),
+    "status=Sent\n | lines=1 | status=Sent\n2026-11-22 06:45:01 | a | lines= | status=Sent\n\n",
+    `${"x".repeat(200_000)}\n`,
+    formatReportLine(line({ lines: 42 })).replace("\n", "\r\n"),
+  ];
+  const text = [...whole, ...odd, formatReportLine(line({ lines: 7 })).trimEnd()].join("");
+  await writeFile(path, text);
+  const found: [string, number][] = [];
+  await readDelivered(path, 0, (block, from, to, lines) => {
+    found.push([block.toString("latin1", from, to), lines]);
+  });
+  const lines = text.split(/\r?\n/).map(parseReportLine);
+  expect(found).toEqual(lines.flatMap((one) => (one?.status === "Sent" ? [[one.batch, one.lines]] : [])));
+  expect(found.length).toBe(3002);
 });
 
 test("readForwarderState() tells absent from damaged", async () => {

@@ -1,5 +1,5 @@
 /** Many logs, few descriptors, many rotations, no events, a clock that is set back, and what is delivered of a file. */
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, spyOn, test } from "bun:test";
 import { execFileSync } from "node:child_process";
 import {
   appendFileSync,
@@ -14,6 +14,7 @@ import {
 import { join } from "node:path";
 import { parseConfig } from "../lib/config.ts";
 import { createLog } from "../lib/service.ts";
+import { LogFile } from "../lib/tail/file.ts";
 import { openShipper, type Shipper, saveCursor, shipOnce } from "../shipper.ts";
 import {
   createSender,
@@ -37,6 +38,7 @@ function keep(shipper: Running): Running {
   return shipper;
 }
 
+const { open } = LogFile;
 const opened: Shipper[] = [];
 afterEach(async () => {
   for (const { streams } of opened.splice(0)) for (const { file } of streams.list) await file?.close();
@@ -94,6 +96,30 @@ describe("many logs", () => {
     },
     120_000,
   );
+
+  test("200 that grew between two looks: no more of them are open at once than else", async () => {
+    const stub = startStub();
+    const sender = await createSender(stub.url, (logs) => ({ files: [join(logs, "*.log")] }));
+    const clock = { now: Date.now(), mono: 1e6 };
+    const shipper = await openOn(sender, clock);
+    const put = () => {
+      for (let n = 0; n < 200; n++) appendFileSync(join(sender.logs, `site${n}.log`), lines(`s${n}`, 1, 2));
+    };
+    put();
+    await shipOnce(shipper);
+    let most = 0;
+    const opening = spyOn(LogFile, "open").mockImplementation(async (path) => {
+      most = Math.max(most, shipper.streams.list.filter(({ file }) => file).length);
+      return await open.call(LogFile, path);
+    });
+    put();
+    await shipper.streams.look();
+    opening.mockRestore();
+    expect(most).toBeGreaterThan(60);
+    expect(most).toBeLessThan(70);
+    await shipOnce(shipper);
+    expect(countLines(stub)).toBe(800);
+  });
 
   test("1,000 that are quiet cost next to nothing", async () => {
     const stub = startStub();

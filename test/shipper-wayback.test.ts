@@ -92,18 +92,38 @@ test("a stream that begins before the loss is noticed takes no name that may hav
   expect(partOf("10.9.0.3")).toEqual([1]);
 });
 
+async function openStore(dir: string, now: () => number) {
+  const store = createStore({
+    ...{ dir, prefix: "accessLog", windowMinutes: 20, sealAfterSeconds: 120, sealLatestSeconds: 900 },
+    ...{ forgetAfterDays: 30, maxHosts: 100, maxStreamsPerHost: 100, maxWindowsPerHost: 100 },
+    ...{ maxNamesPerHour: 1000, findWindow: createWindowFinder(20), log: quiet, now },
+  });
+  await store.start(() => true);
+  return store;
+}
+
+test("delivered is the beginning of the first line that is not, within a chunk, too", async () => {
+  const dir = await tempFolder();
+  let now = Date.parse("2026-11-22T06:21:00+06:00");
+  const store = await openStore(dir, () => now);
+  const early = lines("a", 1, 3).replaceAll("06:20:01", "06:10:01");
+  const body = Buffer.from(early + lines("b", 1, 3));
+  const range = { offset: 0, end: body.length, mark: `4:${"A".repeat(22)}`, begin: "new" as const };
+  await store.commit({ host: "10.0.0.1", stream: "stream-0001", ...range, body, peer: "" });
+  const delivered = async () => (await store.streams("10.0.0.1", undefined, {}, ""))[0]?.delivered;
+  expect(await delivered()).toBe(0);
+  now += 3 * 60_000;
+  const [first = ""] = await store.seal();
+  expect(await delivered()).toBe(0);
+  rmSync(join(dir, "10.0.0.1", first)); // the forwarder has moved it to sent/
+  expect(await delivered()).toBe(early.length);
+  await store.close();
+});
+
 test("after its start the receiver seals nothing of a host before it was heard", async () => {
   const dir = await tempFolder();
   let now = Date.parse("2026-11-22T06:00:00+06:00");
-  const open = async () => {
-    const store = createStore({
-      ...{ dir, prefix: "accessLog", windowMinutes: 20, sealAfterSeconds: 120, sealLatestSeconds: 900 },
-      ...{ forgetAfterDays: 30, maxHosts: 100, maxStreamsPerHost: 100, maxWindowsPerHost: 100 },
-      ...{ maxNamesPerHour: 1000, findWindow: createWindowFinder(20), log: quiet, now: () => now },
-    });
-    await store.start(() => true);
-    return store;
-  };
+  const open = () => openStore(dir, () => now);
   const body = Buffer.from(lines("a", 1, 3));
   const first = await open();
   for (const host of ["10.0.0.1", "10.0.0.2"]) {
@@ -219,6 +239,37 @@ test("offsets that were answered while the question was on its way are no loss",
   expect(await shipper.stop()).toBe(0);
 });
 
+test("a stream that begins while the question is on its way is no loss", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, { ...QUICK, flushMs: 10 });
+  sender.write(lines("a", 1, 20));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  let refused = 0;
+  middle.answer = () => {
+    refused++;
+    return new Response("busy", { status: 503, headers: { "Retry-After": "0" } });
+  };
+  sender.rotate();
+  sender.write(lines("b", 1, 20));
+  await until("the second stream has its name", () => refused > 0);
+  let isHeld = false;
+  const go = Promise.withResolvers<void>();
+  middle.holdAnswer = () => {
+    isHeld = true;
+    return go.promise;
+  };
+  await until("a question is on its way", () => isHeld);
+  middle.answer = undefined;
+  await expectArrives(middle, sender);
+  middle.holdAnswer = async () => {};
+  go.resolve();
+  await middle.heartbeats(3);
+  expect(middle.begun.map(({ begin }) => begin)).toEqual(["new", "new"]);
+  expectSameLines(middle.text, Buffer.concat(sender.written));
+  expect(await shipper.stop()).toBe(0);
+});
+
 test("a 409 below what was answered is sent again under the same name, and nothing falls back", async () => {
   const middle = new Middle();
   const sender = await createSender(middle.url, { ...QUICK, chunkBytes: 4096, inFlight: 1 });
@@ -311,11 +362,11 @@ test("what is delivered of a log that always has chunks on their way is known, a
   const writing = setInterval(() => sender.write(lines("a", ++n, n)), 5);
   onCleanup(() => clearInterval(writing));
   await until("much is there", () => middle.text.length > 20_000);
-  middle.delivered = 10_000;
+  middle.delivered = 10_000; // within a line: so it is where rules left lines out
   await middle.heartbeats(4);
   middle.wipe();
   const again = await until("it is shipped again", () => middle.begun.find(({ begin }) => begin === "again"));
-  expect(again.offset).toBe(10_000);
+  expect(again.offset).toBe(Buffer.concat(sender.written).lastIndexOf("\n", 9_999) + 1);
   clearInterval(writing);
   expect(await shipper.stop()).toBe(0);
 });

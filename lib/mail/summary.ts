@@ -6,15 +6,13 @@
  *
  * It reads one ledger at a time and keeps only what has to be looked up: the memory does not grow with the senders' days.
  */
-import { createReadStream } from "node:fs";
 import { open, readdir, stat } from "node:fs/promises";
-import { createInterface } from "node:readline";
 import { folders, listBatches, listHosts, parseBatchName } from "../batch.ts";
 import type { Config } from "../config.ts";
 import { exists, ifMissing } from "../durable.ts";
 import { parseHost } from "../host.ts";
 import { type Ledger, readLedger, type SealedBatch } from "../ledger.ts";
-import { parseReportLine } from "../report.ts";
+import { parseReportLine, readDelivered } from "../report.ts";
 import { errorMessage } from "../service.ts";
 
 export const HOUR_MS = 3_600_000;
@@ -192,7 +190,7 @@ function addBatch(row: HourRow, batch: SealedBatch, queue: Set<string>, places: 
   add(row.received, batch);
   add(row[place], batch);
   if ((parseBatchName(batch.name)?.part ?? 1) > 1) row.late++;
-  const sentLines = place === "delivered" ? places.report.lines.get(fingerprint(batch.name)) : undefined;
+  const sentLines = place === "delivered" ? places.report.lines.get(fingerprintOf(batch.name)) : undefined;
   if (sentLines !== undefined && sentLines !== batch.lines) row.differs++;
   return place;
 }
@@ -204,7 +202,7 @@ function whereIs(
 ): "delivered" | "failed" | "waiting" | "missing" {
   if (queue.has(name)) return "waiting";
   if (failed.has(name)) return "failed";
-  return sent.has(name) || sent.has(`${name}.gz`) || report.lines.has(fingerprint(name))
+  return report.lines.has(fingerprintOf(name)) || sent.has(name) || sent.has(`${name}.gz`)
     ? "delivered"
     : "missing";
 }
@@ -227,14 +225,21 @@ function isBehind(ledger: Ledger | undefined, end: number): boolean {
 
 // ---- the report
 
-/** A name as a number of 52 bits, without garbage: many thousands of names fit into little memory. */
-function fingerprint(name: string): number {
+const ofName = Buffer.alloc(1024);
+
+/** A name, in bytes, as a number of 52 bits: many thousands of names fit into little memory. */
+function fingerprint(block: Buffer, from: number, to: number): number {
   let [a, b] = [0x811c9dc5, 0x01000193];
-  for (let i = 0; i < name.length; i++) {
-    a = Math.imul(a ^ name.charCodeAt(i), 0x01000193);
-    b = Math.imul(b, 31) + name.charCodeAt(i);
+  for (let i = from; i < to; i++) {
+    const byte = block[i] as number;
+    a = Math.imul(a ^ byte, 0x01000193);
+    b = Math.imul(b, 31) + byte;
   }
   return (a >>> 0) * 0x100000 + ((b >>> 0) & 0xfffff);
+}
+
+function fingerprintOf(name: string): number {
+  return fingerprint(ofName, 0, ofName.write(name, "latin1"));
 }
 
 /** Of a report that tells nothing. */
@@ -247,46 +252,45 @@ async function readDeliveries(path: string, oldest: number, sent: string): Promi
   // What was delivered and cleared away stands in the report alone: without one nothing can be said of it.
   if (size === undefined) return (await exists(sent)) ? UNKNOWN : { lines, from: 0 };
   const tail = Math.max(0, size - REPORT_BYTES);
-  const start = await findDay(path, { from: tail, to: size, day: localDay(oldest - 2 * HOUR_MS) });
-  const input = createReadStream(path, { start, encoding: "latin1" });
-  let from = tail === 0 ? 0 : undefined;
-  for await (const text of createInterface({ input, crlfDelay: Infinity })) {
-    const line = parseReportLine(text);
-    if (!line) continue;
-    from ??= line.at + HOUR_MS; // its clock may have been set back by an hour
-    if (line.status === "Sent" && line.at >= oldest - HOUR_MS) lines.set(fingerprint(line.batch), line.lines);
-  }
-  return { lines, from: from ?? Infinity };
+  const hour = localHour(oldest - 2 * HOUR_MS);
+  const { start, at = Infinity } = await findHour(path, { from: tail, to: size, hour });
+  await readDelivered(path, start, (block, from, to, count) =>
+    lines.set(fingerprint(block, from, to), count),
+  );
+  return { lines, from: tail === 0 ? 0 : at + HOUR_MS }; // its clock may have been set back by an hour
 }
 
-/** A place in the report before which only earlier days are: most of a long one is not read. */
-async function findDay(
+/** A place in the report before which only earlier hours are, and its time: most of a long one is not read. */
+async function findHour(
   path: string,
-  { from, to, day }: { from: number; to: number; day: string },
-): Promise<number> {
+  { from, to, hour }: { from: number; to: number; hour: string },
+): Promise<{ start: number; at?: number | undefined }> {
   const bytes = Buffer.alloc(4096);
   const file = await open(path);
+  const linesAt = async (position: number) => {
+    const { bytesRead } = await file.read(bytes, 0, bytes.length, position);
+    return bytes.toString("latin1", 0, bytesRead).split("\n").slice(1);
+  };
   try {
     let [low, high] = [from, to];
     while (high - low > REPORT_STEP) {
       const middle = Math.floor((low + high) / 2);
-      const { bytesRead } = await file.read(bytes, 0, bytes.length, middle);
-      const text = bytes.toString("latin1", 0, bytesRead);
-      const line = text.slice(text.indexOf("\n") + 1, text.indexOf("\n") + 1 + day.length);
-      if (line < day) low = middle;
+      const [line = ""] = await linesAt(middle);
+      if (line.slice(0, hour.length) < hour) low = middle;
       else high = middle;
     }
-    return low;
+    const first = (await linesAt(low)).map(parseReportLine).find((line) => line !== undefined);
+    return { start: low, at: first?.at };
   } finally {
     await file.close();
   }
 }
 
-/** `2026-11-22`, as report lines begin. */
-function localDay(at: number): string {
+/** `2026-11-22 06`, as report lines begin. */
+function localHour(at: number): string {
   const date = new Date(at);
   const two = (n: number) => String(n).padStart(2, "0");
-  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())}`;
+  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${two(date.getHours())}`;
 }
 
 function emptyAmount(): Amount {

@@ -186,7 +186,8 @@ export function noteEntry(ledger: Ledger, entry: Entry, journal: string): void {
     batch.lines += run.lines;
     batch.endsAt = Math.max(batch.endsAt, run.endsAt);
     batch.at = entry.at;
-    if (batch.lowest) batch.lowest[entry.stream] ??= entry.from;
+    // What rules left out of the body makes this too low at most, never too high.
+    if (batch.lowest) batch.lowest[entry.stream] ??= entry.from + run.from;
     ledger.open.set(run.batch, batch);
   }
   ledger.streams.set(entry.stream, entry.state);

@@ -49,15 +49,16 @@ export async function moveTo(
 
 /**
  * A stream that the receiver has lost, or has less of than it had answered, goes back to what was delivered of it. What is
- * told of a stream without a file may be more than the cursor knew.
+ * told of a stream without a file may be more than the cursor knew. `committed`: what had been answered when the question
+ * left, nothing of a stream that had not begun.
  */
 export function takeStatus(
   streams: Streams,
   stream: Stream,
   found: StreamStatus | undefined,
-  committed: number,
+  committed: number | undefined,
 ): void {
-  if (found && found.offset >= committed) {
+  if (found && found.offset >= (committed ?? 0)) {
     if (found.delivered !== undefined) {
       if (found.delivered !== stream.delivered) streams.isMoved = true;
       Object.assign(stream, { delivered: found.delivered, deliveredAt: streams.context.now() });
@@ -66,7 +67,7 @@ export function takeStatus(
       stream.offset = Math.max(stream.offset, Math.min(found.offset, stream.size));
     return;
   }
-  if (stream.begin) return; // its first chunk is on its way
+  if (committed === undefined || stream.begin) return; // its first chunk was or is on its way
   stream.wayBack = Math.min(committed, stream.delivered ?? stream.from);
   const isNothing = stream.wayBack >= Math.min(committed, stream.until ?? committed);
   if (isNothing && (stream.phase.is === "gone" || stream.phase.is === "ended")) {
@@ -77,13 +78,18 @@ export function takeStatus(
   if (stream.phase.is === "gone" && !stream.file) takeWayBack(streams, stream);
 }
 
-/** A receiver that was set back has more of a lost stream than was delivered, when it stands at bytes that the file has there. */
+/**
+ * A receiver that was set back has more of a lost stream than was delivered, when it stands at bytes that the file has there.
+ * Where rules left lines out of a chunk, its word may be some bytes too low, in the middle of a line: that one comes whole.
+ */
 export async function findWayBack({ told }: Streams, stream: Stream, file: LogFile): Promise<void> {
+  if (stream.wayBack === undefined) return;
+  stream.wayBack = Math.max(stream.from, await endOfLines(file, stream.wayBack));
   const head = stream.head && wireMark(stream.head);
-  for (const status of stream.wayBack === undefined ? [] : told) {
+  for (const status of told) {
     const { offset, mark } = status;
     const isAlike = status.stream === stream.id || (head !== undefined && status.head === head);
-    if (!isAlike || offset <= (stream.wayBack ?? 0) || offset > stream.offset) continue;
+    if (!isAlike || offset <= stream.wayBack || offset > stream.offset) continue;
     const seen = await readMark(file, offset);
     const isSame = seen && wireMark(seen) === mark && (await endOfLines(file, offset)) === offset;
     if (isSame) stream.wayBack = offset;
