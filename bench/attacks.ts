@@ -16,12 +16,13 @@ import { parseArgs } from "node:util";
 import { combinedLine, formatTime } from "./generate.ts";
 import { ATTACK_NAMES, type Target } from "./hostile.ts";
 import { createRandom } from "./random.ts";
-import { percentile, sample } from "./sample.ts";
+import { median, percentile, sample } from "./sample.ts";
 
 const [MOST_RATIO, MOST_WAIT_MS] = [3, 2000];
 /** A p99 below this is not told apart from a shared machine's own jitter. */
 const FLOOR_MS = 10;
 const EVERY_MS = 25;
+const ROUNDS = 3;
 const TOKENS = {
   good: "a-good-token-of-24-signs",
   bad: "a-stolen-token-of-24-sign",
@@ -39,40 +40,43 @@ interface Row {
   descriptors: number;
 }
 
+/** Alone and beside the attack in turn: a shared machine has bad moments of its own. */
 async function measure(attack: string, seconds: number, rate: number): Promise<Row> {
   const folder = mkdtempSync(join(tmpdir(), "log-rt-sync-attacks-"));
   const port = await freePort();
   const receiver = await startReceiver(folder, port);
+  const token = attack === "host of its own" ? TOKENS.any : TOKENS.bad;
+  const target = { port, host: "10.0.0.2", token, others: ["10.0.0.1"] };
+  let descriptors = 0;
+  const watch = setInterval(() => {
+    descriptors = Math.max(descriptors, readdirSync(`/proc/${receiver.pid}/fd`).length);
+  }, 500);
   try {
     const post = goodSender(port);
     await runGood(post, 1000);
-    const alone = await runGood(post, seconds * 1000);
-    const ofAll = attack === "host of its own";
-    const hostile = startAttack(
-      { port, host: "10.0.0.2", token: ofAll ? TOKENS.any : TOKENS.bad, others: ["10.0.0.1"] },
-      attack,
-      rate,
-    );
-    await hostile.running;
-    let descriptors = 0;
-    const watch = setInterval(() => {
-      descriptors = Math.max(descriptors, readdirSync(`/proc/${receiver.pid}/fd`).length);
-    }, 500);
-    const beside = await runGood(post, seconds * 1000);
-    clearInterval(watch);
-    const answers = await hostile.stop();
+    const [alone, beside]: number[][][] = [[], []];
+    const answers: Record<string, number> = {};
+    for (let round = 0; round < ROUNDS; round++) {
+      alone?.push(await runGood(post, (seconds / ROUNDS) * 1000));
+      const hostile = startAttack(target, attack, rate, round);
+      await hostile.running;
+      beside?.push(await runGood(post, (seconds / ROUNDS) * 1000));
+      for (const [name, count] of Object.entries(await hostile.stop())) {
+        const status = name.split(" ").at(-1) as string;
+        answers[status] = (answers[status] ?? 0) + count;
+      }
+    }
+    const p99 = (rounds: number[][] = []) => median(rounds.map((times) => percentile(times, 99)));
     return {
-      attack,
-      aloneMs: percentile(alone, 99),
-      besideMs: percentile(beside, 99),
-      worstMs: percentile(beside, 100),
+      ...{ attack, aloneMs: p99(alone), besideMs: p99(beside), descriptors },
+      worstMs: percentile(beside?.flat() ?? [], 100),
       answers: Object.entries(answers)
-        .map(([name, count]) => `${name.split(" ").at(-1)}: ${count}`)
+        .map(([status, count]) => `${status}: ${count}`)
         .join(", "),
       peakMiB: sample(receiver.pid as number).peakMiB,
-      descriptors,
     };
   } finally {
+    clearInterval(watch);
     receiver.kill("SIGKILL");
     rmSync(folder, { recursive: true, force: true });
   }
@@ -138,8 +142,8 @@ async function runGood(post: () => Promise<number>, ms: number): Promise<number[
   return times;
 }
 
-function startAttack(target: Target, only: string, rate: number) {
-  const what = JSON.stringify({ target, only, rate });
+function startAttack(target: Target, only: string, rate: number, seed: number) {
+  const what = JSON.stringify({ target, only, rate, seed });
   const command = ["-n", "19", process.execPath, "run", join(ROOT, "bench/hostile.ts"), what];
   const child = spawn("nice", command, { stdio: ["pipe", "pipe", "inherit"] });
   let output = "";

@@ -202,8 +202,8 @@ function drawName(random: Random): string {
 
 /** As a process of its own, for `attacks.ts`: a target and what to do as JSON; counts as JSON when its input ends. */
 if (import.meta.main) {
-  const { target, only, rate } = JSON.parse(process.argv[2] ?? "{}");
-  const hostile = startHostile(target, createRandom(1), { only, rate });
+  const { target, only, rate, seed } = JSON.parse(process.argv[2] ?? "{}");
+  const hostile = startHostile(target, createRandom(seed), { only, rate });
   for await (const _ of process.stdin); // until it is closed
   await hostile.stop();
   process.stdout.write(`${JSON.stringify(hostile.counts)}\n`);

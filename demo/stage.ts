@@ -106,7 +106,7 @@ export function plot(stage: Stage): Act[] {
       when: (at) => at > killedAt + 2000,
       run: (at) => {
         receiver.start();
-        tell(at, "receiver started again, cuts back what it never acknowledged", "good");
+        tell(at, "receiver started again: all that it ever answered is in its journal", "good");
       },
     },
     {

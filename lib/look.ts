@@ -415,11 +415,12 @@ async function listening(
 async function addDetails({ seen, ledgers, now }: Look, most: number): Promise<void> {
   const first = Math.floor(now / MINUTE) - HISTORY_MINUTES;
   const total: number[] = new Array(HISTORY_MINUTES).fill(0);
+  // not for … of, which makes an object of each of a million entries
   for (const { minutes } of ledgers.values())
-    for (const [minute, lines] of minutes) {
+    minutes.forEach((lines, minute) => {
       const i = minute - first;
       if (i >= 0 && i < HISTORY_MINUTES) total[i] = (total[i] ?? 0) + lines;
-    }
+    });
   seen.linesPerMinute = total;
   for (const status of sortBySeverity(seen.hosts).slice(0, most)) {
     const ledger = ledgers.get(status.host) ?? emptyLedger();

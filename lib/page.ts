@@ -150,7 +150,8 @@ function renderProblem({ key, title, text, hosts, next = [] }: Problem, of: numb
   }
   const more =
     others.length > 0 && hosts.length > MAX_LINKS && ` and ${number(hosts.length - MAX_LINKS)} more`;
-  return html`<li>${of > 1 && html`<b>${sentence(title)}</b>: `}${parts}${rest}${others.length > 0 && html` – ${others}${more}`}${next[0] && html`<code>${next[0]}</code>`}</li>`;
+  const words = next[0]?.split(" ").map((word, i) => html`${i > 0 && " "}<span>${word}</span>`); // none breaks at a hyphen
+  return html`<li>${of > 1 && html`<b>${sentence(title)}</b>: `}${parts}${rest}${others.length > 0 && html` – ${others}${more}`}${next[0] && html`<code>${words}</code>`}</li>`;
 }
 
 /** The two questions and the disk, each with its numbers. */
@@ -549,7 +550,7 @@ h1 { font-size: clamp(1.3rem, 1rem + 1.6vw, 2rem); line-height: 1.2; font-weight
   overflow-wrap: anywhere; }
 .verdict ul { list-style: none; padding: 0; margin-top: .6rem; }
 .verdict li { overflow-wrap: anywhere; } .verdict b { font-weight: 600; }
-.verdict code { display: block; font-size: .87em; margin: .1rem 0 .35rem; }
+.verdict code { display: block; font-size: .87em; margin: .1rem 0 .35rem; } code span { display: inline-block; max-width: 100%; }
 .at, .hint { color: var(--soft); } .at { margin-top: .4rem; }
 .ok > .at, .bad > .at, .off > .at { color: var(--text); }
 

@@ -39,6 +39,7 @@ export interface Server {
 // The few members of each runtime that are used, so that neither runtime's checker needs the other's types.
 interface BunRuntime {
   serve(options: object): { port: number; stop(force?: boolean): Promise<void> };
+  gc(inPlace: boolean): void;
 }
 interface BunServer {
   requestIP(request: Request): { address: string; port: number } | null;
@@ -325,6 +326,14 @@ function rangeOf(name: string, type: number): Uint8Array {
   createHash("sha256").update(name).digest().copy(lock, 8, 0, 6);
   lock.writeUInt8(1, 16);
   return lock;
+}
+
+/**
+ * Lets the collector run now, beside what goes on. For work that leaves much garbage in buffers: Bun waits for so much
+ * of it that memory is always fresh, and fresh memory costs more time than collecting. Deno can't be asked.
+ */
+export function collectGarbage(): void {
+  bun?.gc(false);
 }
 
 /** Not a literal where it is imported: Deno's checker would refuse the scheme. */

@@ -325,13 +325,18 @@ export function createLog(write: (line: string) => void = (line) => process.stdo
   return { info: at("info"), warn: at("warn"), error: at("error") };
 }
 
+/** Signs that a terminal acts upon though JSON has them as they are: DEL, C1 controls, and those that turn the writing direction. */
+const CONTROLS = /[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
+
 /** ` name=value …`; a value with spaces, quotes or control characters is quoted, so that a line stays one line. */
 function formatFields(fields: Fields = {}): string {
   let text = "";
   for (const [name, value] of Object.entries(fields)) {
     if (value === undefined) continue;
     const plain = String(value);
-    text += ` ${name}=${/^[^\s"=\x00-\x1f\x7f]+$/.test(plain) ? plain : JSON.stringify(plain)}`;
+    const isPlain = /^[^\s"=\x00-\x1f]+$/.test(plain) && plain.search(CONTROLS) < 0;
+    const code = (sign: string) => `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`;
+    text += ` ${name}=${isPlain ? plain : JSON.stringify(plain).replace(CONTROLS, code)}`;
   }
   return text;
 }

@@ -46,13 +46,13 @@ const MOST_LINES_OF_A_FILE = 760;
 
 /** Files in which too much has gathered, and what they must not grow beyond: a line goes when its file has found its nouns. */
 const LONG_FILES: Record<string, number> = {
-  "shipper.ts": 1400,
+  "shipper.ts": 1000,
   "forwarder.ts": 1250,
   "receiver.ts": 1000,
   "monitor.ts": 850,
   "lib/page.ts": 900,
   "lib/store/sender.ts": 950,
-  "lib/tail/streams.ts": 1100,
+  "lib/tail/streams.ts": 930,
   "lib/target/sftp.ts": 800,
 };
 

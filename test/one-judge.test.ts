@@ -8,6 +8,7 @@ import type { Snapshot } from "../lib/status.ts";
 import { freePort, runScriptOnce, startScript, tempFolder, until, writeConfig } from "./support.ts";
 
 const HOUR = 3_600_000;
+const LINE = "GET /what-a-line-says HTTP/1.1\n";
 const TOKEN = "a-token-for-this-test";
 const SILENT_BATCH = "accessLog_26112206_20-39_10-0-0-2.log";
 const FAILED_BATCH = "accessLog_26112206_40-59_10-0-0-2.log";
@@ -21,9 +22,9 @@ async function troubledFolder(port: number) {
   for (const name of ["10.0.0.1", "10.0.0.2", "failed"]) await mkdir(join(dir, name), { recursive: true });
   await writeFile(join(dir, "10.0.0.1", ".ledger"), ledger(now));
   await writeFile(join(dir, "10.0.0.2", ".ledger"), ledger(now - 3 * HOUR));
-  await writeFile(join(dir, "10.0.0.2", SILENT_BATCH), "a line\n");
+  await writeFile(join(dir, "10.0.0.2", SILENT_BATCH), LINE);
   await utimes(join(dir, "10.0.0.2", SILENT_BATCH), new Date(now - 2 * HOUR), new Date(now - 2 * HOUR));
-  await writeFile(join(dir, "failed", FAILED_BATCH), "a line\n");
+  await writeFile(join(dir, "failed", FAILED_BATCH), LINE);
   const fault = { kind: "login", text: "client refuses the key", since: now - HOUR };
   const failed = { [FAILED_BATCH]: { attempts: 3, nextAt: now, reason: "quota exceeded" } };
   const state = { version: 1, at: now, ok: false, fault, failed };
@@ -51,7 +52,7 @@ const timeless = (text: string) =>
 const decode = (text: string) => text.replace(/&#(\d+);/g, (_, code) => String.fromCharCode(Number(code)));
 const withoutTags = (text: string) => decode(text.replace(/<[^>]*>/g, "")).replace(/\s+/g, " ");
 
-test("the page, the mail, --status and the metrics say the same of one folder", async () => {
+test("the page, the mail, --status and the metrics say the same of one folder, and nothing of the lines in it", async () => {
   const port = await freePort();
   const url = `http://127.0.0.1:${port}/`;
   const { file, mails } = await troubledFolder(port);
@@ -137,5 +138,7 @@ test("the page, the mail, --status and the metrics say the same of one folder", 
     expect(metrics).toContain(
       `log_rt_sync_receiver_problem{key=${quoted(key)},leg=${quoted(leg)},title=${quoted(title)}} 1\n`,
     );
+  for (const text of [page, mail, metrics, words, status.output, receiver.output, run.output])
+    expect(text).not.toContain("what-a-line-says");
   await receiver.stop();
 });

@@ -8,6 +8,7 @@ import { chmod, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { connect, type Socket } from "node:net";
 import { join } from "node:path";
 import { HEADER } from "../lib/chunk.ts";
+import { createLog } from "../lib/service.ts";
 import { type Post, post } from "./sending.ts";
 import {
   accessLine,
@@ -261,6 +262,29 @@ describe("a stranger", () => {
     const seconds = (performance.now() - started) / 1000;
     expect(seconds).toBeGreaterThan(7);
     expect(seconds).toBeLessThan(20);
+  });
+
+  test("writes no signs of control into the log, by path, host, agent or a text of others", async () => {
+    const { port, url, send, receiver } = await setUp();
+    const socket = await hang(
+      port,
+      "POST /up\x1b[31m HTTP/1.1\r\nHost: x\r\nLog-Host: \x1b[2J\x9b1m\r\n\r\n",
+    );
+    await new Promise((resolve) => socket.once("data", resolve));
+    await fetch(`${url}/%1b%5b31m%c2%9b`, { method: "POST" });
+    const agent = { "Log-Agent": "\x9b31m", "Log-Host": "a\x9b" };
+    expect((await send(LINE, { headers: agent })).status).toBe(400);
+    await send(LINE, { token: "guess" });
+    await receiver.says("unknown token");
+    expect(receiver.output).not.toMatch(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]/);
+    const lines: string[] = [];
+    createLog((line) => lines.push(line)).warn("seen", {
+      name: "a\u202eb\x9bc\x7f",
+      error: "\x1b[2J\n",
+      host: "web-ü",
+    });
+    const shown = 'name="a\\u202eb\\u009bc\\u007f" error="\\u001b[2J\\n" host=web-ü';
+    expect(lines[0]).toEndWith(` warn seen ${shown}\n`);
   });
 
   test("learns nothing of hosts and ports: every answer without a token is 401", async () => {

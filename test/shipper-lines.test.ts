@@ -191,6 +191,14 @@ describe("skip", () => {
     await expectArrives(receiver, sender);
   });
 
+  test("a text that begins with ^ is the line's first: no client hides a request by sending it", async () => {
+    const sender = await createSender(receiver.url, { skip: [["^10.0.0.9 ", "/ping"]] });
+    const hidden = `10.0.0.8 - - "GET /admin.php?x=10.0.0.9 /ping${END}`;
+    sender.write(`10.0.0.9 - - "GET /ping${END}${hidden}`);
+    await sender.once();
+    await expectArrives(receiver, sender, hidden);
+  });
+
   test("a rule's texts that stand in two lines skip neither", async () => {
     const sender = await createSender(receiver.url, { skip });
     const parts = [`${START}health.php${END}`, `${START}nginx/${END}`, `${START}health check${END}`];

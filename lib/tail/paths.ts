@@ -45,7 +45,8 @@ export interface Survey {
 
 /** The live paths and globs of a config. */
 export class Paths {
-  readonly #patterns: string[];
+  /** Each pattern as a full path, and what it matches when it is a glob. */
+  readonly #patterns: { path: string; glob: RegExp | undefined }[];
   readonly #olddir: string | undefined;
   /** Names with numbers that were seen: their successors are rotations, too. */
   readonly #numbered = new Set<string>();
@@ -53,7 +54,10 @@ export class Paths {
   readonly folders = new Set<string>();
 
   constructor(patterns: string[], olddir: string | undefined) {
-    this.#patterns = patterns;
+    this.#patterns = patterns.map((pattern) => {
+      const path = resolve(pattern);
+      return { path, glob: isGlob(pattern) ? globPath(path) : undefined };
+    });
     this.#olddir = olddir;
   }
 
@@ -62,8 +66,7 @@ export class Paths {
     const survey: Survey = { files: [], logs: new Map(), faults: new Map(), leftOut: [] };
     const folders = new Folders(survey.faults);
     for (const path of this.livePaths(folders, before)) {
-      const isNamed = this.#patterns.some((pattern) => resolve(pattern) === path);
-      survey.logs.set(path, { folder: folders.key(dirname(path)), isNamed });
+      survey.logs.set(path, { folder: folders.key(dirname(path)), isNamed: this.isNamed(path) });
     }
     const keys = new Set<string>();
     const add = (file: FoundFile | undefined) => {
@@ -126,10 +129,12 @@ export class Paths {
 
   /** Whether a path of the config, or one of its globs, names this path. */
   names(path: string): boolean {
-    return this.#patterns.some((pattern) => {
-      const full = resolve(pattern);
-      return full === path || (isGlob(pattern) && globPath(full).test(path));
-    });
+    return this.#patterns.some((pattern) => pattern.path === path || pattern.glob?.test(path));
+  }
+
+  /** Whether the config names it in full. */
+  isNamed(path: string): boolean {
+    return this.#patterns.some((pattern) => pattern.path === path);
   }
 
   /** The paths and globs of the config under which there is no file now. */
@@ -143,17 +148,16 @@ export class Paths {
       }
     };
     return this.#patterns
-      .map((pattern) => resolve(pattern))
-      .filter((path) => !isThere(path) && !(isGlob(path) && expand(path, folders).length > 0));
+      .filter(({ path, glob }) => !isThere(path) && !(glob && expand(path, folders).length > 0))
+      .map(({ path }) => path);
   }
 
   /** The live paths that the config names now, sorted; those named in full first. */
   livePaths(folders = new Folders(new Map()), before: Iterable<string> = []): string[] {
     const named = new Set<string>();
     const matches = new Set<string>();
-    for (const pattern of this.#patterns) {
-      const path = resolve(pattern);
-      if (!isGlob(pattern) || lstatSync(path, { throwIfNoEntry: false })) named.add(path);
+    for (const { path, glob } of this.#patterns) {
+      if (!glob || lstatSync(path, { throwIfNoEntry: false })) named.add(path);
       else for (const match of expand(path, folders)) matches.add(match);
     }
     for (const path of before) if (!named.has(path)) matches.add(path);
@@ -203,6 +207,7 @@ class Folders {
   readonly #names = new Map<string, string[]>();
   readonly #numbers = new Map<string, Set<number>>();
   readonly #plain = new Set<string>();
+  readonly #keys = new Map<string, string | undefined>();
   readonly #faults: Map<string, string>;
 
   constructor(faults: Map<string, string>) {
@@ -267,11 +272,16 @@ class Folders {
   }
 
   key(folder: string): string | undefined {
-    try {
-      return fileKey(statSync(rawPath(folder), { bigint: true }));
-    } catch {
-      return undefined;
-    }
+    if (!this.#keys.has(folder)) this.#keys.set(folder, keyOf(folder));
+    return this.#keys.get(folder);
+  }
+}
+
+function keyOf(folder: string): string | undefined {
+  try {
+    return fileKey(statSync(rawPath(folder), { bigint: true }));
+  } catch {
+    return undefined;
   }
 }
 

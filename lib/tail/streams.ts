@@ -9,7 +9,6 @@
  * A stream is `reading`, or `ended` (a rotated file that was read to its end and was quiet since), or `gone`. Files that
  * somebody else still writes (copied, compressed) are left for the next look.
  */
-import { resolve } from "node:path";
 import { MARK_BYTES, type StreamStatus } from "../chunk.ts";
 import { errorMessage, type FaultLog, type Log } from "../service.ts";
 import {
@@ -41,7 +40,7 @@ const UNFINISHED_MS = 60_000;
 /** A small file that begins like another one is shipped as a log of its own after so long (ms). */
 const SMALL_MS = 60_000;
 /** A stream whose file is gone is kept for so long (ms), as its file may come again in another form. */
-const FORGET_AFTER_MS = 60_000;
+const FORGET_AFTER_MS = 10_000;
 /** The same while the receiver does not say that all of it is delivered. */
 const FORGET_AFTER_ALL_MS = 7 * 24 * 3_600_000;
 /** Files that are open at once; the others are opened when their turn comes. */
@@ -248,13 +247,17 @@ export class Streams {
         if (!keys.has(file.key)) survey.files.unshift(file);
         keys.add(file.key);
       }
-      const known = new Set(this.list.flatMap(({ key, copies }) => [key, ...copies.map((copy) => copy.key)]));
-      const isAsKnown = missing.every(({ key }) => keys.has(key)) && [...keys].every((key) => known.has(key));
+      const isComplete = missing.every(({ key }) => keys.has(key));
+      for (const { key, copies } of this.list) {
+        keys.delete(key);
+        for (const copy of copies) keys.delete(copy.key);
+      }
+      if (isComplete && keys.size === 0) return survey;
       const listing = survey.files
         .map(({ path, key }) => `${path} ${key}`)
         .sort()
         .join("\n");
-      if (isAsKnown || listing === before) return survey;
+      if (listing === before) return survey;
       before = listing;
     }
     return undefined;
@@ -519,7 +522,7 @@ export class Streams {
       found.size = (await file.stat()).size; // it may have been cut since
       let what = await identify(file, found, this.#candidates(), (stream) => this.#hasHome(stream));
       const isOwn =
-        found.isLive && this.#isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
+        found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
       if (what.is === "copy" && isOwn) what = { is: "new", at: 0 }; // a path named in full is a log of its own
       if (what.is === "busy") return false;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
@@ -546,10 +549,6 @@ export class Streams {
     } finally {
       await file.close();
     }
-  }
-
-  #isNamed(path: string): boolean {
-    return this.#config.files.some((pattern) => resolve(pattern) === path);
   }
 
   #candidates(): Stream[] {

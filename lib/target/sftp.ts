@@ -11,15 +11,17 @@ import { posix } from "node:path";
 import type { AuthenticationType, Client, ConnectConfig, FileEntryWithStats, SFTPWrapper, Stats } from "ssh2";
 import ssh2 from "ssh2";
 import { type Config, readSecret } from "../config.ts";
-import { BLOCK_BYTES, Refusal, type RemoteFile, type Target, TargetFault, tempName } from "./target.ts";
+import { collectGarbage } from "../runtime.ts";
+import { Refusal, type RemoteFile, type Target, TargetFault, tempName } from "./target.ts";
 
 /** Bytes of one file on their way at once: half of what a server of OpenSSH takes, for memory and caches. */
 const WINDOW_BYTES = 1_048_576;
-/** The largest write that every server takes (draft-ietf-secsh-filexfer-02 section 3); ssh2 splits what is larger. */
-const USUAL_BYTES = 31_952;
-const READ_BYTES = 31_952;
+/** One read or write: every server takes it (draft-ietf-secsh-filexfer-02 section 3), and ssh2 sends it as one packet. */
+const BLOCK_BYTES = 31_952;
 /** So much is written to the socket at once, then it does not wait for more. */
-const GATHER_BYTES = 131_072;
+const GATHER_BYTES = 262_144;
+/** After so many bytes the packets that ssh2 made of them are collected. */
+const COLLECT_BYTES = 4_194_304;
 /** A slow disk or line: what closes, syncs or renames a file, and what is on its way, gets a second more for so many bytes. */
 const SLOW_DISK = 4 * 1024 * 1024;
 const SLOW_LINE = 65_536;
@@ -223,22 +225,31 @@ function whyNoLogin(socket: Socket, limitMs: number): string {
   return `no login within ${limit}`;
 }
 
-/** ssh2 writes a packet in pieces: those of one turn of the event loop go to the kernel together. */
+/**
+ * ssh2 writes a packet in pieces: those of one turn of the event loop go to the kernel together, from a buffer that is
+ * used again when they are written: fresh memory for each would cost more than all else here.
+ */
 function gatherWrites(socket: Socket): void {
-  const write = socket.write.bind(socket) as (data: Uint8Array) => boolean;
-  let pieces: Uint8Array[] = [];
+  const write = socket.write.bind(socket) as (data: Uint8Array, done: () => void) => boolean;
+  const spare: Buffer[] = [];
+  let gathered: Buffer = Buffer.allocUnsafeSlow(GATHER_BYTES);
   let bytes = 0;
   const flush = () => {
-    const [only] = pieces;
-    if (only) write(pieces.length === 1 ? only : Buffer.concat(pieces));
-    pieces = [];
+    if (bytes === 0) return;
+    const full = gathered;
+    write(full.subarray(0, bytes), () => spare.push(full));
+    gathered = spare.pop() ?? Buffer.allocUnsafeSlow(GATHER_BYTES);
     bytes = 0;
   };
   socket.write = ((data: Uint8Array) => {
-    if (pieces.length === 0) setImmediate(flush);
-    pieces.push(data);
-    bytes += data.length;
-    if (bytes >= GATHER_BYTES) flush();
+    for (let from = 0; from < data.length; ) {
+      if (bytes === 0) setImmediate(flush);
+      const part = data.subarray(from, from + GATHER_BYTES - bytes);
+      gathered.set(part, bytes);
+      bytes += part.length;
+      from += part.length;
+      if (bytes === GATHER_BYTES) flush();
+    }
     return true;
   }) as typeof socket.write;
 }
@@ -355,7 +366,8 @@ class Connection {
   #lastAnswerAt = Date.now();
   #over: TargetFault | undefined;
   /** Bytes of writes that are not answered. */
-  bytes = 0;
+  #bytes = 0;
+  #uncollected = 0;
 
   constructor(client: Client, socket: Socket, server: ServerAddress, signal: AbortSignal) {
     this.#client = client;
@@ -397,10 +409,23 @@ class Connection {
     });
   }
 
+  /** What is on its way gets time for its bytes, and leaves garbage of several times as many behind. */
+  startWrite(bytes: number): void {
+    this.#bytes += bytes;
+    this.#uncollected += bytes;
+    if (this.#uncollected < COLLECT_BYTES) return;
+    this.#uncollected = 0;
+    collectGarbage();
+  }
+
+  endWrite(bytes: number): void {
+    this.#bytes -= bytes;
+  }
+
   #checkLimits(): void {
     const now = Date.now();
     for (const { what, startedAt, limitMs } of this.#inFlight) {
-      const limit = limitMs + (1000 * this.bytes) / SLOW_LINE;
+      const limit = limitMs + (1000 * this.#bytes) / SLOW_LINE;
       const sinceAnswer = now - Math.max(startedAt, this.#lastAnswerAt);
       const sinceByte = now - Math.max(startedAt, this.#lastAnswerAt, this.#lastByteAt);
       if (sinceByte <= limit && sinceAnswer <= PATIENCE * limit) continue;
@@ -436,7 +461,7 @@ class SftpTarget implements Target {
   readonly #sftp: SFTPWrapper;
   readonly #connection: Connection;
   readonly #folder: string;
-  /** The most bytes that one write may have; a hint for speed, nothing depends on it. */
+  /** The most bytes that one write may have: fewer where the server says so. */
   readonly #writeBytes: number;
   // Until the server refuses: its config may forbid what it offers.
   #syncs = true;
@@ -447,7 +472,7 @@ class SftpTarget implements Target {
     this.#connection = connection;
     this.#folder = folder;
     this.direct = direct;
-    const { _maxWriteLen: most = USUAL_BYTES } = sftp as unknown as { _maxWriteLen?: number };
+    const { _maxWriteLen: most = BLOCK_BYTES } = sftp as unknown as { _maxWriteLen?: number };
     this.#writeBytes = Math.max(1024, Math.min(BLOCK_BYTES, most));
   }
 
@@ -531,57 +556,48 @@ class SftpTarget implements Target {
    * that is answered: ssh2 sends what is larger than the server takes in parts, and reads the later ones only then.
    */
   async #writeAll(path: string, handle: Buffer, chunks: AsyncIterable<Uint8Array>): Promise<number> {
-    const free = Array.from({ length: Math.max(2, Math.floor(WINDOW_BYTES / this.#writeBytes)) }, takeBlock);
-    const total = free.length;
+    const most = Math.floor(WINDOW_BYTES / this.#writeBytes);
+    let inFlight = 0;
     let position = 0;
     let failure: unknown;
     let wakeup = () => {};
-    const send = (block: Buffer, length: number) => {
-      const at = position;
-      position += length;
-      this.#connection.bytes += length;
-      this.#ask<void>(`write "${path}"`, (done) => this.#sftp.write(handle, block, 0, length, at, done))
+    const answered = () => new Promise<void>((resolve) => (wakeup = resolve));
+    let block = takeBlock();
+    let length = 0;
+    const send = () => {
+      const [sent, bytes, at] = [block, length, position];
+      inFlight++;
+      position += bytes;
+      this.#connection.startWrite(bytes);
+      this.#ask<void>(`write "${path}"`, (done) => this.#sftp.write(handle, sent, 0, bytes, at, done))
         .catch((error) => {
           failure ??= error;
         })
         .finally(() => {
-          this.#connection.bytes -= length;
-          free.push(block);
+          inFlight--;
+          this.#connection.endWrite(bytes);
+          giveBlock(sent);
           wakeup();
         });
+      block = takeBlock();
+      length = 0;
     };
-    const waitFor = async (count: number) => {
-      while (free.length < count) {
-        await new Promise<void>((resolve) => {
-          wakeup = resolve;
-        });
-      }
-    };
-    let block: Buffer | undefined;
-    let length = 0;
     try {
       for await (const chunk of chunks) {
         for (let from = 0; from < chunk.length && !failure; ) {
-          if (!block && free.length === 0) await waitFor(1);
-          block ??= free.pop() as Buffer;
           const part = chunk.subarray(from, from + this.#writeBytes - length);
           block.set(part, length);
           from += part.length;
           length += part.length;
-          if (length < this.#writeBytes) continue;
-          send(block, length);
-          block = undefined;
-          length = 0;
+          if (length === this.#writeBytes) send();
+          while (inFlight >= most) await answered();
         }
         if (failure) break;
       }
-      if (block && length > 0 && !failure) send(block, length);
-      else if (block) free.push(block);
-      block = undefined;
+      if (length > 0 && !failure) send();
     } finally {
-      if (block) free.push(block);
-      await waitFor(total);
-      giveBlocks(free);
+      while (inFlight > 0) await answered();
+      giveBlock(block);
     }
     if (failure) await noRoom(Promise.reject(failure));
     return position;
@@ -667,11 +683,11 @@ class SftpTarget implements Target {
   async *read(name: string, most: number): AsyncIterable<Uint8Array> {
     const path = this.#path(name);
     const handle = await this.#ask<Buffer>(`read "${path}"`, (done) => this.#sftp.open(path, "r", done));
-    const block = Buffer.alloc(READ_BYTES);
+    const block = Buffer.alloc(BLOCK_BYTES);
     try {
       for (let position = 0; position < most; ) {
         const bytes = await this.#ask<number>(`read "${path}"`, (done) =>
-          this.#sftp.read(handle, block, 0, Math.min(READ_BYTES, most - position), position, done),
+          this.#sftp.read(handle, block, 0, Math.min(BLOCK_BYTES, most - position), position, done),
         );
         if (!bytes) return;
         yield block.subarray(0, bytes);
@@ -729,12 +745,12 @@ async function noRoom<T>(work: Promise<T>): Promise<T> {
 
 /** Blocks to write from, used again: fresh memory for each file costs more than copying. */
 const spare: Buffer[] = [];
-const SPARE_BLOCKS = 64;
+const SPARE_BLOCKS = 256;
 
 function takeBlock(): Buffer {
   return spare.pop() ?? Buffer.allocUnsafeSlow(BLOCK_BYTES);
 }
 
-function giveBlocks(blocks: Buffer[]): void {
-  for (const block of blocks) if (spare.length < SPARE_BLOCKS) spare.push(block);
+function giveBlock(block: Buffer): void {
+  if (spare.length < SPARE_BLOCKS) spare.push(block);
 }

@@ -138,8 +138,8 @@ export class Unreadable extends Error {
   override name = "Unreadable";
 }
 
-/** Bytes that are read at once: OpenSSH's server takes no larger write. */
-export const BLOCK_BYTES = 261_120;
+/** Bytes that are read at once. */
+const BLOCK_BYTES = 261_120;
 /** Blocks that were read into, to be used again: fresh memory for each file costs more than reading it. */
 const blocks: Buffer[] = [];
 const KEPT_BLOCKS = 8;
