@@ -31,10 +31,17 @@ export interface Contestant {
   start(folder: string, log: string): Promise<Pair>;
 }
 
-/** This project. `flags` go to the runtime, as in the units of deploy/. */
-export function ours(compression: "none" | "zstd"): Contestant {
+/** This project; `shipper` is added to that section, `via` gives the port of a proxy in front of the receiver's. */
+export function ours(
+  compression: "none" | "zstd",
+  {
+    name = compression === "none" ? "log-rt-sync" : "log-rt-sync, zstd",
+    via = async (port: number) => port,
+    shipper: more = {},
+  } = {},
+): Contestant {
   return {
-    name: compression === "none" ? "log-rt-sync" : "log-rt-sync, zstd",
+    name,
     promise: "synced and acknowledged",
     start: async (folder, log) => {
       const dir = join(folder, "batches");
@@ -43,10 +50,11 @@ export function ours(compression: "none" | "zstd"): Contestant {
       const config = join(folder, "config.json");
       const shipper = {
         files: [log],
-        receiver: `http://127.0.0.1:${port}`,
+        receiver: `http://127.0.0.1:${await via(port)}`,
         host: HOST,
         stateDir: join(folder, "state"),
         compression,
+        ...more,
       };
       const receiver = { groups: [{ port, senders: ["*"] }], dir };
       writeFileSync(config, JSON.stringify({ shipper, receiver }));

@@ -20,6 +20,44 @@ export interface TcpProxy {
   close(): Promise<void>;
 }
 
+/** Bytes that a far link holds back; beyond it the sender waits. */
+const LINK_BYTES = 16_777_216;
+
+/** A proxy as far away as `roundTripMs`: every byte comes half of that later. It is as wide as this machine. */
+export function createFarProxy(
+  target: number,
+  roundTripMs: number,
+): Promise<{ port: number; close: () => void }> {
+  const server = createServer((client) => {
+    const upstream = connect(target, "127.0.0.1");
+    const pass = (from: Socket, to: Socket) => {
+      let held = 0;
+      const later = (work: () => void) => setTimeout(work, roundTripMs / 2);
+      from.on("data", (data) => {
+        held += data.length;
+        if (held > LINK_BYTES) from.pause();
+        later(() => {
+          held -= data.length;
+          if (held <= LINK_BYTES) from.resume();
+          to.write(data);
+        });
+      });
+      from.on("end", () => later(() => to.end()));
+      from.on("error", () => to.destroy());
+      from.on("close", () => later(() => to.destroy()));
+    };
+    for (const socket of [client, upstream]) socket.setNoDelay(true);
+    pass(client, upstream);
+    pass(upstream, client);
+  });
+  return new Promise((resolve, reject) => {
+    server.on("error", reject);
+    server.listen(0, "127.0.0.1", () => {
+      resolve({ port: (server.address() as { port: number }).port, close: () => server.close() });
+    });
+  });
+}
+
 /** Starts a proxy on a free port of 127.0.0.1 in front of `target`. */
 export function createProxy(target: number): Promise<TcpProxy> {
   const pairs = new Set<[Socket, Socket]>();

@@ -52,6 +52,121 @@ describe("lines of a real nginx", () => {
   });
 });
 
+/** Escapes as nginx does what a client sent. */
+const ESCAPES: Record<string, (sign: string) => string> = {
+  default: (sign) => (/["\\]|[^ -~]/.test(sign) ? `\\x${hex(sign).toUpperCase()}` : sign),
+  json: (sign) =>
+    /["\\]/.test(sign) ? `\\${sign}` : sign === "\t" ? "\\t" : sign < " " ? `\\u00${hex(sign)}` : sign,
+  none: (sign) => sign,
+};
+const hex = (sign: string) => sign.charCodeAt(0).toString(16).padStart(2, "0");
+
+/** What nginx writes itself; every other variable has what a client sent. */
+const OWN: Record<string, string> = {
+  ...{ time_local: "22/Nov/2026:06:20:01 +0000", time_iso8601: "2026-11-22T06:20:01+00:00" },
+  ...{ msec: `${Date.parse("2026-11-22T06:20:01Z") / 1000}.123`, remote_addr: "192.0.2.1", status: "200" },
+  ...{
+    body_bytes_sent: "512",
+    request_time: "0.003",
+    upstream_response_time: "0.001, 0.002",
+    host: "a.example",
+  },
+  ...{
+    request_method: "GET",
+    scheme: "https",
+    hostname: "web1",
+    upstream_addr: "10.0.0.1:80",
+    connection: "17",
+  },
+};
+const OLD = ["01/Jan/2020:00:00:00 +0000", "2020-01-01T00:00:00+00:00", "1577836800.000"];
+const SENT = [
+  "-",
+  "GET / HTTP/1.1",
+  ...OLD,
+  ...OLD.map((time) => `"${time}"`),
+  ...OLD.map((time) => `|${time}|`),
+]
+  .concat(
+    OLD.map((time) => `\t[${time}]\t`),
+    OLD.map((time) => `","time":"${time}","`),
+  )
+  .concat(
+    `\\"${OLD[1]}\\`,
+    `] [${OLD[0]}] "`,
+    `${OLD[0]}] ${OLD[0]}`,
+    `' '${OLD[0]}' '`,
+    '"',
+    "\\",
+    '\\\\"',
+    "\t",
+    "[",
+  )
+  .concat(` ${OLD.join(" ")} `, `time:${OLD[1]}`, "\xff\xfe", "x".repeat(300));
+
+/** Formats as they are met: LTSV, pipes, CSV, JSON, logfmt, tabs, two times, times behind what a client sends. */
+const MET = String.raw`time:$time_iso8601\thost:$remote_addr\treq:$request\tua:$http_user_agent
+host:$remote_addr\tuser:$remote_user\ttime:[$time_local]\treq:$request\tua:$http_user_agent
+host:$remote_addr\treq:$request\tua:$http_user_agent\ttime:$time_local
+req:$request\tua:$http_user_agent\tmsec:$msec\treqtime:$request_time
+$time_iso8601|$remote_addr|$request|$status|$http_user_agent
+$remote_addr|$http_x_forwarded_for|$time_local|$status|$body_bytes_sent
+$remote_addr | $remote_user | $time_local | $request | $status | $http_user_agent
+$http_x_forwarded_for|$time_local|$request|$status
+"$remote_addr","$time_local","$request","$status","$http_user_agent"
+"$msec","$request","$http_user_agent"
+$remote_addr,$time_iso8601,$status,$request,$http_user_agent
+$remote_addr;"$time_local";"$request";$status;"$http_user_agent"
+{"time": "$time_iso8601", "remote": "$remote_addr", "request": "$request", "ua": "$http_user_agent"}
+{"ua": "$http_user_agent", "request": "$request", "time": "$time_local"}
+escape=json {"ua":"$http_user_agent","body":"$request_body","time_local":"$time_local","req":"$request"}
+escape=json {"ts":$msec,"req":"$request","ua":"$http_user_agent"}
+escape=json {"req":"$request","ua":"$http_user_agent","ts":$msec }
+escape=json { "a" : "$http_a" , "@timestamp" : "$time_iso8601" , "b" : "$http_b" }
+[$time_local] $msec "$request" "$http_user_agent"
+$remote_addr [$time_local] "$request" $status "$http_user_agent" $time_iso8601
+[$time_local] "$http_x" [$time_local] "$request"
+$hostname $time_iso8601 $http_user_agent
+time="$time_iso8601" method="$request_method" uri="$request_uri" ua="$http_user_agent"
+level=info uri="$request_uri" ua="$http_user_agent" time=$time_iso8601 status=$status
+ip=$remote_addr uri=$request_uri time=$time_iso8601 status=$status
+$remote_addr\t$time_local\t$request\t$status\t$http_user_agent
+$http_x_forwarded_for - $remote_user [$time_local] "$request" $status $body_bytes_sent "$http_referer"
+$http_x_forwarded_for [$time_local] $http_host "$request"
+$remote_addr - $remote_user [$time_local] "$request" $status "$http_user_agent" rt=$request_time urt="$upstream_response_time"
+'$request' '$http_user_agent' '$time_local'
+$remote_addr^^$request^^$http_user_agent^^$msec
+$msec $request_time $remote_addr $status $request_method $scheme://$host$request_uri $remote_user
+escape=none $remote_addr $request $http_user_agent [$time_local]
+escape=none $http_a $time_iso8601 $http_b
+<134>nginx: $time_iso8601 $remote_addr $request
+<entry time="$time_iso8601" ip="$remote_addr"><req>$request</req></entry>
+request: $request, time: $time_local`.split("\n");
+
+describe("formats as they are met, with what clients send to imitate a time", () => {
+  test.each(MET)("%s", (format) => {
+    process.env.TZ = "UTC";
+    const [, escaping = "default", text = ""] = /^(?:escape=(\w+) )?(.*)$/.exec(format) ?? [];
+    const find = createWindowFinder(20, { logFormat: [format] });
+    const mayDoubt = compileFormat(format).pick === "only";
+    for (let first = 0; first < SENT.length; first++) {
+      for (const stride of [0, 5]) {
+        let next = first;
+        const line = text.replaceAll("\\t", "\t").replace(/\$(\w+)/g, (_, name: string) => {
+          if (name in OWN) return OWN[name] ?? "";
+          next += stride;
+          const sent = SENT[next % SENT.length] ?? "";
+          const value = name === "remote_user" ? sent.replace(/:.*/, "") : sent;
+          return [...value].map((sign) => ESCAPES[escaping]?.(sign)).join("");
+        });
+        const bytes = Buffer.from(line, "latin1");
+        const found = find(bytes, 0, bytes.length)?.name;
+        if (!(mayDoubt && found === undefined)) expect({ line, found }).toEqual({ line, found: WINDOW });
+      }
+    }
+  });
+});
+
 describe("compileFormat()", () => {
   const cases: Record<string, [logFormat: string, line: string]> = {
     "the text between the quotes": [COMBINED, `1.2.3.4 - - [${LOCAL}] "GET /${FAKES}" 200 5 "${FAKES}" "x"`],

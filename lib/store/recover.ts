@@ -14,6 +14,7 @@ import {
   exists,
   failpoint,
   ifMissing,
+  makeFolder,
   moveDurably,
   readIfExists,
   removeDurably,
@@ -134,7 +135,8 @@ export async function writeEntry(place: Place, entry: Entry, body: Uint8Array): 
   if (!entry.piece) return;
   const path = join(place.folder, pieceName(entry.stream, entry.state.pieceFrom));
   place.dirty.add(path);
-  writeFull(place.parts.at(path).fd, body.subarray(entry.piece.from, entry.piece.to), entry.piece.at);
+  const { fd, size } = place.parts.at(path);
+  writeFull(fd, body.subarray(entry.piece.from, entry.piece.to), Math.min(entry.piece.at, size));
 }
 
 /** Gives where the part ended before the run. */
@@ -152,6 +154,11 @@ async function writeRun(
   place.dirty.add(path);
   if (run.piece) {
     const piece = join(place.folder, pieceName(entry.stream, run.piece.from));
+    const held = place.parts.at(piece).size;
+    if (held < run.piece.length) {
+      place.lose(piece.slice(place.folder.length + 1), run.piece.length - held);
+      run.piece.length = held; // as it is noted, too: the line is what is left of it, without a hole
+    }
     const block = Buffer.allocUnsafe(Math.min(COPY_BYTES, run.piece.length));
     for (let done = 0; done < run.piece.length; done += block.length) {
       const { fd: from } = place.parts.at(piece);
@@ -278,6 +285,10 @@ async function replayJournal(dir: string, id: string, paths: string[], log: Log)
       places.set(entry.host, place);
       const { journal } = place.ledger;
       if (journal?.id === id && journal.seq >= entry.seq) continue; // the checkpoint has it
+      const before = place.ledger.streams.get(entry.stream);
+      if (before && entry.from > before.offset)
+        // what is between them, and the half line before it, is damaged
+        place.lose(`stream ${entry.stream}`, entry.from - (before.pieceFrom ?? before.offset));
       await writeEntry(place, entry, decodeBody(entry, body));
       noteEntry(place.ledger, entry, id);
     }
@@ -298,6 +309,7 @@ async function replayJournal(dir: string, id: string, paths: string[], log: Log)
 
 async function placeOf(dir: string, host: string, parts: Parts, log: Log): Promise<Place> {
   const folder = join(dir, host);
+  await makeFolder(folder, 0o770); // one that was removed keeps no other host from being replayed
   const ledger = await recoverSender(host, folder, log);
   return {
     folder,

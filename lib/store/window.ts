@@ -312,13 +312,17 @@ function findByFormats(calendar: Calendar, places: TimePlace[]): FindWindow {
   if (only && places.length === 1) {
     // combined and its like: the time stands just before the first quote
     if (only.pick === "end" && only.delimiters?.before === 0 && only.delimiters.all > 0) {
-      const back = only.tail.length + LENGTH[only.variable];
+      const { variable, prefix, lead, tail } = only;
+      const back = tail.length + LENGTH[variable];
       const quotes = new QuoteSearch();
       return (b, start, end) => {
         const to = quotes.first(b, start, end);
-        return matches(b, start, end, only.prefix)
-          ? timeAt(calendar, only, b, to - back, start, to)
-          : undefined;
+        const at = to - back;
+        if (at - lead.length < start || (prefix.length > 0 && !matches(b, start, end, prefix)))
+          return undefined;
+        for (let i = 0; i < lead.length; i++) if (b[at - lead.length + i] !== lead[i]) return undefined;
+        for (let i = 1; i <= tail.length; i++) if (b[to - i] !== tail[tail.length - i]) return undefined;
+        return variable === "time_local" ? calendar.local(b, at, to) : calendar.read(variable, b, at, to);
       };
     }
     return (b, start, end) =>
