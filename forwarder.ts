@@ -16,21 +16,10 @@ import { dirname, join } from "node:path";
 import { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
 import { createGunzip } from "node:zlib";
-import { z } from "zod";
 import { dashedHost, folders, listBatches, listHosts, parseBatchName, withState } from "./lib/batch.ts";
 import { whatIsMissing } from "./lib/check.ts";
 import { type Config, ConfigError, readSecret, secretFaults } from "./lib/config.ts";
-import {
-  Digests,
-  findMissing,
-  formatHour,
-  formatVerified,
-  type HostsSeen,
-  lookAtHosts,
-  readList,
-  readRecord,
-  verifyFolder,
-} from "./lib/digest.ts";
+import { Digests, formatVerified, verifyFolder } from "./lib/digest.ts";
 import {
   exists,
   failpoint,
@@ -59,12 +48,12 @@ import {
   retryDelay,
   runScript,
   type Service,
-  UsageError,
   wait,
 } from "./lib/service.ts";
 import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderState } from "./lib/signs.ts";
-import { readState, writeState } from "./lib/state.ts";
 import { formatTable, paint } from "./lib/table.ts";
+import { parseHours, readHours } from "./lib/target/hours.ts";
+import { Intents } from "./lib/target/intents.ts";
 import { explainKey, openSftpTarget } from "./lib/target/sftp.ts";
 import {
   measure,
@@ -85,9 +74,6 @@ const AFTER_PROGRESS_MS = 200;
 const SIGN_OF_LIFE_MS = 30_000;
 /** A file in failed/ is tried again after one interval, then two, four, …, at most so many ms. */
 const MAX_RETRY_MS = 3_600_000;
-const HOUR_MS = 3_600_000;
-/** How much of the report's end tells of an hour without digests. */
-const REPORT_BYTES = 32 * 1024 * 1024;
 /** What a running forwarder was started with; all else is taken up by SIGHUP. */
 const KEPT = ["dir", "report", "digest"] as const;
 /** Batches that are committed together at most. */
@@ -751,96 +737,6 @@ async function deliverDigest(config: Settings, target: Target, name: string, pat
   await target.publish(name, one.bytes);
 }
 
-// ---- intentions
-
-const intentSchema = z.object({
-  remote: z.string(),
-  bytes: z.number(),
-  lines: z.number(),
-  sha256: z.string().default(""),
-  /** When it was written; one of an older version has no time. */
-  at: z.number().optional(),
-});
-type Intent = z.infer<typeof intentSchema> & { reported?: boolean };
-
-/** Which renames may have been sent: by batch name, owned by the one forwarder that holds the lock. */
-class Intents {
-  readonly #path: string;
-  readonly #open: Map<string, Intent>;
-  /** Whether the file still has what is forgotten here. */
-  #stale = false;
-  #saving = Promise.resolve();
-
-  private constructor(path: string, open: Record<string, Intent>) {
-    this.#path = path;
-    this.#open = new Map(Object.entries(open));
-  }
-
-  /** Reads what an earlier process left. Without them nothing is lost: a file that is there is compared. */
-  static async load(dir: string, forgotten: (path: string, reason: string) => void): Promise<Intents> {
-    const path = join(dir, ".forwarder-intents.json");
-    const schema = z.object({ version: z.literal(1), intents: z.record(z.string(), intentSchema) });
-    const found = await readState(path, schema, 1);
-    if (found.state === "ok") return new Intents(path, found.value.intents);
-    if (found.state === "damaged") forgotten(path, found.reason);
-    if (found.state === "newer") forgotten(path, `it is of version ${found.version}`);
-    return new Intents(path, {});
-  }
-
-  get(batch: string): Intent | undefined {
-    return this.#open.get(batch);
-  }
-
-  /** Finds which of them have their `Sent` line since: those are delivered. */
-  async matchReport(report: string): Promise<void> {
-    if (this.#open.size === 0) return;
-    for (const { batch, at, status } of await readReportTail(report)) {
-      const intent = this.#open.get(batch);
-      if (intent && status === "Sent" && intent.at !== undefined && at >= intent.at - (intent.at % 1000))
-        intent.reported = true;
-    }
-  }
-
-  /** Adds intentions; on stable storage when it returns. */
-  async add(group: Delivery[], at: number): Promise<void> {
-    if (group.length === 0) return;
-    for (const { batch, remote, bytes, lines, sha256 } of group)
-      this.#open.set(batch, { remote, bytes, lines, sha256, at });
-    await this.#save();
-  }
-
-  /** Takes back intentions of renames that the target refused; on stable storage when it returns. */
-  async cancel(...batches: string[]): Promise<void> {
-    for (const batch of batches) this.#open.delete(batch);
-    await this.#save();
-  }
-
-  /** Forgets those of batches that are in sent/. Saved with the next group, or by `flush`: groups share a save. */
-  forget(batches: string[]): void {
-    for (const batch of batches) this.#stale = this.#open.delete(batch) || this.#stale;
-  }
-
-  /** Forgets what is no longer in the queue; on stable storage when it returns. */
-  async keepOnly(queue: Set<string>): Promise<void> {
-    this.forget([...this.#open.keys()].filter((batch) => !queue.has(batch)));
-    await this.flush();
-  }
-
-  async flush(): Promise<void> {
-    if (this.#stale) await this.#save();
-  }
-
-  /** One at a time: uploads that run side by side save, too. */
-  #save(): Promise<void> {
-    const save = async () => {
-      await writeState(this.#path, { version: 1, intents: Object.fromEntries(this.#open) });
-      this.#stale = false;
-    };
-    this.#saving = this.#saving.catch(() => {}).then(save);
-    return this.#saving;
-  }
-}
-
 // ---- what is told
 
 /** One line in `.fail` and in the log per refused try. */
@@ -1014,15 +910,7 @@ function formatStatus(
 
 /** `--hour`: what of a time was delivered, per host; 0 when all of it is. */
 async function printHours({ config, flags, now }: Service<"forwarder">, span: string): Promise<number> {
-  const hours = hoursOf(span);
-  const seen = await lookAtHosts(config.dir, now());
-  const sent = (await readReportTail(config.report, REPORT_BYTES)).filter(({ status }) => status === "Sent");
-  const reported = Map.groupBy(sent, ({ batch }) => parseBatchName(batch)?.window.slice(0, 8) ?? "");
-  const record = await readRecord(config.dir);
-  const began = record.begins ?? sent[0]?.at; // what was before stands nowhere
-  const known = { seen, reported, record, began, now: now() };
-  const rows: HourRow[] = [];
-  for (const hour of hours) rows.push(...(await readHour(config.dir, hour, known)));
+  const rows = await readHours(config, parseHours(span), now());
   const complete = rows.every(({ missing }) => missing.length === 0);
   if (flags.json) process.stdout.write(`${JSON.stringify({ complete, rows })}\n`);
   else {
@@ -1041,89 +929,6 @@ async function printHours({ config, flags, now }: Service<"forwarder">, span: st
     process.stdout.write(complete ? "complete\n" : "not complete\n");
   }
   return complete ? EXIT.done : EXIT.failed;
-}
-
-/** `2026-11-27T14` or `2026-11-27T14/2026-11-27T18` (the second one exclusive) as `yyMMddHH` each. */
-function hoursOf(span: string): string[] {
-  const [from = "", to] = span.split("/").map((text) => {
-    const at = /^20\d\d-\d\d-\d\dT\d\d$/.test(text) ? Date.parse(`${text}:00Z`) : Number.NaN;
-    if (Number.isNaN(at))
-      throw new UsageError(`--hour ${span}: expected 2026-11-27T14 or 2026-11-27T14/2026-11-27T18`);
-    return at;
-  });
-  const first = Number(from);
-  const end = to ?? first + HOUR_MS;
-  if (end <= first || end - first > 31 * 24 * HOUR_MS)
-    throw new UsageError(`--hour ${span}: expected an end behind the beginning, 31 days at most`);
-  return Array.from({ length: (end - first) / HOUR_MS }, (_, i) => formatHour(first + i * HOUR_MS, 0));
-}
-
-interface HourRow {
-  hour: string;
-  host: string;
-  batches: number;
-  lines: number;
-  /** Lines left out by rules, as the hour's digests tell. */
-  skipped?: number;
-  late: number;
-  /** What the numbers are from: the list that digests are made of, or the report. */
-  source: "digest" | "report";
-  missing: string[];
-}
-
-/** What is read once for all hours. */
-interface Known {
-  seen: HostsSeen;
-  /** Report lines of delivered batches, by their hour. */
-  reported: Map<string, ReportLine[]>;
-  record: Awaited<ReturnType<typeof readRecord>>;
-  /** Since when something is known, milliseconds since the epoch. */
-  began: number | undefined;
-  now: number;
-}
-
-/** The rows of one hour: at least one, for an hour of which nothing is known is not complete. */
-async function readHour(
-  dir: string,
-  hour: string,
-  { seen, reported, record, began, now }: Known,
-): Promise<HourRow[]> {
-  const listed = await readList(dir, hour);
-  const told = await record.ofHour(hour);
-  const source = listed.size > 0 || told.complete !== undefined ? "digest" : "report";
-  const delivered = new Map([...listed.values()].map(({ name, lines }) => [name, lines]));
-  if (source === "report") {
-    for (const { batch, lines } of reported.get(hour) ?? []) delivered.set(batch, lines);
-  }
-  const names = new Map(seen.hosts.map(({ host }) => [dashedHost(host), host]));
-  const rows = new Map<string, HourRow>();
-  const rowOf = (host: string) => {
-    const row = rows.get(host) ?? { hour, host, batches: 0, lines: 0, late: 0, source, missing: [] };
-    rows.set(host, row);
-    return row;
-  };
-  for (const { host } of seen.hosts) rowOf(host);
-  for (const [host, skipped] of told.skipped) rowOf(host).skipped = skipped;
-  for (const [batch, lines] of delivered) {
-    const { host = "", part = 1 } = parseBatchName(batch) ?? {};
-    const row = rowOf(names.get(host) ?? host);
-    row.batches++;
-    row.lines += lines;
-    if (part > 1) row.late++;
-    if (!names.has(host) && !told.complete)
-      row.missing = ["cannot say: how far its shipper is stands nowhere (no ledger, or not heard for long)"];
-  }
-  for (const { host, reason } of findMissing(seen, hour, now, record.lossAt))
-    rowOf(host).missing.push(reason);
-  const isKnown = delivered.size > 0 || told.complete !== undefined;
-  if (!isKnown && (rows.size === 0 || began === undefined || hour < localHour(began)))
-    rowOf("-").missing.push("nothing is known of this hour, neither by a digest nor by the report");
-  return [...rows.values()].sort((a, b) => (a.host < b.host ? -1 : 1));
-}
-
-/** The hour of a time on this machine's wall clock. */
-function localHour(at: number): string {
-  return formatHour(at, -new Date(at).getTimezoneOffset());
 }
 
 /** `--resend`: moves delivered batches back into their host's folder; the forwarder unpacks and delivers them again. */

@@ -29,8 +29,9 @@ import { readLedger } from "./ledger.ts";
 import { readState, writeState } from "./state.ts";
 
 const HOUR_MS = 3_600_000;
-/** A host that was not heard for so long is not waited for. */
-const KNOWN_MS = 30 * 24 * HOUR_MS;
+const DAY_MS = 24 * HOUR_MS;
+/** A host that was not heard for so long is not waited for, when its ledger, of an older receiver, does not say. */
+const KNOWN_DAYS = 30;
 /** How long it is looked whether an hour has become complete. */
 const RIPEN_HOURS = 48;
 /** Hours whose numbers are remembered. */
@@ -178,8 +179,9 @@ export async function lookAtHosts(dir: string, now: number) {
   for (const host of await listHosts(dir)) {
     if (parseHost(host) !== host) continue; // lost+found
     const ledger = await readLedger(folders(dir).host(host));
-    if (!ledger || now - ledger.heardAt > KNOWN_MS || ledger.facts.forgotten !== undefined) continue;
+    if (!ledger || ledger.facts.forgotten !== undefined) continue;
     const {
+      forgetAfterDays = KNOWN_DAYS,
       through,
       zone = ownZone(now),
       contestedUntil = 0,
@@ -187,6 +189,7 @@ export async function lookAtHosts(dir: string, now: number) {
       untimed = 0,
       gone = 0,
     } = ledger.facts;
+    if (now - ledger.heardAt > forgetAfterDays * DAY_MS) continue;
     // Twice: a listing may miss a file that is renamed meanwhile, but not in both.
     const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
     const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);

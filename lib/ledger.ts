@@ -105,6 +105,8 @@ export interface SenderFacts {
   shippers?: ShipperSeen[];
   /** Two shippers alternate under this name; until then (ms) no hour of this host is complete. */
   contestedUntil?: number;
+  /** The receiver's `forgetAfterDays`: a sender that is silent for longer is not waited for. */
+  forgetAfterDays?: number;
   /** When an operator had it forgotten; until it is heard again. ms since the epoch. */
   forgotten?: number;
   /** What was shipped again after the receiver's folder was lost: bytes, total. */

@@ -9,6 +9,7 @@ import { readdir, stat, statfs } from "node:fs/promises";
 import { hostname } from "node:os";
 import { join } from "node:path";
 import { dashedHost, folders, LEDGER, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
+import { NO_LOG } from "./chunk.ts";
 import { type Config, sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
@@ -91,6 +92,8 @@ export interface HostStatus {
   delivered?: string;
   undeliveredFrom?: string;
   agent?: string;
+  /** A path of its config matches no file. */
+  lacksLog?: boolean;
   peer?: string;
   muted?: Mute;
   /** The two addresses, when two shippers claim its name. */
@@ -346,7 +349,8 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
     ...{ skipped: facts.skipped ?? 0, untimed: facts.untimed ?? 0, ahead: facts.ahead ?? 0 },
     ...(facts.through !== undefined && { through: Math.min(facts.through, now) }),
     ...(facts.zone !== undefined && { zone: facts.zone }),
-    ...(facts.agent !== undefined && { agent: facts.agent }),
+    ...(facts.agent !== undefined && { agent: facts.agent.replace(NO_LOG, "") }),
+    ...(facts.agent?.endsWith(NO_LOG) && { lacksLog: true }),
     ...(facts.peer !== undefined && { peer: facts.peer }),
     ...(mute && { muted: mute }),
     ...(claims.length > 0 && { contested: claims.map(({ peer }) => peer) }),

@@ -10,12 +10,14 @@ import {
   formatDigestName,
   formatHour,
   type HostsSeen,
+  lookAtHosts,
   parseDigest,
   parseDigestName,
   readDigestHead,
   readList,
   verifyFolder,
 } from "../lib/digest.ts";
+import { formatRecord, LEDGER_VERSION } from "../lib/ledger.ts";
 import { tempFolder } from "./support.ts";
 
 const HOUR = 3_600_000;
@@ -273,3 +275,20 @@ describe("Digests", () => {
     expect(told).toEqual([join(dir, ".digest", "state.json")]);
   });
 });
+
+test.each([
+  [29, undefined, true],
+  [31, undefined, false],
+  [31, 90, true],
+  [8, 7, false],
+])(
+  "a sender that is silent for %p days, with forgetAfterDays %p: it is waited for: %p",
+  async (days, forgetAfterDays, waited) => {
+    const dir = await tempFolder();
+    await mkdir(join(dir, HOST));
+    const facts = { through: SIX, zone: ZONE, ...(forgetAfterDays && { forgetAfterDays }) };
+    await writeFile(join(dir, HOST, ".ledger"), formatRecord({ v: LEDGER_VERSION, heardAt: SIX, facts }));
+    const { hosts } = await lookAtHosts(dir, SIX + days * 24 * HOUR);
+    expect(hosts.map(({ host }) => host)).toEqual(waited ? [HOST] : []);
+  },
+);

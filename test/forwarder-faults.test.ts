@@ -1,6 +1,6 @@
 import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { execFileSync } from "node:child_process";
-import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, renameSync, rmdirSync, writeFileSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { connect, createServer, type Socket } from "node:net";
 import { join } from "node:path";
@@ -22,6 +22,15 @@ import {
 } from "./support.ts";
 
 setDefaultTimeout(120_000);
+
+/**
+ * How rough it gets: so many batches, and a cut each so many ms, of which every fourth is a SIGKILL, too. With
+ * `FORWARD_AWAY=1` the client's storage is away after every fourth cut, as a mount that is late. In full:
+ * `FORWARD_BATCHES=300 FORWARD_CUT_MS=1000 FORWARD_AWAY=1 bun test --timeout 600000 test/forwarder-faults.test.ts -t "again and again"`
+ */
+const BATCHES = Number(process.env.FORWARD_BATCHES ?? 50);
+const CUT_MS = Number(process.env.FORWARD_CUT_MS ?? 300);
+const AWAY = process.env.FORWARD_AWAY === "1";
 
 const HOST = "10.10.21.181";
 const once = (site: Site, env = {}) => runScriptOnce("forwarder", site.configFile, ["--once"], env);
@@ -169,21 +178,32 @@ describe.skipIf(skip)("a line that fails", () => {
   test("cut again and again while the forwarder runs and is killed: each file once, no temp file left", async () => {
     const site = await makeSite(line.backend, { intervalSeconds: 0.2 });
     const content: Record<string, string> = {};
-    for (let hour = 0; hour < 25; hour++) {
+    for (let hour = 0; hour < BATCHES / 2; hour++) {
       for (const host of [HOST, "10.0.0.1"])
         content[site.seal(host, hour, lines(800 + hour))] = lines(800 + hour);
     }
     line.answerMs = 15;
+    let kills = 0;
+    const away = `${backend.folder}.away`;
     let running = startScript("forwarder", site.configFile);
     const done = async () => (await site.list("sent")).length === Object.keys(content).length;
-    for (let i = 0; i < 30 && !(await done()); i++) {
-      await new Promise((resolve) => setTimeout(resolve, 300)); // a cut each 300 ms is the fault under test
+    for (let i = 0; (i < 30 || kills < BATCHES / 30) && !(await done()); i++) {
+      await new Promise((resolve) => setTimeout(resolve, CUT_MS)); // the cuts are the fault under test
       line.cut();
+      if (AWAY && i % 4 === 1) {
+        renameSync(backend.folder, away);
+        mkdirSync(backend.folder, { mode: 0o755 }); // the mount's own folder: root's, and empty
+      } else if (existsSync(away)) {
+        rmdirSync(backend.folder); // nothing was written to it
+        renameSync(away, backend.folder);
+      }
       if (i % 4 !== 3) continue;
+      kills++;
       await running.stop("SIGKILL");
       running = startScript("forwarder", site.configFile);
     }
     line.answerMs = 0;
+    if (BATCHES > 50) process.stdout.write(`${(await site.list("sent")).length} delivered, ${kills} kills\n`);
     await until("everything is delivered", done, 60_000);
     expect(await running.stop()).toBe(0);
     expect(await remoteFiles(backend)).toEqual(content);

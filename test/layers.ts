@@ -47,13 +47,12 @@ const MOST_LINES_OF_A_FILE = 760;
 /** Files in which too much has gathered, and what they must not grow beyond: a line goes when its file has found its nouns. */
 const LONG_FILES: Record<string, number> = {
   "shipper.ts": 1000,
-  "forwarder.ts": 1250,
+  "forwarder.ts": 1050,
   "receiver.ts": 880,
   "monitor.ts": 850,
   "lib/page.ts": 900,
   "lib/store/sender.ts": 780,
   "lib/tail/streams.ts": 930,
-  "lib/target/sftp.ts": 800,
 };
 
 /** What functions are called that say it in words of our own where the field has one: log, report, note, explain. */

@@ -505,6 +505,7 @@ export class Sender implements Place {
     this.ledger.heardAt = now;
     this.isDirty = true;
     facts.peer = peer;
+    facts.forgetAfterDays = this.options.forgetAfterDays;
     if (news.agent !== undefined) facts.agent = news.agent;
     if (news.lag !== undefined) facts.lag = news.lag;
     if (news.through !== undefined) facts.through = Math.min(now, Math.max(news.through, facts.through ?? 0));
@@ -692,6 +693,7 @@ export class Sender implements Place {
     if (Math.abs(now - this.#tidiedAt) < DAY) return;
     this.#tidiedAt = now;
     const { ledger, options } = this;
+    ledger.facts.forgetAfterDays = options.forgetAfterDays;
     const oldest = now - options.forgetAfterDays * DAY;
     for (const [name, stream] of ledger.streams) {
       if (stream.at >= oldest || this.#streams.has(name)) continue;

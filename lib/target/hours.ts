@@ -1,0 +1,111 @@
+/**
+ * The matrix behind `--hour`: what of an hour was delivered, host by host, from the lists that digests are made of, or from
+ * the report where there are none; and what keeps it from being complete, in the digests' own words.
+ */
+import { dashedHost, parseBatchName } from "../batch.ts";
+import { findMissing, formatHour, type HostsSeen, lookAtHosts, readList, readRecord } from "../digest.ts";
+import { type ReportLine, readReportTail } from "../report.ts";
+import { UsageError } from "../service.ts";
+
+const HOUR_MS = 3_600_000;
+/** How much of the report's end tells of an hour without digests. */
+const REPORT_BYTES = 32 * 1024 * 1024;
+
+/** `2026-11-27T14` or `2026-11-27T14/2026-11-27T18` (the second one exclusive) as `yyMMddHH` each. */
+export function parseHours(span: string): string[] {
+  const [from = "", to] = span.split("/").map((text) => {
+    const at = /^20\d\d-\d\d-\d\dT\d\d$/.test(text) ? Date.parse(`${text}:00Z`) : Number.NaN;
+    if (Number.isNaN(at))
+      throw new UsageError(`--hour ${span}: expected 2026-11-27T14 or 2026-11-27T14/2026-11-27T18`);
+    return at;
+  });
+  const first = Number(from);
+  const end = to ?? first + HOUR_MS;
+  if (end <= first || end - first > 31 * 24 * HOUR_MS)
+    throw new UsageError(`--hour ${span}: expected an end behind the beginning, 31 days at most`);
+  return Array.from({ length: (end - first) / HOUR_MS }, (_, i) => formatHour(first + i * HOUR_MS, 0));
+}
+
+export interface MatrixRow {
+  hour: string;
+  host: string;
+  batches: number;
+  lines: number;
+  /** Lines left out by rules, as the hour's digests tell. */
+  skipped?: number;
+  late: number;
+  /** What the numbers are from: the list that digests are made of, or the report. */
+  source: "digest" | "report";
+  missing: string[];
+}
+
+/** What of some hours was delivered, per host; rows of an hour that lack something say what. */
+export async function readHours(
+  { dir, report }: { dir: string; report: string },
+  hours: string[],
+  now: number,
+): Promise<MatrixRow[]> {
+  const seen = await lookAtHosts(dir, now);
+  const sent = (await readReportTail(report, REPORT_BYTES)).filter(({ status }) => status === "Sent");
+  const reported = Map.groupBy(sent, ({ batch }) => parseBatchName(batch)?.window.slice(0, 8) ?? "");
+  const record = await readRecord(dir);
+  const began = record.begins ?? sent[0]?.at; // what was before stands nowhere
+  const rows: MatrixRow[] = [];
+  for (const hour of hours) rows.push(...(await readHour(dir, hour, { seen, reported, record, began, now })));
+  return rows;
+}
+
+/** What is read once for all hours. */
+interface Known {
+  seen: HostsSeen;
+  /** Report lines of delivered batches, by their hour. */
+  reported: Map<string, ReportLine[]>;
+  record: Awaited<ReturnType<typeof readRecord>>;
+  /** Since when something is known, milliseconds since the epoch. */
+  began: number | undefined;
+  now: number;
+}
+
+/** The rows of one hour: at least one, for an hour of which nothing is known is not complete. */
+async function readHour(
+  dir: string,
+  hour: string,
+  { seen, reported, record, began, now }: Known,
+): Promise<MatrixRow[]> {
+  const listed = await readList(dir, hour);
+  const told = await record.ofHour(hour);
+  const source = listed.size > 0 || told.complete !== undefined ? "digest" : "report";
+  const delivered = new Map([...listed.values()].map(({ name, lines }) => [name, lines]));
+  if (source === "report") {
+    for (const { batch, lines } of reported.get(hour) ?? []) delivered.set(batch, lines);
+  }
+  const names = new Map(seen.hosts.map(({ host }) => [dashedHost(host), host]));
+  const rows = new Map<string, MatrixRow>();
+  const rowOf = (host: string) => {
+    const row = rows.get(host) ?? { hour, host, batches: 0, lines: 0, late: 0, source, missing: [] };
+    rows.set(host, row);
+    return row;
+  };
+  for (const { host } of seen.hosts) rowOf(host);
+  for (const [host, skipped] of told.skipped) rowOf(host).skipped = skipped;
+  for (const [batch, lines] of delivered) {
+    const { host = "", part = 1 } = parseBatchName(batch) ?? {};
+    const row = rowOf(names.get(host) ?? host);
+    row.batches++;
+    row.lines += lines;
+    if (part > 1) row.late++;
+    if (!names.has(host) && !told.complete)
+      row.missing = ["cannot say: how far its shipper is stands nowhere (no ledger, or not heard for long)"];
+  }
+  for (const { host, reason } of findMissing(seen, hour, now, record.lossAt))
+    rowOf(host).missing.push(reason);
+  const isKnown = delivered.size > 0 || told.complete !== undefined;
+  if (!isKnown && (rows.size === 0 || began === undefined || hour < localHour(began)))
+    rowOf("-").missing.push("nothing is known of this hour, neither by a digest nor by the report");
+  return [...rows.values()].sort((a, b) => (a.host < b.host ? -1 : 1));
+}
+
+/** The hour of a time on this machine's wall clock. */
+function localHour(at: number): string {
+  return formatHour(at, -new Date(at).getTimezoneOffset());
+}
