@@ -112,6 +112,8 @@ interface Draft {
   untimed: number;
   ahead: number;
   zone?: number;
+  /** Bytes that are shipped again. */
+  again: number;
   /** Lengths of batches that it adds to, and the batches that it begins, by window. */
   lengths: Map<string, number>;
   begun: Map<string, string>;
@@ -258,12 +260,15 @@ export class Sender implements Place {
     if (head !== undefined) state.head = head;
     const draft: Draft = {
       ...{ chunk, now, state, runs: [], from: state.pieceFrom ?? offset, lines: 0, untimed: 0, ahead: 0 },
+      ...{ again: state.again || chunk.begin === "again" ? end - offset : 0 },
       ...{ lengths: new Map(), begun: new Map(), windows: new Set() },
       ...{ givenWayAt: performance.now(), epoch: this.#epoch },
     };
     if (chunk.begin === "again" || this.#isUnsure(chunk, offset)) this.#names.doubt(now);
     if (body.length > 0) await this.#fileLines(draft, offset);
     if (draft.lines > 0) state.lined = true;
+    if (draft.again > 0 && (chunk.lag ?? 0) > 0) state.again = true;
+    else delete state.again; // nothing is left to ship: what comes now is new
     return draft;
   }
 
@@ -404,7 +409,7 @@ export class Sender implements Place {
   #stage(draft: Draft): Promise<Outcome> {
     this.#checkEpoch(draft);
     if (this.#journal.fault !== undefined) throw storeError(this.#journal.fault);
-    const { chunk, state, runs, piece, lines, untimed, ahead, zone, now } = draft;
+    const { chunk, state, runs, piece, lines, untimed, ahead, again, zone, now } = draft;
     const { encoding, bytes } = chunk.encoded ?? { encoding: "identity" as const, bytes: chunk.body };
     const entry: Entry = {
       ...{ seq: 0, synced: [0, 0], at: now, host: this.host, stream: chunk.stream, from: draft.from, state },
@@ -421,7 +426,8 @@ export class Sender implements Place {
       ...(untimed > 0 && { untimed }),
       ...(ahead > 0 && { ahead }),
       ...(zone !== undefined && { zone }),
-      ...(chunk.begin === "again" && { again: state.offset - draft.from }),
+      ...(again > 0 && { again }),
+      ...(chunk.begin === "again" && { againFiles: 1 }),
     };
     this.#streams.set(chunk.stream, state);
     this.#names.count(draft.begun.size);
@@ -508,7 +514,11 @@ export class Sender implements Place {
     facts.forgetAfterDays = this.options.forgetAfterDays;
     if (news.agent !== undefined) facts.agent = news.agent;
     if (news.lag !== undefined) facts.lag = news.lag;
-    if (news.through !== undefined) facts.through = Math.min(now, Math.max(news.through, facts.through ?? 0));
+    if (news.through !== undefined) {
+      facts.through = Math.min(now, Math.max(news.through, facts.through ?? 0));
+      for (const streams of [this.ledger.streams, this.#streams])
+        for (const stream of streams.values()) delete stream.again; // all that there was is shipped
+    }
     if (news.shipper !== undefined) this.#hearShipper(news.shipper, news.lost ?? 0, peer, now);
     else this.ledger.lost += news.lost ?? 0;
   }
