@@ -51,7 +51,7 @@ const LONG_FILES: Record<string, number> = {
   "receiver.ts": 880,
   "monitor.ts": 850,
   "lib/page.ts": 900,
-  "lib/store/sender.ts": 780,
+  "lib/store/sender.ts": 800,
   "lib/tail/streams.ts": 930,
 };
 
