@@ -16,7 +16,7 @@ import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { whatIsMissing } from "./lib/check.ts";
 import type { StreamStatus } from "./lib/chunk.ts";
-import { MARK_BYTES } from "./lib/chunk.ts";
+import { MARK_BYTES, NO_LOG } from "./lib/chunk.ts";
 import type { Config } from "./lib/config.ts";
 import { failpoint, holdLock, LockedError, makeFolder, moveDurably } from "./lib/durable.ts";
 import { type Metric, writeMetrics } from "./lib/metrics.ts";
@@ -96,6 +96,8 @@ export interface Shipper {
   answeredAt: number;
   /** The receiver is to be asked at once; streams that it said it does not know. */
   askNow: boolean;
+  /** Heartbeats in a row at which a path of `files` matched nothing: one may fall into a rotation. */
+  lacking: number;
   unknown: Set<Stream>;
   /** Streams without a file, of which the receiver may have more than the cursor says. */
   orphans: Stream[];
@@ -186,6 +188,7 @@ export async function openShipper(
     sent: { lines: 0, bytes: 0, chunks: 0 },
     answeredAt: 0,
     askNow: false,
+    lacking: 0,
     unknown: new Set(),
     orphans: [],
     askAt: 0,
@@ -685,7 +688,8 @@ async function send(shipper: Shipper, chunk: EncodedChunk): Promise<Answer> {
 function news(shipper: Shipper, ahead = 0) {
   const { streams } = shipper;
   const lag = Math.max(0, lagOf(shipper) - ahead);
-  return { lag, lost: streams.lost, shipper: streams.shipper, agent: `log-rt-sync/${VERSION}` };
+  const agent = `log-rt-sync/${VERSION}${shipper.lacking > 1 ? NO_LOG : ""}`;
+  return { lag, lost: streams.lost, shipper: streams.shipper, agent };
 }
 
 function noteRefused(shipper: Shipper, statuses: Set<number>, status: number, reason: string): void {
@@ -753,6 +757,7 @@ async function ask(shipper: Shipper): Promise<boolean> {
   }
   const isFirst = !streams.asked;
   shipper.askNow = false;
+  shipper.lacking = streams.paths.missing().length > 0 ? shipper.lacking + 1 : 0;
   try {
     const through = isFirst ? undefined : throughOf(shipper);
     const names = isFirst ? undefined : [...asked.keys()];

@@ -197,6 +197,9 @@ export function parseNews(headers: Headers): SenderNews {
   };
 }
 
+/** Behind the program in `Log-Agent`, as a comment: a path of `files` has matched nothing for a while. */
+export const NO_LOG = " (no log)";
+
 function parseThrough(text: string | null): number | undefined {
   if (text === null) return undefined;
   const isTime = /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)$/.test(text);

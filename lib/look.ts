@@ -9,6 +9,7 @@ import { readdir, stat, statfs } from "node:fs/promises";
 import { hostname } from "node:os";
 import { join } from "node:path";
 import { dashedHost, folders, LEDGER, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
+import { NO_LOG } from "./chunk.ts";
 import { type Config, sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
@@ -77,8 +78,9 @@ export interface HostStatus {
   /** Totals: bytes that vanished unread on the sender, bytes that were stored and vanished here. */
   lost: number;
   gone: number;
-  /** Bytes that were shipped again after the receiver's folder was lost: total. */
+  /** What was shipped again after the receiver's folder was lost: bytes at most, and files; totals. */
   again?: number;
+  againFiles?: number;
   /** Totals of lines: left out by rules, without a timestamp, of a clock that is ahead. */
   skipped: number;
   untimed: number;
@@ -91,6 +93,8 @@ export interface HostStatus {
   delivered?: string;
   undeliveredFrom?: string;
   agent?: string;
+  /** A path of its config matches no file. */
+  lacksLog?: boolean;
   peer?: string;
   muted?: Mute;
   /** The two addresses, when two shippers claim its name. */
@@ -342,11 +346,12 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
     ...{ open: open.size, waiting: 0, failed: 0 },
     undelivered: [...open.values()].reduce((sum, { bytes }) => sum + bytes, 0),
     ...{ lost: ledger.lost, gone: facts.gone ?? 0 },
-    ...(facts.again !== undefined && { again: facts.again }),
+    ...(facts.again !== undefined && { again: facts.again, againFiles: facts.againFiles ?? 0 }),
     ...{ skipped: facts.skipped ?? 0, untimed: facts.untimed ?? 0, ahead: facts.ahead ?? 0 },
     ...(facts.through !== undefined && { through: Math.min(facts.through, now) }),
     ...(facts.zone !== undefined && { zone: facts.zone }),
-    ...(facts.agent !== undefined && { agent: facts.agent }),
+    ...(facts.agent !== undefined && { agent: facts.agent.replace(NO_LOG, "") }),
+    ...(facts.agent?.endsWith(NO_LOG) && { lacksLog: true }),
     ...(facts.peer !== undefined && { peer: facts.peer }),
     ...(mute && { muted: mute }),
     ...(claims.length > 0 && { contested: claims.map(({ peer }) => peer) }),

@@ -177,6 +177,10 @@ function senderProblems(seen: Seen, { alertWhenQuiet }: Thresholds): Problem[] {
   add("quiet", quiet, "sender is quiet", "senders are quiet", (host) => {
     return `${host.host} ${since(host.lineAt || host.heardAt)}`;
   });
+  const lacking = hosts.filter(
+    ({ lacksLog, state, muted }) => lacksLog && !muted && ["ok", "quiet"].includes(state),
+  );
+  add("no log", lacking, "sender lacks a log", "senders lack a log", (host) => host.host);
   const contested = hosts.filter((host) => host.contested);
   add(
     "contested",
@@ -230,6 +234,7 @@ function nextForSenders(key: string, host: string): string[] {
   const check = `ssh ${host} 'cd /opt/log-rt-sync && bun run shipper.ts --check --connect'`;
   if (key === "contested")
     return [`ssh ${host} hostname`, "grep -r '\"host\"' /etc/log-rt-sync  # on both machines"];
+  if (key === "no log") return [`ssh ${host} journalctl -u log-rt-sync-shipper -g 'no file matches'`, check];
   if (key === "quiet") return [`ssh ${host} tail -n 1 /var/log/nginx/access.log`, check];
   if (key === "refused")
     return ["journalctl -u 'log-rt-sync-receiver@*' | grep refused", "bun run receiver.ts --check"];

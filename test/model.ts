@@ -5,9 +5,12 @@
  *   bun run test/model.ts --seeds 2000 [--from 1]     a failing seed prints its shortened list of actions
  */
 import {
+  appendFileSync,
   closeSync,
   copyFileSync,
   existsSync,
+  linkSync,
+  lstatSync,
   mkdirSync,
   mkdtempSync,
   openSync,
@@ -16,6 +19,7 @@ import {
   renameSync,
   rmSync,
   statSync,
+  symlinkSync,
   truncateSync,
   unlinkSync,
   utimesSync,
@@ -58,6 +62,7 @@ interface Receiver {
   readonly lost: number;
   mode: "here" | "away" | "answer lost" | "too large" | "portal";
   requests: number;
+  forget(stream: string): void;
   close(): void;
 }
 
@@ -73,6 +78,7 @@ export function startReceiver(): Receiver {
     },
     mode: "here",
     requests: 0,
+    forget: (stream) => void wire.streams.delete(stream),
     close: () => server.stop(true),
   };
   const server = Bun.serve({
@@ -148,6 +154,14 @@ interface World {
   log: string[];
 }
 
+/** Logs beside the live one, by a glob: their names differ by a number, as rotations do. */
+const SIBLINGS = ["side.log", "side-2.log", "side-8080.log"];
+/** Made of lines of the live log by hand: nobody's rotation. */
+const EXTRACT = "access.log-10.0.0.1";
+/** Further names of the live log that the glob matches. */
+const LINKS = ["side-link.log", "side-hard.log"];
+const sibling = (world: World, n: number) =>
+  join(world.folder, "logs", SIBLINGS[n % SIBLINGS.length] as string);
 const live = (world: World) => join(world.folder, "logs", "access.log");
 const stateDir = (world: World) => join(world.folder, "state");
 const now = (world: World) => Date.now() + world.clock;
@@ -219,7 +233,7 @@ async function startShipper(world: World): Promise<void> {
   const config = parseConfig(
     JSON.stringify({
       shipper: {
-        files: [live(world)],
+        files: [live(world), join(world.folder, "logs", "side*.log")],
         receiver: world.receiver.url,
         host: "10.0.0.1",
         stateDir: stateDir(world),
@@ -286,6 +300,64 @@ const ACTIONS = {
   },
   copytruncate: (world: World) => copytruncate(world, true),
   copytruncateWithHole: (world: World) => copytruncate(world, false),
+  writeSibling: (world: World, n: number) => {
+    for (let i = 0; i <= n % 30; i++) {
+      const line = newLine(world, n % 70);
+      appendFileSync(sibling(world, n), line);
+      world.written.add(line);
+    }
+  },
+  rotateSibling: async (world: World, n: number) => {
+    const path = sibling(world, n);
+    if (!existsSync(path)) return;
+    for (let k = 9; k >= 1; k--)
+      if (existsSync(`${path}.${k}`)) renameSync(`${path}.${k}`, `${path}.${k + 1}`);
+    renameSync(path, `${path}.1`);
+    writeFileSync(path, ""); // as nginx does, at once
+    tick();
+  },
+  link: (world: World, n: number) => {
+    const path = join(world.folder, "logs", LINKS[n % 2] as string);
+    if (existsSync(path)) return;
+    if (n % 2 === 0) symlinkSync(live(world), path);
+    else linkSync(live(world), path);
+  },
+  unlinkLinks: (world: World) => unlinkLinks(world),
+  copyOverSibling: async (world: World, n: number) => {
+    // Below 1,024 bytes a live file is nobody's copy: its lines would come again.
+    const [from, to] = [live(world), sibling(world, n)];
+    if (!existsSync(to) || world.half.has(world.fd) || world.truncated || world.old !== undefined) return;
+    if (statSync(from).size < 1024) return;
+    await pass(world);
+    for (const line of undelivered(world, to)) world.destroyed.add(line);
+    if (undelivered(world, from).length > 0) return;
+    copyFileSync(from, to);
+    tick();
+  },
+  swapSibling: (world: World, n: number) => {
+    const path = sibling(world, n);
+    if (!existsSync(path) || world.half.has(world.fd) || world.truncated || world.old !== undefined) return;
+    unlinkLinks(world);
+    closeSync(world.fd);
+    renameSync(live(world), `${path}.swap`);
+    renameSync(path, live(world));
+    renameSync(`${path}.swap`, path);
+    openLive(world);
+  },
+  forget: async (world: World) => {
+    if (world.receiver.mode !== "here" || world.half.has(world.fd)) return;
+    if (!(await pass(world))) return;
+    (world.shipper as Shipper).askNow = true; // so that it knows that all of it is delivered
+    await pass(world);
+    await saveCursor(world.shipper as Shipper);
+    const stream = world.shipper?.streams.list.find((each) => each.isLive && each.path === live(world));
+    if (!stream?.id || undelivered(world, live(world)).length > 0) return;
+    world.receiver.forget(stream.id);
+    world.snapshot = undefined; // nobody knows any more what came after it
+    writeLine(world, world.fd, 0);
+    for (let tries = 0; tries < 4; tries++) await pass(world);
+    await saveCursor(world.shipper as Shipper);
+  },
   compress: (world: World) => compressOldest(world),
   unfinishedGzip: async (world: World) => {
     const name = rotatedNames(world).find((candidate) => !candidate.endsWith(".gz"));
@@ -358,6 +430,7 @@ const ACTIONS = {
   },
   snapshot: async (world: World) => {
     if (world.half.size > 0 || world.old !== undefined || world.positions.has(world.fd)) return;
+    unlinkLinks(world);
     await pass(world);
     await saveCursor(world.shipper as Shipper);
     const files = readdirSync(join(world.folder, "logs")).map((name) => {
@@ -382,7 +455,8 @@ const ACTIONS = {
     const line = all[at];
     if (!line || line === COMMON) return;
     if (!hasLine(world, line)) world.destroyed.add(line);
-    world.mayRepeat += all.join("").length;
+    const others = all.slice(at).join("").length; // they stand elsewhere now: other bytes
+    world.mayRepeat += others + Math.max(LIMIT, others / 2);
     writeFileSync(`${live(world)}~`, all.toSpliced(at, 1).join(""), "latin1");
     closeSync(world.fd);
     tick();
@@ -393,7 +467,7 @@ const ACTIONS = {
   extract: (world: World, n: number) => {
     const all = contentOf(live(world)).split(/(?<=\n)/);
     const part = all.slice(n % Math.max(1, all.length)).filter((line) => line.endsWith("\n"));
-    writeFileSync(join(world.folder, "logs", "access.log-10.0.0.1"), part.join(""), "latin1");
+    writeFileSync(join(world.folder, "logs", EXTRACT), part.join(""), "latin1");
   },
   swapRotated: (world: World) => {
     const plain = rotatedNames(world).filter((name) => !name.endsWith(".gz"));
@@ -408,17 +482,29 @@ const ACTIONS = {
   },
 };
 
+function unlinkLinks(world: World): void {
+  for (const name of LINKS) {
+    const path = join(world.folder, "logs", name);
+    if (!existsSync(path)) continue;
+    if (lstatSync(path).nlink === 1 && !lstatSync(path).isSymbolicLink())
+      for (const line of undelivered(world, path)) world.destroyed.add(line); // its last name
+    remove(path);
+  }
+}
+
 /** The whole host is what it was: files that are still there keep their inodes. */
 async function restore(world: World): Promise<void> {
   const { snapshot } = world;
   if (!snapshot) return;
   world.half.clear();
   releaseOld(world);
+  unlinkLinks(world);
   await kill(world);
   closeSync(world.fd);
   const folder = join(world.folder, "logs");
   const names = readdirSync(folder);
-  for (const name of names.filter((each) => each !== "access.log-10.0.0.1"))
+  const lost = names.reduce((sum, name) => sum + contentOf(join(folder, name)).length, 0);
+  for (const name of names.filter((each) => each !== EXTRACT))
     for (const line of undelivered(world, join(folder, name))) world.destroyed.add(line);
   for (const name of names) world.common.destroyed += contentOf(join(folder, name)).split(COMMON).length - 1;
   const kept = snapshot.files.map((file) => file.bytes.toString("latin1"));
@@ -429,18 +515,16 @@ async function restore(world: World): Promise<void> {
   }
   for (const name of names) rmSync(join(folder, name), { force: true });
   tick();
-  let size = 0;
   for (const { name, ino, bytes, mtime } of snapshot.files) {
     const path = join(folder, name);
     if (inodes.has(ino)) renameSync(join(folder, `kept-${ino}`), path);
     writeFileSync(path, bytes);
     utimesSync(path, mtime, mtime);
-    for (const line of contentOf(path).split(/(?<=\n)/)) world.destroyed.delete(line);
-    size += contentOf(path).length;
+    for (const line of name === EXTRACT ? [] : contentOf(path).split(/(?<=\n)/)) world.destroyed.delete(line);
   }
   for (const [name, bytes] of snapshot.state) writeFileSync(join(stateDir(world), name), bytes);
   openLive(world);
-  world.mayRepeat += Math.max(LIMIT, size);
+  world.mayRepeat += Math.max(LIMIT, lost / 2);
   world.holes += kept.join("").length;
 }
 
@@ -457,7 +541,7 @@ async function loseTail(world: World, n: number, isNul: boolean): Promise<void> 
     .split(/(?<=\n)/))
     if (line !== COMMON && !hasLine(world, line)) world.destroyed.add(line);
   world.common.destroyed += text.slice(at).split(COMMON).length - 1;
-  world.mayRepeat += Math.max(LIMIT, text.length - at);
+  world.mayRepeat += Math.max(LIMIT, (text.length - at) / 2);
   truncateSync(live(world), at);
   if (isNul) truncateSync(live(world), text.length);
   await pass(world);

@@ -3,6 +3,7 @@ import { afterEach, beforeAll, describe, expect, test } from "bun:test";
 import { appendFileSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
+import { readLedger } from "../lib/ledger.ts";
 import {
   createSender,
   expectArrives,
@@ -193,6 +194,21 @@ describe("a slip in files", () => {
     for (const path of slips) await shipper.says(`no file matches yet files=${path}`);
     await shipper.says('where \\"access.log\\" is');
     await expectArrives(receiver, sender, undefined, shipper);
+    expect(await shipper.stop()).toBe(0);
+  });
+
+  test("what matches nothing is told to the receiver, until it is there", async () => {
+    const sender = await createSender(receiver.url, { heartbeatSeconds: 0.1 });
+    const absent = join(sender.logs, "acess.log");
+    configure(sender, { files: [sender.live, absent] });
+    sender.write(lines("a", 1, 10));
+    const shipper = startShipper(sender);
+    const agent = async () => (await readLedger(join(receiver.dir, sender.host)))?.facts.agent ?? "";
+    await until("the receiver knows that a log is lacking", async () =>
+      (await agent()).endsWith(" (no log)"),
+    );
+    writeFileSync(absent, lines("b", 1, 1));
+    await until("the receiver knows that it is there", async () => !(await agent()).endsWith(" (no log)"));
     expect(await shipper.stop()).toBe(0);
   });
 

@@ -180,32 +180,41 @@ describe("a proxy", () => {
 });
 
 describe("a link", () => {
-  test("on which a chunk takes longer than timeoutSeconds is slow, and empties a backlog", async () => {
-    const stub = startStub();
-    const url = await startRelay(stub.url, (from, into, isUp) => {
-      if (!isUp) return void from.on("data", (data) => into.write(data));
-      from.on("data", (data) => {
-        from.pause();
-        into.write(data.subarray(0, 0));
-        let at = 0;
-        const timer = setInterval(() => {
-          if (into.destroyed || at >= data.length) {
-            clearInterval(timer);
-            from.resume();
-            return;
-          }
-          into.write(data.subarray(at, at + 160));
-          at += 160;
-        }, 20); // 8 KB/s
+  // Seconds of the limit, size of a chunk, bytes per 20 ms, lines: each backlog is one chunk that needs several limits.
+  const slow = [
+    { timeoutSeconds: 0.5, chunkBytes: 65_536, rate: 160, count: 500 },
+    { timeoutSeconds: 1, chunkBytes: 1_048_576, rate: 6000, count: 12_000 },
+    { timeoutSeconds: 0.3, chunkBytes: 1_048_576, rate: 60, count: 120 }, // so does the smallest chunk
+  ];
+  test.each(slow)(
+    "on which a chunk takes longer than timeoutSeconds is slow, and empties a backlog (%p)",
+    async ({ rate, count, ...config }) => {
+      const stub = startStub();
+      const url = await startRelay(stub.url, (from, into, isUp) => {
+        if (!isUp) return void from.on("data", (data) => into.write(data));
+        from.on("data", (data) => {
+          from.pause();
+          let at = 0;
+          const timer = setInterval(() => {
+            if (into.destroyed || at >= data.length) {
+              clearInterval(timer);
+              from.resume();
+              return;
+            }
+            into.write(data.subarray(at, at + rate));
+            at += rate;
+          }, 20);
+        });
       });
-    });
-    const sender = await createSender(url, { timeoutSeconds: 0.5, compression: "none", chunkBytes: 65_536 });
-    sender.write(lines("a", 1, 500)); // 40 KB: 5 s
-    const shipper = startShipper(sender);
-    await until("all is there", () => stub.text().length >= lines("a", 1, 500).length, 60_000);
-    expect(stub.text()).toBe(lines("a", 1, 500));
-    await shipper.stop();
-  }, 90_000);
+      const sender = await createSender(url, { ...config, compression: "none" });
+      sender.write(lines("a", 1, count));
+      const shipper = startShipper(sender);
+      await until("all is there", () => stub.text().length >= lines("a", 1, count).length, 80_000);
+      expect(stub.text()).toBe(lines("a", 1, count));
+      await shipper.stop();
+    },
+    90_000,
+  );
 
   test("that forgets idle connections: the next line does not wait for a time limit", async () => {
     const stub = startStub();

@@ -432,6 +432,50 @@ describe("files that change places", () => {
     },
   );
 
+  test.each(["running", "stopped"])(
+    "%s: a ring of files that are cut and filled in turn: every line once",
+    async (when) => {
+      const host = await createHost(["ring*.log"]);
+      const shipper = when === "running" ? startShipper(host) : undefined;
+      const counts: Record<string, number> = {};
+      for (let n = 0; n < 9; n++) {
+        const name = `ring-${"abc"[n % 3]}.log`;
+        const count = 20 + (n % 4); // shorter than what was there, and longer
+        writeFileSync(host.at(name), "");
+        host.put(name, `t${n}`, 1, count);
+        counts[`t${n}`] = count;
+        if (shipper) await arrives(host, `t${n}`, count);
+        else await host.sender.once();
+      }
+      await shipper?.stop();
+      host.expects(counts);
+    },
+  );
+
+  test.each(["running", "stopped"])(
+    "%s: a log that is copied over another is that one, until it goes on by itself",
+    async (when) => {
+      const host = await createHost(["*.log"]);
+      host.put("a.log", "a", 1, 30);
+      host.put("b.log", "b", 1, 20);
+      await host.sender.once();
+      const shipper = when === "running" ? startShipper(host) : undefined;
+      host.put("b.log", "b", 21, 22);
+      if (shipper) await arrives(host, "b", 22);
+      else await host.sender.once();
+      shipper?.process.kill("SIGSTOP"); // what it would see in the middle of the copying is another case
+      copyFileSync(host.at("a.log"), host.at("b.log"));
+      host.put("b.log", "c", 1, 10);
+      shipper?.process.kill("SIGCONT");
+      host.put("a.log", "a", 31, 40);
+      if (shipper) await arrives(host, "c", 10);
+      if (shipper) await arrives(host, "a", 40);
+      await shipper?.stop();
+      await host.sender.once();
+      host.expects({ a: 40, b: 22, c: 10 });
+    },
+  );
+
   test("the archive of a copy is that file, generations that begin alike are not", async () => {
     const host = await createHost(["a.log"]);
     const same = lines("same", 1, 30);

@@ -8,6 +8,7 @@ import {
   readFileSync,
   renameSync,
   statSync,
+  truncateSync,
   unlinkSync,
   writeFileSync,
 } from "node:fs";
@@ -170,6 +171,25 @@ describe("many rotations", () => {
     expect(shipper.streams.list.length).toBeLessThan(10);
     expect(most).toBeLessThan(8192);
     expect(shipper.streams.lost).toBe(0);
+  });
+  test("a delivered log that is cut is known in its copy, however long that is waited for", async () => {
+    const stub = startStub();
+    const sender = await createSender(stub.url, { rotateWaitSeconds: 90 });
+    const clock = { now: Date.now(), mono: 1e6 };
+    const shipper = await openOn(sender, clock);
+    sender.write(lines("a", 1, 40));
+    await shipOnce(shipper);
+    shipper.askNow = true; // all of it is delivered
+    await shipOnce(shipper);
+    copyFileSync(sender.live, `${sender.live}.1`);
+    truncateSync(sender.live, 0);
+    sender.write(lines("b", 1, 40));
+    for (let n = 0; n < 30; n++) {
+      await shipOnce(shipper);
+      clock.mono += 5_000;
+      clock.now += 5_000;
+    }
+    expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 40), b: lines("b", 1, 40) });
   });
 });
 

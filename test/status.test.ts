@@ -234,6 +234,16 @@ describe("observe(): senders", () => {
   });
 });
 
+test("observe() tells a sender that lacks a log, and leaves that out of the name of its program", async () => {
+  const facts = { agent: "log-rt-sync/2.0.0 (no log)" };
+  const dir = await folderWith([heard("10.0.0.1", 0, { facts }), heard("10.0.0.2", 60, { facts })]);
+  const snapshot = await look(dir);
+  expect(problem(snapshot, "no log")).toMatchObject({ title: "1 sender lacks a log", hosts: ["10.0.0.1"] });
+  expect(snapshot.hosts[0]?.agent).toBe("log-rt-sync/2.0.0");
+  const mutes = { "10.0.0.1": { until: NOW + MINUTE, at: NOW, by: "anna" } };
+  expect(problem(await look(dir, {}, { mutes }), "no log")).toBeUndefined();
+});
+
 describe("observe(): delivery", () => {
   const batch = "accessLog_26112210_00-19_10-0-0-1.log";
   const sealedAt = (minutes: number) => ({

@@ -183,11 +183,11 @@ function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string
   return { cursor: { version: 2, shipper, lost, asked: true, files, folders: {}, streams }, since };
 }
 
-const KEPT = Object.keys(stream.shape) as (keyof StreamState)[];
-
 /** What the cursor keeps of a stream. */
 export function toState(full: Stream): StreamState {
-  return Object.fromEntries(KEPT.map((key) => [key, full[key]])) as StreamState;
+  const { file, isLive, isBusy, phaseAt, endedAs, retryAt, ...rest } = full;
+  const { checkedSize, drainedAt, grewAt, isNamed, wayBack, ...state } = rest;
+  return state;
 }
 
 /** Saves the cursor; with `keep` also as the one to fall back to. */

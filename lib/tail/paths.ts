@@ -293,7 +293,7 @@ const DATE =
 export function possibleBases(name: string): { base: string; number?: number }[] {
   const plain = name.replace(COMPRESSED, "").replace(UNREADABLE, "");
   const bases: { base: string; number?: number }[] = plain === name ? [] : [{ base: plain }];
-  if (!/\d/.test(plain)) return bases;
+  if (!/[-._]\d/.test(plain)) return bases;
   const add = (start: number, end: number, number?: number) => {
     const [base, rest] = [plain.slice(0, start), plain.slice(end)];
     if (base === "" || !/^(\.[A-Za-z][A-Za-z0-9_]{0,9})?$/.test(rest)) return;

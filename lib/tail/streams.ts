@@ -39,8 +39,8 @@ import { type FoundFile, Paths, type Survey } from "./paths.ts";
 const UNFINISHED_MS = 60_000;
 /** A small file that begins like another one is shipped as a log of its own after so long (ms). */
 const SMALL_MS = 60_000;
-/** A stream whose file is gone is kept for so long (ms), as its file may come again in another form. */
-const FORGET_AFTER_MS = 10_000;
+/** A stream whose file is gone is kept for so long (ms), as its file may come again in another form; longer while one waits to be known. */
+const FORGET_AFTER_MS = { usual: 10_000, waiting: 60_000 };
 /** The same while the receiver does not say that all of it is delivered. */
 const FORGET_AFTER_ALL_MS = 7 * 24 * 3_600_000;
 /** Files that are open at once; the others are opened when their turn comes. */
@@ -215,7 +215,7 @@ export class Streams {
     const orphans = this.#findOrphans(survey);
     const isMissing = this.list.some(({ phase, offset, size }) => phase.is === "gone" && size > offset);
     this.#holdLive(waiting);
-    await this.#prune(survey);
+    await this.#prune(survey, waiting.size > 0);
     const finishAt = await this.#finishQuiet();
     for (const path of survey.logs.keys()) this.#since.delete(path);
     this.isSettled = waiting.size === 0 && !isMissing && survey.faults.size === 0;
@@ -701,12 +701,13 @@ export class Streams {
   }
 
   /** Drops what can't come again: delivered and gone; and logs that the config does not name any more. */
-  async #prune(survey: Survey): Promise<void> {
+  async #prune(survey: Survey, isWaiting: boolean): Promise<void> {
     const time = this.context.mono();
+    const keepMs = FORGET_AFTER_MS[isWaiting ? "waiting" : "usual"] + this.#config.rotateWaitSeconds * 1000;
     const kept: Stream[] = [];
     for (const stream of this.list) {
       const { phase, phaseAt, offset, size, id, delivered = -1, until = offset, isBusy, file } = stream;
-      const isGone = phase.is === "gone" && !file && size <= offset && time - phaseAt >= FORGET_AFTER_MS;
+      const isGone = phase.is === "gone" && !file && size <= offset && time - phaseAt >= keepMs;
       const isOld = isGone && id !== undefined && time - phaseAt >= FORGET_AFTER_ALL_MS;
       const isOver =
         isOld ||
