@@ -44,6 +44,7 @@ import {
   wait,
 } from "./lib/service.ts";
 import {
+  count,
   formatClock,
   headline,
   observe,
@@ -409,7 +410,11 @@ function noteLost(state: MonitorState, { snapshot, changes }: Run, host: HostSta
 }
 
 /** What a sender ships again after the receiver's folder was lost, told when it has shipped all of it. */
-function noteAgain(state: MonitorState, { snapshot, changes }: Run, { host, again = 0 }: HostStatus): void {
+function noteAgain(
+  state: MonitorState,
+  { snapshot, changes }: Run,
+  { host, again = 0, againFiles = 0 }: HostStatus,
+): void {
   const isPast = state.again[host] === undefined && state.begunAt >= snapshot.now - MINUTE;
   const known = isPast ? { told: again, seen: again } : (state.again[host] ?? { told: 0, seen: 0 });
   state.again[host] = known;
@@ -418,12 +423,13 @@ function noteAgain(state: MonitorState, { snapshot, changes }: Run, { host, agai
   known.seen = again;
   if (!isSteady || again === known.told) return;
   const bytes = formatBytes(again - known.told);
-  const text = `The receiver had lost lines of ${host}, whose shipper has shipped ${bytes} again of what was not delivered. Some of it may have been: those lines come twice, in files with other names. The shipper's log names each file.`;
+  const files = count(againFiles, "file", "files");
+  const text = `The receiver had lost lines of ${host}, whose shipper has shipped ${bytes} of ${files} again, of what was not delivered. Some of it may have been: those lines come twice, in batches with other names. The shipper's log names each file, since when what comes twice had been delivered, and what is gone with its file.`;
   changes.push({
     ...{ kind: "note", title: `${host} shipped ${bytes} again`, text, status: "ok", sender: false },
     ...{
       since: snapshot.now,
-      next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'shipping them again'"`],
+      next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'receiver has lost lines'"`],
     },
   });
   known.told = again;

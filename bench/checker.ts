@@ -122,8 +122,8 @@ export function checkDelivery(folder: string, writers: Written[], around: Circum
     verdict.files++;
     verdict.lines += lines;
   }
+  if (server !== undefined) noteOpen(server, seen);
   verdict.again = judgeRepeats(seen, writers, around, fault);
-  if (server !== undefined) noteOpen(server, first);
   for (const [w, times] of first.entries()) findMissing(w, times, fault);
   if (told) checkReport(folder, told, lengths, around, fault);
   return verdict;
@@ -266,16 +266,18 @@ function judgeRepeats(
   return again;
 }
 
-/** Lines without a timestamp in open batches: they are on their way, each at most once. */
-function noteOpen(server: string, seen: Float64Array[]): void {
+/** Lines without a timestamp in open batches: they are on their way, each at most once, and hold back what is delivered. */
+function noteOpen(server: string, seen: Seen): void {
   for (const host of readdirSync(server, { withFileTypes: true })) {
     if (!host.isDirectory()) continue;
     const folder = join(server, host.name);
     for (const file of readdirSync(folder).filter((name) => name.endsWith(".log.part"))) {
       for (const line of readFileSync(join(folder, file), "latin1").split("\n")) {
-        const [, w, , n] = line.startsWith(UNTIMED) ? (LINE.exec(line) ?? []) : [];
-        const numbers = seen[Number(w)];
-        if (numbers?.[Number(n)] === 0) numbers[Number(n)] = 1;
+        const [, w, g, n] = line.startsWith(UNTIMED) ? (LINE.exec(line) ?? []) : [];
+        const numbers = seen.first[Number(w)];
+        if (numbers?.[Number(n)] !== 0) continue;
+        numbers[Number(n)] = Number.POSITIVE_INFINITY;
+        seen.lives.set(`${w} ${g}`, [...(seen.lives.get(`${w} ${g}`) ?? []), Number(n)]);
       }
     }
   }

@@ -37,6 +37,8 @@ export interface StreamRecord {
   head?: string;
   /** Whether a line of it ever came. */
   lined?: boolean;
+  /** It ships again what was lost here, and has not come to its end yet. */
+  again?: true;
   /** Bytes that the sender still had to ship, as a ledger of 1.0 has it. */
   lag?: number;
 }
@@ -109,8 +111,9 @@ export interface SenderFacts {
   forgetAfterDays?: number;
   /** When an operator had it forgotten; until it is heard again. ms since the epoch. */
   forgotten?: number;
-  /** What was shipped again after the receiver's folder was lost: bytes, total. */
+  /** What was shipped again after the receiver's folder was lost: bytes at most, and files; totals. */
   again?: number;
+  againFiles?: number;
 }
 
 /** Up to which record of which journal this is a checkpoint. */

@@ -78,8 +78,9 @@ export interface HostStatus {
   /** Totals: bytes that vanished unread on the sender, bytes that were stored and vanished here. */
   lost: number;
   gone: number;
-  /** Bytes that were shipped again after the receiver's folder was lost: total. */
+  /** What was shipped again after the receiver's folder was lost: bytes at most, and files; totals. */
   again?: number;
+  againFiles?: number;
   /** Totals of lines: left out by rules, without a timestamp, of a clock that is ahead. */
   skipped: number;
   untimed: number;
@@ -345,7 +346,7 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
     ...{ open: open.size, waiting: 0, failed: 0 },
     undelivered: [...open.values()].reduce((sum, { bytes }) => sum + bytes, 0),
     ...{ lost: ledger.lost, gone: facts.gone ?? 0 },
-    ...(facts.again !== undefined && { again: facts.again }),
+    ...(facts.again !== undefined && { again: facts.again, againFiles: facts.againFiles ?? 0 }),
     ...{ skipped: facts.skipped ?? 0, untimed: facts.untimed ?? 0, ahead: facts.ahead ?? 0 },
     ...(facts.through !== undefined && { through: Math.min(facts.through, now) }),
     ...(facts.zone !== undefined && { zone: facts.zone }),

@@ -21,6 +21,7 @@ import {
 } from "./look.ts";
 import { formatBytes, formatDuration } from "./service.ts";
 import {
+  count,
   DETAILED,
   formatClock,
   headline,
@@ -300,6 +301,9 @@ function renderHost(host: HostStatus, table: Table): Html {
   const twice = host.contested && html` <small>from ${host.contested.join(" and ")}</small>`;
   const behind = isBehind(host, table.newest);
   const lost = host.lost + host.gone;
+  const again =
+    host.again &&
+    html` <small>${formatBytes(host.again)} of ${count(host.againFiles ?? 0, "file", "files")} shipped again</small>`;
   const isWell = host.state === "ok" && !isLate && host.failed + lost === 0 && !twice && !muted;
   const kinds = [isWell && "well", behind && "b"].filter(Boolean).join(" ");
   return html`<tr role="row" id="${anchor(host.host)}" data-s="${host.state}"${kinds && html` class="${kinds}"`}><th role="rowheader" scope="row">${breakable(host.host)}${behind && html` <small>${host.agent}</small>`}${twice}</th>${[
@@ -311,7 +315,7 @@ function renderHost(host: HostStatus, table: Table): Html {
     ),
     cell(renderDay(host, table), host.batches.length === 0 ? "z" : ""),
     renderDelivered(host, now),
-    host.lag === undefined ? cell("unknown", "z") : amount(host.lag, formatBytes(host.lag)),
+    host.lag === undefined ? cell("unknown", "z") : amount(host.lag, html`${formatBytes(host.lag)}${again}`),
     amount(host.waiting, html`${number(host.waiting)}${since}`, isLate),
     amount(host.failed, number(host.failed), true),
     amount(lost, formatBytes(lost), true),

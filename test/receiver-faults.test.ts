@@ -204,10 +204,10 @@ test.skipIf(missing({ strace: "strace" }))(
 );
 
 describe.skipIf(notRoot() || missing({ mount: "mount" }))("a disk", () => {
-  async function mountDisk(options: string): Promise<string> {
+  async function mountDisk(options: string, type = "tmpfs"): Promise<string> {
     const disk = await tempFolder();
-    const mounted = start("mount", ["-t", "tmpfs", "-o", options, "tmpfs", disk]);
-    if ((await mounted.ended) !== 0) throw new Error(`cannot mount a tmpfs: ${mounted.output}`);
+    const mounted = start("mount", ["-t", type, "-o", options, type, disk]);
+    if ((await mounted.ended) !== 0) throw new Error(`cannot mount a ${type}: ${mounted.output}`);
     onCleanup(() => start("umount", ["-l", disk]).ended);
     return disk;
   }
@@ -227,6 +227,20 @@ describe.skipIf(notRoot() || missing({ mount: "mount" }))("a disk", () => {
       async () => (await fetch(post(url, accessLine(1), { host: "10.0.0.2" }))).status === 200,
     );
     await until("it is well", async () => (await health()).status === 200);
+    expectSameLines(await storedText(dir), TEXT);
+    expect(await receiver.stop()).toBe(0);
+  });
+
+  test("that tells neither its blocks nor its inodes, as ramfs, is not taken for a full one", async () => {
+    const disk = await mountDisk("mode=0750", "ramfs");
+    const { url, dir, run, health } = await setUp({}, { dir: join(disk, "data") });
+    const receiver = await run();
+    await sendAll(url, "10.0.0.1", TEXT);
+    expect(await health()).toMatchObject({ status: 200 });
+    for (const path of ["/", "/metrics"]) {
+      const text = await (await fetch(url + path)).text();
+      expect(text).not.toMatch(/NaN|Infinity|disk is full/);
+    }
     expectSameLines(await storedText(dir), TEXT);
     expect(await receiver.stop()).toBe(0);
   });

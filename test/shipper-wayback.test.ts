@@ -6,6 +6,7 @@ import { join } from "node:path";
 import { zstdDecompressSync } from "node:zlib";
 import { parseBatchName } from "../lib/batch.ts";
 import { type ChunkHeaders, HEADER, parseChunkHeaders, parseNews, type StreamStatus } from "../lib/chunk.ts";
+import { readLedger } from "../lib/ledger.ts";
 import { createStore } from "../lib/store/store.ts";
 import { createWindowFinder } from "../lib/store/window.ts";
 import { createSender, expectArrives, lines, type RealReceiver, startRealReceiver } from "./pipeline.ts";
@@ -39,8 +40,10 @@ test("the folder is wiped while the log goes on and after a rotation: every line
       minFreePercent: 0,
     },
   });
-  const sender = await createSender(receiver.url, { heartbeatSeconds: 0.2, pollSeconds: 0.1 });
-  sender.write(lines("a", 1, 50));
+  const sender = await createSender(receiver.url, {
+    ...{ heartbeatSeconds: 0.2, pollSeconds: 0.1, chunkBytes: 4096 },
+  });
+  sender.write(lines("a", 1, 500)); // many chunks
   const shipper = sender.start();
   await expectArrives(receiver, sender);
   sender.rotate();
@@ -54,6 +57,10 @@ test("the folder is wiped while the log goes on and after a rotation: every line
   await wipe(receiver);
   await expectArrives(receiver, sender);
   await shipper.says("receiver has lost lines: shipping them again");
+  const bytes = Buffer.concat(sender.written).length;
+  const facts = async () => (await readLedger(join(receiver.dir, sender.host)))?.facts ?? {};
+  await until("what came again is counted", async () => ((await facts()).again ?? 0) >= bytes);
+  expect(await facts()).toMatchObject({ again: bytes, againFiles: 2 });
   const after = readdirSync(join(receiver.dir, sender.host)).filter((name) => name.endsWith(".part"));
   expect(before.filter((name) => after.includes(name))).toEqual([]);
   sender.write(lines("b", 51, 60));
@@ -63,7 +70,7 @@ test("the folder is wiped while the log goes on and after a rotation: every line
     const texts = readdirSync(mails).map((name) => readFileSync(join(mails, name), "utf8"));
     return texts.find((text) => text.includes(`${sender.host} shipped`));
   };
-  expect(await until("a mail says so", told)).toContain("again");
+  expect(await until("a mail says so", told)).toContain("of 2 files again");
   expect(await shipper.stop()).toBe(0);
 });
 

@@ -19,14 +19,14 @@ const STEP = Number(process.env.LOG_RT_SYNC_STEP ?? 61);
 const NOW = Date.parse("2026-11-22T07:00:00+06:00");
 const HOST = "10.0.0.1";
 const line = (time: string, text: string) => `1.2.3.4 - - [22/Nov/2026:${time} +0600] "GET /${text}" 200 1\n`;
-/** What each chunk of the one stream brings: the third begins a line that goes through the fourth and ends in the fifth. */
+/** What each chunk of the one stream brings: a line begins in the third and ends in the fifth, which begins the next long one. */
 const TEXTS = [
   line("06:01:00", "one") + line("06:02:00", "two"),
   line("06:19:00", "three") + line("06:21:00", "four"),
   line("06:22:00", "five") + line("06:23:00", "long").slice(0, 50),
   line("06:23:00", "long").slice(50, 55),
-  line("06:23:00", "long").slice(55) + line("06:41:00", "six"),
-  line("06:42:00", "seven"),
+  line("06:23:00", "long").slice(55) + line("06:41:00", "six") + line("06:43:00", "next").slice(0, 50),
+  line("06:43:00", "next").slice(50) + line("06:44:00", "seven"),
 ];
 const ENDS = TEXTS.map((_, i) => TEXTS.slice(0, i + 1).join("").length);
 

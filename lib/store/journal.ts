@@ -66,9 +66,10 @@ export interface Entry {
   skipped?: number;
   untimed?: number;
   ahead?: number;
-  /** The host's total of lost bytes, bytes shipped again, and the window up to which its names are unsure. */
+  /** The host's total of lost bytes, bytes and files shipped again, and the window up to which its names are unsure. */
   lost?: number;
   again?: number;
+  againFiles?: number;
   unsure?: string;
   /** Offset from UTC of its newest timestamp, in minutes. */
   zone?: number;

@@ -197,7 +197,7 @@ export function noteEntry(ledger: Ledger, entry: Entry, journal: string): void {
     countMinute(ledger, entry.lines, entry.at);
   }
   const { facts } = ledger;
-  for (const key of ["skipped", "untimed", "ahead", "again"] as const) {
+  for (const key of ["skipped", "untimed", "ahead", "again", "againFiles"] as const) {
     if (entry[key]) facts[key] = (facts[key] ?? 0) + entry[key];
   }
   if (entry.zone !== undefined) facts.zone = entry.zone;

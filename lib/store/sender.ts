@@ -14,16 +14,7 @@ import { existsSync, lstatSync, readSync } from "node:fs";
 import { truncate } from "node:fs/promises";
 import { join } from "node:path";
 import { promisify } from "node:util";
-import {
-  dashedHost,
-  FAILED,
-  formatBatchName,
-  LEDGER,
-  parseBatchName,
-  parseWindow,
-  SENT,
-  withState,
-} from "../batch.ts";
+import { FAILED, LEDGER, parseBatchName, withState } from "../batch.ts";
 import type { ChunkHeaders, Encoding, SenderNews, StreamStatus } from "../chunk.ts";
 import {
   failpoint,
@@ -37,6 +28,7 @@ import {
 import { formatRecord, type Ledger, noteSealed, type StreamRecord, snapshot } from "../ledger.ts";
 import type { Log } from "../service.ts";
 import type { Entry, Journal, Run } from "./journal.ts";
+import { BatchNames } from "./names.ts";
 import {
   GIVE_WAY_MS,
   loseBytes,
@@ -120,6 +112,8 @@ interface Draft {
   untimed: number;
   ahead: number;
   zone?: number;
+  /** Bytes that are shipped again. */
+  again: number;
   /** Lengths of batches that it adds to, and the batches that it begins, by window. */
   lengths: Map<string, number>;
   begun: Map<string, string>;
@@ -163,7 +157,7 @@ export class Sender implements Place {
   /** Counts how often the journal was cut back; `#isCut`: what is staged here was cut off. */
   #epoch = 0;
   #isCut = false;
-  #names = { hour: 0, count: 0 };
+  readonly #names: BatchNames;
   #progress: (() => void)[] = [];
   #tidiedAt = Number.NEGATIVE_INFINITY;
   /** Pieces whose line is filed: removed when no record needs them any more. */
@@ -182,6 +176,7 @@ export class Sender implements Place {
     this.host = host;
     this.folder = join(options.dir, host);
     this.ledger = ledger;
+    this.#names = new BatchNames(host, ledger);
     this.options = options;
     this.parts = parts;
     this.#journal = journal;
@@ -265,26 +260,21 @@ export class Sender implements Place {
     if (head !== undefined) state.head = head;
     const draft: Draft = {
       ...{ chunk, now, state, runs: [], from: state.pieceFrom ?? offset, lines: 0, untimed: 0, ahead: 0 },
+      ...{ again: state.again || chunk.begin === "again" ? end - offset : 0 },
       ...{ lengths: new Map(), begun: new Map(), windows: new Set() },
       ...{ givenWayAt: performance.now(), epoch: this.#epoch },
     };
-    if (chunk.begin === "again" || this.#isUnsure(chunk, offset)) this.#doubtNames(now);
+    if (chunk.begin === "again" || this.#isUnsure(chunk, offset)) this.#names.doubt(now);
     if (body.length > 0) await this.#fileLines(draft, offset);
     if (draft.lines > 0) state.lined = true;
+    if (draft.again > 0 && (chunk.lag ?? 0) > 0) state.again = true;
+    else delete state.again; // nothing is left to ship: what comes now is new
     return draft;
   }
 
   /** A host that is new here, with a log that was read elsewhere before: it may have used names. */
   #isUnsure({ begin }: Chunk, offset: number): boolean {
     return begin !== undefined && offset > 0 && this.ledger.streams.size === 0 && this.ledger.used.size === 0;
-  }
-
-  /** Names may have been used that nobody remembers, of all windows up to a day after the newest. */
-  #doubtNames(now: number): void {
-    const newest = Math.max(now, ...[...this.ledger.used.keys()].map((window) => parseWindow(window).start));
-    const at = new Date(newest + DAY).toISOString(); // compared as text with the windows of any zone
-    const unsure = `${at.slice(2, 4)}${at.slice(5, 7)}${at.slice(8, 10)}${at.slice(11, 13)}_99`;
-    if (unsure > this.ledger.unsure) this.ledger.unsure = unsure;
   }
 
   #makeRoomForStream(): void {
@@ -364,39 +354,12 @@ export class Sender implements Place {
 
   /** A chunk that was begun is taken whole: it is refused at the first new name that is too many, or not at all. */
   #beginBatch(draft: Draft, window: string): string {
-    const hour = Math.floor(draft.now / HOUR);
-    if (this.#names.hour !== hour) this.#names = { hour, count: 0 };
     const { maxNamesPerHour } = this.options;
-    if (draft.begun.size === 0 && this.#names.count >= maxNamesPerHour)
+    if (this.#names.begunAt(draft.now) >= maxNamesPerHour && draft.begun.size === 0)
       throw new StoreError(503, `host ${this.host} has begun ${maxNamesPerHour} batches this hour already`);
-    const part = this.#nextPart(window, draft.now);
-    const { prefix } = this.options;
-    const name = formatBatchName({ prefix, window, host: dashedHost(this.host), part, state: "sealed" });
+    const name = this.#names.next(window, draft.now, this.#lengths.keys(), this.options);
     draft.begun.set(window, name);
     return name;
-  }
-
-  /** The number of the next part of a window: one that no batch of this name ever had. */
-  #nextPart(window: string, now: number): number {
-    const { dir, prefix } = this.options;
-    const host = dashedHost(this.host);
-    let part = this.ledger.used.get(window) ?? 0;
-    for (const name of [...this.ledger.open.keys(), ...this.#lengths.keys()]) {
-      if (!name.includes(window)) continue; // at once: there may be thousands
-      const batch = parseBatchName(name);
-      if (batch?.window === window) part = Math.max(part, batch.part);
-    }
-    part++;
-    if (part === 1 && window <= this.ledger.unsure) part = Math.floor(now / 1000);
-    // Files are looked at, too: the ledger may be lost, or the folder older than it.
-    const isTaken = () => {
-      const name = formatBatchName({ prefix, window, host, part, state: "sealed" });
-      const packed = withState(name, "compressed");
-      const places = [this.host, FAILED, SENT].map((folder) => join(dir, folder, name));
-      return [...places, join(dir, SENT, packed)].some((path) => existsSync(path));
-    };
-    while (isTaken()) part++;
-    return part;
   }
 
   /** Keeps the beginning of a line whose end has not come; it is in no batch yet. */
@@ -446,7 +409,7 @@ export class Sender implements Place {
   #stage(draft: Draft): Promise<Outcome> {
     this.#checkEpoch(draft);
     if (this.#journal.fault !== undefined) throw storeError(this.#journal.fault);
-    const { chunk, state, runs, piece, lines, untimed, ahead, zone, now } = draft;
+    const { chunk, state, runs, piece, lines, untimed, ahead, again, zone, now } = draft;
     const { encoding, bytes } = chunk.encoded ?? { encoding: "identity" as const, bytes: chunk.body };
     const entry: Entry = {
       ...{ seq: 0, synced: [0, 0], at: now, host: this.host, stream: chunk.stream, from: draft.from, state },
@@ -463,10 +426,11 @@ export class Sender implements Place {
       ...(untimed > 0 && { untimed }),
       ...(ahead > 0 && { ahead }),
       ...(zone !== undefined && { zone }),
-      ...(chunk.begin === "again" && { again: state.offset - draft.from }),
+      ...(again > 0 && { again }),
+      ...(chunk.begin === "again" && { againFiles: 1 }),
     };
     this.#streams.set(chunk.stream, state);
-    this.#names.count += draft.begun.size;
+    this.#names.count(draft.begun.size);
     for (const [window, name] of draft.begun) this.#batches.set(window, name);
     for (const [name, length] of draft.lengths) {
       this.#lengths.set(name, { bytes: length, entries: (this.#lengths.get(name)?.entries ?? 0) + 1 });
@@ -480,7 +444,7 @@ export class Sender implements Place {
       (error) => {
         this.#epoch++;
         this.#isCut = true;
-        this.#names.count -= draft.begun.size;
+        this.#names.count(-draft.begun.size);
         throw storeError(error);
       },
     );
@@ -542,7 +506,7 @@ export class Sender implements Place {
     const now = this.options.now();
     const { facts, streams, used } = this.ledger;
     const isStranger = facts.shippers === undefined && streams.size === 0 && used.size === 0;
-    if (hasShipped && isStranger && news.shipper !== undefined) this.#doubtNames(now);
+    if (hasShipped && isStranger && news.shipper !== undefined) this.#names.doubt(now);
     this.#isHeard = true;
     this.ledger.heardAt = now;
     this.isDirty = true;
@@ -550,7 +514,11 @@ export class Sender implements Place {
     facts.forgetAfterDays = this.options.forgetAfterDays;
     if (news.agent !== undefined) facts.agent = news.agent;
     if (news.lag !== undefined) facts.lag = news.lag;
-    if (news.through !== undefined) facts.through = Math.min(now, Math.max(news.through, facts.through ?? 0));
+    if (news.through !== undefined) {
+      facts.through = Math.min(now, Math.max(news.through, facts.through ?? 0));
+      for (const streams of [this.ledger.streams, this.#streams])
+        for (const stream of streams.values()) delete stream.again; // all that there was is shipped
+    }
     if (news.shipper !== undefined) this.#hearShipper(news.shipper, news.lost ?? 0, peer, now);
     else this.ledger.lost += news.lost ?? 0;
   }
@@ -683,10 +651,7 @@ export class Sender implements Place {
     for (const name of closing) {
       const window = parseBatchName(name)?.window ?? "";
       if (this.#batches.get(window) === name) this.#batches.delete(window); // the next line goes to the next number
-      this.ledger.used.set(
-        window,
-        Math.max(parseBatchName(name)?.part ?? 1, this.ledger.used.get(window) ?? 0),
-      );
+      this.#names.useUp(name);
     }
     await this.settle();
     if (this.broken !== undefined) throw this.broken;
@@ -747,11 +712,7 @@ export class Sender implements Place {
       this.lose(pieceName(name, stream.pieceFrom), stream.piece);
       this.#oldPieces.push(join(this.folder, pieceName(name, stream.pieceFrom)));
     }
-    for (const [window] of ledger.used) {
-      if (parseWindow(window).end >= oldest) continue;
-      ledger.used.delete(window);
-      if (window > ledger.unsure) ledger.unsure = window;
-    }
+    this.#names.forgetBefore(oldest);
     for (const [name, { at, waits }] of ledger.sealed)
       if (!waits && at < now - SEALED_MS) ledger.sealed.delete(name);
     this.#waiting();
@@ -767,7 +728,7 @@ export class Sender implements Place {
       throw new StoreError(503, `host ${this.host} cannot be forgotten: batches of it wait`);
     if (this.options.now() - this.ledger.heardAt < HOUR)
       throw new StoreError(503, `host ${this.host} cannot be forgotten: it was heard in the last hour`);
-    this.#doubtNames(Math.min(this.options.now(), this.ledger.heardAt));
+    this.#names.doubt(Math.min(this.options.now(), this.ledger.heardAt));
     this.ledger.streams.clear();
     this.ledger.used.clear();
     this.ledger.sealed.clear();
