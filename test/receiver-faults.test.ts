@@ -76,6 +76,7 @@ describe("folders that are no host's", () => {
     await receiver.says("is a link");
     expect(await readdir(elsewhere)).toEqual([]);
     expect((await fetch(post(url, accessLine(1), { host: "10.0.0.2" }))).status).toBe(200);
+    expect(await receiver.stop()).toBe(0);
   });
 });
 
