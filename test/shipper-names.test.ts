@@ -191,6 +191,7 @@ describe("what lies beside a log", () => {
     "access.log-20261122-w47",
     "access.log-2026-11-22T06",
     "access-20261122.log",
+    "access.log20261122",
     "access.log.1.bak",
     "access.log.bak.1",
   ])("rotated to %s before it is looked at, by a glob and by its path: every line once", async (name) => {

@@ -285,15 +285,18 @@ function keyOf(folder: string): string | undefined {
   }
 }
 
-/** A date: eight digits or more that are one, dashes between them allowed, and maybe a time; or seconds since 1970. */
+/**
+ * A date: eight digits or more that are one, dashes between them allowed, and maybe a time; or seconds since 1970. What
+ * logrotate's dateformat makes may begin with the year, right behind the name.
+ */
 const DATE =
-  /[-._](?:(\d{4})-?(\d\d)-?(\d\d)|(\d\d)-?(\d\d)-?(\d{4}))(?:[-._T]?[\d:.+-]*\d)?Z?(?=\.|$)|[-._](1\d{9})(?=\.|$)/g;
+  /(?:[-._]|(?<=[A-Za-z]))(?:(\d{4})-?(\d\d)-?(\d\d)|(\d\d)-?(\d\d)-?(\d{4}))(?:[-._T]?[\d:.+-]*\d)?Z?(?=\.|$)|[-._](1\d{9})(?=\.|$)/g;
 
 /** The names of logs of which a name may be a rotation; `number` is that of a numbered one. */
 export function possibleBases(name: string): { base: string; number?: number }[] {
   const plain = name.replace(COMPRESSED, "").replace(UNREADABLE, "");
   const bases: { base: string; number?: number }[] = plain === name ? [] : [{ base: plain }];
-  if (!/[-._]\d/.test(plain)) return bases;
+  if (!/[-._]\d|\d{4}/.test(plain)) return bases;
   const add = (start: number, end: number, number?: number) => {
     const [base, rest] = [plain.slice(0, start), plain.slice(end)];
     if (base === "" || !/^(\.[A-Za-z][A-Za-z0-9_]{0,9})?$/.test(rest)) return;
