@@ -152,15 +152,15 @@ export class Intake {
   }
 
   /** What is in a body. Throws a WireError: 415 for an unknown encoding, 413 when too much would come out, else 400. */
-  async #decode(raw: Uint8Array, encoding: string | null, hold: (bytes: number) => void): Promise<Body> {
+  async #decode(raw: Uint8Array, header: string | null, hold: (bytes: number) => void): Promise<Body> {
     const { maxBodyBytes } = this.limits;
-    if (encoding === null || encoding === "identity" || (raw.length === 0 && encoding !== null)) {
-      if (encoding === null || ["identity", "gzip", "zstd"].includes(encoding)) return { body: raw };
-    }
+    const encoding = header?.toLowerCase() ?? "identity"; // in any case: RFC 9110 section 8.4.1
+    if (encoding === "identity") return { body: raw };
     if (encoding !== "gzip" && encoding !== "zstd") {
-      const shown = JSON.stringify(printable(encoding ?? "").slice(0, 60));
+      const shown = JSON.stringify(printable(encoding).slice(0, 60));
       throw new WireError(415, `Content-Encoding ${shown} is not known; expected gzip or zstd`);
     }
+    if (raw.length === 0) return { body: raw };
     const told = encoding === "zstd" ? contentOfZstd(raw) : undefined;
     if (told !== undefined && told > maxBodyBytes) throw tooLong(maxBodyBytes);
     const body = await this.#unpack(raw, encoding, told).catch((error) => {
