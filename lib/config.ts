@@ -6,7 +6,7 @@ import { readFileSync, statSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { hostname, userInfo } from "node:os";
 import { z } from "zod";
-import { explainIssue, explainJson, type SchemaNode, unknownKey } from "./explain.ts";
+import { explainIssue, explainJson, explainRepeated, type SchemaNode, unknownKey } from "./explain.ts";
 import { addressIsValid, isLoopback, overlaps, parseHost, senderIsValid } from "./host.ts";
 
 const secret = z
@@ -400,6 +400,8 @@ export function parseConfig<S extends Section>(text: string, section: S, file = 
   } catch {
     throw new ConfigError([`${file}: is no JSON: ${explainJson(plain) ?? "it can't be read"}`]);
   }
+  const repeated = explainRepeated(plain);
+  if (repeated) throw new ConfigError([`${file}: ${repeated}`]);
   if (typeof json !== "object" || json === null || Array.isArray(json)) {
     throw new ConfigError([`${file}: expected an object with the section "${section}"`]);
   }

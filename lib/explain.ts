@@ -40,11 +40,21 @@ function countSlips(a: string, b: string): number {
 /** Where a text ends to be JSON and why: `line 3, column 5: …` and that line's text; undefined for one that is JSON. */
 export function explainJson(text: string): string | undefined {
   const fault = new JsonReader(text).fault();
-  if (!fault) return undefined;
-  const before = text.slice(0, fault.at).split("\n");
+  return fault && explainPlace(text, fault.at, fault.why);
+}
+
+/** Where a key stands for the second time in an object, of which a parser takes the last without a word; undefined when none does. */
+export function explainRepeated(text: string): string | undefined {
+  const reader = new JsonReader(text);
+  if (reader.fault() || !reader.repeated) return undefined;
+  return explainPlace(text, reader.repeated.at, `the key "${reader.repeated.key}" stands here twice`);
+}
+
+function explainPlace(text: string, at: number, why: string): string {
+  const before = text.slice(0, at).split("\n");
   const line = text.split("\n")[before.length - 1] ?? "";
   const shown = withoutSecrets(line.trim()).slice(0, 100);
-  return `line ${before.length}, column ${(before.at(-1) ?? "").length + 1}: ${fault.why}${shown && `: ${shown}`}`;
+  return `line ${before.length}, column ${(before.at(-1) ?? "").length + 1}: ${why}${shown && `: ${shown}`}`;
 }
 
 /** Reads JSON as far as it is some, by the grammar of RFC 8259: the runtimes' own parsers do not tell the place. */
@@ -52,6 +62,8 @@ class JsonReader {
   readonly #text: string;
   #at = 0;
   #lastComma: number | undefined;
+  /** The first key that its object has already. */
+  repeated: { key: string; at: number } | undefined;
 
   constructor(text: string) {
     this.#text = text;
@@ -86,7 +98,8 @@ class JsonReader {
 
   #value(): void {
     const first = this.#space();
-    if (first === "{") this.#list("}", () => this.#member());
+    const keys = new Set<string>();
+    if (first === "{") this.#list("}", () => this.#member(keys));
     else if (first === "[") this.#list("]", () => this.#value());
     else if (first === '"') this.#string();
     else this.#word();
@@ -100,9 +113,13 @@ class JsonReader {
     this.#at += word[0].length;
   }
 
-  #member(): void {
+  #member(keys: Set<string>): void {
     if (this.#space() !== '"') this.#fail('expected a key in double quotes (")');
+    const at = this.#at;
     this.#string();
+    const key: string = JSON.parse(this.#text.slice(at, this.#at));
+    if (keys.has(key)) this.repeated ??= { key, at };
+    keys.add(key);
     if (this.#space() !== ":") this.#fail("expected : behind the key");
     this.#at++;
     this.#value();

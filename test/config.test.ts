@@ -219,6 +219,15 @@ describe("parseConfig()", () => {
     ],
     ['{ "target": "sftp://u:hunter2@h/f" "x"', 'expected a comma or }: { "target": "sftp://u:…@h/f" "x"'],
   ];
+  test("refuses a key that stands twice in one object: a parser takes the last of them without a word", () => {
+    const twice = '{ "shipper": {\n  "files": ["/a"],\n  "password": "hunter2", "files": ["/b"] } }';
+    expect(() => parseConfig(twice, "shipper")).toThrow(
+      'config.json: line 3, column 26: the key "files" stands here twice: "password": …, "files": ["/b"] } }',
+    );
+    const apart = '{ "housekeep": { "dir": "/d", "schedule": "* * * * *" }, "monitor": { "schedule": 1 } }';
+    expect(parseConfig(apart, "housekeep").dir).toBe("/d");
+  });
+
   test.each(broken)("shows the place where %j is no JSON", (text, where) => {
     const told = (() => {
       try {
