@@ -562,19 +562,23 @@ function queueSummaries(state: MonitorState, { context, snapshot }: Run): void {
       hourEnd,
       from,
       to,
-      zone,
+      zone: commonZone(hosts, now, hourEnd - HOUR_MS),
       since: takeTotals(state, hosts),
     });
     Object.assign(state, { summarisedUntil: hourEnd, accountedUntil: to });
   }
 }
 
-/** The zone that most senders' lines have; this machine's when none tells one. Minutes east of UTC. */
-function commonZone(hosts: HostStatus[], now: number): number {
+/**
+ * The zone that most senders' lines have; this machine's when none tells one. Minutes east of UTC. Where it is this
+ * machine's, that of `at`: an hour from before the clock changed is named as it was then.
+ */
+function commonZone(hosts: HostStatus[], now: number, at = now): number {
   const count = new Map<number, number>();
   for (const { zone } of hosts) if (zone !== undefined) count.set(zone, (count.get(zone) ?? 0) + 1);
-  const [most] = [...count].sort((a, b) => b[1] - a[1]);
-  return most?.[0] ?? -new Date(now).getTimezoneOffset();
+  const [[most] = []] = [...count].sort((a, b) => b[1] - a[1]);
+  const here = (time: number) => -new Date(time).getTimezoneOffset();
+  return most === undefined || most === here(now) ? here(at) : most;
 }
 
 function totalsOf({ skipped, untimed, ahead, lost, gone }: HostStatus): Totals {

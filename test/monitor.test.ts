@@ -317,6 +317,30 @@ test("monitor --mute tells no silence of a host for a while, and all the rest", 
     expect((await runScriptOnce("monitor", file, flags)).code).toBe(2);
 });
 
+test.each([
+  ["spring", Date.UTC(2027, 2, 27, 23, 16), ["00:00–01:00", "01:00–02:00", "03:00–04:00"]],
+  [
+    "autumn",
+    Date.UTC(2027, 9, 30, 22, 16),
+    ["00:00–01:00", "01:00–02:00", "02:00–03:00", "02:00–03:00", "03:00–04:00"],
+  ],
+])("in %s the hours around the change of the clock are told as they were on it", async (_, start, hours) => {
+  const zone = process.env.TZ;
+  process.env.TZ = "Europe/Berlin";
+  try {
+    const { dir, config, received } = await setUp();
+    for (let n = 0; n <= hours.length; n++) {
+      const at = start + n * HOUR;
+      const east = -new Date(at).getTimezoneOffset();
+      await writeLedger(dir, "10.0.0.1", heard(at, 0, { facts: { zone: east } }));
+      await runAt(config, at);
+    }
+    expect((await received()).map(({ subject = "" }) => subject.slice(0, 11))).toEqual(hours);
+  } finally {
+    process.env.TZ = zone ?? "UTC";
+  }
+});
+
 test("monitor --check names what is missing on this host", async () => {
   const none = join(await tempFolder(), "none");
   const { file } = await setUp({ dir: none, stateFile: join(none, "monitor.json") });
