@@ -225,8 +225,12 @@ export function checkMails(mails: Mail[], outages: Outage[], monitorKills: numbe
     const flapping = about.some(({ at, subject, text }) => {
       return at < next && `${subject}\n${text}`.includes("flapping");
     });
+    // What came before it, a full disk, may have silenced the host already: it is told once, and stands until it is back.
+    const before = about.filter(({ at }) => at < from).sort((a, b) => b.at - a.at)[0];
+    const isStanding =
+      before !== undefined && saysOf(before, host, "silent") && !saysOf(before, host, "back");
     for (const [what, found] of [
-      ["is silent", told],
+      ["is silent", isStanding ? [before, ...told] : told],
       ["is back", over],
     ] as const) {
       if (found.length === 0 && !flapping) {
@@ -241,6 +245,12 @@ export function checkMails(mails: Mail[], outages: Outage[], monitorKills: numbe
     }
   }
   return result;
+}
+
+/** Whether one of a mail's facts says this of a host. */
+function saysOf({ subject, text }: Mail, host: string, what: string): boolean {
+  const told = [...subject.split("; "), ...text.split(/^\* /m)];
+  return told.some((part) => part.includes(host) && part.includes(what));
 }
 
 /** Open and sealed batches that have not been delivered, but for those of the hostile sender. */

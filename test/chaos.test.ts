@@ -201,6 +201,16 @@ describe("checkMails()", () => {
     expect(checkMails(late, [outage, next], 0)).toMatchObject({ missing: 0 });
     expect(checkMails([mail(5500, "is silent"), ...back], [outage, next], 0)).toMatchObject({ missing: 1 });
   });
+  test("takes a host for told that was told to be silent before, and not to be back", () => {
+    const mails = [mail(900, "is silent"), mail(2500, "is back")];
+    expect(checkMails(mails, [outage], 0)).toMatchObject({ missing: 0, twice: 0 });
+    expect(checkMails([mail(900, "is silent"), mail(950, "is back")], [outage], 0)).toMatchObject({
+      missing: 2,
+    });
+    expect(checkMails([mail(900, "is never seen"), mail(2500, "is back")], [outage], 0)).toMatchObject({
+      missing: 1,
+    });
+  });
   test("allows no more repeats than the monitor was killed", () => {
     const mails = [mail(1500, "is silent"), mail(1600, "is silent"), mail(2500, "is back")];
     expect(checkMails(mails, [outage], 0)).toMatchObject({ twice: 1 });
