@@ -369,11 +369,13 @@ export async function compressFile(
   const to = join(folder, withState(name, "compressed"));
   const file = await open(from, constants.O_RDONLY | constants.O_NOFOLLOW);
   try {
+    const before = await file.stat();
     const found = await compareGzip(to, file, signal);
     if (found === "absent" && (await wouldGrow(file))) return undefined;
     if (onlyLooks) return 0;
     if (found === "damaged") await removeDurably(to);
     if (found !== "same" && !(await writeGzip(file, to, { signal, read }))) return undefined;
+    await refuseChanged(file, before);
   } finally {
     await file.close();
   }
@@ -425,9 +427,7 @@ async function writeGzip(
       { signal },
     );
     failpoint("housekeep:written");
-    const now = await file.stat();
-    if (now.mtimeMs !== mtimeMs || now.size !== size || original.bytes !== size)
-      throw new Error(`Cannot compress: it changed meanwhile (${size} bytes at first, then ${now.size})`);
+    await refuseChanged(file, { size, mtimeMs });
     if ((await lstat(temp)).size >= size) return false;
     await keepOwner(temp, uid, gid);
     await chmod(temp, mode & 0o777);
@@ -444,6 +444,13 @@ async function writeGzip(
   } finally {
     await rm(temp, { force: true }); // a part of a file helps nobody, least of all when the disk is full
   }
+}
+
+/** Throws when an open file is not as it was: what came to it is in no `.gz`. */
+async function refuseChanged(file: FileHandle, before: { size: number; mtimeMs: number }): Promise<void> {
+  const { size, mtimeMs } = await file.stat();
+  if (size !== before.size || mtimeMs !== before.mtimeMs)
+    throw new Error(`Cannot compress: it changed meanwhile (${before.size} bytes at first, then ${size})`);
 }
 
 /** Who may not give a file away (all but root) keeps what can be kept: the group, when it is in it. */

@@ -1,6 +1,6 @@
 import { expect, test } from "bun:test";
 import { randomBytes } from "node:crypto";
-import { readFileSync, rmSync } from "node:fs";
+import { appendFileSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import {
   appendFile,
   chmod,
@@ -15,7 +15,7 @@ import {
 } from "node:fs/promises";
 import { join } from "node:path";
 import { gunzipSync, gzipSync } from "node:zlib";
-import { type Delivered, housekeepOnce, planPass } from "../housekeep.ts";
+import { compressFile, type Delivered, housekeepOnce, planPass } from "../housekeep.ts";
 import { parseConfig } from "../lib/config.ts";
 import { holdLock } from "../lib/durable.ts";
 import { appendReport, formatReportLine, readReportTail } from "../lib/report.ts";
@@ -55,6 +55,26 @@ async function run(config: Parameters<typeof housekeepOnce>[0]["config"], more: 
   const result = await housekeepOnce({ config, log, signal, now: () => NOW, ...more });
   return { ...result, log: logged.join("") };
 }
+
+test("a file that changes while it is compressed stays as it is, and is compressed the next time", async () => {
+  const { sent } = await setUp();
+  const path = join(sent, batch(1));
+  const { signal } = new AbortController();
+  for (const change of [() => appendFileSync(path, "more\n"), () => writeFileSync(path, content(2))]) {
+    await deliver(sent, batch(1), 5, content(1).repeat(20));
+    let isChanged = false;
+    const read = () => {
+      if (!isChanged) change();
+      isChanged = true;
+    };
+    await expect(compressFile(sent, batch(1), { signal, read })).rejects.toThrow("it changed meanwhile");
+    const now = readFileSync(path, "utf8");
+    expect(await readdir(sent)).toEqual([batch(1)]);
+    expect(await compressFile(sent, batch(1), { signal })).toBeGreaterThan(0);
+    expect(gunzipSync(readFileSync(`${path}.gz`)).toString()).toBe(now);
+    rmSync(`${path}.gz`);
+  }
+});
 
 test("housekeepOnce() compresses and deletes by the time of delivery", async () => {
   const { sent, config } = await setUp();
