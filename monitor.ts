@@ -716,21 +716,24 @@ async function mute(service: Service<"monitor">, name: string): Promise<number> 
   const host = name === "*" ? "*" : parseHost(name);
   if (host === undefined) throw new UsageError(`--mute ${name}: expected an IP address, a host name or *`);
   const [, number, unit = ""] = /^(\d+(?:\.\d+)?)([mhd])$/.exec(String(flags.for ?? "")) ?? [];
-  if (!flags.off && number === undefined)
+  if (!flags.off && !(Number(number) > 0))
     throw new UsageError("--mute HOST needs --for 90m, 2h or 3d, or --off");
   const uid = process.getuid?.();
   const { SUDO_USER, LOGNAME, USER } = process.env;
   const by = SUDO_USER || LOGNAME || USER || (uid === 0 ? "root" : `user ${uid}`); // without them Bun says "unknown"
   const store = new StateStore(service);
+  let done = "muted";
   await store.change((state) => {
-    if (flags.off) delete state.mutes[host];
-    else {
+    if (flags.off) {
+      done = Object.hasOwn(state.mutes, host) ? "mute ended" : "was not muted";
+      delete state.mutes[host];
+    } else {
       const until = now() + Number(number) * (UNITS[unit] ?? 0);
       state.mutes[host] = { until, at: now(), by, ...(flags.reason && { reason: String(flags.reason) }) };
     }
   });
   if (store.unsaved) throw new OperatorError(`Cannot save ${service.config.stateFile}: ${store.unsaved}`);
-  log.info(flags.off ? "mute ended" : "muted", { host, for: flags.for && String(flags.for), by });
+  log.info(done, { host, for: flags.for && String(flags.for), by });
   return EXIT.done;
 }
 

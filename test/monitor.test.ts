@@ -307,10 +307,12 @@ test("monitor --mute tells no silence of a host for a while, and all the rest", 
   );
   expect((await runScriptOnce("monitor", file, ["--mute", "*", "--for", "1d"])).code).toBe(0);
   expect((await runScriptOnce("monitor", file, ["--mute", "*", "--off"])).code).toBe(0);
+  expect((await runScriptOnce("monitor", file, ["--mute", "*", "--off"])).output).toContain("was not muted");
   expect(JSON.parse(await readFile(config.stateFile, "utf8")).mutes).toEqual({});
   for (const flags of [
     ["--mute", "a b", "--for", "1h"],
     ["--mute", "a"],
+    ["--mute", "a", "--for", "0h"],
     ["--mute", "a", "--for", "1y"],
     ["--for", "1h"],
   ])
