@@ -11,7 +11,7 @@
  * the original. A `.gz` that is already there is checked in the same way: damaged, it is written anew;
  * with other content, both stay and it is said. One run at a time, by a lock that ends with its process.
  */
-import { constants, createReadStream, createWriteStream } from "node:fs";
+import { constants, createReadStream, createWriteStream, type Stats } from "node:fs";
 import {
   access,
   chmod,
@@ -374,7 +374,7 @@ export async function compressFile(
     if (found === "absent" && (await wouldGrow(file))) return undefined;
     if (onlyLooks) return 0;
     if (found === "damaged") await removeDurably(to);
-    if (found !== "same" && !(await writeGzip(file, to, { signal, read }))) return undefined;
+    if (found !== "same" && !(await writeGzip(file, before, to, { signal, read }))) return undefined;
     await refuseChanged(file, before);
   } finally {
     await file.close();
@@ -413,12 +413,13 @@ async function wouldGrow(file: FileHandle): Promise<boolean> {
 /** Whether the `.gz` is there now; false when it would not be smaller than the original. */
 async function writeGzip(
   file: FileHandle,
+  before: Stats,
   to: string,
   { signal, read }: { signal: AbortSignal; read: (bytes: number) => void },
 ): Promise<boolean> {
   const temp = to + TEMP_SUFFIX;
   const original = { bytes: 0, crc: 0 };
-  const { uid, gid, mode, mtimeMs, size } = await file.stat();
+  const { uid, gid, mode, mtimeMs, size } = before;
   try {
     await pipeline(
       measure(readBlocks(file), original, read),
@@ -427,7 +428,7 @@ async function writeGzip(
       { signal },
     );
     failpoint("housekeep:written");
-    await refuseChanged(file, { size, mtimeMs });
+    await refuseChanged(file, before, original.bytes);
     if ((await lstat(temp)).size >= size) return false;
     await keepOwner(temp, uid, gid);
     await chmod(temp, mode & 0o777);
@@ -446,10 +447,10 @@ async function writeGzip(
   }
 }
 
-/** Throws when an open file is not as it was: what came to it is in no `.gz`. */
-async function refuseChanged(file: FileHandle, before: { size: number; mtimeMs: number }): Promise<void> {
+/** Throws when an open file is not as it was, or not all of it was read: what came to it is in no `.gz`. */
+async function refuseChanged(file: FileHandle, before: Stats, read = before.size): Promise<void> {
   const { size, mtimeMs } = await file.stat();
-  if (size !== before.size || mtimeMs !== before.mtimeMs)
+  if (size !== before.size || mtimeMs !== before.mtimeMs || read !== before.size)
     throw new Error(`Cannot compress: it changed meanwhile (${before.size} bytes at first, then ${size})`);
 }
 
