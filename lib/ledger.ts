@@ -279,8 +279,13 @@ async function readOldNames(hostFolder: string, ledger: Ledger): Promise<void> {
 
 /** Takes a batch among the sealed ones; its name is used up. */
 export function noteSealed(ledger: Ledger, batch: SealedBatch): void {
-  const { window = "", part = 1 } = parseBatchName(batch.name) ?? {};
   ledger.sealed.set(batch.name, batch);
+  useUpName(ledger, batch.name);
+}
+
+/** No other batch of this window has the name's number, or a lower one, from now on. */
+export function useUpName(ledger: Ledger, name: string): void {
+  const { window = "", part = 1 } = parseBatchName(name) ?? {};
   ledger.used.set(window, Math.max(part, ledger.used.get(window) ?? 0));
 }
 

@@ -67,12 +67,6 @@ export class BatchNames {
     }
   }
 
-  /** A batch of this name is sealed. */
-  useUp(name: string): void {
-    const { window = "", part = 1 } = parseBatchName(name) ?? {};
-    this.#ledger.used.set(window, Math.max(part, this.#ledger.used.get(window) ?? 0));
-  }
-
   /** Names may have been used that nobody remembers, of all windows up to a day after the newest. */
   doubt(now: number): void {
     const newest = Math.max(now, ...[...this.#ledger.used.keys()].map((window) => parseWindow(window).start));

@@ -25,7 +25,7 @@ import {
   syncFolder,
   writeDurably,
 } from "../durable.ts";
-import { formatRecord, type Ledger, noteSealed, type StreamRecord, snapshot } from "../ledger.ts";
+import { formatRecord, type Ledger, noteSealed, type StreamRecord, snapshot, useUpName } from "../ledger.ts";
 import type { Log } from "../service.ts";
 import type { Entry, Journal, Run } from "./journal.ts";
 import { BatchNames } from "./names.ts";
@@ -651,7 +651,7 @@ export class Sender implements Place {
     for (const name of closing) {
       const window = parseBatchName(name)?.window ?? "";
       if (this.#batches.get(window) === name) this.#batches.delete(window); // the next line goes to the next number
-      this.#names.useUp(name);
+      useUpName(this.ledger, name);
     }
     await this.settle();
     if (this.broken !== undefined) throw this.broken;
