@@ -416,14 +416,15 @@ function noteAgain(
   { host, again = 0, againFiles = 0 }: HostStatus,
 ): void {
   const isPast = state.again[host] === undefined && state.begunAt >= snapshot.now - MINUTE;
-  const known = isPast ? { told: again, seen: again } : (state.again[host] ?? { told: 0, seen: 0 });
+  const none = { told: 0, seen: 0, files: 0 };
+  const known = isPast ? { told: again, seen: again, files: againFiles } : (state.again[host] ?? none);
   state.again[host] = known;
-  if (again < known.told) known.told = 0; // lost once more: a new ledger counts anew
+  if (again < known.told) known.told = known.files = 0; // lost once more: a new ledger counts anew
   const isSteady = again === known.seen;
   known.seen = again;
   if (!isSteady || again === known.told) return;
   const bytes = formatBytes(again - known.told);
-  const files = count(againFiles, "file", "files");
+  const files = count(againFiles - known.files, "file", "files");
   const text = `The receiver had lost lines of ${host}, whose shipper has shipped ${bytes} of ${files} again, of what was not delivered. Some of it may have been: those lines come twice, in batches with other names. The shipper's log names each file, since when what comes twice had been delivered, and what is gone with its file.`;
   changes.push({
     ...{ kind: "note", title: `${host} shipped ${bytes} again`, text, status: "ok", sender: false },
@@ -432,7 +433,7 @@ function noteAgain(
       next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'receiver has lost lines'"`],
     },
   });
-  known.told = again;
+  Object.assign(known, { told: again, files: againFiles });
 }
 
 /** Of a sender whose records were removed, and for whom nobody asks, nothing is kept. */

@@ -114,7 +114,9 @@ const stateSchema = monitorNewsSchema.extend({
   /** Bytes lost that were told, by host, and when. */
   lost: z.record(z.string(), z.object({ lost: z.number(), gone: z.number(), toldAt: z.number() })),
   /** Bytes shipped again, by host: those that were told, and those that were seen last. */
-  again: z.record(z.string(), z.object({ told: z.number(), seen: z.number() })).default({}),
+  again: z
+    .record(z.string(), z.object({ told: z.number(), seen: z.number(), files: z.number().default(0) }))
+    .default({}),
   future: z.record(z.string(), z.object({ value: z.number(), at: z.number() })),
   /** Of receivers that write no state file here: since when one does not answer, and when one was back. */
   unnamed: z.custom<{ wellUntil?: number; startedAt?: number }>(
