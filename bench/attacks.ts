@@ -9,12 +9,13 @@
  */
 import { spawn } from "node:child_process";
 import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
-import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
+import { reachable, runScript, stopAll } from "./contestant.ts";
 import { combinedLine, formatTime } from "./generate.ts";
 import { ATTACK_NAMES, type Target } from "./hostile.ts";
+import { freePort } from "./pipeline.ts";
 import { createRandom } from "./random.ts";
 import { median, percentile, sample } from "./sample.ts";
 
@@ -28,7 +29,6 @@ const TOKENS = {
   bad: "a-stolen-token-of-24-sign",
   any: "the-token-of-all-others-24",
 };
-const ROOT = join(import.meta.dir, "..");
 
 interface Row {
   attack: string;
@@ -77,7 +77,7 @@ async function measure(attack: string, seconds: number, rate: number): Promise<R
     };
   } finally {
     clearInterval(watch);
-    receiver.kill("SIGKILL");
+    await stopAll([receiver]);
     rmSync(folder, { recursive: true, force: true });
   }
 }
@@ -96,13 +96,8 @@ async function startReceiver(folder: string, port: number) {
   const config = join(folder, "config.json");
   const receiver = { dir: join(folder, "data"), groups: [{ port, senders: ["*"] }], tokens };
   writeFileSync(config, JSON.stringify({ receiver }));
-  const child = spawn(process.execPath, ["run", join(ROOT, "receiver.ts"), "--config", config], {
-    stdio: ["ignore", "pipe", "inherit"],
-  });
-  await new Promise<void>((resolve, reject) => {
-    child.stdout.on("data", (text) => String(text).includes("receiver listens") && resolve());
-    child.once("exit", (code) => reject(new Error(`The receiver ended with ${code}`)));
-  });
+  const child = runScript(folder, "receiver", config);
+  await reachable(port);
   return child;
 }
 
@@ -144,7 +139,7 @@ async function runGood(post: () => Promise<number>, ms: number): Promise<number[
 
 function startAttack(target: Target, only: string, rate: number, seed: number) {
   const what = JSON.stringify({ target, only, rate, seed });
-  const command = ["-n", "19", process.execPath, "run", join(ROOT, "bench/hostile.ts"), what];
+  const command = ["-n", "19", process.execPath, "run", join(import.meta.dirname, "hostile.ts"), what];
   const child = spawn("nice", command, { stdio: ["pipe", "pipe", "inherit"] });
   let output = "";
   child.stdout.on("data", (text) => {
@@ -159,15 +154,6 @@ function startAttack(target: Target, only: string, rate: number, seed: number) {
       return JSON.parse(output);
     },
   };
-}
-
-function freePort(): Promise<number> {
-  return new Promise((resolve) => {
-    const server = createServer().listen(0, "127.0.0.1", () => {
-      const address = server.address();
-      server.close(() => resolve(typeof address === "object" && address ? address.port : 0));
-    });
-  });
 }
 
 const { values } = parseArgs({
