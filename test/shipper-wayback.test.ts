@@ -216,6 +216,21 @@ class Middle {
     return Math.min(offset, Math.max(from, this.delivered ?? offset));
   }
 
+  /** Holds the answers to questions back from now on; ends when one waits, and gives what lets them go. */
+  async holdQuestion(): Promise<() => void> {
+    const go = Promise.withResolvers<void>();
+    let isHeld = false;
+    this.holdAnswer = () => {
+      isHeld = true;
+      return go.promise;
+    };
+    await until("a question is on its way", () => isHeld);
+    return () => {
+      this.holdAnswer = async () => {};
+      go.resolve();
+    };
+  }
+
   /** Waits for so many more answers. */
   async heartbeats(count: number): Promise<void> {
     const from = this.asked;
@@ -229,17 +244,10 @@ test("offsets that were answered while the question was on its way are no loss",
   sender.write(lines("a", 1, 20));
   const shipper = sender.start();
   await expectArrives(middle, sender);
-  let isHeld = false;
-  const go = Promise.withResolvers<void>();
-  middle.holdAnswer = () => {
-    isHeld = true;
-    return go.promise;
-  };
-  await until("a question is on its way", () => isHeld);
+  const answer = await middle.holdQuestion();
   sender.write(lines("a", 21, 40));
   await expectArrives(middle, sender);
-  middle.holdAnswer = async () => {};
-  go.resolve();
+  answer();
   await middle.heartbeats(3);
   expect(middle.begun).toHaveLength(1);
   expectSameLines(middle.text, Buffer.concat(sender.written));
@@ -260,17 +268,10 @@ test("a stream that begins while the question is on its way is no loss", async (
   sender.rotate();
   sender.write(lines("b", 1, 20));
   await until("the second stream has its name", () => refused > 0);
-  let isHeld = false;
-  const go = Promise.withResolvers<void>();
-  middle.holdAnswer = () => {
-    isHeld = true;
-    return go.promise;
-  };
-  await until("a question is on its way", () => isHeld);
+  const answer = await middle.holdQuestion();
   middle.answer = undefined;
   await expectArrives(middle, sender);
-  middle.holdAnswer = async () => {};
-  go.resolve();
+  answer();
   await middle.heartbeats(3);
   expect(middle.begun.map(({ begin }) => begin)).toEqual(["new", "new"]);
   expectSameLines(middle.text, Buffer.concat(sender.written));
