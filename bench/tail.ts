@@ -3,7 +3,7 @@
  * shipper and receiver; a batch is taken as delivered by a move to `sent/`, as the forwarder does it.
  *
  *   bun run bench/tail.ts rotations [--count 2000] [--keep 14] [--every 200]     gzip at the next rotation (delaycompress)
- *   bun run bench/tail.ts quiet [--count 1000] [--seconds 60]
+ *   bun run bench/tail.ts quiet [--count 1000] [--seconds 60]                     aims: 2 % of a core, 100 MiB
  */
 import {
   appendFileSync,
@@ -36,8 +36,13 @@ interface Ends {
   shipper: number;
 }
 
-/** Runs both ends over `files` while `work` goes on. */
-async function withEnds(pattern: string, shipper: object, work: (ends: Ends) => Promise<void>) {
+/** Runs both ends over what `prepare` makes, while `work` goes on. */
+async function withEnds(
+  pattern: string,
+  shipper: object,
+  prepare: (logs: string) => void,
+  work: (ends: Ends) => Promise<void>,
+) {
   const folder = mkdtempSync(join(tmpdir(), "log-rt-sync-tail-"));
   const [logs, dir] = [join(folder, "logs"), join(folder, "batches")];
   for (const path of [logs, join(dir, "sent")]) mkdirSync(path, { recursive: true });
@@ -56,11 +61,11 @@ async function withEnds(pattern: string, shipper: object, work: (ends: Ends) => 
     }),
   );
   mkdirSync(stateDir);
+  prepare(logs);
   const server = runScript(folder, "receiver", config);
   await reachable(port);
   const client = runScript(folder, "shipper", config);
   try {
-    await sleep(3000);
     await work({ folder, logs, dir, shipper: client.pid as number });
   } finally {
     await stopAll([client, server]);
@@ -81,10 +86,10 @@ function say(ends: Ends, what: string): void {
 
 /** Rotations of one log, the one before gzipped, of which so many files are kept. */
 async function measureRotations(count: number, keep: number, everyMs: number): Promise<void> {
-  await withEnds("access.log", { rotateWaitSeconds: 1, heartbeatSeconds: 2 }, async (ends) => {
+  const prepare = (logs: string) => writeFileSync(join(logs, "access.log"), "");
+  await withEnds("access.log", { rotateWaitSeconds: 1, heartbeatSeconds: 2 }, prepare, async (ends) => {
     const live = join(ends.logs, "access.log");
-    writeFileSync(live, "");
-    await sleep(2000);
+    await sleep(5000);
     say(ends, "at the start");
     for (let n = 1; n <= count; n++) {
       const at = new Date(Date.UTC(2026, 0, 1) + Math.floor(n / ROTATIONS_OF_A_WINDOW) * 1_200_000);
@@ -124,20 +129,40 @@ function rotate(logs: string, keep: number): void {
   writeFileSync(live, "");
 }
 
-/** Logs of two lines each that nobody writes any more. */
+/** Logs of a line each that nobody writes any more: the start, the first answer, all lines, and what it costs from then on. */
 async function measureQuiet(count: number, seconds: number): Promise<void> {
-  await withEnds("*.log", {}, async (ends) => {
-    const line = '10.0.0.1 - - [01/Jan/2026:00:00:00 +0000] "GET / HTTP/1.1" 200 512 "-" "curl/8.5"\n';
-    for (let n = 0; n < count; n++)
-      writeFileSync(join(ends.logs, `site${n}.log`), line.replace("/ ", `/${n} `));
-    await sleep(15_000 + count);
-    say(ends, `${count} logs`);
+  const line = '10.0.0.1 - - [01/Jan/2026:00:00:00 +0000] "GET / HTTP/1.1" 200 512 "-" "curl/8.5"\n';
+  const prepare = (logs: string) => {
+    for (let n = 0; n < count; n++) writeFileSync(join(logs, `site${n}.log`), line.replace("/ ", `/${n} `));
+  };
+  await withEnds("*.log", {}, prepare, async (ends) => {
+    const started = performance.now();
+    const tell = (what: string) => say(ends, `${count} logs, ${what}`);
+    const after = () => `after ${((performance.now() - started) / 1000).toFixed(1)} s`;
+    while (!isAsked(ends)) await sleep(20);
+    tell(`first answer ${after()}`);
+    while (countLines(ends) < count) await sleep(250);
+    tell(`all lines ${after()}`);
+    await sleep(20_000); // it has saved, and is quiet
     const before = sample(ends.shipper).cpuSeconds;
     await sleep(seconds * 1000);
     const spent = sample(ends.shipper).cpuSeconds - before;
-    say(ends, `${seconds} s later`);
+    tell(`${seconds} s later`);
     process.stdout.write(`${((spent / seconds) * 100).toFixed(2)} % of a core\n`);
   });
+}
+
+/** Whether the cursor says that the receiver has answered. */
+function isAsked({ folder }: Ends): boolean {
+  const cursor = join(folder, "state", "cursor.json");
+  return existsSync(cursor) && readFileSync(cursor, "latin1").slice(0, 200).includes('"asked":true');
+}
+
+/** Lines that the receiver has on stable storage. */
+function countLines({ dir }: Ends): number {
+  const own = join(dir, HOST);
+  const names = existsSync(own) ? readdirSync(own).filter((name) => /\.log(\.part)?$/.test(name)) : [];
+  return names.reduce((sum, name) => sum + readFileSync(join(own, name), "latin1").split("\n").length - 1, 0);
 }
 
 const { values, positionals } = parseArgs({

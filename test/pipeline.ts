@@ -284,13 +284,11 @@ export function expectTags(stored: Buffer, expected: Record<string, string>): vo
   expect(stored.length).toBe(Object.values(expected).reduce((sum, text) => sum + text.length, 0));
 }
 
-/** A process with its peak of memory in bytes, CPU time in ms and open descriptors, as /proc has them. */
-export function usage(pid: number): { peak: number; cpuMs: number; descriptors: string[] } {
+/** A process with its peak of memory in bytes and open descriptors, as /proc has them. */
+export function usage(pid: number): { peak: number; descriptors: string[] } {
   const status = readFileSync(`/proc/${pid}/status`, "latin1");
-  const fields = readFileSync(`/proc/${pid}/stat`, "latin1").split(") ")[1]?.split(" ") ?? [];
   return {
     peak: Number(/VmHWM:\s+(\d+)/.exec(status)?.[1]) * 1024,
-    cpuMs: (Number(fields[11]) + Number(fields[12])) * 10,
     descriptors: readdirSync(`/proc/${pid}/fd`),
   };
 }
