@@ -83,6 +83,8 @@ export interface Shipper {
   uploader: Uploader;
   buffers: Buffers;
   wakeup: Wakeup;
+  /** Rung when the receiver may be to be asked. */
+  asking: Wakeup;
   skip: SkipRule[];
   /** Largest chunk now, and the largest that the receiver takes. */
   chunkBytes: number;
@@ -180,6 +182,7 @@ export async function openShipper(
     uploader: new Uploader(config, signal),
     buffers: new Buffers(MARK_BYTES + config.chunkBytes),
     wakeup: new Wakeup(),
+    asking: new Wakeup(),
     skip: config.skip.map(parseSkipRule),
     chunkBytes: config.chunkBytes,
     mostBytes: config.chunkBytes,
@@ -297,6 +300,7 @@ async function lookOnce(shipper: Shipper): Promise<Look> {
   shipper.lookAt = look.nextAt;
   shipper.orphans = look.orphans;
   if (look.orphans.length > 0 || !shipper.streams.asked) shipper.askNow = true;
+  shipper.asking.ring();
   return look;
 }
 
@@ -330,9 +334,8 @@ async function followAll(shipper: Shipper): Promise<void> {
           error,
         });
     }
-    for (const [path, own] of streams.asked ? Map.groupBy(streams.list, (stream) => stream.log) : []) {
-      const log = streams.logs.get(path);
-      if (!log || log.isRunning || !own.some((stream) => isDue(shipper, log, stream))) continue;
+    for (const log of streams.asked ? streams.logs.values() : []) {
+      if (log.isRunning || !streams.ofLog(log.path).some((stream) => isDue(shipper, log, stream))) continue;
       loops.set(
         log,
         follow(shipper, log).catch((error) => failed.abort(error)),
@@ -394,8 +397,9 @@ async function follow(shipper: Shipper, log: FollowedLog): Promise<void> {
 // ---- shipping
 
 function streamsOf({ streams }: Shipper, log: FollowedLog): Stream[] {
-  const own = streams.list.filter((stream) => stream.log === log.path);
-  return own.sort((a, b) => Number(a.isLive) - Number(b.isLive) || a.mtimeMs - b.mtimeMs || a.from - b.from);
+  return streams
+    .ofLog(log.path)
+    .toSorted((a, b) => Number(a.isLive) - Number(b.isLive) || a.mtimeMs - b.mtimeMs || a.from - b.from);
 }
 
 /** Whether there may be something to ship of a stream. */
@@ -485,7 +489,7 @@ async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBu
     }
     await findWayBack(streams, stream, file);
     takeWayBack(streams, stream);
-    const isDone = await drain(shipper, stream, { file, buffer, flying: [], isSingle: false });
+    const isDone = await drain(shipper, stream, { file, buffer, chunks: [], isSingle: false });
     stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
     await streams.finish(stream);
@@ -528,34 +532,34 @@ interface Flown {
 }
 
 /** The chunks of one stream that are on their way, oldest first. */
-interface Flight {
+interface InFlight {
   file: LogFile;
   buffer: Buffer<ArrayBuffer>;
-  flying: Flown[];
+  chunks: Flown[];
   /** One at a time, until the next 200. */
   isSingle: boolean;
 }
 
 /** Ships a stream up to the present end of its file. False when it can't go on before others do. Throws Refused, Changed, the system's error. */
-async function drain(shipper: Shipper, stream: Stream, flight: Flight): Promise<boolean> {
+async function drain(shipper: Shipper, stream: Stream, inFlight: InFlight): Promise<boolean> {
   try {
-    if (stream.offset === 0) await skipHole(shipper, stream, flight.file);
+    if (stream.offset === 0) await skipHole(shipper, stream, inFlight.file);
     let last: Flown | undefined;
     while (!shipper.signal.aborted) {
-      last = await fill(shipper, stream, flight, last);
-      const first = flight.flying.shift();
+      last = await fill(shipper, stream, inFlight, last);
+      const first = inFlight.chunks.shift();
       if (!first) return !shipper.signal.aborted;
       const answer = await first.answer;
       failpoint("shipper:answered");
-      if (answer.kind === "stored") commit(shipper, stream, first, flight);
-      else if (!(await goBack(shipper, stream, flight, answer))) return false;
+      if (answer.kind === "stored") commit(shipper, stream, first, inFlight);
+      else if (!(await goBack(shipper, stream, inFlight, answer))) return false;
       if (answer.kind !== "stored") last = undefined;
       if (stream.wayBack !== undefined) return false;
     }
     return false;
   } finally {
     // Before the buffer and the file go to somebody else, nobody may still send of them.
-    await settle(shipper, stream, flight);
+    await settle(shipper, stream, inFlight);
   }
 }
 
@@ -571,27 +575,27 @@ async function skipHole(shipper: Shipper, stream: Stream, file: LogFile): Promis
 async function fill(
   shipper: Shipper,
   stream: Stream,
-  flight: Flight,
+  inFlight: InFlight,
   last?: Flown,
 ): Promise<Flown | undefined> {
-  const most = stream.begin || flight.isSingle ? 1 : shipper.config.inFlight;
-  let before = flight.flying.at(-1) ?? last;
-  while (flight.flying.length < most && !shipper.signal.aborted && (before?.isFull ?? true)) {
-    const next = await prepare(shipper, stream, flight, before);
+  const most = stream.begin || inFlight.isSingle ? 1 : shipper.config.inFlight;
+  let before = inFlight.chunks.at(-1) ?? last;
+  while (inFlight.chunks.length < most && !shipper.signal.aborted && (before?.isFull ?? true)) {
+    const next = await prepare(shipper, stream, inFlight, before);
     if (!next) break;
     if (stream.begin) next.chunk.begin = stream.begin;
     const answer = send(shipper, next.chunk);
     answer.catch(() => {}); // looked at when its turn comes
     before = { ...next, answer, sentAt: shipper.mono() };
-    flight.flying.push(before);
+    inFlight.chunks.push(before);
     if (stream.begin) break;
   }
   return before;
 }
 
-function commit(shipper: Shipper, stream: Stream, { chunk, marks, sentAt }: Flown, flight: Flight): void {
+function commit(shipper: Shipper, stream: Stream, { chunk, marks, sentAt }: Flown, inFlight: InFlight): void {
   const took = shipper.mono() - sentAt;
-  flight.isSingle = took > SLOW_MS;
+  inFlight.isSingle = took > SLOW_MS;
   if (took < SLOW_MS / 4) shipper.chunkBytes = Math.min(shipper.mostBytes, shipper.chunkBytes * 2);
   stream.offset = chunk.end;
   stream.marks = marks;
@@ -600,24 +604,25 @@ function commit(shipper: Shipper, stream: Stream, { chunk, marks, sentAt }: Flow
 }
 
 /** After a 409 all that is on its way is waited for; it goes on from the highest offset told. False when the receiver is to be asked. */
-async function goBack(shipper: Shipper, stream: Stream, flight: Flight, first: Answer): Promise<boolean> {
-  const answers = [first, ...(await settle(shipper, stream, flight))];
-  flight.isSingle = true;
+async function goBack(shipper: Shipper, stream: Stream, inFlight: InFlight, first: Answer): Promise<boolean> {
+  const answers = [first, ...(await settle(shipper, stream, inFlight))];
+  inFlight.isSingle = true;
   const [highest] = answers.filter((answer) => answer.kind === "moved").sort((a, b) => b.offset - a.offset);
-  if (highest) return moveTo(shipper.streams, stream, flight.file, highest.offset, highest.mark);
+  if (highest) return moveTo(shipper.streams, stream, inFlight.file, highest.offset, highest.mark);
   if (!answers.some(({ kind }) => kind === "unknown")) return true;
   shipper.unknown.add(stream);
   shipper.askNow = true;
+  shipper.asking.ring();
   shipper.wakeup.ring();
   return false;
 }
 
 /** Waits for all answers. What was stored behind a chunk whose answer was lost counts: the receiver stores in order. */
-async function settle(shipper: Shipper, stream: Stream, flight: Flight): Promise<Answer[]> {
+async function settle(shipper: Shipper, stream: Stream, inFlight: InFlight): Promise<Answer[]> {
   const answers: Answer[] = [];
-  for (const flown of flight.flying.splice(0)) {
+  for (const flown of inFlight.chunks.splice(0)) {
     const answer = await flown.answer.catch(() => undefined);
-    if (answer?.kind === "stored") commit(shipper, stream, flown, flight);
+    if (answer?.kind === "stored") commit(shipper, stream, flown, inFlight);
     else if (answer) answers.push(answer);
   }
   return answers;
@@ -627,7 +632,7 @@ async function settle(shipper: Shipper, stream: Stream, flight: Flight): Promise
 async function prepare(
   shipper: Shipper,
   stream: Stream,
-  { file, buffer }: Flight,
+  { file, buffer }: InFlight,
   before: Flown | undefined,
 ): Promise<Omit<Flown, "answer" | "sentAt"> | undefined> {
   const { config, chunkBytes, skip } = shipper;
@@ -742,7 +747,7 @@ async function heartbeat(shipper: Shipper): Promise<void> {
       dueAt = mono() + (isAnswered ? everyMs : Math.min(everyMs, FAULT_MS));
       if (!isAnswered) await wait(Math.min(everyMs, FAULT_MS), signal);
     }
-    await wait(Math.min(250, Math.max(10, dueAt - mono())), signal);
+    await shipper.asking.wait(Math.max(10, Math.max(dueAt, shipper.askAt) - mono()), signal);
   }
 }
 

@@ -100,6 +100,8 @@ export class Streams {
   readonly logs = new Map<string, FollowedLog>();
   paths: Paths;
   list: Stream[] = [];
+  /** The same by their logs, until that changes. */
+  #byLog: Map<string, Stream[]> | undefined;
   /** Bytes lost since the cursor began. */
   lost = 0;
   /** Names the cursor. */
@@ -184,6 +186,12 @@ export class Streams {
     }
   }
 
+  /** The streams of a log. */
+  ofLog(path: string): Stream[] {
+    this.#byLog ??= Map.groupBy(this.list, ({ log }) => log);
+    return this.#byLog.get(path) ?? [];
+  }
+
   #logOf(path: string): FollowedLog {
     const known = this.logs.get(path);
     if (known) return known;
@@ -209,6 +217,7 @@ export class Streams {
       this.#since = allLogs(survey, now());
 
     const unknown = await this.#locate(survey);
+    this.#byLog = undefined;
     const waiting = await this.#identifyAll(unknown, survey);
     if (waiting.size === 0) await this.#findUnderOtherNames(survey);
     this.#reportFaults(survey);
@@ -456,8 +465,9 @@ export class Streams {
     const mayBeCut = this.list.filter(
       (stream) => stream.phase.is === "reading" && !stream.isBusy && stream.key !== "",
     );
+    const files = new Map(survey.files.map((file) => [file.key, file]));
     for (const stream of mayBeCut) {
-      const found = survey.files.find(({ key }) => key === stream.key);
+      const found = files.get(stream.key);
       const isTouched = found && `${found.size} ${found.mtimeMs}` !== stream.endedAs;
       if (!found || !isTouched || stream.isBusy || compressionOf(found.path) || unknown.includes(found))
         continue;
@@ -595,6 +605,7 @@ export class Streams {
       grewAt: Number.NEGATIVE_INFINITY,
     });
     if (!compressionOf(path)) stream.size = stream.checkedSize = Math.max(stream.offset, found.size);
+    this.#byLog = undefined;
     this.#enter(stream, what.isDone ? { is: "ended", size: found.size } : { is: "reading" });
     return undefined;
   }
@@ -629,6 +640,7 @@ export class Streams {
     const stream: Stream = { ...withFile(state, this.context.mono()), isLive };
     if (this.#cut.delete(key)) stream.isCut = true;
     this.list.push(stream);
+    this.#byLog = undefined;
     this.isChanged = true;
     if (!isQuiet) this.context.log.info("following", { path, offset, bytes: stream.size - offset });
     return stream;
@@ -725,6 +737,7 @@ export class Streams {
       }
     }
     this.list = kept;
+    this.#byLog = undefined;
     for (const path of this.logs.keys()) {
       const isOut = !survey.logs.has(path) && kept.every(({ log }) => log !== path);
       if (isOut && !this.logs.get(path)?.isRunning) this.logs.delete(path);
@@ -845,6 +858,7 @@ export class Streams {
       return withFile(state, this.context.mono());
     });
     this.#since.clear();
+    this.#byLog = undefined;
   }
 
   // ---- the cursor
