@@ -37,6 +37,11 @@ export function fileKey(stat: { ino: bigint; birthtimeMs: bigint }): string {
   return `${stat.ino}:${stat.birthtimeMs}`;
 }
 
+/** When the file of a key was made, in ms of the wall clock; 0 where the file system does not know. */
+export function bornAt(key: string): number {
+  return Number(key.split(":")[1]);
+}
+
 const rawPaths = new Map<string, Buffer>();
 
 /** A path for the system: names that are no UTF-8 are kept as the bytes that they are. */
@@ -368,14 +373,14 @@ export async function endOfLines(file: LogFile, upTo?: number): Promise<number> 
  * copytruncate. `after` says that a truncation was seen; then also a short hole is one. 0 while there is nothing else.
  */
 export async function contentStart(file: LogFile, after = false): Promise<number> {
-  const block = new Uint8Array(BLOCK_BYTES);
-  for (let position = 0; ; position += block.length) {
+  let block = new Uint8Array(1); // most files begin with a line
+  for (let position = 0; ; ) {
     const n = await file.read(block, position);
     let nuls = 0;
     while (nuls < n && block[nuls] === 0) nuls++;
-    if (nuls === block.length) continue;
-    const start = position + nuls;
-    return nuls < n && (start >= HOLE_BYTES || after) ? start : 0;
+    position += nuls;
+    if (nuls < block.length) return nuls < n && (position >= HOLE_BYTES || after) ? position : 0;
+    if (position === 1) block = new Uint8Array(BLOCK_BYTES);
   }
 }
 

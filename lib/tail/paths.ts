@@ -88,7 +88,7 @@ export class Paths {
     for (const [folder, logs] of bases) {
       this.folders.add(folder);
       for (const name of folders.names(folder, dirname([...logs.values()][0] ?? "") === folder)) {
-        const path = join(folder, name);
+        const path = inFolder(folder, name);
         if (survey.logs.has(path)) continue;
         const base = this.#baseOf(name, folder, (candidate) => logs.has(candidate), folders);
         const log = logs.get(base ?? "");
@@ -225,7 +225,7 @@ class Folders {
         const raw = readdirSync(rawPath(folder), { encoding: "buffer" });
         names = raw.map((each) => nameOf(folder, Buffer.from(each)));
       }
-      for (const entry of entries) if (entry.isFile()) this.#plain.add(join(folder, entry.name));
+      for (const entry of entries) if (entry.isFile()) this.#plain.add(inFolder(folder, entry.name));
     } catch (error) {
       names = [];
       const isMissing = ["ENOENT", "ENOTDIR"].includes((error as NodeJS.ErrnoException).code ?? "");
@@ -275,6 +275,11 @@ class Folders {
     if (!this.#keys.has(folder)) this.#keys.set(folder, keyOf(folder));
     return this.#keys.get(folder);
   }
+}
+
+/** As `join`, of what is a folder and a name already: each look does it for every file. */
+function inFolder(folder: string, name: string): string {
+  return folder === "/" ? `/${name}` : `${folder}/${name}`;
 }
 
 function keyOf(folder: string): string | undefined {
@@ -401,7 +406,7 @@ function matching(folder: string, segment: string, folders: Folders): string[] {
   const names = folders.names(folder, false).filter((name) => pattern.test(name));
   return names
     .filter((name) => !name.startsWith(".") || segment.startsWith("."))
-    .map((name) => join(folder, name));
+    .map((name) => inFolder(folder, name));
 }
 
 function foldersBelow(folder: string, folders: Folders): string[] {

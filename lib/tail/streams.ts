@@ -23,6 +23,7 @@ import {
   writeCursor,
 } from "./cursor.ts";
 import {
+  bornAt,
   compressionOf,
   contentStart,
   endOfLines,
@@ -39,7 +40,7 @@ import { type FoundFile, Paths, type Survey } from "./paths.ts";
 const UNFINISHED_MS = 60_000;
 /** A small file that begins like another one is shipped as a log of its own after so long (ms). */
 const SMALL_MS = 60_000;
-/** A stream whose file is gone is kept for so long (ms), as its file may come again in another form; longer while one waits to be known. */
+/** A stream whose file is gone is kept for so long (ms), as its file may come again in another form; longer while one that was there then waits to be known. */
 const FORGET_AFTER_MS = { usual: 10_000, waiting: 60_000 };
 /** The same while the receiver does not say that all of it is delivered. */
 const FORGET_AFTER_ALL_MS = 7 * 24 * 3_600_000;
@@ -219,20 +220,20 @@ export class Streams {
     const unknown = await this.#locate(survey);
     this.#byLog = undefined;
     const waiting = await this.#identifyAll(unknown, survey);
-    if (waiting.size === 0) await this.#findUnderOtherNames(survey);
+    if (waiting.length === 0) await this.#findUnderOtherNames(survey);
     this.#reportFaults(survey);
     const orphans = this.#findOrphans(survey);
     const isMissing = this.list.some(({ phase, offset, size }) => phase.is === "gone" && size > offset);
-    this.#holdLive(waiting);
-    await this.#prune(survey, waiting.size > 0);
+    this.#holdLive(new Set(waiting.map((file) => file.log)));
+    await this.#prune(survey, waiting);
     const finishAt = await this.#finishQuiet();
     for (const path of survey.logs.keys()) this.#since.delete(path);
-    this.isSettled = waiting.size === 0 && !isMissing && survey.faults.size === 0;
+    this.isSettled = waiting.length === 0 && !isMissing && survey.faults.size === 0;
     this.seenAt = started;
-    const isSoon = waiting.size > 0 || isMissing;
+    const isSoon = waiting.length > 0 || isMissing;
     const wait = Math.min(this.#config.pollSeconds * 1000, isSoon ? 1000 : Number.POSITIVE_INFINITY);
     return {
-      isSettled: waiting.size === 0 && !isMissing,
+      isSettled: waiting.length === 0 && !isMissing,
       nextAt: Math.min(mono() + wait, finishAt),
       orphans,
     };
@@ -458,9 +459,9 @@ export class Streams {
 
   // ---- which file is which
 
-  /** Says what unknown files are. Gives the logs that wait for one that can't be told yet. */
-  async #identifyAll(unknown: FoundFile[], survey: Survey): Promise<Set<string>> {
-    const waiting = new Set<string>();
+  /** Says what unknown files are. Gives those of which that can't be told yet. */
+  async #identifyAll(unknown: FoundFile[], survey: Survey): Promise<FoundFile[]> {
+    const waiting: FoundFile[] = [];
     if (unknown.length === 0) return waiting;
     const mayBeCut = this.list.filter(
       (stream) => stream.phase.is === "reading" && !stream.isBusy && stream.key !== "",
@@ -478,7 +479,7 @@ export class Streams {
     const inOrder = unknown.toSorted((a, b) => Number(a.isLive) - Number(b.isLive));
     for (const file of inOrder) {
       if (this.#ignored.has(asSeen(file))) continue;
-      if (!(await this.#identifyOne(file))) waiting.add(file.log);
+      if (!(await this.#identifyOne(file))) waiting.push(file);
     }
     return waiting;
   }
@@ -530,7 +531,7 @@ export class Streams {
     try {
       if (file.key !== found.key) return false; // renamed between the look and the opening
       found.size = (await file.stat()).size; // it may have been cut since
-      let what = await identify(file, found, this.#candidates(), (stream) => this.#hasHome(stream));
+      let what = await identify(file, found, this.list, (stream) => this.#hasHome(stream));
       const isOwn =
         found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
       if (what.is === "copy" && isOwn) what = { is: "new", at: 0 }; // a path named in full is a log of its own
@@ -559,10 +560,6 @@ export class Streams {
     } finally {
       await file.close();
     }
-  }
-
-  #candidates(): Stream[] {
-    return this.list.filter((stream) => stream.head || stream.offset > 0);
   }
 
   /** Whether a stream's own file is there, if only under a name that nobody knows. */
@@ -713,9 +710,11 @@ export class Streams {
   }
 
   /** Drops what can't come again: delivered and gone; and logs that the config does not name any more. */
-  async #prune(survey: Survey, isWaiting: boolean): Promise<void> {
+  async #prune(survey: Survey, waiting: FoundFile[]): Promise<void> {
     const time = this.context.mono();
-    const keepMs = FORGET_AFTER_MS[isWaiting ? "waiting" : "usual"] + this.#config.rotateWaitSeconds * 1000;
+    const { usual, waiting: most } = FORGET_AFTER_MS;
+    const ages = waiting.map(({ key }) => this.context.now() - bornAt(key));
+    const keepMs = Math.min(most, usual + Math.max(0, ...ages)) + this.#config.rotateWaitSeconds * 1000;
     const kept: Stream[] = [];
     for (const stream of this.list) {
       const { phase, phaseAt, offset, size, id, delivered = -1, until = offset, isBusy, file } = stream;
