@@ -459,7 +459,8 @@ async function shipRotated(shipper: Shipper, log: FollowedLog, rotated: Stream[]
       if (isDue(shipper, log, stream)) {
         isGrown = true;
         atEnd = (await shipStream(shipper, stream)) && atEnd;
-      } else if (!stream.isBusy && stream.phase.is === "reading") await streams.finish(stream);
+      } else if (!stream.isBusy && stream.phase.is === "reading")
+        await streams.holding(stream, () => streams.finish(stream));
     }
   }
   return atEnd;

@@ -177,6 +177,48 @@ describe("many rotations", () => {
     expect(most).toBeLessThan(8192);
     expect(shipper.streams.lost).toBe(0);
   });
+  test("a look beside the end of a removed file reads nothing that is being closed", async () => {
+    const stub = startStub();
+    const sender = await createSender(stub.url, { rotateWaitSeconds: 1 });
+    const clock = { now: Date.now(), mono: 1e6 };
+    const shipper = await openOn(sender, clock);
+    sender.write(lines("a", 1, 3));
+    await shipOnce(shipper);
+    sender.rotate();
+    await shipOnce(shipper);
+    unlinkSync(`${sender.live}.1`);
+    clock.mono += 30_000;
+    clock.now += 30_000;
+    const { streams } = shipper;
+    const [look, { stat, read, close }] = [streams.look.bind(streams), LogFile.prototype];
+    const [isRead, isClosed] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()];
+    let looked: ReturnType<typeof look> | undefined;
+    const stale = { isSettled: true, nextAt: clock.mono, orphans: [] };
+    const spies = [
+      spyOn(streams, "look").mockImplementation(async () => stale), // it still believes that the file is there
+      spyOn(LogFile.prototype, "stat").mockImplementation(async function (this: LogFile) {
+        if (!looked) {
+          looked = look(); // it comes while the file's end is looked at
+          await Promise.race([looked, isRead.promise]);
+        }
+        return await stat.call(this);
+      }),
+      spyOn(LogFile.prototype, "read").mockImplementation(async function (this: LogFile, into, position) {
+        isRead.resolve();
+        await isClosed.promise;
+        return await read.call(this, into, position);
+      }),
+      spyOn(LogFile.prototype, "close").mockImplementation(async function (this: LogFile) {
+        await close.call(this);
+        isClosed.resolve();
+      }),
+    ];
+    await shipOnce(shipper);
+    await looked;
+    for (const spy of spies) spy.mockRestore();
+    expect(looked).toBeDefined();
+    expect(stub.text()).toBe(lines("a", 1, 3));
+  });
   test("a delivered log that is cut is known in its copy, however long that is waited for", async () => {
     const stub = startStub();
     const sender = await createSender(stub.url, { rotateWaitSeconds: 90 });

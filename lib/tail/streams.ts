@@ -329,15 +329,18 @@ export class Streams {
       const owner = stream.until === undefined ? undefined : owners.get(stream.key);
       if (owner) Object.assign(stream, { path: owner.path, log: owner.log });
       if (located.has(stream.key) || (stream.phase.is === "gone" && !stream.file)) continue;
-      if (stream.file) {
-        const { size, mtimeMs } = await stream.file.stat();
-        Object.assign(stream, { size: Math.max(size, stream.size), mtimeMs });
-        const isHeadShort = !stream.isBusy && (stream.head?.length ?? 0) < MARK_BYTES;
-        if (isHeadShort) await this.#holding(stream, () => this.#readHead(stream));
-      }
+      const { file, isBusy } = stream;
+      if (file && !isBusy) await this.holding(stream, () => this.#lookAtOpen(stream, file));
       if (!this.#isAway(stream, survey)) this.#enter(stream, { is: "gone" });
     }
     return unknown;
+  }
+
+  /** Takes note of a file that has no name any more, or none that is known. */
+  async #lookAtOpen(stream: Stream, file: LogFile): Promise<void> {
+    const { size, mtimeMs } = await file.stat();
+    Object.assign(stream, { size: Math.max(size, stream.size), mtimeMs });
+    if ((stream.head?.length ?? 0) < MARK_BYTES) await this.#readHead(stream);
   }
 
   /** Takes note of a stream's file; false when it holds other bytes now. */
@@ -354,7 +357,7 @@ export class Streams {
     else if (isNew && stream.until === undefined) this.#enter(stream, { is: "reading" });
     if (stream.isBusy) return true;
     const isOther = !isPacked && (file.size < stream.size || file.size > stream.checkedSize);
-    if (isOther && !(await this.#holding(stream, () => this.#checkFile(stream, file)))) return false;
+    if (isOther && !(await this.holding(stream, () => this.#checkFile(stream, file)))) return false;
     if (!isPacked) {
       if (file.size !== stream.size) {
         stream.grewAt = this.context.mono();
@@ -364,12 +367,12 @@ export class Streams {
     }
     stream.mtimeMs = file.mtimeMs;
     const isHeadShort = (stream.head?.length ?? 0) < MARK_BYTES && file.size > (stream.head?.end ?? 0);
-    if (!isPacked && isHeadShort) await this.#holding(stream, () => this.#readHead(stream));
+    if (!isPacked && isHeadShort) await this.holding(stream, () => this.#readHead(stream));
     return true;
   }
 
-  /** Nobody reads or sends a stream meanwhile. */
-  async #holding<T>(stream: Stream, work: () => Promise<T>): Promise<T> {
+  /** Nobody reads, sends or closes a stream meanwhile. */
+  async holding<T>(stream: Stream, work: () => Promise<T>): Promise<T> {
     stream.isBusy = true;
     try {
       return await work();
@@ -472,7 +475,7 @@ export class Streams {
       const isTouched = found && `${found.size} ${found.mtimeMs}` !== stream.endedAs;
       if (!found || !isTouched || stream.isBusy || compressionOf(found.path) || unknown.includes(found))
         continue;
-      if (!(await this.#holding(stream, () => this.#checkFile(stream, found)))) unknown.push(found);
+      if (!(await this.holding(stream, () => this.#checkFile(stream, found)))) unknown.push(found);
     }
     const seen = new Set(unknown.map(asSeen));
     for (const each of this.#unknown.keys()) if (!seen.has(each)) this.#unknown.delete(each);
@@ -535,7 +538,7 @@ export class Streams {
       const isOwn =
         found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
       if (what.is === "copy" && isOwn) what = { is: "new", at: 0 }; // a path named in full is a log of its own
-      if (what.is === "busy") return false;
+      if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
       if (what.is === "new" && !found.isLive) await file.contentLength(); // one that is still being compressed waits
       const isTold = what.is === "stream" && what.stream.key === "";
@@ -814,7 +817,7 @@ export class Streams {
     for (const stream of this.list) {
       if (stream.isLive || stream.isBusy || !isAtEnd(stream)) continue;
       if (stream.phase.is !== "reading" && !stream.file) continue;
-      await this.#holding(stream, async () => {
+      await this.holding(stream, async () => {
         await this.openStream(stream).catch(() => undefined); // told of when it is to be read
         await this.finish(stream);
       });
