@@ -177,6 +177,30 @@ describe("many rotations", () => {
     expect(most).toBeLessThan(8192);
     expect(shipper.streams.lost).toBe(0);
   });
+  test("an archive whose log goes while both are compared is not shipped again", async () => {
+    const stub = startStub();
+    const sender = await createSender(stub.url, { rotateWaitSeconds: 1 });
+    const clock = { now: Date.now(), mono: 1e6 };
+    const shipper = await openOn(sender, clock);
+    const old = `${sender.live}.1`;
+    sender.write(lines("a", 1, 3));
+    await shipOnce(shipper);
+    sender.rotate();
+    await shipOnce(shipper);
+    clock.mono += 30_000;
+    clock.now += 30_000;
+    await shipOnce(shipper);
+    execFileSync("gzip", ["--keep", old]);
+    const opening = spyOn(LogFile, "open").mockImplementation(async (path) => {
+      if (path === old) unlinkSync(old); // as gzip does it
+      return await open.call(LogFile, path);
+    });
+    await shipOnce(shipper);
+    opening.mockRestore();
+    expect(existsSync(old)).toBe(false);
+    for (let n = 0; n < 3; n++) await shipOnce(shipper);
+    expect(stub.text()).toBe(lines("a", 1, 3));
+  });
   test("a look beside the end of a removed file reads nothing that is being closed", async () => {
     const stub = startStub();
     const sender = await createSender(stub.url, { rotateWaitSeconds: 1 });

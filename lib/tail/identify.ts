@@ -118,9 +118,13 @@ async function compareWithKnown(
   let best: { stream: Stream; common: number; fits: boolean } | undefined;
   for (const stream of known) {
     const own = await LogFile.open(stream.path).catch(() => undefined);
-    if (!own) continue;
+    if (own?.key !== stream.key) {
+      await own?.close();
+      if (!found.isLive) return { is: "small" }; // renamed or removed since the look: the next one tells
+      continue;
+    }
     try {
-      const common = own.key === stream.key ? await commonLength(file, own, length) : 0;
+      const common = await commonLength(file, own, length);
       if (common <= (best?.common ?? 0)) continue;
       best = { stream, common, fits: common >= length || (await fitOf(file, stream)).is !== "none" };
     } finally {
