@@ -78,12 +78,13 @@ export function ours(
   };
 }
 
-/** Starts one of the five scripts as the units in deploy/ do. */
+/** Starts one of the five scripts as the units in deploy/ do. `BUN_JSC_useBaselineJIT=1` in the environment: the shipper with Bun's compiler. */
 export function runScript(folder: string, name: string, config: string, flags: string[] = []): ChildProcess {
   const runtime = name === "receiver" ? [] : ["--smol"];
   const profile = process.env.BENCH_PROFILE === name ? ["--cpu-prof-md", `--cpu-prof-dir=${folder}`] : [];
   const args = [...runtime, ...profile, "run", join(ROOT, `${name}.ts`), "--config", config, ...flags];
-  return run(folder, name, process.execPath, args);
+  const env = name === "shipper" ? { BUN_JSC_useBaselineJIT: process.env.BUN_JSC_useBaselineJIT ?? "0" } : {};
+  return run(folder, name, process.execPath, args, env);
 }
 
 /** Starts a program; what it says goes to a file of its name in `folder`. */
