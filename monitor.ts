@@ -231,14 +231,12 @@ async function askReceivers({
       );
       if (text === undefined) return [];
       const problem: Problem = {
-        ...{
-          key: `receiver ${origin}`,
-          leg: "arrival",
-          title: `receiver ${host} is unhealthy`,
-          text,
-          hosts: [],
-          sudden: true,
-        },
+        key: `receiver ${origin}`,
+        leg: "arrival",
+        title: `receiver ${host} is unhealthy`,
+        text,
+        hosts: [],
+        sudden: true,
         next: [`curl -sS ${origin}/healthz`, "journalctl -u 'log-rt-sync-receiver@*' -n 50"],
       };
       return [{ port: Number(port || (protocol === "https:" ? 443 : 80)), problem }];
@@ -392,15 +390,13 @@ function noteLost(state: MonitorState, { snapshot, changes }: Run, host: HostSta
       : "",
   ];
   changes.push({
-    ...{
-      kind: "lost",
-      title: host.host,
-      text: texts.join(" ").trim(),
-      status: "fault",
-      sender: true,
-      since: now,
-      bytes: lost + gone,
-    },
+    kind: "lost",
+    title: host.host,
+    text: texts.join(" ").trim(),
+    status: "fault",
+    sender: true,
+    since: now,
+    bytes: lost + gone,
     next: [
       `ssh ${host.host} "journalctl -u log-rt-sync-shipper --since -1h | grep -i lost"`,
       "journalctl -u 'log-rt-sync-receiver@*' --since -1h | grep -i lost",
@@ -427,11 +423,13 @@ function noteAgain(
   const files = count(againFiles - known.files, "file", "files");
   const text = `The receiver had lost lines of ${host}, whose shipper has shipped ${bytes} of ${files} again, of what was not delivered. Some of it may have been: those lines come twice, in batches with other names. The shipper's log names each file, since when what comes twice had been delivered, and what is gone with its file.`;
   changes.push({
-    ...{ kind: "note", title: `${host} shipped ${bytes} again`, text, status: "ok", sender: false },
-    ...{
-      since: snapshot.now,
-      next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'receiver has lost lines'"`],
-    },
+    kind: "note",
+    title: `${host} shipped ${bytes} again`,
+    text,
+    status: "ok",
+    sender: false,
+    since: snapshot.now,
+    next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'receiver has lost lines'"`],
   });
   Object.assign(known, { told: again, files: againFiles });
 }
@@ -480,7 +478,11 @@ function follow(
   if (kind === "opened" && incident.told === "ok") incident.thread = id;
   else if (incident.thread) references.add(incident.thread);
   changes.push({
-    ...{ kind, title: incident.title, text: incident.text, status, sender },
+    kind,
+    title: incident.title,
+    text: incident.text,
+    status,
+    sender,
     since: status === "ok" ? outage : (incident.outage ?? incident.since),
     ...(status === "ok" && incident.told !== "never" && { lasted: Math.max(0, since - outage) }),
     ...(incident.next && { next: incident.next }),

@@ -415,8 +415,12 @@ export function createStatusReader(
   { now = Date.now, ...sources }: Partial<Omit<ObserveOptions, "now">> & { now?: () => number },
 ): () => Promise<Snapshot> {
   const kept = {
-    ...{ readLedger: createLedgerReader(), future: {}, unnamed: { startedAt: now() }, details: DETAILED },
-    ...{ byDefaults: sources.monitorFile === undefined, ...sources },
+    readLedger: createLedgerReader(),
+    future: {},
+    unnamed: { startedAt: now() },
+    details: DETAILED,
+    byDefaults: sources.monitorFile === undefined,
+    ...sources,
   };
   let took = 0;
   let last: Snapshot | undefined;

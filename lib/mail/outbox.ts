@@ -132,25 +132,25 @@ const stateSchema = monitorNewsSchema.extend({
 export type MonitorState = z.infer<typeof stateSchema>;
 
 function firstState(now: number): MonitorState {
-  const instance = createHash("sha256")
-    .update(`${now} ${process.pid} ${Math.random()}`)
-    .digest("hex")
-    .slice(0, 8);
   return {
-    ...{
-      version: 2,
-      instance,
-      begunAt: now,
-      at: 0,
-      uptime: 0,
-      clockSetAt: 0,
-      incidents: {},
-      lost: {},
-      again: {},
-      future: {},
-    },
-    ...{ unnamed: {}, summarisedUntil: 0, accountedUntil: 0, totals: {}, missingTold: [], queue: [] },
-    ...{ mutes: {}, undeliverable: [] },
+    version: 2,
+    instance: crypto.randomUUID().slice(0, 8),
+    begunAt: now,
+    at: 0,
+    uptime: 0,
+    clockSetAt: 0,
+    incidents: {},
+    lost: {},
+    again: {},
+    future: {},
+    unnamed: {},
+    summarisedUntil: 0,
+    accountedUntil: 0,
+    totals: {},
+    missingTold: [],
+    queue: [],
+    mutes: {},
+    undeliverable: [],
   };
 }
 
@@ -440,12 +440,20 @@ function payloadOf(notice: Notice, subject: string, text: string): object {
   const changes = notice.kind === "alert" ? notice.changes : [];
   const statusOf = (change: Change) => (isGood(change) ? "resolved" : "firing");
   return {
-    ...{ text: `${subject}\n${text}`.slice(0, POST_TEXT), subject, id, at, kind },
+    text: `${subject}\n${text}`.slice(0, POST_TEXT),
+    subject,
+    id,
+    at,
+    kind,
     status: changes.some((change) => !isGood(change)) ? "firing" : "resolved",
     ...(changes.length > POST_CHANGES && { moreChanges: changes.length - POST_CHANGES }),
     changes: changes.slice(0, POST_CHANGES).map((change) => ({
-      ...{ title: change.title, text: change.text, kind: change.kind, state: change.status },
-      ...{ status: statusOf(change), since: change.since },
+      title: change.title,
+      text: change.text,
+      kind: change.kind,
+      state: change.status,
+      status: statusOf(change),
+      since: change.since,
     })),
   };
 }

@@ -153,7 +153,12 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
   const told = new Set(span.missingTold);
   const since = { ...emptyTotals(), ...span.since[host] };
   const row: HourRow = {
-    ...{ host, ...emptyAmounts(), differs: 0, late: 0, since, heardAt: ledger?.heardAt ?? 0 },
+    host,
+    ...emptyAmounts(),
+    differs: 0,
+    late: 0,
+    since,
+    heardAt: ledger?.heardAt ?? 0,
     state: hourState(ledger, span.hourEnd),
   };
   for (const [name, batch] of ledger?.sealed ?? []) {
