@@ -6,7 +6,7 @@
  */
 import { hostname } from "node:os";
 import { html } from "hono/html";
-import { formatBytes, formatDuration, VERSION } from "../service.ts";
+import { formatBytes, formatDuration, formatLocalTime, VERSION } from "../service.ts";
 import type { Mute } from "../signs.ts";
 import { count, formatClock, sentence } from "../status.ts";
 import type { HourRow, HourSummary } from "./summary.ts";
@@ -522,10 +522,7 @@ function listNames(names: string[], most: number): string {
 
 /** `2026-11-22 06:12 +01:00` of this machine's clock. */
 export function formatTime(at: number): string {
-  const date = new Date(at);
-  const two = (n: number) => String(n).padStart(2, "0");
-  const clock = `${two(date.getHours())}:${two(date.getMinutes())}`;
-  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${clock} ${zoneName(-date.getTimezoneOffset())}`;
+  return `${formatLocalTime(at).slice(0, 16)} ${zoneName(-new Date(at).getTimezoneOffset())}`;
 }
 
 /** `+06:00`, `UTC`. */
