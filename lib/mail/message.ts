@@ -12,7 +12,8 @@ import { count, formatClock, sentence } from "../status.ts";
 import type { HourRow, HourSummary } from "./summary.ts";
 
 /** How a subject is: of a sender as the page has it, `fault` for what is no sender's. */
-export type Status = "ok" | "quiet" | "silent" | "never" | "gone" | "fault";
+export const STATUSES = ["ok", "quiet", "silent", "never", "gone", "fault"] as const;
+export type Status = (typeof STATUSES)[number];
 
 /** One fact of an alert. `lasted` is the length of the outage in milliseconds. */
 export interface Change {
