@@ -429,6 +429,12 @@ export function formatDuration(ms: number): string {
   return hours < 48 ? `${hours}h ${minutes % 60}m` : `${Math.floor(hours / 24)}d ${hours % 24}h`;
 }
 
+/** `2026-11-22 06:45:01`, this machine's wall clock. */
+export function formatLocalTime(ms: number): string {
+  const wall = new Date(ms - new Date(ms).getTimezoneOffset() * 60_000);
+  return wall.toISOString().slice(0, 19).replace("T", " ");
+}
+
 /**
  * A line on the terminal that is written over: `label 42 % 12.0 MiB/s 3s left`. Writes nothing when stdout is
  * no terminal. `total` and the values given to `show` are bytes.
