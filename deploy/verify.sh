@@ -44,11 +44,12 @@ files() {
   }
   function batch_window(name) { match(name, /_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]_[0-9][0-9]-[0-9][0-9]_[a-z0-9-]+([.][0-9]+)?[.]log([.]gz)?$/); return substr(name, RSTART + 1, 14) }
   # A window that no clock shows is none of ours.
-  function is_batch(name,   w, n, d) {
-    w = batch_window(name); n = substr(w, 13) - substr(w, 10, 2) + 1
-    d = substr(w, 3, 2) == "02" ? 28 + (substr(w, 1, 2) % 4 == 0) : 30 + (substr(w, 3, 2) ~ /01|03|05|07|08|10|12/)
-    return n >= 1 && 60 % n == 0 && substr(w, 10, 2) % n == 0 && substr(w, 13) < 60 && substr(w, 7, 2) < 24 &&
-      substr(w, 5, 2) >= 1 && substr(w, 5, 2) <= d && substr(w, 3, 2) >= 1 && substr(w, 3, 2) <= 12
+  function number(text, at) { return substr(text, at, 2) + 0 } # not compared as text, where "05" is less than 1
+  function is_batch(name,   w, n, month, day, days) {
+    w = batch_window(name); month = number(w, 3); day = number(w, 5); n = number(w, 13) - number(w, 10) + 1
+    days = month == 2 ? 28 + (number(w, 1) % 4 == 0) : 30 + (substr(w, 3, 2) ~ /01|03|05|07|08|10|12/)
+    return n >= 1 && 60 % n == 0 && number(w, 10) % n == 0 && number(w, 13) < 60 && number(w, 7) < 24 &&
+      day >= 1 && day <= days && month >= 1 && month <= 12
   }
   function add(kind, name) { found[kind ": " name] = 1 }
   function leave() {
