@@ -26,7 +26,7 @@ import {
 } from "./durable.ts";
 import { parseHost } from "./host.ts";
 import { readLedger } from "./ledger.ts";
-import { readState, writeState } from "./state.ts";
+import { readStateOrForget, writeState } from "./state.ts";
 
 const HOUR_MS = 3_600_000;
 const DAY_MS = 24 * HOUR_MS;
@@ -264,14 +264,12 @@ const listFile = (dir: string, hour: string) => join(dir, ".digest", `${hour}.li
 
 /** The newest digest: who knows its hash can tell later whether anything before it was changed. */
 export async function readDigestHead(dir: string): Promise<DigestState["head"]> {
-  const found = await readState(stateFile(dir), stateSchema, 1);
-  return found.state === "ok" ? found.value.head : undefined;
+  return (await readStateOrForget(stateFile(dir), stateSchema, 1, () => {}))?.head;
 }
 
 /** What the record tells beside the lists: since when there is one, and of an hour, which `ofHour` reads. */
 export async function readRecord(dir: string) {
-  const found = await readState(stateFile(dir), stateSchema, 1);
-  const state = found.state === "ok" ? found.value : undefined;
+  const state = await readStateOrForget(stateFile(dir), stateSchema, 1, () => {});
   const digests = Map.groupBy(
     state ? await readdir(join(dir, ".digest")) : [],
     (name) => parseDigestName(name)?.hour,
@@ -311,9 +309,9 @@ export async function readList(dir: string, hour: string): Promise<Map<string, L
  */
 export async function removeOldDigests(dir: string, before: number, { dryRun = false } = {}) {
   const folder = join(dir, ".digest");
-  const found = await readState(stateFile(dir), stateSchema, 1);
-  if (found.state !== "ok") return [];
-  const { head, pending } = found.value;
+  const state = await readStateOrForget(stateFile(dir), stateSchema, 1, () => {});
+  if (!state) return [];
+  const { head, pending } = state;
   const hours = new Map<string, { file: string; bytes: number; at: number }[]>();
   for (const file of await readdir(folder)) {
     const hour = parseDigestName(file)?.hour ?? /^(\d{8})\.list$/.exec(file)?.[1];
@@ -349,10 +347,7 @@ export class Digests {
   /** Reads what earlier processes left. `forgotten` is told of a state that is damaged and begun anew. */
   static async open(dir: string, forgotten: (path: string, reason: string) => void): Promise<Digests> {
     await makeFolder(join(dir, ".digest"));
-    const found = await readState(stateFile(dir), stateSchema, 1);
-    if (found.state === "damaged") forgotten(stateFile(dir), found.reason);
-    if (found.state === "newer") forgotten(stateFile(dir), `it is of version ${found.version}`);
-    const digests = new Digests(dir, found.state === "ok" ? found.value : undefined);
+    const digests = new Digests(dir, await readStateOrForget(stateFile(dir), stateSchema, 1, forgotten));
     if (digests.#state) await digests.#takeUp(digests.#state);
     return digests;
   }

@@ -58,7 +58,7 @@ describe("renderPage()", () => {
         dir: HOSTILE,
         version: HOSTILE,
         forwarder: {
-          ...{ version: 1, ok: false, failed: {}, at: NOW, aliveAt: NOW },
+          ...{ version: 1, ok: false, failed: {}, later: {}, at: NOW, aliveAt: NOW },
           fault: { kind: "server", text: HOSTILE, since: NOW },
         },
       }),

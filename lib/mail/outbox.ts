@@ -185,8 +185,7 @@ export class StateStore {
         z.union([stateSchema, z.looseObject({ version: z.literal(1) })]),
         2,
       );
-      if (found.state === "damaged") throw new Error(found.reason);
-      if (found.state === "newer") throw new Error(`version ${found.version} wrote it`);
+      if (found.state === "damaged" || found.state === "newer") throw new Error(found.reason);
       const value = found.state === "ok" ? found.value : undefined;
       const state = value?.version === 1 ? upgrade(value, now) : (value as MonitorState | undefined);
       return { state: heal(kept && kept.at >= (state?.at ?? 0) ? kept : (state ?? firstState(now)), now) };
