@@ -290,9 +290,8 @@ async function listQueue({ service, state }: Forwarder) {
       queue.push({ ...newDelivery(config, batch, folder, info.size), key });
     }
   };
-  for (const host of await listHosts(config.dir)) {
-    if (parseHost(host) === host) add(all.host(host), await listSealed(service, all.host(host), host));
-  }
+  for (const host of await listHosts(config.dir))
+    add(all.host(host), await listSealed(service, all.host(host), host));
   const failed = await listSealed(service, all.failed);
   const waiting = new Set([...names, ...failed]);
   const left = names.size + failed.length;
@@ -842,7 +841,7 @@ async function readStatus({ config, flags, now }: Service<"forwarder">) {
   const all = folders(config.dir);
   const state = await readForwarderState(config.dir);
   const only = flags.host === undefined ? undefined : parseHost(String(flags.host));
-  const known = (await listHosts(config.dir)).filter((host) => parseHost(host) === host);
+  const known = await listHosts(config.dir);
   if (flags.host !== undefined && !known.includes(only ?? ""))
     throw new OperatorError(`Sender ${flags.host} is not known in ${config.dir}`);
   const hosts: { host: string; waiting: number; oldest?: string; since?: number | undefined }[] = [];

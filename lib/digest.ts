@@ -24,7 +24,6 @@ import {
   removeDurably,
   writeDurably,
 } from "./durable.ts";
-import { parseHost } from "./host.ts";
 import { readLedger } from "./ledger.ts";
 import { readStateOrForget, writeState } from "./state.ts";
 
@@ -177,7 +176,6 @@ interface HostSeen {
 export async function lookAtHosts(dir: string, now: number) {
   const hosts: HostSeen[] = [];
   for (const host of await listHosts(dir)) {
-    if (parseHost(host) !== host) continue; // lost+found
     const ledger = await readLedger(folders(dir).host(host));
     if (!ledger || ledger.facts.forgotten !== undefined) continue;
     const {

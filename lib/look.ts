@@ -13,7 +13,6 @@ import { NO_LOG } from "./chunk.ts";
 import { type Config, sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
-import { parseHost } from "./host.ts";
 import { emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
 import { errorMessage, VERSION } from "./service.ts";
 import {
@@ -266,8 +265,7 @@ async function seeHosts(look: Look): Promise<void> {
     failed.set(dashed, (failed.get(dashed) ?? 0) + 1);
   }
   const present = (await attempt(look, dir, () => listHosts(dir))) ?? [];
-  const isName = (host: string) => parseHost(host) === host; // lost+found and the like are none
-  const names = [...new Set([...expected, ...present])].filter(isName).sort(compareAsPeopleCount);
+  const names = [...new Set([...expected, ...present])].sort(compareAsPeopleCount);
   for (const host of names) {
     const dashed = dashedHost(host);
     const status = await attempt(

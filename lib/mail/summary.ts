@@ -10,7 +10,6 @@ import { open, readdir, stat } from "node:fs/promises";
 import { folders, listBatches, listHosts, parseBatchName } from "../batch.ts";
 import type { Config } from "../config.ts";
 import { exists, ifMissing } from "../durable.ts";
-import { parseHost } from "../host.ts";
 import { type Ledger, readLedger, type SealedBatch } from "../ledger.ts";
 import { compareAsPeopleCount } from "../look.ts";
 import { parseReportLine, readDelivered } from "../report.ts";
@@ -121,7 +120,7 @@ export async function summariseHour(
     sent: new Set(await attempt(sent, async () => (await ifMissing(readdir(sent))) ?? [], [])),
     report: await attempt(report, () => readDeliveries(report, span.to - MISSING_MS, sent), UNKNOWN),
   };
-  const present = (await attempt(dir, () => listHosts(dir), [])).filter((host) => parseHost(host) === host);
+  const present = await attempt(dir, () => listHosts(dir), []);
   for (const host of [...new Set([...expected, ...present])].sort(compareAsPeopleCount)) {
     const account = { dir, host, span, places, isExpected: expected.includes(host) };
     await attempt(folders(dir).host(host), () => addHost(summary, account), undefined);
