@@ -2,14 +2,15 @@
  * The status page as HTML: answers "is everything arriving, and is everything delivered?" at a glance. One
  * document with nothing beside it: no build step, no external resource, usable without its script.
  *
- * Every value goes through the `html` tag, which escapes it: there is no other way into the page. The style
- * and the script are constants, and the Content-Security-Policy permits just these two by their hashes.
+ * Every value goes through the `html` tag, which escapes it. What is put in raw is constant: the style and the script,
+ * of which the Content-Security-Policy permits just these two by their hashes.
  * Colours never speak alone: every state has a word and a shape. All pairs of text and ground keep WCAG's 4.5:1.
  *
  * Of any number of senders the page stays small: the first ones, those in trouble before the others, have a row each;
  * further ones are names, for the search; beyond that they are counted.
  */
 import { createHash } from "node:crypto";
+import { html, raw } from "hono/html";
 import { parseBatchName, parseWindow } from "./batch.ts";
 import {
   type BatchSeen,
@@ -68,28 +69,8 @@ const STATES: Record<HostState, { text: string; meaning: string; mark: string }>
 };
 type Verdict = "ok" | "bad" | "off";
 
-// ---- markup
-
-/** Markup that is safe to put into the page as it is. */
-class Html {
-  readonly text: string;
-  constructor(text: string) {
-    this.text = text;
-  }
-}
+type Html = ReturnType<typeof html>;
 type HtmlValue = Html | string | number | false | undefined | HtmlValue[];
-
-/** A template whose values are escaped, for text and for attributes in double quotes; lists are joined. */
-function html(parts: TemplateStringsArray, ...values: HtmlValue[]): Html {
-  return new Html(String.raw({ raw: parts }, ...values.map(escapeHtml)));
-}
-
-function escapeHtml(value: HtmlValue): string {
-  if (value instanceof Html) return value.text;
-  if (Array.isArray(value)) return value.map(escapeHtml).join("");
-  if (value === false || value === undefined) return "";
-  return String(value).replace(/[&<>"']/g, (char) => `&#${char.charCodeAt(0)};`);
-}
 
 // ---- the page
 
@@ -108,7 +89,7 @@ export function renderPage(status: Snapshot): string {
 <meta name="robots" content="noindex">
 <noscript><meta http-equiv="refresh" content="30"></noscript>
 <link rel="icon" href="${icon(mark)}">
-<style>${new Html(STYLE)}</style>
+<style>${raw(STYLE)}</style>
 </head>
 <body>
 ${SYMBOLS}
@@ -121,11 +102,11 @@ ${renderHosts(status)}
 ${renderAbout(status)}
 </main>
 <p id="files" role="status" hidden></p>
-<script type="module">${new Html(SCRIPT)}</script>
+<script type="module">${raw(SCRIPT)}</script>
 </body>
 </html>
 `;
-  return page.text;
+  return String(page);
 }
 
 function renderVerdict({ now }: Snapshot, title: string, mark: Verdict, problems: Problem[]): Html {
@@ -233,7 +214,7 @@ function renderHosts({ hosts, now, problems }: Snapshot): Html {
   const most = hosts.length > DETAILED ? ROWS_LENGTH.followed : ROWS_LENGTH.alone;
   for (const host of sorted.slice(0, DETAILED)) {
     const row = renderHost(host, table);
-    length += row.text.length;
+    length += String(row).length;
     if (length > most) break;
     rows.push(row);
   }
@@ -262,8 +243,7 @@ function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
     length += host.length + 4;
     return length < NAMES_LENGTH;
   };
-  const name = (host: HostStatus) =>
-    `<li${isBehind(host, newest) ? ' class="b"' : ""}>${escapeHtml(host.host)}`;
+  const name = (host: HostStatus) => html`<li${isBehind(host, newest) && raw(' class="b"')}>${host.host}`;
   const groups = HOST_STATES.map((state) => {
     const all = inState(hosts, state);
     const named = all.filter(fits);
@@ -271,7 +251,7 @@ function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
     const more = all.length > named.length && html`<li>and ${number(all.length - named.length)} more`;
     return (
       all.length > 0 &&
-      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}, ${number(all.length)} more</h3><ul>${new Html(named.map(name).join(""))}${more}</ul></div>`
+      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}, ${number(all.length)} more</h3><ul>${named.map(name)}${more}</ul></div>`
     );
   });
   return html`<div class="names">${groups}</div>`;
