@@ -43,6 +43,7 @@ import {
   errorMessage,
   type FaultLog,
   formatDuration,
+  HOUR,
   OperatorError,
   retryDelay,
   runScript,
@@ -73,7 +74,7 @@ type Settings = Config["forwarder"];
 const AFTER_PROGRESS_MS = 200;
 const SIGN_OF_LIFE_MS = 30_000;
 /** A file in failed/ is tried again after one interval, then two, four, …, at most so many ms. */
-const MAX_RETRY_MS = 3_600_000;
+const MAX_RETRY_MS = HOUR;
 /** What a running forwarder was started with; all else is taken up by SIGHUP. */
 const KEPT = ["dir", "report", "digest"] as const;
 /** Batches that are committed together at most. */
@@ -859,7 +860,7 @@ async function readStatus({ config, flags, now }: Service<"forwarder">) {
       ...(state?.failed[batch] ?? { reason: "moved there by hand", nextAt: undefined }),
     }));
   const sent = (await readReportTail(config.report)).filter(({ status }) => status === "Sent");
-  const recent = sent.filter(({ at }) => at > now() - 3_600_000);
+  const recent = sent.filter(({ at }) => at > now() - HOUR);
   const lastHour = { batches: recent.length, lines: recent.reduce((sum, { lines }) => sum + lines, 0) };
   const lastSent = sent.at(-1);
   const fault = state?.fault;

@@ -53,10 +53,12 @@ import { failReportPath, trimReport } from "./lib/report.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
   createProgress,
+  DAY,
   EXIT,
   errorMessage,
   formatBytes,
   formatDuration,
+  HOUR,
   type Log,
   OperatorError,
   runScript,
@@ -65,8 +67,6 @@ import {
 import { formatTable } from "./lib/table.ts";
 
 type Options = Config["housekeep"];
-const HOUR_MS = 3_600_000;
-const DAY_MS = 24 * HOUR_MS;
 /** Files compressed at once, however many cores there are: each takes some 10 MiB. */
 const MOST_AT_ONCE = 8;
 /** Files in failed/, and their part of the disk, from which on they are told as a warning. */
@@ -229,7 +229,7 @@ export function planPass(
   let { free } = space;
   const ago = (file: Delivered) => `delivered ${formatDuration(Math.max(0, now - file.at))} ago`;
   for (const file of files) {
-    if (now - file.at < deleteAfterHours * HOUR_MS) continue;
+    if (now - file.at < deleteAfterHours * HOUR) continue;
     steps.push({
       ...file,
       action: "delete",
@@ -242,10 +242,7 @@ export function planPass(
       const reason = `less than ${minFreePercent} % of the disk is free (minFreePercent)`;
       steps.push({ ...file, action: "early", reason });
       free += file.bytes;
-    } else if (
-      now - file.at >= compressAfterHours * HOUR_MS &&
-      parseBatchName(file.name)?.state === "sealed"
-    ) {
+    } else if (now - file.at >= compressAfterHours * HOUR && parseBatchName(file.name)?.state === "sealed") {
       const reason = `${ago(file)}, compressAfterHours is ${compressAfterHours}`;
       steps.push({ ...file, action: "compress", reason });
     }
@@ -514,7 +511,7 @@ function sameContent(a: Content, b: Content): boolean {
 /** Drops old lines of the forwarder's reports; `reportDays` is far more than the monitor looks back. */
 async function trimReports({ config, log, now, dryRun }: HousekeepContext): Promise<void> {
   for (const report of [config.report, failReportPath(config.report)]) {
-    const before = now() - config.reportDays * DAY_MS;
+    const before = now() - config.reportDays * DAY;
     const { lines, bytes } = await trimReport(report, before, { dryRun: dryRun !== undefined });
     if (lines === 0) continue;
     const reason = `${lines} lines are older than reportDays (${config.reportDays})`;
@@ -525,7 +522,7 @@ async function trimReports({ config, log, now, dryRun }: HousekeepContext): Prom
 
 /** Digests and the lists that they were made of are kept as long as the reports. */
 async function removeDigests({ config, log, now, dryRun }: HousekeepContext): Promise<void> {
-  const before = now() - config.reportDays * DAY_MS;
+  const before = now() - config.reportDays * DAY;
   for (const { file, bytes } of await removeOldDigests(config.dir, before, {
     dryRun: dryRun !== undefined,
   })) {

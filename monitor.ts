@@ -29,14 +29,17 @@ import {
   StateStore,
 } from "./lib/mail/outbox.ts";
 import { sendMail, verifyMail } from "./lib/mail/smtp.ts";
-import { emptyTotals, HOUR_MS, type Totals } from "./lib/mail/summary.ts";
+import { emptyTotals, type Totals } from "./lib/mail/summary.ts";
 import { tryLock } from "./lib/runtime.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
+  DAY,
   EXIT,
   errorMessage,
   formatBytes,
   formatDuration,
+  HOUR,
+  MINUTE,
   OperatorError,
   runScript,
   type Service,
@@ -55,16 +58,14 @@ import {
 import { formatTable, paint } from "./lib/table.ts";
 
 type Options = Config["monitor"];
-const MINUTE = 60_000;
-const DAY = 24 * HOUR_MS;
 /** A problem without a duration of its own is looked at again after so long before it is told. */
 const SECOND_LOOK_MS = 20_000;
 /** So many changes within this time are told as flapping, and it is over after a while without any. */
 const FLAP_CHANGES = 5;
-const FLAP_WITHIN_MS = HOUR_MS;
+const FLAP_WITHIN_MS = HOUR;
 const STEADY_MS = 30 * MINUTE;
 /** Bytes lost are told at once, and again at most so often. */
-const LOST_AGAIN_MS = HOUR_MS;
+const LOST_AGAIN_MS = HOUR;
 /** Free space must rise by so much over the threshold before the fault is over, in percent of the disk. */
 const DISK_MARGIN = 2;
 /** A difference between clock and uptime beyond this is a clock that was set; a longer gap by a restart is told. */
@@ -74,6 +75,7 @@ const AWAY_MS = 10 * MINUTE;
 const OLDEST_SUMMARY_MS = 7 * DAY;
 /** Beyond so many notifications in the queue, changes join the last one: the queue stays small in a long outage. */
 const QUEUE_LIMIT = 100;
+
 async function main(service: Service<"monitor">): Promise<number> {
   const { configFile, flags, log, signal, now } = service;
   for (const flag of ["for", "reason", "off"])
@@ -528,7 +530,7 @@ function queueSummaries(state: MonitorState, { context, snapshot }: Run): void {
   const { now, hosts } = snapshot;
   const zone = commonZone(hosts, now);
   const cut = config.summaryMinute * MINUTE;
-  const due = Math.floor((now - cut + zone * MINUTE) / HOUR_MS) * HOUR_MS - zone * MINUTE;
+  const due = Math.floor((now - cut + zone * MINUTE) / HOUR) * HOUR - zone * MINUTE;
   if (state.summarisedUntil === 0) {
     Object.assign(state, { summarisedUntil: due, accountedUntil: due + cut }); // the first is that of the next hour
     state.totals = Object.fromEntries(hosts.map((host) => [host.host, totalsOf(host)]));
@@ -536,23 +538,23 @@ function queueSummaries(state: MonitorState, { context, snapshot }: Run): void {
   const oldest = due - OLDEST_SUMMARY_MS;
   if (state.summarisedUntil < oldest) {
     log.warn("hours long past are not summarised", {
-      hours: Math.round((oldest - state.summarisedUntil) / HOUR_MS),
+      hours: Math.round((oldest - state.summarisedUntil) / HOUR),
     });
     Object.assign(state, { summarisedUntil: oldest, accountedUntil: oldest + cut });
   }
-  while (state.summarisedUntil + HOUR_MS <= due + HOUR_MS / 2) {
-    const behind = Math.round((due - state.summarisedUntil) / HOUR_MS) - 1;
-    const hourEnd = due - Math.max(0, behind) * HOUR_MS; // aligned anew when the zone changed
+  while (state.summarisedUntil + HOUR <= due + HOUR / 2) {
+    const behind = Math.round((due - state.summarisedUntil) / HOUR) - 1;
+    const hourEnd = due - Math.max(0, behind) * HOUR; // aligned anew when the zone changed
     const to = hourEnd + cut;
     const notification = newNotification(config, `summary-${state.instance}-${hourEnd}`, now);
-    const from = Math.min(state.accountedUntil || to - HOUR_MS, to);
+    const from = Math.min(state.accountedUntil || to - HOUR, to);
     state.queue.push({
       ...notification,
       kind: "summary",
       hourEnd,
       from,
       to,
-      zone: commonZone(hosts, now, hourEnd - HOUR_MS),
+      zone: commonZone(hosts, now, hourEnd - HOUR),
       since: takeTotals(state, hosts),
     });
     Object.assign(state, { summarisedUntil: hourEnd, accountedUntil: to });
@@ -698,7 +700,7 @@ function formatStatus(
   return `${lines.join("\n")}\n`;
 }
 
-const UNITS: Record<string, number> = { m: MINUTE, h: HOUR_MS, d: DAY };
+const UNITS: Record<string, number> = { m: MINUTE, h: HOUR, d: DAY };
 
 /** `--mute HOST --for 2h --reason TEXT`, `--mute HOST --off`: a maintenance window. */
 async function mute(service: Service<"monitor">, name: string): Promise<number> {

@@ -25,10 +25,9 @@ import {
   writeDurably,
 } from "./durable.ts";
 import { readLedger } from "./ledger.ts";
+import { DAY, HOUR, MINUTE } from "./service.ts";
 import { readStateOrForget, writeState } from "./state.ts";
 
-const HOUR_MS = 3_600_000;
-const DAY_MS = 24 * HOUR_MS;
 /** A host that was not heard for so long is not waited for, when its ledger, of an older receiver, does not say. */
 const KNOWN_DAYS = 30;
 /** How long it is looked whether an hour has become complete. */
@@ -136,12 +135,12 @@ function sha256Of(data: string | Uint8Array): string {
 /** Start and end of an hour on a wall clock that is `zone` minutes east of UTC, in ms since the epoch. */
 function hourSpan(hour: string, zone: number): { start: number; end: number } {
   const { start } = parseWindow(`${hour}_00-59`);
-  return { start: start - zone * 60_000, end: start - zone * 60_000 + HOUR_MS };
+  return { start: start - zone * MINUTE, end: start - zone * MINUTE + HOUR };
 }
 
 /** The hour of a time on a wall clock. */
 export function formatHour(ms: number, zone: number): string {
-  return new Date(ms + zone * 60_000).toISOString().replace(/\D/g, "").slice(2, 10);
+  return new Date(ms + zone * MINUTE).toISOString().replace(/\D/g, "").slice(2, 10);
 }
 
 function hourAfter(hour: string): string {
@@ -150,7 +149,7 @@ function hourAfter(hour: string): string {
 
 /** Hours before it have a digest when something of them is delivered, and only then: a line of 2005 would make 180,000 others. */
 function oldestHour({ begins }: DigestState): string {
-  return formatHour(begins - KEPT_HOURS * HOUR_MS, 0);
+  return formatHour(begins - KEPT_HOURS * HOUR, 0);
 }
 
 function ownZone(now: number): number {
@@ -187,7 +186,7 @@ export async function lookAtHosts(dir: string, now: number) {
       untimed = 0,
       gone = 0,
     } = ledger.facts;
-    if (now - ledger.heardAt > forgetAfterDays * DAY_MS) continue;
+    if (now - ledger.heardAt > forgetAfterDays * DAY) continue;
     // Twice: a listing may miss a file that is renamed meanwhile, but not in both.
     const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
     const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);
@@ -487,7 +486,7 @@ export class Digests {
       const { end } = hourSpan(hour, this.#lastZone ?? 0);
       if (now < end) return;
       const missing = this.#missing(state, seen, hour, now);
-      if (missing.length > 0 && now < end + HOUR_MS) return;
+      if (missing.length > 0 && now < end + HOUR) return;
       await this.#writeLate(state, seen, hour, now);
       await this.#writeOne(state, seen, { hour, missing, now });
     }
@@ -506,7 +505,7 @@ export class Digests {
 
   /** Hours that have a digest and of which something came since, or that have become complete. */
   async #writeLate(state: DigestState, seen: HostsSeen, before: string, now: number): Promise<void> {
-    const oldest = formatHour(hourSpan(before, 0).start - RIPEN_HOURS * HOUR_MS, 0);
+    const oldest = formatHour(hourSpan(before, 0).start - RIPEN_HOURS * HOUR, 0);
     const open = Object.keys(state.hours).filter((hour) => hour >= oldest && !state.hours[hour]?.complete);
     const late = [...this.#news.keys(), ...open].filter((hour) => hour < before); // of a backlog: few of many
     for (const hour of [...new Set(late)].sort()) {

@@ -14,7 +14,7 @@ import { type Config, sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
 import { emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
-import { errorMessage, VERSION } from "./service.ts";
+import { DAY, errorMessage, MINUTE, VERSION } from "./service.ts";
 import {
   type ForwarderState,
   forwarderStatePath,
@@ -25,8 +25,6 @@ import {
 } from "./signs.ts";
 import { readState } from "./state.ts";
 
-const MINUTE = 60_000;
-const DAY = 24 * 60 * MINUTE;
 /** A receiver writes its state every ten seconds. */
 const RECEIVER_GONE_MS = MINUTE;
 /** The state file of a port that the config no longer has is not spoken of any more. */

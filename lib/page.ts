@@ -20,7 +20,7 @@ import {
   type HostStatus,
   sortBySeverity,
 } from "./look.ts";
-import { formatBytes, formatDuration } from "./service.ts";
+import { formatBytes, formatDuration, MINUTE } from "./service.ts";
 import {
   count,
   DETAILED,
@@ -48,7 +48,6 @@ const MAX_UNBROKEN = 15;
 const ROW_POINTS = 30;
 /** "Now" in lines per minute is the mean of so many minutes. */
 const NOW_MINUTES = 5;
-const MINUTE = 60_000;
 const DAY_MINUTES = 24 * 60;
 
 /** Seconds between two refreshes of the page. */

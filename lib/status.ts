@@ -12,11 +12,9 @@ import {
   seeFolder,
   type Thresholds,
 } from "./look.ts";
-import { formatBytes, formatDuration, formatLocalTime } from "./service.ts";
+import { DAY, formatBytes, formatDuration, formatLocalTime, MINUTE } from "./service.ts";
 import { type FaultKind, type MonitorNews, type ReceiverState, readMonitorNews } from "./signs.ts";
 
-const MINUTE = 60_000;
-const DAY = 24 * 60 * MINUTE;
 /** A forwarder shows life every thirty seconds, a monitor in every run. */
 const FORWARDER_GONE_MS = 3 * MINUTE;
 const MONITOR_GONE_MS = 15 * MINUTE;

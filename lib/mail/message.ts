@@ -6,7 +6,7 @@
  */
 import { hostname } from "node:os";
 import { html } from "hono/html";
-import { formatBytes, formatDuration, formatLocalTime, VERSION } from "../service.ts";
+import { DAY, formatBytes, formatDuration, formatLocalTime, HOUR, MINUTE, VERSION } from "../service.ts";
 import type { Mute } from "../signs.ts";
 import { count, formatClock, sentence } from "../status.ts";
 import type { HourRow, HourSummary } from "./summary.ts";
@@ -223,7 +223,7 @@ function headline(change: Change, now: number): string {
   if (!sender) return still ? `Still: ${title}` : sentence(title);
   if (status === "never") return `${title} ${still}never seen`;
   if (status === "gone") return `${title} is gone: silent for a day, not expected`;
-  const days = kind === "reminder" && now - since >= 86_400_000 ? `, for ${formatDuration(now - since)}` : "";
+  const days = kind === "reminder" && now - since >= DAY ? `, for ${formatDuration(now - since)}` : "";
   return `${title} ${still}${STATUS_TEXT[status]} since ${formatClock(since, now)}${days}`;
 }
 
@@ -235,7 +235,7 @@ function stillFlaps({ kind, status }: Change): boolean {
 function explain(change: Change, at: number): string {
   const { kind, status, sender, since, text, lasted = 0 } = change;
   const ago =
-    at - since < 60_000 ? formatTime(since) : `${formatTime(since)}, ${formatDuration(at - since)} ago`;
+    at - since < MINUTE ? formatTime(since) : `${formatTime(since)}, ${formatDuration(at - since)} ago`;
   if (kind === "lost") return text;
   if (kind === "flapping" || stillFlaps(change))
     return "It keeps changing. No mail for each change until it has been steady for half an hour.";
@@ -341,7 +341,7 @@ function curve({ curve: hours, hourEnd }: HourSummary, zone: number): Html {
     return html`<td valign="bottom" style="padding:0 1px;height:${CURVE_PX}px;vertical-align:bottom"><div style="height:${height}px;line-height:1px;font-size:1px;background:${color}">&nbsp;</div></td>`;
   });
   const labels = [0, 6, 12, 18].map((i) => {
-    const { hour } = hourName(hourEnd - (hours.length - 1 - i) * 3_600_000, zone);
+    const { hour } = hourName(hourEnd - (hours.length - 1 - i) * HOUR, zone);
     return html`<td colspan="6" style="padding:2px 1px;font-size:11px;color:${COLOR.faint}">${hour.slice(0, 5)}</td>`;
   });
   return html`<div style="padding:0 14px"><table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="table-layout:fixed"><tr>${bars}</tr><tr>${labels}</tr></table>
@@ -535,8 +535,8 @@ function zoneName(minutes: number): string {
 
 /** `06:00–07:00` and its day, of the hour that ended then. */
 function hourName(end: number, zone: number): { day: string; hour: string } {
-  const wall = (at: number) => new Date(at + zone * 60_000).toISOString();
-  const [from, to] = [wall(end - 3_600_000), wall(end)];
+  const wall = (at: number) => new Date(at + zone * MINUTE).toISOString();
+  const [from, to] = [wall(end - HOUR), wall(end)];
   return { day: from.slice(0, 10), hour: `${from.slice(11, 16)}–${to.slice(11, 16)}` };
 }
 

@@ -13,13 +13,12 @@ import { exists, ifMissing } from "../durable.ts";
 import { type Ledger, readLedger, type SealedBatch } from "../ledger.ts";
 import { compareAsPeopleCount } from "../look.ts";
 import { parseReportLine, readDelivered } from "../report.ts";
-import { errorMessage, formatLocalTime } from "../service.ts";
+import { errorMessage, formatLocalTime, HOUR } from "../service.ts";
 
-export const HOUR_MS = 3_600_000;
 /** Hours of the curve. */
 const CURVE_HOURS = 24;
 /** How far back it is looked for batches that vanished. */
-const MISSING_MS = 48 * HOUR_MS;
+const MISSING_MS = 48 * HOUR;
 /** How much of the report's end is read, in bytes: some 150,000 deliveries. */
 const REPORT_BYTES = 16 * 1024 * 1024;
 const REPORT_STEP = 64 * 1024;
@@ -161,7 +160,7 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
     state: hourState(ledger, span.hourEnd),
   };
   for (const [name, batch] of ledger?.sealed ?? []) {
-    const hours = Math.floor((span.to - batch.at) / HOUR_MS); // 0 is this one
+    const hours = Math.floor((span.to - batch.at) / HOUR); // 0 is this one
     const curveAt = CURVE_HOURS - 1 - hours;
     if (hours >= 0 && hours < CURVE_HOURS)
       summary.curve[curveAt] = (summary.curve[curveAt] ?? 0) + batch.lines;
@@ -179,7 +178,7 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
   for (const batch of ledger?.open.values() ?? []) add(row.open, batch);
   if (row.open.files > 0 && row.state === "complete" && isBehind(ledger, span.hourEnd))
     row.state = "incomplete";
-  const isGone = !isExpected && row.heardAt < span.hourEnd - CURVE_HOURS * HOUR_MS;
+  const isGone = !isExpected && row.heardAt < span.hourEnd - CURVE_HOURS * HOUR;
   const isEmpty = row.received.files + row.open.files === 0;
   if ((isGone || ledger === undefined) && isEmpty && !isExpected) return;
   summary.rows.push(row);
@@ -256,12 +255,12 @@ async function readDeliveries(path: string, oldest: number, sent: string): Promi
   // What was delivered and cleared away stands in the report alone: without one nothing can be said of it.
   if (size === undefined) return (await exists(sent)) ? UNKNOWN : { lines, from: 0 };
   const tail = Math.max(0, size - REPORT_BYTES);
-  const hour = formatLocalTime(oldest - 2 * HOUR_MS).slice(0, 13);
+  const hour = formatLocalTime(oldest - 2 * HOUR).slice(0, 13);
   const { start, at = Infinity } = await findHour(path, { from: tail, to: size, hour });
   await readDelivered(path, start, (block, from, to, count) =>
     lines.set(fingerprint(block, from, to), count),
   );
-  return { lines, from: tail === 0 ? 0 : at + HOUR_MS }; // its clock may have been set back by an hour
+  return { lines, from: tail === 0 ? 0 : at + HOUR }; // its clock may have been set back by an hour
 }
 
 /** A place in the report before which only earlier hours are, and its time: most of a long one is not read. */
