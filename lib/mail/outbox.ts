@@ -12,9 +12,9 @@ import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { z } from "zod";
 import { type Config, readSecret } from "../config.ts";
-import { failpoint, makeFolder } from "../durable.ts";
-import { fetchWith, tryLock } from "../runtime.ts";
-import { DAY, errorMessage, HOUR, type Log, MINUTE, OperatorError, wait } from "../service.ts";
+import { failpoint, LockedError, makeFolder, waitForLock } from "../durable.ts";
+import { fetchWith } from "../runtime.ts";
+import { DAY, errorMessage, HOUR, type Log, MINUTE } from "../service.ts";
 import { monitorNewsSchema } from "../signs.ts";
 import { readState, writeState } from "../state.ts";
 import { count, type Snapshot } from "../status.ts";
@@ -228,17 +228,11 @@ export class StateStore {
 
   /** Undefined where no lock can be made: an alert that comes twice is better than none. */
   async #lock(): Promise<{ release: () => void } | undefined> {
-    const deadline = Date.now() + LOCK_PATIENCE_MS;
     try {
       await makeFolder(dirname(this.#path));
-      for (;;) {
-        const lock = await tryLock(`${this.#path}.lock`);
-        if (lock) return lock;
-        if (Date.now() > deadline) throw new Error(`${this.#path}.lock is held by another process`);
-        await wait(20);
-      }
+      return await waitForLock(`${this.#path}.lock`, LOCK_PATIENCE_MS);
     } catch (error) {
-      if (Date.now() > deadline) throw new OperatorError(errorMessage(error));
+      if (error instanceof LockedError) throw error;
       return undefined;
     }
   }
