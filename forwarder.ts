@@ -489,7 +489,7 @@ class DeliveryPass {
       return;
     }
     if (intent || this.#target.direct) {
-      const found = await this.#target.look(one.remote);
+      const found = await this.#target.stat(one.remote);
       if (found && !(this.#target.direct && intent)) {
         Object.assign(one, await measure(open().chunks));
         await checkSame(this.#target, one, found).catch((error) => {
@@ -579,7 +579,7 @@ class DeliveryPass {
    * queue, or the name is someone else's. The same content is a delivery; another one is never overwritten.
    */
   async #meetExisting(one: Delivery): Promise<void> {
-    const found = await this.#target.look(one.remote);
+    const found = await this.#target.stat(one.remote);
     if (!found) return;
     try {
       await checkSame(this.#target, one, found);
@@ -720,7 +720,7 @@ async function deliverDigests(
 async function deliverDigest(config: Settings, target: Target, name: string, path: string): Promise<void> {
   const one = newDelivery(config, name, join(config.dir, ".digest"), 0);
   Object.assign(one, { remote: name }, await measure(readChunks(path)));
-  const found = await target.look(name);
+  const found = await target.stat(name);
   const isHalf = target.direct && found && found.bytes < one.bytes;
   if (found && !isHalf) return checkSame(target, one, found);
   await target.upload(name, readChunks(path));

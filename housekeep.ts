@@ -257,7 +257,7 @@ async function deleteAll(plan: Step[], context: HousekeepContext, result: Housek
   const early = plan.filter((step) => step.action === "early");
   if (early.length > 0) {
     const { minFreePercent } = config;
-    const fields = { files: early.length, bytes: formatBytes(sum(early)), minFreePercent };
+    const fields = { files: early.length, bytes: formatBytes(bytesOf(early)), minFreePercent };
     const verb = dryRun ? "would delete" : "deleting";
     log.warn(`disk nearly full: ${verb} delivered files before their time`, fields);
   }
@@ -281,7 +281,7 @@ async function deleteAll(plan: Step[], context: HousekeepContext, result: Housek
   }
 }
 
-function sum(files: Delivered[]): number {
+function bytesOf(files: Delivered[]): number {
   return files.reduce((total, file) => total + file.bytes, 0);
 }
 
@@ -291,7 +291,7 @@ function sum(files: Delivered[]): number {
 async function compressAll(plan: Step[], context: HousekeepContext, result: HousekeepResult): Promise<void> {
   const { signal, dryRun } = context;
   const queue = plan.filter((step) => step.action === "compress");
-  const progress = createProgress("compressing", sum(queue));
+  const progress = createProgress("compressing", bytesOf(queue));
   let done = 0;
   const read = (bytes: number) => {
     done += bytes;
@@ -394,7 +394,7 @@ async function compareGzip(
   const inside = await readGzip(gz, signal);
   if (inside === undefined) return "damaged";
   const original = { bytes: 0, crc: 0 };
-  for await (const _ of measure(readBlocks(file), original)) signal.throwIfAborted();
+  for await (const _ of checksum(readBlocks(file), original)) signal.throwIfAborted();
   if (sameContent(inside, original)) return "same";
   const sizes = `${inside.bytes} bytes inside, expected ${original.bytes}`;
   throw new Error(`Cannot compress: "${gz}" is there with other content (${sizes}); both stay`);
@@ -419,7 +419,7 @@ async function writeGzip(
   const { uid, gid, mode, mtimeMs, size } = before;
   try {
     await pipeline(
-      measure(readBlocks(file), original, read),
+      checksum(readBlocks(file), original, read),
       createGzip({ level: LEVEL, chunkSize: BLOCK }),
       createWriteStream(temp, { flags: "wx", mode: 0o600 }), // wx: never through a symlink
       { signal },
@@ -466,7 +466,7 @@ async function readGzip(path: string, signal: AbortSignal): Promise<Content | un
   const content = { bytes: 0, crc: 0 };
   const source = createReadStream(path, { highWaterMark: BLOCK });
   const drain = async (blocks: AsyncIterable<Buffer>) => {
-    for await (const _ of measure(blocks, content));
+    for await (const _ of checksum(blocks, content));
   };
   try {
     await pipeline(source, createGunzip({ chunkSize: BLOCK }), drain, { signal });
@@ -489,7 +489,7 @@ async function* readBlocks(file: FileHandle): AsyncGenerator<Buffer> {
 }
 
 /** Hands the blocks on and notes their length and CRC-32 in `content`. */
-async function* measure(
+async function* checksum(
   blocks: AsyncIterable<Buffer>,
   content: Content,
   read: (bytes: number) => void = () => {},

@@ -172,7 +172,7 @@ interface HostSeen {
 }
 
 /** All hosts that are known, and the batches in failed/ by hour. The ledgers are read before the folders. */
-export async function lookAtHosts(dir: string, now: number) {
+export async function observeHosts(dir: string, now: number) {
   const hosts: HostSeen[] = [];
   for (const host of await listHosts(dir)) {
     const ledger = await readLedger(folders(dir).host(host));
@@ -197,7 +197,7 @@ export async function lookAtHosts(dir: string, now: number) {
   }
   return { hosts, failed: countHours(await listBatches(folders(dir).failed, "sealed", "compressed")) };
 }
-export type HostsSeen = Awaited<ReturnType<typeof lookAtHosts>>;
+export type HostsSeen = Awaited<ReturnType<typeof observeHosts>>;
 
 function countHours(names: Iterable<string>): Map<string, number> {
   const hours = new Map<string, number>();
@@ -465,20 +465,20 @@ export class Digests {
   }
 
   /** Writes each digest whose time has come: as soon as its hour is complete, else an hour after its end. */
-  async write(now: number, look = lookAtHosts): Promise<void> {
+  async write(now: number, observe = observeHosts): Promise<void> {
     if (!this.#state) return;
     this.#unsaved = 0;
-    await this.#writeDue(this.#state, now, look);
+    await this.#writeDue(this.#state, now, observe);
     if (this.#unsaved > 0) await writeState(stateFile(this.#dir), this.#state);
   }
 
-  async #writeDue(state: DigestState, now: number, look: typeof lookAtHosts): Promise<void> {
+  async #writeDue(state: DigestState, now: number, observe: typeof observeHosts): Promise<void> {
     let seen: HostsSeen | undefined;
     for (;;) {
       const hour = state.next ?? this.#firstHour(state);
       if (hour === undefined || now < hourSpan(hour, this.#lastZone ?? 14 * 60).end) return;
       if (!seen) {
-        seen = await look(this.#dir, now);
+        seen = await observe(this.#dir, now);
         const zones = seen.hosts.map(({ zone }) => zone);
         this.#lastZone = zones.length > 0 ? Math.min(...zones) : ownZone(now);
         this.#findLosses(state, seen, now);
@@ -614,10 +614,13 @@ export async function verifyFolder(folder: string): Promise<Verified> {
     digests.set(name, parseDigest(bytes, parts));
   }
   for (const name of batches) hashes.set(name, await sha256OfFile(join(folder, name)));
-  return judge(hashes, digests);
+  return compareHashes(hashes, digests);
 }
 
-function judge(hashes: Map<string, string>, digests: Map<string, ParsedDigest | undefined>): Verified {
+function compareHashes(
+  hashes: Map<string, string>,
+  digests: Map<string, ParsedDigest | undefined>,
+): Verified {
   const found = new Map<string, Finding>();
   const add = (kind: FindingKind, name: string) => found.set(`${kind} ${name}`, { kind, name });
   const listed = new Set<string>();

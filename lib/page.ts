@@ -66,7 +66,7 @@ const STATES: Record<HostState, { text: string; meaning: string; mark: string }>
   quiet: { text: "quiet", meaning: "alive, sends no lines", mark: "off" },
   ok: { text: "ok", meaning: "lines come", mark: "ok" },
 };
-type Verdict = "ok" | "bad" | "off";
+type Mark = "ok" | "bad" | "off";
 
 type Html = ReturnType<typeof html>;
 type HtmlValue = Html | string | number | false | undefined | HtmlValue[];
@@ -95,7 +95,7 @@ ${SYMBOLS}
 <header><p class="name">Log-RT-Sync on ${status.server}</p><button id="pause" type="button" aria-pressed="false" hidden>Pause</button></header>
 <p id="stale" role="alert" hidden></p>
 <main data-at="${formatClock(status.now, status.now)}">
-${renderVerdict(status, title, mark, problems)}
+${renderHeadline(status, title, mark, problems)}
 ${renderLegs(status, problems)}
 ${renderHosts(status)}
 ${renderAbout(status)}
@@ -108,7 +108,7 @@ ${renderAbout(status)}
   return String(page);
 }
 
-function renderVerdict({ now }: Snapshot, title: string, mark: Verdict, problems: Problem[]): Html {
+function renderHeadline({ now }: Snapshot, title: string, mark: Mark, problems: Problem[]): Html {
   return html`<section class="verdict ${mark}" aria-label="Verdict">
 <div role="status"><h1>${symbol(mark)}${title}</h1></div>
 ${problems.length > 0 && html`<ul>${problems.map((problem) => renderProblem(problem, problems.length))}</ul>`}
@@ -146,7 +146,7 @@ ${leg(fails("disk") ? "bad" : disk ? "ok" : "off", ["Disk has room", "Disk needs
 </div>`;
 }
 
-function leg(mark: Verdict, [ok, bad, off]: [string, string, string], content: Html | undefined): Html {
+function leg(mark: Mark, [ok, bad, off]: [string, string, string], content: Html | undefined): Html {
   return html`<section class="leg ${mark}"><h2>${symbol(mark)}${{ ok, bad, off }[mark]}</h2>${content}</section>`;
 }
 
@@ -486,7 +486,7 @@ const SHAPES = {
 };
 
 /** The icon in the browser's tab tells the verdict as well. */
-function icon(mark: Verdict): string {
+function icon(mark: Mark): string {
   const colour = { ok: "#1f9d57", bad: "#d4351c", off: "#7d8794" }[mark];
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><path fill="${colour}" fill-rule="evenodd" d="${SHAPES[mark]}"/></svg>`;
   return `data:image/svg+xml,${encodeURIComponent(svg)}`;

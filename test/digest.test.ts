@@ -10,7 +10,7 @@ import {
   formatDigestName,
   formatHour,
   type HostsSeen,
-  lookAtHosts,
+  observeHosts,
   parseDigest,
   parseDigestName,
   readDigestHead,
@@ -288,7 +288,7 @@ test.each([
     await mkdir(join(dir, HOST));
     const facts = { through: SIX, zone: ZONE, ...(forgetAfterDays && { forgetAfterDays }) };
     await writeFile(join(dir, HOST, ".ledger"), formatRecord({ v: LEDGER_VERSION, heardAt: SIX, facts }));
-    const { hosts } = await lookAtHosts(dir, SIX + days * 24 * HOUR);
+    const { hosts } = await observeHosts(dir, SIX + days * 24 * HOUR);
     expect(hosts.map(({ host }) => host)).toEqual(waited ? [HOST] : []);
   },
 );

@@ -146,12 +146,12 @@ function groupFacts(facts: Change[]): Change[][] {
 
 function groupTitle(group: Change[], at: number): string {
   const [first] = group as [Change];
-  return group.length === 1 ? headline(first, at) : `${group.length} senders ${short(first)}`;
+  return group.length === 1 ? titleOf(first, at) : `${group.length} senders ${inAWord(first)}`;
 }
 
 function groupText(group: Change[], at: number): string {
   const [first] = group as [Change];
-  if (group.length === 1) return explain(first, at);
+  if (group.length === 1) return detailsOf(first, at);
   const times = group.map(({ since }) => since);
   const [from, to] = [Math.min(...times), Math.max(...times)];
   const when =
@@ -175,10 +175,10 @@ function alertSubject(facts: Change[], counts: Partial<Record<Status, number>>):
   const all = Object.values(counts).reduce((sum, n) => sum + n, 0);
   const parts = [...groups.values()].map((group) => {
     const [only] = group as [Change];
-    if (group.length === 1) return groups.size === 1 ? oneLine(only) : headline(only, only.since);
+    if (group.length === 1) return groups.size === 1 ? oneLine(only) : titleOf(only, only.since);
     const everyone = group.length === all && only.status === "silent" && only.kind === "opened";
     if (everyone) return `All ${all} senders silent: ${only.text || "receiver or network down?"}`;
-    return `${group.length} senders ${short(only)}: ${listNames(
+    return `${group.length} senders ${inAWord(only)}: ${listNames(
       group.map(({ title }) => title),
       NAMES,
     )}`;
@@ -189,14 +189,14 @@ function alertSubject(facts: Change[], counts: Partial<Record<Status, number>>):
 /** A fact in the subject: a fault with the beginning of what it says. */
 function oneLine(change: Change): string {
   const { sender, kind, text, since } = change;
-  const title = headline(change, since);
+  const title = titleOf(change, since);
   if (sender || text === "" || (kind !== "opened" && kind !== "reminder")) return title;
   const line = `${title}: ${text.replace(/\s+/g, " ")}`;
   return line.length <= SUBJECT_LENGTH ? line : `${line.slice(0, SUBJECT_LENGTH - 1)}…`;
 }
 
 /** What happened to several senders, in a word. */
-function short(change: Change): string {
+function inAWord(change: Change): string {
   if (change.kind === "over") return change.lasted === undefined ? "heard for the first time" : "back";
   if (change.kind === "lost") return "lost bytes";
   if (change.kind === "flapping") return "flapping";
@@ -205,7 +205,7 @@ function short(change: Change): string {
   return `${change.kind === "reminder" ? "still " : ""}${STATUS_TEXT[change.status]}`;
 }
 
-function headline(change: Change, now: number): string {
+function titleOf(change: Change, now: number): string {
   const { kind, title, status, sender, since, lasted, bytes = 0 } = change;
   if (stillFlaps(change)) return `${sender ? title : sentence(title)} is still flapping`;
   if (kind === "note") return sentence(title);
@@ -232,7 +232,7 @@ function stillFlaps({ kind, status }: Change): boolean {
   return kind === "reminder" && status === "ok";
 }
 
-function explain(change: Change, at: number): string {
+function detailsOf(change: Change, at: number): string {
   const { kind, status, sender, since, text, lasted = 0 } = change;
   const ago =
     at - since < MINUTE ? formatTime(since) : `${formatTime(since)}, ${formatDuration(at - since)} ago`;
@@ -352,7 +352,7 @@ function hostRow(row: HourRow): Html {
   const { received, delivered, waiting } = row;
   const percentOf = ({ lines }: { lines: number }) => Math.round((100 * lines) / Math.max(1, received.lines));
   const [done, waits] = [percentOf(delivered), percentOf(waiting)];
-  const { text, color } = hostVerdict(row);
+  const { text, color } = hostState(row);
   const part = (percent: number, background: string) =>
     percent > 0 &&
     html`<td width="${percent}%" style="height:5px;background:${background};font-size:1px">&nbsp;</td>`;
@@ -368,11 +368,11 @@ function hostRow(row: HourRow): Html {
 
 /** 0 for what is bad, 1 for what may still become well, 2 for what is well. */
 function rank(row: HourRow): number {
-  const { color } = hostVerdict(row);
+  const { color } = hostState(row);
   return color === COLOR.bad ? 0 : color === COLOR.warn ? 1 : 2;
 }
 
-function hostVerdict(row: HourRow): { text: string; color: string } {
+function hostState(row: HourRow): { text: string; color: string } {
   const parts: string[] = [];
   if (row.since.lost > 0) parts.push(`${formatBytes(row.since.lost)} lost`);
   if (row.failed.files > 0) parts.push(`${row.failed.files} failed`);
@@ -447,7 +447,7 @@ function textTable(rows: HourRow[]): string {
     `${host.padEnd(width)}  ${lines.padStart(12)}  ${files.padStart(5)}  ${bytes.padStart(10)}  ${text}`;
   const body = rows.map((row) => {
     const { lines, files, bytes } = row.received;
-    return line(row.host, formatCount(lines), String(files), formatBytes(bytes), hostVerdict(row).text);
+    return line(row.host, formatCount(lines), String(files), formatBytes(bytes), hostState(row).text);
   });
   return [line("sender", "lines", "files", "bytes", "state"), ...body].join("\n");
 }

@@ -130,7 +130,7 @@ export async function summariseHour(
 /** Where batches are, by name. */
 interface Places {
   failed: Set<string>;
-  /** What stands in sent/, and what the report says was delivered: lines by fingerprint, and from when on. */
+  /** What stands in sent/, and what the report says was delivered: lines by hash of the name, and from when on. */
   sent: Set<string>;
   report: { lines: Map<number, number>; from: number };
 }
@@ -176,7 +176,7 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
       summary.vanished.push({ host, name, lines: batch.lines });
   }
   for (const batch of ledger?.open.values() ?? []) add(row.open, batch);
-  if (row.open.files > 0 && row.state === "complete" && isBehind(ledger, span.hourEnd))
+  if (row.open.files > 0 && row.state === "complete" && hasOverdue(ledger, span.hourEnd))
     row.state = "incomplete";
   const isGone = !isExpected && row.heardAt < span.hourEnd - CURVE_HOURS * HOUR;
   const isEmpty = row.received.files + row.open.files === 0;
@@ -193,7 +193,7 @@ function addBatch(row: HourRow, batch: SealedBatch, queue: Set<string>, places: 
   add(row.received, batch);
   add(row[place], batch);
   if ((parseBatchName(batch.name)?.part ?? 1) > 1) row.late++;
-  const sentLines = place === "delivered" ? places.report.lines.get(fingerprintOf(batch.name)) : undefined;
+  const sentLines = place === "delivered" ? places.report.lines.get(hashOf(batch.name)) : undefined;
   if (sentLines !== undefined && sentLines !== batch.lines) row.differs++;
   return place;
 }
@@ -205,9 +205,7 @@ function whereIs(
 ): "delivered" | "failed" | "waiting" | "missing" {
   if (queue.has(name)) return "waiting";
   if (failed.has(name)) return "failed";
-  return report.lines.has(fingerprintOf(name)) || sent.has(name) || sent.has(`${name}.gz`)
-    ? "delivered"
-    : "missing";
+  return report.lines.has(hashOf(name)) || sent.has(name) || sent.has(`${name}.gz`) ? "delivered" : "missing";
 }
 
 /** Complete when all that was in its files at the hour's end is here; a sender that was not heard since may have more. */
@@ -222,7 +220,7 @@ function hourState(ledger: Ledger | undefined, end: number): HourRow["state"] {
 }
 
 /** Whether a batch of a window that is over still takes lines. */
-function isBehind(ledger: Ledger | undefined, end: number): boolean {
+function hasOverdue(ledger: Ledger | undefined, end: number): boolean {
   return [...(ledger?.open.values() ?? [])].some(({ endsAt }) => endsAt <= end);
 }
 
@@ -231,7 +229,7 @@ function isBehind(ledger: Ledger | undefined, end: number): boolean {
 const ofName = Buffer.alloc(1024);
 
 /** A name, in bytes, as a number of 52 bits: many thousands of names fit into little memory. */
-function fingerprint(block: Buffer, from: number, to: number): number {
+function hashName(block: Buffer, from: number, to: number): number {
   let [a, b] = [0x811c9dc5, 0x01000193];
   for (let i = from; i < to; i++) {
     const byte = block[i] as number;
@@ -241,8 +239,8 @@ function fingerprint(block: Buffer, from: number, to: number): number {
   return (a >>> 0) * 0x100000 + ((b >>> 0) & 0xfffff);
 }
 
-function fingerprintOf(name: string): number {
-  return fingerprint(ofName, 0, ofName.write(name, "latin1"));
+function hashOf(name: string): number {
+  return hashName(ofName, 0, ofName.write(name, "latin1"));
 }
 
 /** Of a report that tells nothing. */
@@ -257,9 +255,7 @@ async function readDeliveries(path: string, oldest: number, sent: string): Promi
   const tail = Math.max(0, size - REPORT_BYTES);
   const hour = formatLocalTime(oldest - 2 * HOUR).slice(0, 13);
   const { start, at = Infinity } = await findHour(path, { from: tail, to: size, hour });
-  await readDelivered(path, start, (block, from, to, count) =>
-    lines.set(fingerprint(block, from, to), count),
-  );
+  await readDelivered(path, start, (block, from, to, count) => lines.set(hashName(block, from, to), count));
   return { lines, from: tail === 0 ? 0 : at + HOUR }; // its clock may have been set back by an hour
 }
 

@@ -3,7 +3,7 @@
  * the report where there are none; and what keeps it from being complete, in the digests' own words.
  */
 import { dashedHost, parseBatchName } from "../batch.ts";
-import { findMissing, formatHour, type HostsSeen, lookAtHosts, readList, readRecord } from "../digest.ts";
+import { findMissing, formatHour, type HostsSeen, observeHosts, readList, readRecord } from "../digest.ts";
 import { type ReportLine, readReportTail } from "../report.ts";
 import { EXIT, HOUR, OperatorError } from "../service.ts";
 
@@ -50,7 +50,7 @@ export async function readHours(
   hours: string[],
   now: number,
 ): Promise<MatrixRow[]> {
-  const seen = await lookAtHosts(dir, now);
+  const seen = await observeHosts(dir, now);
   const sent = (await readReportTail(report, REPORT_BYTES)).filter(({ status }) => status === "Sent");
   const reported = Map.groupBy(sent, ({ batch }) => parseBatchName(batch)?.window.slice(0, 8) ?? "");
   const record = await readRecord(dir);
