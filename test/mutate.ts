@@ -307,6 +307,7 @@ if (import.meta.main) {
       kinds[kind] = (kinds[kind] ?? 0) + 1;
       if (fault) failed++;
       if (fault) process.stdout.write(`seed ${seed}: ${fault}\n`);
+      if ((seed + 1 - from) % 100 === 0) process.stdout.write(`${seed + 1 - from} seeds, ${failed} failed\n`);
     }
   };
   await Promise.all([work(), work()]);
