@@ -2,11 +2,11 @@
  * monitor: tells by mail when something is wrong, when it is over, and once an hour what came and went.
  *
  * A run looks (lib/status.ts judges), compares with what was told, puts what is to be told into a queue, saves, and then
- * sends the queue in order. A recipient leaves a notice only when the server has accepted the mail for it, and that is
- * saved at once. A crash before the first save: the next run sees the same and makes the same notice. A crash after it:
- * the notice is in the queue and is sent by the next run. A crash between the server's acceptance and the save: the mail
- * comes twice, with the same Message-ID; never zero times. A summary stands in the queue as its span alone, and is
- * written when it is sent.
+ * sends the queue in order. A recipient leaves a notification only when the server has accepted the mail for it, and that
+ * is saved at once. A crash before the first save: the next run sees the same and makes the same notification. A crash
+ * after it: the notification is in the queue and is sent by the next run. A crash between the server's acceptance and the
+ * save: the mail comes twice, with the same Message-ID; never zero times. A summary stands in the queue as its span alone,
+ * and is written when it is sent.
  *
  * The state is changed under a lock that is held for a moment; one run at a time sends, and another one that comes
  * meanwhile looks and queues. The exit code is 1 while a mail is not accepted.
@@ -24,6 +24,7 @@ import {
   clientOf,
   deliver,
   type Incident,
+  type MonitorContext,
   type MonitorState,
   StateStore,
 } from "./lib/mail/outbox.ts";
@@ -36,11 +37,9 @@ import {
   errorMessage,
   formatBytes,
   formatDuration,
-  type Log,
   OperatorError,
   runScript,
   type Service,
-  UsageError,
   wait,
 } from "./lib/service.ts";
 import {
@@ -73,12 +72,12 @@ const CLOCK_STEP_MS = MINUTE;
 const AWAY_MS = 10 * MINUTE;
 /** Hours before this are not summarised after a long absence: the records do not reach further by far. */
 const OLDEST_SUMMARY_MS = 7 * DAY;
-/** Beyond so many notices in the queue, changes join the last one: the queue stays small in a long outage. */
+/** Beyond so many notifications in the queue, changes join the last one: the queue stays small in a long outage. */
 const QUEUE_LIMIT = 100;
 async function main(service: Service<"monitor">): Promise<number> {
   const { configFile, flags, log, signal, now } = service;
   for (const flag of ["for", "reason", "off"])
-    if (flags[flag] && !flags.mute) throw new UsageError(`--${flag} goes with --mute`);
+    if (flags[flag] && !flags.mute) throw new OperatorError(`--${flag} goes with --mute`, EXIT.usage);
   if (flags["test-mail"]) return sendTest(service);
   if (flags.status) return printStatus(service);
   if (flags.mute) return mute(service, String(flags.mute));
@@ -103,17 +102,6 @@ async function main(service: Service<"monitor">): Promise<number> {
   return EXIT.done;
 }
 
-/** What a run is given. `uptime` is that of this machine in milliseconds. */
-export interface MonitorContext {
-  config: Options;
-  log: Log;
-  signal: AbortSignal;
-  now: () => number;
-  uptime?: () => number;
-  /** Waits until it is time for the second look. */
-  secondLook?: () => Promise<void>;
-}
-
 /** One run. Gives true when every mail that was due is accepted. */
 export async function checkOnce(context: MonitorContext): Promise<boolean> {
   return send(await lookAndQueue(context));
@@ -122,7 +110,6 @@ export async function checkOnce(context: MonitorContext): Promise<boolean> {
 /** What a run has to send. */
 interface Queued {
   store: StateStore;
-  context: MonitorContext;
   snapshot: Snapshot;
 }
 
@@ -144,19 +131,19 @@ async function lookAndQueue(context: MonitorContext): Promise<Queued> {
   const wasUnsaved = before.incidents[STATE]?.status === "fault";
   if (store.unsaved || wasUnsaved) await store.change((state) => noteUnsaved(state, run, store.unsaved));
   failpoint("monitor:queued");
-  return { store, context, snapshot };
+  return { store, snapshot };
 }
 
-async function send({ store, context, snapshot }: Queued): Promise<boolean> {
-  const { config, log } = context;
+async function send({ store, snapshot }: Queued): Promise<boolean> {
+  const { config, log } = store.context;
   const sending = await tryLock(`${config.stateFile}.sending`).catch(() => ({ release: () => {} }));
   if (!sending) {
     log.info("another run sends: what is due is queued");
     return true;
   }
   try {
-    const healthy = await deliver(store, context, snapshot);
-    if (healthy) await callHeartbeat(context);
+    const healthy = await deliver(store, snapshot);
+    if (healthy) await callHeartbeat(store.context);
     return healthy;
   } finally {
     sending.release();
@@ -231,14 +218,12 @@ async function askReceivers({
       );
       if (text === undefined) return [];
       const problem: Problem = {
-        ...{
-          key: `receiver ${origin}`,
-          leg: "arrival",
-          title: `receiver ${host} is unhealthy`,
-          text,
-          hosts: [],
-          sudden: true,
-        },
+        key: `receiver ${origin}`,
+        leg: "arrival",
+        title: `receiver ${host} is unhealthy`,
+        text,
+        hosts: [],
+        sudden: true,
         next: [`curl -sS ${origin}/healthz`, "journalctl -u 'log-rt-sync-receiver@*' -n 50"],
       };
       return [{ port: Number(port || (protocol === "https:" ? 443 : 80)), problem }];
@@ -260,7 +245,7 @@ function withAdvice(error: unknown): string {
 interface Run {
   context: MonitorContext;
   snapshot: Snapshot;
-  /** Id of the notice that this run makes, if it makes one. */
+  /** Id of the notification that this run makes, if it makes one. */
   id: string;
   changes: Change[];
   references: Set<string>;
@@ -392,15 +377,13 @@ function noteLost(state: MonitorState, { snapshot, changes }: Run, host: HostSta
       : "",
   ];
   changes.push({
-    ...{
-      kind: "lost",
-      title: host.host,
-      text: texts.join(" ").trim(),
-      status: "fault",
-      sender: true,
-      since: now,
-      bytes: lost + gone,
-    },
+    kind: "lost",
+    title: host.host,
+    text: texts.join(" ").trim(),
+    status: "fault",
+    sender: true,
+    since: now,
+    bytes: lost + gone,
     next: [
       `ssh ${host.host} "journalctl -u log-rt-sync-shipper --since -1h | grep -i lost"`,
       "journalctl -u 'log-rt-sync-receiver@*' --since -1h | grep -i lost",
@@ -427,11 +410,13 @@ function noteAgain(
   const files = count(againFiles - known.files, "file", "files");
   const text = `The receiver had lost lines of ${host}, whose shipper has shipped ${bytes} of ${files} again, of what was not delivered. Some of it may have been: those lines come twice, in batches with other names. The shipper's log names each file, since when what comes twice had been delivered, and what is gone with its file.`;
   changes.push({
-    ...{ kind: "note", title: `${host} shipped ${bytes} again`, text, status: "ok", sender: false },
-    ...{
-      since: snapshot.now,
-      next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'receiver has lost lines'"`],
-    },
+    kind: "note",
+    title: `${host} shipped ${bytes} again`,
+    text,
+    status: "ok",
+    sender: false,
+    since: snapshot.now,
+    next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'receiver has lost lines'"`],
   });
   Object.assign(known, { told: again, files: againFiles });
 }
@@ -470,17 +455,21 @@ function follow(
     else incident.outage = outage;
   }
   const isUnsent = state.queue.some(
-    (notice) =>
-      notice.kind === "alert" &&
-      notice.recipients.length > 0 &&
-      notice.changes.some(({ title }) => title === incident.title),
+    (notification) =>
+      notification.kind === "alert" &&
+      notification.recipients.length > 0 &&
+      notification.changes.some(({ title }) => title === incident.title),
   );
   const kind = whatToTell(incident, now, isUnsent ? Number.POSITIVE_INFINITY : context.config.remindMinutes);
   if (!kind) return;
   if (kind === "opened" && incident.told === "ok") incident.thread = id;
   else if (incident.thread) references.add(incident.thread);
   changes.push({
-    ...{ kind, title: incident.title, text: incident.text, status, sender },
+    kind,
+    title: incident.title,
+    text: incident.text,
+    status,
+    sender,
     since: status === "ok" ? outage : (incident.outage ?? incident.since),
     ...(status === "ok" && incident.told !== "never" && { lasted: Math.max(0, since - outage) }),
     ...(incident.next && { next: incident.next }),
@@ -505,7 +494,7 @@ function whatToTell(incident: Incident, now: number, remindMinutes: number): Cha
 
 // ---- queue
 
-/** Puts an alert of the run's changes at the end of the queue, or into its last notice when that is long. */
+/** Puts an alert of the run's changes at the end of the queue, or into its last notification when that is long. */
 function enqueueAlert(state: MonitorState, { context, snapshot, id, changes, references }: Run): void {
   if (changes.length === 0) return;
   const counts: Partial<Record<Status, number>> = {};
@@ -517,18 +506,18 @@ function enqueueAlert(state: MonitorState, { context, snapshot, id, changes, ref
   }
   const silent = (counts.silent ?? 0) + (counts.never ?? 0);
   if (changes.every(isGood) && silent > 0)
-    standing.push(`${silent} ${silent === 1 ? "sender" : "senders"} silent or never seen`);
+    standing.push(`${count(silent, "sender", "senders")} silent or never seen`);
   const last = state.queue.at(-1);
   if (last?.kind === "alert" && last.recipients.length > 0 && state.queue.length >= QUEUE_LIMIT) {
     last.changes.push(...changes);
     return;
   }
-  const notice = newNotice(context.config, id, snapshot.now);
-  const told = { changes: [...changes], counts: counts as Record<string, number>, standing };
-  state.queue.push({ ...notice, ...told, kind: "alert", references: [...references] });
+  const notification = newNotification(context.config, id, snapshot.now);
+  const told = { changes: [...changes], counts, standing };
+  state.queue.push({ ...notification, ...told, kind: "alert", references: [...references] });
 }
 
-function newNotice({ mail, webhook }: Options, id: string, at: number) {
+function newNotification({ mail, webhook }: Options, id: string, at: number) {
   const recipients = mail.to.map((address) => ({ address, tries: 0, nextAt: 0 }));
   return { id, at, references: [] as string[], recipients, ...(webhook && { post: { tries: 0 } }) };
 }
@@ -555,10 +544,10 @@ function queueSummaries(state: MonitorState, { context, snapshot }: Run): void {
     const behind = Math.round((due - state.summarisedUntil) / HOUR_MS) - 1;
     const hourEnd = due - Math.max(0, behind) * HOUR_MS; // aligned anew when the zone changed
     const to = hourEnd + cut;
-    const notice = newNotice(config, `summary-${state.instance}-${hourEnd}`, now);
+    const notification = newNotification(config, `summary-${state.instance}-${hourEnd}`, now);
     const from = Math.min(state.accountedUntil || to - HOUR_MS, to);
     state.queue.push({
-      ...notice,
+      ...notification,
       kind: "summary",
       hourEnd,
       from,
@@ -715,10 +704,11 @@ const UNITS: Record<string, number> = { m: MINUTE, h: HOUR_MS, d: DAY };
 async function mute(service: Service<"monitor">, name: string): Promise<number> {
   const { flags, log, now } = service;
   const host = name === "*" ? "*" : parseHost(name);
-  if (host === undefined) throw new UsageError(`--mute ${name}: expected an IP address, a host name or *`);
+  if (host === undefined)
+    throw new OperatorError(`--mute ${name}: expected an IP address, a host name or *`, EXIT.usage);
   const [, number, unit = ""] = /^(\d+(?:\.\d+)?)([mhd])$/.exec(String(flags.for ?? "")) ?? [];
   if (!flags.off && !(Number(number) > 0))
-    throw new UsageError("--mute HOST needs --for 90m, 2h or 3d, or --off");
+    throw new OperatorError("--mute HOST needs --for 90m, 2h or 3d, or --off", EXIT.usage);
   const uid = process.getuid?.();
   const { SUDO_USER, LOGNAME, USER } = process.env;
   const by = SUDO_USER || LOGNAME || USER || (uid === 0 ? "root" : `user ${uid}`); // without them Bun says "unknown"

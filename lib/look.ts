@@ -185,8 +185,16 @@ interface Look extends LookOptions {
 export async function seeFolder(dir: string, thresholds: Thresholds, options: LookOptions): Promise<Seen> {
   const { now, mutes = {} } = options;
   const seen: Seen = {
-    ...{ version: VERSION, now, server: hostname(), dir, startedAt: 0 },
-    ...{ hosts: [], receivers: [], linesPerMinute: [], unreadable: [], failed: [] },
+    version: VERSION,
+    now,
+    server: hostname(),
+    dir,
+    startedAt: 0,
+    hosts: [],
+    receivers: [],
+    linesPerMinute: [],
+    unreadable: [],
+    failed: [],
     mutes: Object.fromEntries(Object.entries(mutes).filter(([, { until }]) => until > now)),
   };
   const expected = new Set(thresholds.expected);
@@ -339,15 +347,24 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
   const mute = [mutes[host], mutes["*"]].find((window) => window && window.until > now);
   const claims = (facts.contestedUntil ?? 0) > now ? (facts.shippers ?? []).slice(-2) : [];
   return {
-    ...{ host, state: "never", expected: expected.has(host), linesPerMinute: [], batches: [] },
+    host,
+    state: "never",
+    expected: expected.has(host),
+    linesPerMinute: [],
+    batches: [],
     heardAt: notInFuture(look, host, ledger.heardAt),
     lineAt: Math.min(ledger.lineAt, now),
     lag: facts.lag ?? oldLag,
-    ...{ open: open.size, waiting: 0, failed: 0 },
+    open: open.size,
+    waiting: 0,
+    failed: 0,
     undelivered: [...open.values()].reduce((sum, { bytes }) => sum + bytes, 0),
-    ...{ lost: ledger.lost, gone: facts.gone ?? 0 },
+    lost: ledger.lost,
+    gone: facts.gone ?? 0,
     ...(facts.again !== undefined && { again: facts.again, againFiles: facts.againFiles ?? 0 }),
-    ...{ skipped: facts.skipped ?? 0, untimed: facts.untimed ?? 0, ahead: facts.ahead ?? 0 },
+    skipped: facts.skipped ?? 0,
+    untimed: facts.untimed ?? 0,
+    ahead: facts.ahead ?? 0,
     ...(facts.through !== undefined && { through: Math.min(facts.through, now) }),
     ...(facts.zone !== undefined && { zone: facts.zone }),
     ...(facts.agent !== undefined && { agent: facts.agent.replace(NO_LOG, "") }),

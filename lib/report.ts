@@ -12,7 +12,7 @@ import { createReadStream } from "node:fs";
 import { open } from "node:fs/promises";
 import { appendDurably, exists, writeDurably } from "./durable.ts";
 import { tryLock } from "./runtime.ts";
-import { wait } from "./service.ts";
+import { formatLocalTime, wait } from "./service.ts";
 
 /** The outcome of one attempt. */
 export interface ReportLine {
@@ -212,12 +212,4 @@ async function underLock<T>(path: string, work: () => Promise<T>): Promise<T> {
   } finally {
     lock.release();
   }
-}
-
-/** `2026-11-22 06:45:01` in this machine's local time. */
-function formatLocalTime(ms: number): string {
-  const at = new Date(ms);
-  const two = (n: number) => String(n).padStart(2, "0");
-  const date = `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
-  return `${date} ${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
 }

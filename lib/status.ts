@@ -12,7 +12,7 @@ import {
   seeFolder,
   type Thresholds,
 } from "./look.ts";
-import { formatBytes, formatDuration } from "./service.ts";
+import { formatBytes, formatDuration, formatLocalTime } from "./service.ts";
 import { type FaultKind, type MonitorNews, type ReceiverState, readMonitorNews } from "./signs.ts";
 
 const MINUTE = 60_000;
@@ -380,10 +380,9 @@ export function count(n: number, one: string, many: string): string {
 
 /** `10:20`, with the day when it is not today's: this machine's wall clock. */
 export function formatClock(at: number, now: number): string {
-  const date = new Date(at);
-  const two = (n: number) => String(n).padStart(2, "0");
-  const time = `${two(date.getHours())}:${two(date.getMinutes())}`;
-  return date.toDateString() === new Date(now).toDateString() ? time : `${DAY_NAME.format(date)}, ${time}`;
+  const [day, time = ""] = formatLocalTime(at).split(" ");
+  const clock = time.slice(0, 5);
+  return formatLocalTime(now).startsWith(`${day} `) ? clock : `${DAY_NAME.format(at)}, ${clock}`;
 }
 
 const DAY_NAME = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
@@ -415,8 +414,12 @@ export function createStatusReader(
   { now = Date.now, ...sources }: Partial<Omit<ObserveOptions, "now">> & { now?: () => number },
 ): () => Promise<Snapshot> {
   const kept = {
-    ...{ readLedger: createLedgerReader(), future: {}, unnamed: { startedAt: now() }, details: DETAILED },
-    ...{ byDefaults: sources.monitorFile === undefined, ...sources },
+    readLedger: createLedgerReader(),
+    future: {},
+    unnamed: { startedAt: now() },
+    details: DETAILED,
+    byDefaults: sources.monitorFile === undefined,
+    ...sources,
   };
   let took = 0;
   let last: Snapshot | undefined;

@@ -49,7 +49,7 @@ const LONG_FILES: Record<string, number> = {
   "shipper.ts": 1000,
   "forwarder.ts": 1050,
   "receiver.ts": 880,
-  "monitor.ts": 805,
+  "monitor.ts": 795,
   "lib/page.ts": 780,
   "lib/store/sender.ts": 800,
   "lib/tail/streams.ts": 930,

@@ -4,6 +4,7 @@ import { spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { mkdirSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import { parseBatchName } from "../lib/batch.ts";
 import { type Digest, formatDigest, formatDigestName } from "../lib/digest.ts";
 import { findShells, runSeed, type Shell, VERIFY_SH, verifyBoth as verifyBy } from "./mutate.ts";
 import { accessLine, missing, startScript, tempFolder } from "./support.ts";
@@ -76,6 +77,30 @@ test("a good folder: no finding, the head and the beginning are told, what is ne
   const running = startScript("forwarder", "/absent/config.json", ["--verify", folder]);
   expect(await running.ended).toBe(0);
   expect(running.output).toBe(text);
+});
+
+test("a batch of any day of any month is one, and a day that no calendar has is none", async () => {
+  const folder = await tempFolder();
+  const batches: Digest["batches"] = [];
+  for (const month of ["00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13"])
+    for (const day of ["00", "01", "08", "09", "10", "28", "29", "30", "31", "32"]) {
+      const name = `accessLog_26${month}${day}00_00-59_10-0-0-1.log`;
+      writeFileSync(join(folder, name), "a line\n");
+      if (parseBatchName(name)) batches.push({ name, sha256: hash("a line\n") });
+    }
+  expect(batches).toHaveLength(12 * 8 - 5 - 2); // five months have no 31st, February 2026 no 29th and 30th either
+  const text = formatDigest({
+    hour: "26123123",
+    part: 1,
+    begins: "2026-01-01",
+    hosts: [],
+    missing: [],
+    batches,
+  });
+  writeFileSync(join(folder, "accessLog_26123123.sha256"), text);
+  const { text: told, shell, status } = await verifyBoth(folder);
+  expect(told).toEndWith("ok\n");
+  expect({ shell, status }).toEqual({ shell: told, status: 0 });
 });
 
 test("an hour that says no is incomplete, until its last digest says yes", async () => {

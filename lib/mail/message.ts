@@ -6,13 +6,14 @@
  */
 import { hostname } from "node:os";
 import { html } from "hono/html";
-import { formatBytes, formatDuration, VERSION } from "../service.ts";
+import { formatBytes, formatDuration, formatLocalTime, VERSION } from "../service.ts";
 import type { Mute } from "../signs.ts";
 import { count, formatClock, sentence } from "../status.ts";
 import type { HourRow, HourSummary } from "./summary.ts";
 
 /** How a subject is: of a sender as the page has it, `fault` for what is no sender's. */
-export type Status = "ok" | "quiet" | "silent" | "never" | "gone" | "fault";
+export const STATUSES = ["ok", "quiet", "silent", "never", "gone", "fault"] as const;
+export type Status = (typeof STATUSES)[number];
 
 /** One fact of an alert. `lasted` is the length of the outage in milliseconds. */
 export interface Change {
@@ -522,10 +523,7 @@ function listNames(names: string[], most: number): string {
 
 /** `2026-11-22 06:12 +01:00` of this machine's clock. */
 export function formatTime(at: number): string {
-  const date = new Date(at);
-  const two = (n: number) => String(n).padStart(2, "0");
-  const clock = `${two(date.getHours())}:${two(date.getMinutes())}`;
-  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${clock} ${zoneName(-date.getTimezoneOffset())}`;
+  return `${formatLocalTime(at).slice(0, 16)} ${zoneName(-new Date(at).getTimezoneOffset())}`;
 }
 
 /** `+06:00`, `UTC`. */

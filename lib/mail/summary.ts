@@ -12,8 +12,9 @@ import type { Config } from "../config.ts";
 import { exists, ifMissing } from "../durable.ts";
 import { parseHost } from "../host.ts";
 import { type Ledger, readLedger, type SealedBatch } from "../ledger.ts";
+import { compareAsPeopleCount } from "../look.ts";
 import { parseReportLine, readDelivered } from "../report.ts";
-import { errorMessage } from "../service.ts";
+import { errorMessage, formatLocalTime } from "../service.ts";
 
 export const HOUR_MS = 3_600_000;
 /** Hours of the curve. */
@@ -121,8 +122,7 @@ export async function summariseHour(
     report: await attempt(report, () => readDeliveries(report, span.to - MISSING_MS, sent), UNKNOWN),
   };
   const present = (await attempt(dir, () => listHosts(dir), [])).filter((host) => parseHost(host) === host);
-  const natural = new Intl.Collator("en", { numeric: true });
-  for (const host of [...new Set([...expected, ...present])].sort(natural.compare)) {
+  for (const host of [...new Set([...expected, ...present])].sort(compareAsPeopleCount)) {
     const account = { dir, host, span, places, isExpected: expected.includes(host) };
     await attempt(folders(dir).host(host), () => addHost(summary, account), undefined);
   }
@@ -153,7 +153,12 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
   const told = new Set(span.missingTold);
   const since = { ...emptyTotals(), ...span.since[host] };
   const row: HourRow = {
-    ...{ host, ...emptyAmounts(), differs: 0, late: 0, since, heardAt: ledger?.heardAt ?? 0 },
+    host,
+    ...emptyAmounts(),
+    differs: 0,
+    late: 0,
+    since,
+    heardAt: ledger?.heardAt ?? 0,
     state: hourState(ledger, span.hourEnd),
   };
   for (const [name, batch] of ledger?.sealed ?? []) {
@@ -252,7 +257,7 @@ async function readDeliveries(path: string, oldest: number, sent: string): Promi
   // What was delivered and cleared away stands in the report alone: without one nothing can be said of it.
   if (size === undefined) return (await exists(sent)) ? UNKNOWN : { lines, from: 0 };
   const tail = Math.max(0, size - REPORT_BYTES);
-  const hour = localHour(oldest - 2 * HOUR_MS);
+  const hour = formatLocalTime(oldest - 2 * HOUR_MS).slice(0, 13);
   const { start, at = Infinity } = await findHour(path, { from: tail, to: size, hour });
   await readDelivered(path, start, (block, from, to, count) =>
     lines.set(fingerprint(block, from, to), count),
@@ -284,13 +289,6 @@ async function findHour(
   } finally {
     await file.close();
   }
-}
-
-/** `2026-11-22 06`, as report lines begin. */
-function localHour(at: number): string {
-  const date = new Date(at);
-  const two = (n: number) => String(n).padStart(2, "0");
-  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${two(date.getHours())}`;
 }
 
 function emptyAmount(): Amount {
