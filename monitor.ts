@@ -40,7 +40,6 @@ import {
   OperatorError,
   runScript,
   type Service,
-  UsageError,
   wait,
 } from "./lib/service.ts";
 import {
@@ -78,7 +77,7 @@ const QUEUE_LIMIT = 100;
 async function main(service: Service<"monitor">): Promise<number> {
   const { configFile, flags, log, signal, now } = service;
   for (const flag of ["for", "reason", "off"])
-    if (flags[flag] && !flags.mute) throw new UsageError(`--${flag} goes with --mute`);
+    if (flags[flag] && !flags.mute) throw new OperatorError(`--${flag} goes with --mute`, EXIT.usage);
   if (flags["test-mail"]) return sendTest(service);
   if (flags.status) return printStatus(service);
   if (flags.mute) return mute(service, String(flags.mute));
@@ -705,10 +704,11 @@ const UNITS: Record<string, number> = { m: MINUTE, h: HOUR_MS, d: DAY };
 async function mute(service: Service<"monitor">, name: string): Promise<number> {
   const { flags, log, now } = service;
   const host = name === "*" ? "*" : parseHost(name);
-  if (host === undefined) throw new UsageError(`--mute ${name}: expected an IP address, a host name or *`);
+  if (host === undefined)
+    throw new OperatorError(`--mute ${name}: expected an IP address, a host name or *`, EXIT.usage);
   const [, number, unit = ""] = /^(\d+(?:\.\d+)?)([mhd])$/.exec(String(flags.for ?? "")) ?? [];
   if (!flags.off && !(Number(number) > 0))
-    throw new UsageError("--mute HOST needs --for 90m, 2h or 3d, or --off");
+    throw new OperatorError("--mute HOST needs --for 90m, 2h or 3d, or --off", EXIT.usage);
   const uid = process.getuid?.();
   const { SUDO_USER, LOGNAME, USER } = process.env;
   const by = SUDO_USER || LOGNAME || USER || (uid === 0 ? "root" : `user ${uid}`); // without them Bun says "unknown"

@@ -6,7 +6,15 @@ import { readFileSync, statSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { hostname, userInfo } from "node:os";
 import { z } from "zod";
-import { explainIssue, explainJson, explainRepeated, type SchemaNode, unknownKey } from "./explain.ts";
+import {
+  EXIT,
+  explainIssue,
+  explainJson,
+  explainRepeated,
+  OperatorError,
+  type SchemaNode,
+  unknownKey,
+} from "./explain.ts";
 import { addressIsValid, isLoopback, overlaps, parseHost, senderIsValid } from "./host.ts";
 
 const secret = z
@@ -337,14 +345,12 @@ export type SecretRef = z.infer<typeof secret>;
  * Faults of the config or of what it names, one per line. Exit code 78 (EX_CONFIG of sysexits.h) for what stands in the
  * file; 1 when all of it is what the file names and can't be had now.
  */
-export class ConfigError extends Error {
+export class ConfigError extends OperatorError {
   override name = "ConfigError";
   readonly faults: string[];
-  readonly code: 78 | 1;
-  constructor(faults: string[], code: 78 | 1 = 78) {
-    super(faults.join("\n"));
+  constructor(faults: string[], exitCode: 78 | 1 = EXIT.config) {
+    super(faults.join("\n"), exitCode);
     this.faults = faults;
-    this.code = code;
   }
 }
 

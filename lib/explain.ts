@@ -294,6 +294,19 @@ function howToWrite(issue: z.core.$ZodIssue, key: string, value: unknown): strin
 
 // ---- errors
 
+/** Exit codes that people script against. */
+export const EXIT = { done: 0, failed: 1, usage: 2, config: 78 } as const;
+
+/** Something that the operator can mend: told in one line, without a stack. The script ends with its exit code. */
+export class OperatorError extends Error {
+  override name = "OperatorError";
+  readonly exitCode: number;
+  constructor(message: string, exitCode: number = EXIT.failed) {
+    super(message);
+    this.exitCode = exitCode;
+  }
+}
+
 /** The text of an error with its causes, in one line and without the words of the runtime's HTTP client. */
 export function errorMessage(error: unknown): string {
   if (!(error instanceof Error)) return String(error);

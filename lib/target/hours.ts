@@ -5,7 +5,7 @@
 import { dashedHost, parseBatchName } from "../batch.ts";
 import { findMissing, formatHour, type HostsSeen, lookAtHosts, readList, readRecord } from "../digest.ts";
 import { type ReportLine, readReportTail } from "../report.ts";
-import { UsageError } from "../service.ts";
+import { EXIT, OperatorError } from "../service.ts";
 
 const HOUR_MS = 3_600_000;
 /** How much of the report's end tells of an hour without digests. */
@@ -16,13 +16,19 @@ export function parseHours(span: string): string[] {
   const [from = "", to] = span.split("/").map((text) => {
     const at = /^20\d\d-\d\d-\d\dT\d\d$/.test(text) ? Date.parse(`${text}:00Z`) : Number.NaN;
     if (Number.isNaN(at))
-      throw new UsageError(`--hour ${span}: expected 2026-11-27T14 or 2026-11-27T14/2026-11-27T18`);
+      throw new OperatorError(
+        `--hour ${span}: expected 2026-11-27T14 or 2026-11-27T14/2026-11-27T18`,
+        EXIT.usage,
+      );
     return at;
   });
   const first = Number(from);
   const end = to ?? first + HOUR_MS;
   if (end <= first || end - first > 31 * 24 * HOUR_MS)
-    throw new UsageError(`--hour ${span}: expected an end behind the beginning, 31 days at most`);
+    throw new OperatorError(
+      `--hour ${span}: expected an end behind the beginning, 31 days at most`,
+      EXIT.usage,
+    );
   return Array.from({ length: (end - first) / HOUR_MS }, (_, i) => formatHour(first + i * HOUR_MS, 0));
 }
 
