@@ -30,7 +30,7 @@ export interface BatchName {
 }
 
 const NAME =
-  /^(?<prefix>[A-Za-z0-9][A-Za-z0-9_-]*)_(?<window>\d{8}_\d\d-\d\d)_(?<host>[a-z0-9-]+)(?:\.(?<part>[1-9]\d{0,15}))?\.log(?<end>\.part|\.gz)?$/;
+  /^(?<prefix>[A-Za-z0-9][A-Za-z0-9_-]*)_(?<window>\d{8}_\d\d-\d\d)_(?<host>[a-z0-9-]+)(?:\.(?<part>[1-9]\d{0,14}))?\.log(?<end>\.part|\.gz)?$/;
 
 /** `accessLog_26112206_20-39_10-10-21-181.2.log` with the ending of its state. */
 export function formatBatchName({ prefix, window, host, part, state }: BatchName): string {

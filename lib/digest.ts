@@ -48,7 +48,7 @@ export interface DigestName {
   part: number;
 }
 
-const NAME = /^(?<prefix>[A-Za-z0-9][A-Za-z0-9_-]*)_(?<hour>\d{8})(?:\.(?<part>[1-9]\d{0,15}))?\.sha256$/;
+const NAME = /^(?<prefix>[A-Za-z0-9][A-Za-z0-9_-]*)_(?<hour>\d{8})(?:\.(?<part>[1-9]\d{0,14}))?\.sha256$/;
 
 /** `accessLog_26112206.sha256`, further ones `accessLog_26112206.2.sha256`. */
 export function formatDigestName({ prefix, hour, part }: DigestName): string {
@@ -109,6 +109,7 @@ function formatHourLine(hour: string, part: number): string {
 export function parseDigest(bytes: Uint8Array, { hour, part }: { hour: string; part: number }) {
   const text = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString("latin1");
   const end = text.lastIndexOf("\n", text.length - 2) + 1;
+  if (/[^\n\x20-\x7e]/.test(text)) return undefined;
   if (text.slice(end) !== `# end ${sha256Of(Buffer.from(text.slice(0, end), "latin1"))}\n`) return undefined;
   const lines = text.slice(0, end).split("\n");
   if (lines[1] !== formatHourLine(hour, part)) return undefined; // a replay of another one
@@ -627,21 +628,22 @@ function compareHashes(
   const followers = new Map<string, number>();
   const begins: string[] = [];
   const damagedHours = new Set<string>();
-  const last = new Map<string, { part: number; complete: boolean }>();
+  const last = new Map<string, { hour: string; part: number; complete: boolean }>();
   let newest = "";
   for (const [name, digest] of digests) {
-    const { hour = "", part = 1 } = parseDigestName(name) ?? {};
+    const { prefix = "", hour = "", part = 1 } = parseDigestName(name) ?? {};
     if (hour > newest) newest = hour;
     if (!digest) {
       add("changed", name);
       damagedHours.add(hour);
       continue;
     }
-    if (part > (last.get(hour)?.part ?? 0)) last.set(hour, { part, complete: digest.complete });
+    const first = formatDigestName({ prefix, hour, part: 1 });
+    if (part > (last.get(first)?.part ?? 0)) last.set(first, { hour, part, complete: digest.complete });
     const previous = digest.files.filter((file) => parseDigestName(file.name));
     for (const file of previous) followers.set(file.name, (followers.get(file.name) ?? 0) + 1);
-    if (digest.begins) begins.push(digest.begins);
-    if (previous.length !== (digest.begins ? 0 : 1)) add("chain broken", name);
+    if (digest.begins !== undefined) begins.push(digest.begins);
+    if (previous.length !== (digest.begins === undefined ? 1 : 0)) add("chain broken", name);
     for (const file of digest.files) {
       listed.add(file.name);
       const hash = hashes.get(file.name);
@@ -660,7 +662,7 @@ function compareHashes(
     if (hour > newest) uncovered++;
     else if (!damagedHours.has(hour)) add("extra", name);
   }
-  for (const [hour, { complete }] of last) if (!complete) add("incomplete", hour);
+  for (const { hour, complete } of last.values()) if (!complete) add("incomplete", hour);
   const key = ({ kind, name }: Finding) => `${kind} ${name}`;
   return {
     findings: [...found.values()].sort((a, b) => (key(a) < key(b) ? -1 : 1)),
