@@ -178,8 +178,7 @@ async function lookOnce(state: MonitorState, context: MonitorContext): Promise<S
   signal.throwIfAborted();
   const at = now();
   const up = upSince(context);
-  if (unhealthy.length === 0 && state.unnamed.wellUntil !== undefined) state.unnamed = { startedAt: at };
-  if (unhealthy.length > 0) state.unnamed.wellUntil ??= at;
+  noteUnnamed(state, unhealthy.length > 0, at);
   const snapshot = await observe(config.dir, config, {
     now: at,
     since: Math.max(wasSet(state, at, at - up) ? at : state.clockSetAt, up),
@@ -262,16 +261,16 @@ function evaluate(state: MonitorState, run: Run): void {
   noteAway(state, run, up);
   if (wasSet(state, now, up)) state.clockSetAt = now;
   Object.assign(state, { at: now, uptime: up });
-  if (context.config.receivers.length > 0) noteUnnamed(state, snapshot);
+  const isDown = snapshot.problems.some(({ key }) => key.startsWith("receiver http"));
+  if (context.config.receivers.length > 0) noteUnnamed(state, isDown, now);
   evaluateProblems(state, run);
   for (const host of snapshot.hosts) evaluateHost(state, run, host);
   forgetHosts(state, snapshot);
   enqueueAlert(state, run);
 }
 
-/** The lock was not held while it was looked: what another run noted meanwhile stays. */
-function noteUnnamed({ unnamed }: MonitorState, { problems, now }: Snapshot): void {
-  const isDown = problems.some(({ key }) => key.startsWith("receiver http"));
+/** Noted at the look, and again with the lock held: what another run noted meanwhile stays. */
+function noteUnnamed({ unnamed }: MonitorState, isDown: boolean, now: number): void {
   if (isDown) unnamed.wellUntil ??= now;
   else if (unnamed.wellUntil !== undefined) {
     unnamed.startedAt = now;

@@ -50,7 +50,7 @@ const LONG_FILES: Record<string, number> = {
   "forwarder.ts": 1030,
   "receiver.ts": 880,
   "monitor.ts": 795,
-  "lib/page.ts": 780,
+  "lib/page.ts": 755,
   "lib/store/sender.ts": 800,
   "lib/tail/streams.ts": 930,
 };
