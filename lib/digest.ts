@@ -24,7 +24,7 @@ import {
   removeDurably,
   writeDurably,
 } from "./durable.ts";
-import { parseHost } from "./host.ts";
+import { ofHost, parseHost } from "./host.ts";
 import { readLedger } from "./ledger.ts";
 import { readState, writeState } from "./state.ts";
 
@@ -528,7 +528,7 @@ export class Digests {
   #findLosses(state: DigestState, { hosts }: HostsSeen, now: number): void {
     const isFirst = Object.keys(state.totals).length === 0;
     for (const { host, skipped, untimed, lost } of hosts) {
-      const last = state.totals[host];
+      const last = ofHost(state.totals, host);
       if (!last) state.totals[host] = { skipped, untimed, lost: isFirst ? lost : 0, lossAt: 0 };
       const known = state.totals[host];
       if (known && lost > known.lost && known.lossAt < now) known.lossAt = now;
