@@ -707,8 +707,9 @@ async function mute(service: Service<"monitor">, name: string): Promise<number> 
   if (host === undefined)
     throw new OperatorError(`--mute ${name}: expected an IP address, a host name or *`, EXIT.usage);
   const [, number, unit = ""] = /^(\d+(?:\.\d+)?)([mhd])$/.exec(String(flags.for ?? "")) ?? [];
-  if (!flags.off && !(Number(number) > 0))
-    throw new OperatorError("--mute HOST needs --for 90m, 2h or 3d, or --off", EXIT.usage);
+  const length = Number(number) * (UNITS[unit] ?? 0);
+  if (flags.off ? flags.for || flags.reason : !(length > 0 && length <= 366 * DAY))
+    throw new OperatorError("--mute HOST needs --for 90m, 2h, 3d (366d at most), or --off", EXIT.usage);
   const uid = process.getuid?.();
   const { SUDO_USER, LOGNAME, USER } = process.env;
   const by = SUDO_USER || LOGNAME || USER || (uid === 0 ? "root" : `user ${uid}`); // without them Bun says "unknown"
@@ -719,8 +720,8 @@ async function mute(service: Service<"monitor">, name: string): Promise<number> 
       done = Object.hasOwn(state.mutes, host) ? "mute ended" : "was not muted";
       delete state.mutes[host];
     } else {
-      const until = now() + Number(number) * (UNITS[unit] ?? 0);
-      state.mutes[host] = { until, at: now(), by, ...(flags.reason && { reason: String(flags.reason) }) };
+      const reason = flags.reason && String(flags.reason).replace(/\p{Cc}+/gu, " "); // it is shown on terminals
+      state.mutes[host] = { until: now() + length, at: now(), by, ...(reason && { reason }) };
     }
   });
   if (store.unsaved) throw new OperatorError(`Cannot save ${service.config.stateFile}: ${store.unsaved}`);

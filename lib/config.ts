@@ -5,7 +5,10 @@
 import { readFileSync, statSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { hostname, userInfo } from "node:os";
+import { relative, resolve } from "node:path";
+import { fileURLToPath } from "node:url";
 import { z } from "zod";
+import { FAILED, SENT } from "./batch.ts";
 import {
   EXIT,
   explainIssue,
@@ -32,7 +35,10 @@ const secrets = z
 
 const path = z.string().min(1, "expected a path");
 const minutes = z.number().positive();
-const seconds = z.number().positive();
+/** A timer can't wait for more than 24 days: it would fire at once, again and again. */
+const LONGEST_SECONDS = 1_000_000;
+const seconds = z.number().positive().max(LONGEST_SECONDS);
+const secondsOrNone = z.number().nonnegative().max(LONGEST_SECONDS);
 const count = z.number().int().positive();
 const host = z
   .string()
@@ -78,13 +84,12 @@ const shipper = z.strictObject({
   flushMs: z
     .number()
     .nonnegative()
+    .max(LONGEST_SECONDS)
     .default(100)
     .describe("Under steady traffic one request per this many ms"),
   inFlight: count.max(64).default(4).describe("Chunks of one file on their way at once"),
   pollSeconds: seconds.default(5).describe("How often files are looked at when no event tells of a change"),
-  rotateWaitSeconds: z
-    .number()
-    .nonnegative()
+  rotateWaitSeconds: secondsOrNone
     .default(5)
     .describe("A rotated file is finished when it was quiet for so long"),
   heartbeatSeconds: seconds.default(60).describe("A sign of life when there is nothing to ship"),
@@ -124,9 +129,7 @@ const receiver = z
       .refine((n) => 60 % n === 0, "expected a divisor of 60")
       .default(20)
       .describe("Length of a batch's window"),
-    sealAfterSeconds: z
-      .number()
-      .nonnegative()
+    sealAfterSeconds: secondsOrNone
       .default(120)
       .describe("A batch is sealed when its window is over and no line came for so long"),
     sealLatestSeconds: seconds
@@ -184,12 +187,14 @@ const receiver = z
   })
   .superRefine((config, context) => {
     checkGroups(config.groups, context);
-    const anyone = config.groups.some(({ senders }) => senders.includes("*"));
+    const anyone = config.groups
+      .flatMap(({ senders }) => senders)
+      .find((sender) => /^\*$|\/0+$/.test(sender));
     if (!isLoopback(config.listen) && !config.tokens && anyone) {
       context.addIssue({
         code: "custom",
         path: ["tokens"],
-        message: `anyone could write here: ${config.listen} is not loopback and senders has "*"; set tokens, or list the senders`,
+        message: `anyone could write here: ${config.listen} is not loopback and senders has "${anyone}"; set tokens, or list the senders`,
       });
     }
   });
@@ -223,7 +228,7 @@ const forwarder = z
       .describe("Fingerprint of the server's host key, one or several"),
     intervalSeconds: seconds.default(60).describe("How often the queue is looked at"),
     retries: count.default(3).describe("Tries of a file before it goes to failed/"),
-    retryDelaySeconds: z.number().nonnegative().default(5).describe("Wait between the tries of one pass"),
+    retryDelaySeconds: secondsOrNone.default(5).describe("Wait between the tries of one pass"),
     parallel: count.max(64).default(4).describe("Files at a time over the one connection"),
     timeoutSeconds: seconds.default(30).describe("How long the server may take for one answer"),
     compress: z.enum(["none", "gzip"]).default("none").describe("gzip sends <batch>.log.gz"),
@@ -238,6 +243,14 @@ const forwarder = z
     report: path.default("/var/lib/log-rt-sync/linecount-report.log").describe("One line per delivery"),
   })
   .superRefine((config, context) => {
+    const [inner = ""] = relative(resolve(config.dir), resolve(localFolder(config.target) ?? "/")).split("/");
+    if (inner === SENT || inner === FAILED || /^\.[^.]/.test(inner)) {
+      context.addIssue({
+        code: "custom",
+        path: ["target"],
+        message: `expected another folder than one of ours: what lies in ${inner}/ of dir is moved and deleted`,
+      });
+    }
     if (config.target.startsWith("sftp:") && !config.hostKey) {
       const { hostname: name, port } = new URL(config.target);
       context.addIssue({
@@ -273,7 +286,11 @@ const mail = z.strictObject({
     .describe("required: no mail without TLS and a certificate that is trusted"),
   from: address.describe("Sender of every mail"),
   to: z.array(address).min(1).describe("Receivers of every mail"),
-  subjectPrefix: z.string().default("[log-rt-sync]").describe("First word of every subject"),
+  subjectPrefix: z
+    .string()
+    .regex(/^\P{Cc}*$/u, "expected one line")
+    .default("[log-rt-sync]")
+    .describe("First word of every subject"),
   timeoutSeconds: seconds.default(20).describe("How long the mail server may take for one answer"),
 });
 
@@ -489,9 +506,18 @@ function patternIsValid(text: string): boolean {
   }
 }
 
+/** The folder of a `file:///FOLDER`. */
+function localFolder(url: string): string | undefined {
+  try {
+    return url.startsWith("file:") ? fileURLToPath(url) : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
 /** `file://folder/x` names a host "folder", which no file URL can reach. */
 function isLocalIfFile(text: string): boolean {
-  return !text.startsWith("file:") || new URL(text).hostname === "";
+  return !text.startsWith("file:") || localFolder(text) !== undefined;
 }
 
 /** Two groups must not claim one sender: compares every pair of entries of different groups. */

@@ -249,6 +249,8 @@ function expectation(issue: z.core.$ZodIssue): string {
   if (issue.code === "too_small" && /^Too small/.test(issue.message))
     return `expected ${issue.inclusive === false ? "more than" : "at least"} ${issue.minimum}${ofWhat(issue.origin)}`;
   if (issue.code === "too_big") return `expected at most ${issue.maximum}${ofWhat(issue.origin)}`;
+  if (issue.code === "invalid_key")
+    return `the name before the colon: ${issue.issues.map(expectation).join(", ")}`;
   if (issue.code === "invalid_union") return "expected another form; docs/config.md has an example";
   return issue.message.replace(/^Invalid input: /, "");
 }

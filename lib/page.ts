@@ -634,6 +634,11 @@ input { font: inherit; color: inherit; background: var(--ground); border: 1px so
   tr.well td:nth-child(3) { order: 2; font-size: .87rem; color: var(--soft); white-space: nowrap; }
   tr.well td::before { content: none !important; } tr.well td:nth-child(6) .w { height: 1.1rem; } tr.well small { display: none; }
 }
+/* In between, where two lines fit beside each other: a card takes the whole width, so that none leaves a hole. */
+@media (min-width: 44rem) and (max-width: 73.99rem) {
+  tbody tr:not(.well) { grid-column: 1 / -1; grid-template-columns: repeat(8, 1fr); }
+  td:nth-child(5), td:nth-child(6) { grid-column: span 4; } .s { justify-self: start; }
+}
 `;
 
 /**

@@ -291,10 +291,8 @@ test("monitor --mute tells no silence of a host for a while, and all the rest", 
   const now = Date.now();
   await writeLedger(dir, "10.0.0.1", heard(now));
   await runAt(config, now);
-  expect(
-    (await runScriptOnce("monitor", file, ["--mute", "10.0.0.1", "--for", "2h", "--reason", "new kernel"]))
-      .code,
-  ).toBe(0);
+  const why = ["--reason", "new\u001b\nkernel"]; // shown as one plain line
+  expect((await runScriptOnce("monitor", file, ["--mute", "10.0.0.1", "--for", "2h", ...why])).code).toBe(0);
   await writeLedger(dir, "10.0.0.1", heard(now, 0, { lost: 4096 }));
   await runAt(config, now + 10 * MINUTE);
   expect((await received()).map(({ subject }) => subject)).toEqual(["10.0.0.1 lost 4.0 KiB"]);
@@ -314,6 +312,8 @@ test("monitor --mute tells no silence of a host for a while, and all the rest", 
     ["--mute", "a"],
     ["--mute", "a", "--for", "0h"],
     ["--mute", "a", "--for", "1y"],
+    ["--mute", "a", "--for", "99999999999d"],
+    ["--mute", "a", "--for", "1h", "--off"],
     ["--for", "1h"],
   ])
     expect((await runScriptOnce("monitor", file, flags)).code).toBe(2);

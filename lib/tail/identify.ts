@@ -34,7 +34,9 @@ export type Fit = { is: "all" } | { is: "behind"; at: number } | { is: "none" };
 export async function fitOf(file: LogFile, stream: Stream, isHeadKnown = false): Promise<Fit> {
   const { head, marks, offset } = stream;
   const hasHead = !head || isHeadKnown || (await holdsHead(file, head));
-  if (offset === 0 || marks.length === 0) return { is: hasHead ? "all" : "none" };
+  if (offset === 0) return { is: hasHead ? "all" : "none" };
+  // Version 1.0 kept no marks: the file has at least what was shipped of it.
+  if (marks.length === 0) return { is: hasHead && (await file.contentLength()) >= offset ? "all" : "none" };
   const newest = marks.at(-1) as Mark;
   if (hasHead && (await holds(file, newest))) return { is: "all" };
   for (const mark of marks.slice(0, -1).toReversed()) {

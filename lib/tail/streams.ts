@@ -534,6 +534,10 @@ export class Streams {
         what.stream.head.end = (await contentStart(file, true)) + length;
       }
       if (stream && !stream.head) stream.head = await readHead(file, await contentStart(file, stream.isCut));
+      if (stream && stream.offset > 0) {
+        const mark = await readMark(file, stream.offset); // it begins within the file: known by what stands before it
+        if (mark) stream.marks = [mark];
+      }
       return true;
     } catch (error) {
       if (!(error instanceof UnfinishedFile)) throw error;

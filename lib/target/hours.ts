@@ -14,8 +14,10 @@ const REPORT_BYTES = 32 * 1024 * 1024;
 /** `2026-11-27T14` or `2026-11-27T14/2026-11-27T18` (the second one exclusive) as `yyMMddHH` each. */
 export function parseHours(span: string): string[] {
   const [from = "", to] = span.split("/").map((text) => {
-    const at = /^20\d\d-\d\d-\d\dT\d\d$/.test(text) ? Date.parse(`${text}:00Z`) : Number.NaN;
-    if (Number.isNaN(at))
+    const [, day] = /^(20\d\d-\d\d-\d\d)T\d\d$/.exec(text) ?? [];
+    const at = Date.parse(`${text}:00Z`);
+    const isDay = day && new Date(Date.parse(day) || 0).toISOString().startsWith(day); // 30 February is no 2 March
+    if (!isDay || Number.isNaN(at))
       throw new OperatorError(
         `--hour ${span}: expected 2026-11-27T14 or 2026-11-27T14/2026-11-27T18`,
         EXIT.usage,

@@ -10,7 +10,8 @@ import { rm, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { Readable } from "node:stream";
 import { createGzip } from "node:zlib";
-import { makeFolder, moveDurably, TEMP_SUFFIX, writeStream } from "../durable.ts";
+import { LEDGER } from "../batch.ts";
+import { exists, makeFolder, moveDurably, TEMP_SUFFIX, writeStream } from "../durable.ts";
 import type { FaultKind } from "../signs.ts";
 
 /**
@@ -72,6 +73,11 @@ export class Refusal extends Error {
 
 /** A folder, which is made when it is missing. Throws a TargetFault when it cannot be made. */
 export async function openFileTarget(folder: string, { direct = false } = {}): Promise<Target> {
+  if (await exists(join(folder, LEDGER)))
+    throw new TargetFault(
+      "local",
+      `"${folder}" is a sender's folder of the receiver: name another one in target`,
+    );
   await makeFolder(folder).catch((cause) => {
     throw new TargetFault("server", `Cannot create the folder "${folder}"`, { cause });
   });
