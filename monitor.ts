@@ -16,7 +16,7 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { Config } from "./lib/config.ts";
 import { failpoint } from "./lib/durable.ts";
-import { parseHost } from "./lib/host.ts";
+import { ofHost, parseHost } from "./lib/host.ts";
 import { type HostStatus, sortBySeverity } from "./lib/look.ts";
 import { type Change, isGood, renderAlert, type Status } from "./lib/mail/message.ts";
 import {
@@ -360,10 +360,10 @@ function causeOf({ problems, hosts }: Snapshot, { host, state }: HostStatus): st
 /** Bytes that vanished: on the sender before they were read, or here after they were stored. */
 function noteLost(state: MonitorState, { snapshot, changes }: Run, host: HostStatus): void {
   const { now } = snapshot;
-  const isNew = state.lost[host.host] === undefined;
-  const told = state.lost[host.host] ?? { lost: 0, gone: 0, toldAt: 0 };
+  const kept = ofHost(state.lost, host.host);
+  const told = kept ?? { lost: 0, gone: 0, toldAt: 0 };
   state.lost[host.host] = told;
-  if (isNew && state.begunAt >= now - MINUTE) Object.assign(told, { lost: host.lost, gone: host.gone });
+  if (!kept && state.begunAt >= now - MINUTE) Object.assign(told, { lost: host.lost, gone: host.gone });
   if (host.lost < told.lost) told.lost = 0; // a new ledger counts anew
   if (host.gone < told.gone) told.gone = 0;
   const [lost, gone] = [host.lost - told.lost, host.gone - told.gone];
@@ -399,9 +399,10 @@ function noteAgain(
   { snapshot, changes }: Run,
   { host, again = 0, againFiles = 0 }: HostStatus,
 ): void {
-  const isPast = state.again[host] === undefined && state.begunAt >= snapshot.now - MINUTE;
+  const kept = ofHost(state.again, host);
+  const isPast = !kept && state.begunAt >= snapshot.now - MINUTE;
   const none = { told: 0, seen: 0, files: 0 };
-  const known = isPast ? { told: again, seen: again, files: againFiles } : (state.again[host] ?? none);
+  const known = isPast ? { told: again, seen: again, files: againFiles } : (kept ?? none);
   state.again[host] = known;
   if (again < known.told) known.told = known.files = 0; // lost once more: a new ledger counts anew
   const isSteady = again === known.seen;

@@ -24,6 +24,7 @@ import {
   removeDurably,
   writeDurably,
 } from "./durable.ts";
+import { ofHost } from "./host.ts";
 import { readLedger } from "./ledger.ts";
 import { DAY, HOUR, MINUTE } from "./service.ts";
 import { readStateOrForget, writeState } from "./state.ts";
@@ -520,7 +521,7 @@ export class Digests {
   #findLosses(state: DigestState, { hosts }: HostsSeen, now: number): void {
     const isFirst = Object.keys(state.totals).length === 0;
     for (const { host, skipped, untimed, lost } of hosts) {
-      const last = state.totals[host];
+      const last = ofHost(state.totals, host);
       if (!last) state.totals[host] = { skipped, untimed, lost: isFirst ? lost : 0, lossAt: 0 };
       const known = state.totals[host];
       if (known && lost > known.lost && known.lossAt < now) known.lossAt = now;

@@ -13,6 +13,7 @@ import { NO_LOG } from "./chunk.ts";
 import { type Config, sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
+import { ofHost } from "./host.ts";
 import { emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
 import { DAY, errorMessage, MINUTE, VERSION } from "./service.ts";
 import {
@@ -340,7 +341,7 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
   const { now, expected, mutes } = look;
   const { facts, streams, open } = ledger;
   const oldLag = [...streams.values()].reduce((sum, { lag = 0 }) => sum + lag, 0);
-  const mute = [mutes[host], mutes["*"]].find((window) => window && window.until > now);
+  const mute = [ofHost(mutes, host), mutes["*"]].find((window) => window && window.until > now);
   const claims = (facts.contestedUntil ?? 0) > now ? (facts.shippers ?? []).slice(-2) : [];
   return {
     host,
@@ -374,7 +375,7 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
 /** A time of a clock that was ahead counts as that at which it was first seen. */
 function notInFuture({ now, future }: Look, host: string, at: number): number {
   if (!future) return Math.min(at, now);
-  const seen = future[host];
+  const seen = ofHost(future, host);
   if (seen && seen.value === at) return Math.min(seen.at, now);
   delete future[host];
   if (at > now) future[host] = { value: at, at: now };
@@ -395,7 +396,7 @@ async function waitsSince(folder: string, name: string, ledger: Ledger, now: num
 
 async function stateOf(look: Look, { host, heardAt, lineAt, expected }: HostStatus): Promise<HostState> {
   const { now, thresholds } = look;
-  const threshold = (thresholds.silentMinutesByHost[host] ?? thresholds.silentMinutes) * MINUTE;
+  const threshold = (ofHost(thresholds.silentMinutesByHost, host) ?? thresholds.silentMinutes) * MINUTE;
   if (heardAt > 0 && now - heardAt < threshold) return now - lineAt >= threshold ? "quiet" : "ok";
   if (heardAt === 0 && !expected) return "gone";
   const { from, until } = await listening(look, host, heardAt);

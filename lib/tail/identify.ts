@@ -119,10 +119,14 @@ async function compareWithKnown(
 ): Promise<Identity> {
   let best: { stream: Stream; common: number; fits: boolean } | undefined;
   for (const stream of known) {
-    const own = await LogFile.open(stream.path).catch(() => undefined);
-    if (!own) continue;
+    const own = await LogFile.open(stream.path).catch((error: NodeJS.ErrnoException) => error);
+    if (!(own instanceof LogFile)) {
+      if (own.code === "ENOENT") return { is: "busy" }; // gzip, whose archive this may be, has removed it since the look
+      continue;
+    }
     try {
-      const common = own.key === stream.key ? await commonLength(file, own, length) : 0;
+      if (own.key !== stream.key) return { is: "busy" }; // renamed since
+      const common = await commonLength(file, own, length);
       if (common <= (best?.common ?? 0)) continue;
       best = { stream, common, fits: common >= length || (await fitOf(file, stream)).is !== "none" };
     } finally {
