@@ -109,13 +109,7 @@ export async function checkOnce(context: MonitorContext): Promise<boolean> {
   return send(await lookAndQueue(context));
 }
 
-/** What a run has to send. */
-interface Queued {
-  store: StateStore;
-  snapshot: Snapshot;
-}
-
-async function lookAndQueue(context: MonitorContext): Promise<Queued> {
+async function lookAndQueue(context: MonitorContext): Promise<{ store: StateStore; snapshot: Snapshot }> {
   const { config, log } = context;
   const store = new StateStore(context);
   const { state: before, fault } = await store.read();
@@ -136,7 +130,7 @@ async function lookAndQueue(context: MonitorContext): Promise<Queued> {
   return { store, snapshot };
 }
 
-async function send({ store, snapshot }: Queued): Promise<boolean> {
+async function send({ store, snapshot }: Awaited<ReturnType<typeof lookAndQueue>>): Promise<boolean> {
   const { config, log } = store.context;
   const sending = await tryLock(`${config.stateFile}.sending`).catch(() => ({ release: () => {} }));
   if (!sending) {
