@@ -248,14 +248,18 @@ test("while what was lost is not shipped again, nothing is said to be all answer
   sender.write(lines("a", 1, 20));
   const shipper = sender.start();
   await expectArrives(middle, sender);
-  await until("it says how far it is", () => middle.throughs.length > 0);
-  middle.answer = () => new Response("busy", { status: 503, headers: { "Retry-After": "0" } });
-  middle.wipe();
-  await middle.heartbeats(1); // it hears of it
-  middle.throughs.length = 0;
+  sender.write("the end of this line is still to come");
   await middle.heartbeats(3);
+  await until("it says how far it is", () => middle.throughs.length > 0);
+  const go = Promise.withResolvers<void>();
+  middle.holdChunk = () => go.promise;
+  middle.wipe();
+  await until("it ships again", () => middle.begun.length > 0);
+  middle.throughs.length = 0;
+  await middle.heartbeats(4);
   expect(middle.throughs).toEqual([]);
-  middle.answer = undefined;
+  go.resolve();
+  sender.write("\n");
   await expectArrives(middle, sender);
   await until("it says so again", () => middle.throughs.length > 0);
   expect(await shipper.stop()).toBe(0);
