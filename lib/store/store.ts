@@ -159,7 +159,7 @@ export class Store {
   ): Promise<StreamStatus[]> {
     try {
       const sender = this.senders.get(host) ?? (await this.#open(host));
-      sender.hear(news, peer, names !== undefined && names.length > 0);
+      sender.hear(news, peer, names ?? []);
       return await sender.streams(names);
     } catch (error) {
       throw storeError(error);
