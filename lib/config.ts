@@ -299,8 +299,8 @@ const mail = z.strictObject({
 const monitor = z.strictObject({
   dir: path.describe("The receiver's folder"),
   mail,
-  expected: z.array(host).prefault([]).describe("Senders that must be heard of"),
-  silentMinutes: minutes.default(5).describe("A sender not heard of for so long is silent"),
+  expected: z.array(host).prefault([]).describe("Senders that must be heard from"),
+  silentMinutes: minutes.default(5).describe("A sender not heard from for so long is silent"),
   silentMinutesByHost: z
     .record(host, minutes)
     .prefault({})

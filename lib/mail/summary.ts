@@ -71,7 +71,7 @@ export interface HourRow {
   late: number;
   since: Totals;
   heardAt: number;
-  /** `silent`: nothing was heard of the sender since; more may come when it is back. */
+  /** `silent`: nothing was heard from the sender since; more may come when it is back. */
   state: "complete" | "incomplete" | "silent";
 }
 

@@ -161,7 +161,7 @@ export class Sender implements Place {
   #isCut = false;
   readonly #names: BatchNames;
   #progress: (() => void)[] = [];
-  #tidiedAt = Number.NEGATIVE_INFINITY;
+  #prunedAt = Number.NEGATIVE_INFINITY;
   /** Pieces whose line is filed: removed when no record needs them any more. */
   #oldPieces: string[] = [];
 
@@ -704,10 +704,10 @@ export class Sender implements Place {
   }
 
   /** Once a day: what is too old to be asked for is forgotten; names stay unsure. */
-  async tidy(): Promise<void> {
+  async prune(): Promise<void> {
     const now = this.options.now();
-    if (Math.abs(now - this.#tidiedAt) < DAY) return;
-    this.#tidiedAt = now;
+    if (Math.abs(now - this.#prunedAt) < DAY) return;
+    this.#prunedAt = now;
     const { ledger, options } = this;
     ledger.facts.forgetAfterDays = options.forgetAfterDays;
     const oldest = now - options.forgetAfterDays * DAY;

@@ -335,7 +335,7 @@ export class Store {
       const sealed = due.length > 0 ? await sender.seal(due) : [];
       for (const { name, lines, bytes } of sealed)
         this.#options.log.info("batch sealed", { batch: name, lines, bytes });
-      await sender.tidy();
+      await sender.prune();
       this.#faults.recovered(`seal ${host}`, "batches are sealed again", { host });
       return sealed.map(({ name }) => name);
     } catch (error) {
