@@ -20,6 +20,11 @@ import { runtime } from "./runtime.ts";
 
 export { EXIT, errorMessage, OperatorError } from "./explain.ts";
 
+/** Milliseconds. */
+export const MINUTE = 60_000;
+export const HOUR = 60 * MINUTE;
+export const DAY = 24 * HOUR;
+
 /** The version of the project, from package.json. */
 export const VERSION: string = packageJson.version;
 
@@ -405,7 +410,7 @@ export function formatDuration(ms: number): string {
 
 /** `2026-11-22 06:45:01`, this machine's wall clock. */
 export function formatLocalTime(ms: number): string {
-  const wall = new Date(ms - new Date(ms).getTimezoneOffset() * 60_000);
+  const wall = new Date(ms - new Date(ms).getTimezoneOffset() * MINUTE);
   return wall.toISOString().slice(0, 19).replace("T", " ");
 }
 

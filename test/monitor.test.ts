@@ -343,6 +343,18 @@ test.each([
   }
 });
 
+test("a host that is called constructor is neither silent nor lossy by that, and its loss is told once", async () => {
+  const { dir, config, received } = await setUp({ silentMinutes: 5, ...FAR_SUMMARY });
+  const now = Date.now();
+  const told = async () => (await received()).map(({ subject }) => subject);
+  await writeLedger(dir, "constructor", heard(now));
+  for (const minute of [0, 1, 2]) await runAt(config, now + minute * MINUTE);
+  expect(await told()).toEqual([]);
+  await writeLedger(dir, "constructor", heard(now + 3 * MINUTE, 0, { lost: 4096 }));
+  for (const minute of [3, 4, 5]) await runAt(config, now + minute * MINUTE);
+  expect(await told()).toEqual(["constructor lost 4.0 KiB"]);
+});
+
 test("monitor --check names what is missing on this host", async () => {
   const none = join(await tempFolder(), "none");
   const { file } = await setUp({ dir: none, stateFile: join(none, "monitor.json") });
