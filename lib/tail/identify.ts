@@ -34,7 +34,9 @@ export type Fit = { is: "all" } | { is: "behind"; at: number } | { is: "none" };
 export async function fitOf(file: LogFile, stream: Stream, isHeadKnown = false): Promise<Fit> {
   const { head, marks, offset } = stream;
   const hasHead = !head || isHeadKnown || (await holdsHead(file, head));
-  if (offset === 0 || marks.length === 0) return { is: hasHead ? "all" : "none" };
+  if (offset === 0) return { is: hasHead ? "all" : "none" };
+  // Version 1.0 kept no marks: the file has at least what was shipped of it.
+  if (marks.length === 0) return { is: hasHead && (await file.contentLength()) >= offset ? "all" : "none" };
   const newest = marks.at(-1) as Mark;
   if (hasHead && (await holds(file, newest))) return { is: "all" };
   for (const mark of marks.slice(0, -1).toReversed()) {
@@ -117,13 +119,13 @@ async function compareWithKnown(
 ): Promise<Identity> {
   let best: { stream: Stream; common: number; fits: boolean } | undefined;
   for (const stream of known) {
-    const own = await LogFile.open(stream.path).catch(() => undefined);
-    if (own?.key !== stream.key) {
-      await own?.close();
-      if (!found.isLive) return { is: "small" }; // renamed or removed since the look: the next one tells
+    const own = await LogFile.open(stream.path).catch((error: NodeJS.ErrnoException) => error);
+    if (!(own instanceof LogFile)) {
+      if (own.code === "ENOENT") return { is: "busy" }; // gzip, whose archive this may be, has removed it since the look
       continue;
     }
     try {
+      if (own.key !== stream.key) return { is: "busy" }; // renamed since
       const common = await commonLength(file, own, length);
       if (common <= (best?.common ?? 0)) continue;
       best = { stream, common, fits: common >= length || (await fitOf(file, stream)).is !== "none" };
