@@ -599,15 +599,8 @@ export class Streams {
     }
     void stream.file?.close().catch(() => {});
     stream.file = undefined;
-    Object.assign(stream, {
-      path,
-      key,
-      mtimeMs,
-      isLive,
-      log: own,
-      endedAs: "",
-      grewAt: Number.NEGATIVE_INFINITY,
-    });
+    Object.assign(stream, { path, key, mtimeMs, isLive, log: own, endedAs: "" });
+    stream.grewAt = Number.NEGATIVE_INFINITY;
     if (!compressionOf(path)) stream.size = stream.checkedSize = Math.max(stream.offset, found.size);
     this.#byLog = undefined;
     this.#enter(stream, what.isDone ? { is: "ended", size: found.size } : { is: "reading" });
@@ -700,11 +693,8 @@ export class Streams {
   lose(bytes: number, { path, id }: Stream): void {
     this.lost += bytes;
     this.isMoved = true;
-    this.context.log.error("bytes lost: they were gone before they could be read", {
-      path,
-      stream: id,
-      bytes,
-    });
+    const fields = { path, stream: id, bytes };
+    this.context.log.error("bytes lost: they were gone before they could be read", fields);
   }
 
   /** What was rotated while we were away goes before the live file, if it is settled soon. */
