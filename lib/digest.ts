@@ -195,7 +195,8 @@ export async function lookAtHosts(dir: string, now: number) {
     const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
     const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);
     const isOurs = (name: string) => parseBatchName(name)?.host === dashedHost(host);
-    if (names.size > 0 && ![...names].some(isOurs)) continue; // a copy of a host's folder, made by hand
+    const known = [...names, ...ledger.sealed.keys()]; // one batch that was put here by hand makes it no other's folder
+    if (known.length > 0 && !known.some(isOurs)) continue; // a copy of a host's folder, made by hand
     const lost = ledger.lost + gone;
     hosts.push({ host, zone, through, contestedUntil, skipped, untimed, lost, waiting: countHours(names) });
   }
