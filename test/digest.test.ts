@@ -296,6 +296,16 @@ test.each([
   },
 );
 
+test("a sender whose ledger is damaged keeps the hour from being complete", async () => {
+  const dir = await tempFolder();
+  await mkdir(join(dir, HOST));
+  for (const text of ["no record\n", "\0".repeat(100)]) {
+    await writeFile(join(dir, HOST, ".ledger"), text);
+    const missing = findMissing(await lookAtHosts(dir, SIX), "26112205", SIX);
+    expect(missing).toEqual([{ host: HOST, reason: "cannot say: its ledger is damaged" }]);
+  }
+});
+
 test("a batch of another sender that was put into a folder by hand waits there; a copied folder is nobody's", async () => {
   const dir = await tempFolder();
   const other = "accessLog_26112206_00-19_10-0-0-2.log";
