@@ -29,14 +29,17 @@ import {
   StateStore,
 } from "./lib/mail/outbox.ts";
 import { sendMail, verifyMail } from "./lib/mail/smtp.ts";
-import { emptyTotals, HOUR_MS, type Totals } from "./lib/mail/summary.ts";
+import { emptyTotals, type Totals } from "./lib/mail/summary.ts";
 import { tryLock } from "./lib/runtime.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
+  DAY,
   EXIT,
   errorMessage,
   formatBytes,
   formatDuration,
+  HOUR,
+  MINUTE,
   OperatorError,
   runScript,
   type Service,
@@ -55,16 +58,14 @@ import {
 import { formatTable, paint } from "./lib/table.ts";
 
 type Options = Config["monitor"];
-const MINUTE = 60_000;
-const DAY = 24 * HOUR_MS;
 /** A problem without a duration of its own is looked at again after so long before it is told. */
 const SECOND_LOOK_MS = 20_000;
 /** So many changes within this time are told as flapping, and it is over after a while without any. */
 const FLAP_CHANGES = 5;
-const FLAP_WITHIN_MS = HOUR_MS;
+const FLAP_WITHIN_MS = HOUR;
 const STEADY_MS = 30 * MINUTE;
 /** Bytes lost are told at once, and again at most so often. */
-const LOST_AGAIN_MS = HOUR_MS;
+const LOST_AGAIN_MS = HOUR;
 /** Free space must rise by so much over the threshold before the fault is over, in percent of the disk. */
 const DISK_MARGIN = 2;
 /** A difference between clock and uptime beyond this is a clock that was set; a longer gap by a restart is told. */
@@ -74,6 +75,7 @@ const AWAY_MS = 10 * MINUTE;
 const OLDEST_SUMMARY_MS = 7 * DAY;
 /** Beyond so many notifications in the queue, changes join the last one: the queue stays small in a long outage. */
 const QUEUE_LIMIT = 100;
+
 async function main(service: Service<"monitor">): Promise<number> {
   const { configFile, flags, log, signal, now } = service;
   for (const flag of ["for", "reason", "off"])
@@ -107,13 +109,7 @@ export async function checkOnce(context: MonitorContext): Promise<boolean> {
   return send(await lookAndQueue(context));
 }
 
-/** What a run has to send. */
-interface Queued {
-  store: StateStore;
-  snapshot: Snapshot;
-}
-
-async function lookAndQueue(context: MonitorContext): Promise<Queued> {
+async function lookAndQueue(context: MonitorContext): Promise<{ store: StateStore; snapshot: Snapshot }> {
   const { config, log } = context;
   const store = new StateStore(context);
   const { state: before, fault } = await store.read();
@@ -134,7 +130,7 @@ async function lookAndQueue(context: MonitorContext): Promise<Queued> {
   return { store, snapshot };
 }
 
-async function send({ store, snapshot }: Queued): Promise<boolean> {
+async function send({ store, snapshot }: Awaited<ReturnType<typeof lookAndQueue>>): Promise<boolean> {
   const { config, log } = store.context;
   const sending = await tryLock(`${config.stateFile}.sending`).catch(() => ({ release: () => {} }));
   if (!sending) {
@@ -176,8 +172,7 @@ async function lookOnce(state: MonitorState, context: MonitorContext): Promise<S
   signal.throwIfAborted();
   const at = now();
   const up = upSince(context);
-  if (unhealthy.length === 0 && state.unnamed.wellUntil !== undefined) state.unnamed = { startedAt: at };
-  if (unhealthy.length > 0) state.unnamed.wellUntil ??= at;
+  noteUnnamed(state, unhealthy.length > 0, at);
   const snapshot = await observe(config.dir, config, {
     now: at,
     since: Math.max(wasSet(state, at, at - up) ? at : state.clockSetAt, up),
@@ -260,16 +255,16 @@ function evaluate(state: MonitorState, run: Run): void {
   noteAway(state, run, up);
   if (wasSet(state, now, up)) state.clockSetAt = now;
   Object.assign(state, { at: now, uptime: up });
-  if (context.config.receivers.length > 0) noteUnnamed(state, snapshot);
+  const isDown = snapshot.problems.some(({ key }) => key.startsWith("receiver http"));
+  if (context.config.receivers.length > 0) noteUnnamed(state, isDown, now);
   evaluateProblems(state, run);
   for (const host of snapshot.hosts) evaluateHost(state, run, host);
   forgetHosts(state, snapshot);
   enqueueAlert(state, run);
 }
 
-/** The lock was not held while it was looked: what another run noted meanwhile stays. */
-function noteUnnamed({ unnamed }: MonitorState, { problems, now }: Snapshot): void {
-  const isDown = problems.some(({ key }) => key.startsWith("receiver http"));
+/** Noted at the look, and again with the lock held: what another run noted meanwhile stays. */
+function noteUnnamed({ unnamed }: MonitorState, isDown: boolean, now: number): void {
   if (isDown) unnamed.wellUntil ??= now;
   else if (unnamed.wellUntil !== undefined) {
     unnamed.startedAt = now;
@@ -529,7 +524,7 @@ function queueSummaries(state: MonitorState, { context, snapshot }: Run): void {
   const { now, hosts } = snapshot;
   const zone = commonZone(hosts, now);
   const cut = config.summaryMinute * MINUTE;
-  const due = Math.floor((now - cut + zone * MINUTE) / HOUR_MS) * HOUR_MS - zone * MINUTE;
+  const due = Math.floor((now - cut + zone * MINUTE) / HOUR) * HOUR - zone * MINUTE;
   if (state.summarisedUntil === 0) {
     Object.assign(state, { summarisedUntil: due, accountedUntil: due + cut }); // the first is that of the next hour
     state.totals = Object.fromEntries(hosts.map((host) => [host.host, totalsOf(host)]));
@@ -537,23 +532,23 @@ function queueSummaries(state: MonitorState, { context, snapshot }: Run): void {
   const oldest = due - OLDEST_SUMMARY_MS;
   if (state.summarisedUntil < oldest) {
     log.warn("hours long past are not summarised", {
-      hours: Math.round((oldest - state.summarisedUntil) / HOUR_MS),
+      hours: Math.round((oldest - state.summarisedUntil) / HOUR),
     });
     Object.assign(state, { summarisedUntil: oldest, accountedUntil: oldest + cut });
   }
-  while (state.summarisedUntil + HOUR_MS <= due + HOUR_MS / 2) {
-    const behind = Math.round((due - state.summarisedUntil) / HOUR_MS) - 1;
-    const hourEnd = due - Math.max(0, behind) * HOUR_MS; // aligned anew when the zone changed
+  while (state.summarisedUntil + HOUR <= due + HOUR / 2) {
+    const behind = Math.round((due - state.summarisedUntil) / HOUR) - 1;
+    const hourEnd = due - Math.max(0, behind) * HOUR; // aligned anew when the zone changed
     const to = hourEnd + cut;
     const notification = newNotification(config, `summary-${state.instance}-${hourEnd}`, now);
-    const from = Math.min(state.accountedUntil || to - HOUR_MS, to);
+    const from = Math.min(state.accountedUntil || to - HOUR, to);
     state.queue.push({
       ...notification,
       kind: "summary",
       hourEnd,
       from,
       to,
-      zone: commonZone(hosts, now, hourEnd - HOUR_MS),
+      zone: commonZone(hosts, now, hourEnd - HOUR),
       since: takeTotals(state, hosts),
     });
     Object.assign(state, { summarisedUntil: hourEnd, accountedUntil: to });
@@ -699,7 +694,7 @@ function formatStatus(
   return `${lines.join("\n")}\n`;
 }
 
-const UNITS: Record<string, number> = { m: MINUTE, h: HOUR_MS, d: DAY };
+const UNITS: Record<string, number> = { m: MINUTE, h: HOUR, d: DAY };
 
 /** `--mute HOST --for 2h --reason TEXT`, `--mute HOST --off`: a maintenance window. */
 async function mute(service: Service<"monitor">, name: string): Promise<number> {

@@ -655,7 +655,7 @@ function renderMetrics({ counts, intake, refusals, store, startedAt }: Receiver,
     ["chunks_total", "counter", "Chunks taken since the start", counted("chunks")],
     ["duplicates_total", "counter", "Chunks answered 409", counted("duplicates")],
     ["refused_total", "counter", "Requests refused, by status and reason", refused],
-    ["last_seen_timestamp_seconds", "gauge", "When a sender was heard of", told((h) => h.heardAt / 1000)],
+    ["last_seen_timestamp_seconds", "gauge", "When a sender was last heard", told((h) => h.heardAt / 1000)],
     ["last_line_timestamp_seconds", "gauge", "When its last line came", told((h) => h.lineAt / 1000)],
     [
       "lag_bytes",

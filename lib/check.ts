@@ -106,11 +106,11 @@ export class Checks {
   /** The last word; gives the exit code. */
   end(): number {
     const faults = [...this.#said.values()].filter((level) => level === "fault").length;
-    const verdict = faults === 0 ? "ok" : `${faults} ${faults === 1 ? "fault" : "faults"}`;
+    const ending = faults === 0 ? "ok" : `${faults} ${faults === 1 ? "fault" : "faults"}`;
     const checks = [...this.#said].map(([text, level]) => ({ level, text }));
     const all = { script: this.#script, config: this.#file, ok: faults === 0, checks };
     process.stdout.write(
-      this.#json ? `${JSON.stringify(all, null, 2)}\n` : `${this.#file}: ${this.#script}: ${verdict}\n`,
+      this.#json ? `${JSON.stringify(all, null, 2)}\n` : `${this.#file}: ${this.#script}: ${ending}\n`,
     );
     return this.#code;
   }

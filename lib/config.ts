@@ -39,7 +39,7 @@ const minutes = z.number().positive();
 const LONGEST_SECONDS = 1_000_000;
 const seconds = z.number().positive().max(LONGEST_SECONDS);
 const secondsOrNone = z.number().nonnegative().max(LONGEST_SECONDS);
-const count = z.number().int().positive();
+const positiveInt = z.number().int().positive();
 const host = z
   .string()
   .refine((text) => parseHost(text) !== undefined, "expected an IP address or a host name")
@@ -87,7 +87,7 @@ const shipper = z.strictObject({
     .max(LONGEST_SECONDS)
     .default(100)
     .describe("Under steady traffic one request per this many ms"),
-  inFlight: count.max(64).default(4).describe("Chunks of one file on their way at once"),
+  inFlight: positiveInt.max(64).default(4).describe("Chunks of one file on their way at once"),
   pollSeconds: seconds.default(5).describe("How often files are looked at when no event tells of a change"),
   rotateWaitSeconds: secondsOrNone
     .default(5)
@@ -124,7 +124,7 @@ const receiver = z
       .regex(/^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$/, "expected letters, digits, _ and -")
       .default("accessLog")
       .describe("First part of every batch's name"),
-    windowMinutes: count
+    windowMinutes: positiveInt
       .max(60)
       .refine((n) => 60 % n === 0, "expected a divisor of 60")
       .default(20)
@@ -145,17 +145,19 @@ const receiver = z
       .refine(patternIsValid, "expected a regular expression with the timestamp as its first group")
       .optional()
       .describe("Deprecated, use logFormat: a regular expression, the timestamp in group 1"),
-    maxBodyBytes: count.default(16_777_216).describe("Largest body, before and after decompression"),
-    maxBytesInFlight: count.default(67_108_864).describe("Bodies in memory at once; beyond it 503"),
-    maxRequests: count.default(512).describe("Requests in hand at once; beyond it 503"),
-    maxHosts: count.default(10_000).describe("Senders known at once; a further one gets 503"),
-    maxStreamsPerHost: count
+    maxBodyBytes: positiveInt.default(16_777_216).describe("Largest body, before and after decompression"),
+    maxBytesInFlight: positiveInt.default(67_108_864).describe("Bodies in memory at once; beyond it 503"),
+    maxRequests: positiveInt.default(512).describe("Requests in hand at once; beyond it 503"),
+    maxHosts: positiveInt.default(10_000).describe("Senders known at once; a further one gets 503"),
+    maxStreamsPerHost: positiveInt
       .default(20_000)
       .describe("Files of one sender known at once; a further one gets 503"),
-    maxWindowsPerHost: count
+    maxWindowsPerHost: positiveInt
       .default(1000)
       .describe("Open batches of one sender; beyond it the one longest without a line is sealed"),
-    maxNamesPerHour: count.default(2000).describe("New batches of one sender in an hour; beyond it 503"),
+    maxNamesPerHour: positiveInt
+      .default(2000)
+      .describe("New batches of one sender in an hour; beyond it 503"),
     idleTimeoutSeconds: seconds
       .max(255)
       .default(30)
@@ -227,9 +229,9 @@ const forwarder = z
       .optional()
       .describe("Fingerprint of the server's host key, one or several"),
     intervalSeconds: seconds.default(60).describe("How often the queue is looked at"),
-    retries: count.default(3).describe("Tries of a file before it goes to failed/"),
+    retries: positiveInt.default(3).describe("Tries of a file before it goes to failed/"),
     retryDelaySeconds: secondsOrNone.default(5).describe("Wait between the tries of one pass"),
-    parallel: count.max(64).default(4).describe("Files at a time over the one connection"),
+    parallel: positiveInt.max(64).default(4).describe("Files at a time over the one connection"),
     timeoutSeconds: seconds.default(30).describe("How long the server may take for one answer"),
     compress: z.enum(["none", "gzip"]).default("none").describe("gzip sends <batch>.log.gz"),
     upload: z
@@ -297,8 +299,8 @@ const mail = z.strictObject({
 const monitor = z.strictObject({
   dir: path.describe("The receiver's folder"),
   mail,
-  expected: z.array(host).prefault([]).describe("Senders that must be heard of"),
-  silentMinutes: minutes.default(5).describe("A sender not heard of for so long is silent"),
+  expected: z.array(host).prefault([]).describe("Senders that must be heard from"),
+  silentMinutes: minutes.default(5).describe("A sender not heard from for so long is silent"),
   silentMinutesByHost: z
     .record(host, minutes)
     .prefault({})

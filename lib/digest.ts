@@ -24,12 +24,11 @@ import {
   removeDurably,
   writeDurably,
 } from "./durable.ts";
-import { ofHost, parseHost } from "./host.ts";
+import { ofHost } from "./host.ts";
 import { readLedger } from "./ledger.ts";
-import { readState, writeState } from "./state.ts";
+import { DAY, HOUR, MINUTE } from "./service.ts";
+import { readStateOrForget, writeState } from "./state.ts";
 
-const HOUR_MS = 3_600_000;
-const DAY_MS = 24 * HOUR_MS;
 /** A host that was not heard for so long is not waited for, when its ledger, of an older receiver, does not say. */
 const KNOWN_DAYS = 30;
 /** How long it is looked whether an hour has become complete. */
@@ -138,12 +137,12 @@ function sha256Of(data: string | Uint8Array): string {
 /** Start and end of an hour on a wall clock that is `zone` minutes east of UTC, in ms since the epoch. */
 function hourSpan(hour: string, zone: number): { start: number; end: number } {
   const { start } = parseWindow(`${hour}_00-59`);
-  return { start: start - zone * 60_000, end: start - zone * 60_000 + HOUR_MS };
+  return { start: start - zone * MINUTE, end: start - zone * MINUTE + HOUR };
 }
 
 /** The hour of a time on a wall clock. */
 export function formatHour(ms: number, zone: number): string {
-  return new Date(ms + zone * 60_000).toISOString().replace(/\D/g, "").slice(2, 10);
+  return new Date(ms + zone * MINUTE).toISOString().replace(/\D/g, "").slice(2, 10);
 }
 
 function hourAfter(hour: string): string {
@@ -152,7 +151,7 @@ function hourAfter(hour: string): string {
 
 /** Hours before it have a digest when something of them is delivered, and only then: a line of 2005 would make 180,000 others. */
 function oldestHour({ begins }: DigestState): string {
-  return formatHour(begins - KEPT_HOURS * HOUR_MS, 0);
+  return formatHour(begins - KEPT_HOURS * HOUR, 0);
 }
 
 function ownZone(now: number): number {
@@ -176,10 +175,9 @@ interface HostSeen {
 }
 
 /** All hosts that are known, and the batches in failed/ by hour. The ledgers are read before the folders. */
-export async function lookAtHosts(dir: string, now: number) {
+export async function observeHosts(dir: string, now: number) {
   const hosts: HostSeen[] = [];
   for (const host of await listHosts(dir)) {
-    if (parseHost(host) !== host) continue; // lost+found
     const ledger = await readLedger(folders(dir).host(host));
     if (!ledger || ledger.facts.forgotten !== undefined) continue;
     const {
@@ -192,7 +190,7 @@ export async function lookAtHosts(dir: string, now: number) {
       gone = 0,
     } = ledger.facts;
     const { isDamaged } = ledger;
-    if (now - ledger.heardAt > forgetAfterDays * DAY_MS && !isDamaged) continue;
+    if (now - ledger.heardAt > forgetAfterDays * DAY && !isDamaged) continue;
     // Twice: a listing may miss a file that is renamed meanwhile, but not in both.
     const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
     const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);
@@ -205,7 +203,7 @@ export async function lookAtHosts(dir: string, now: number) {
   }
   return { hosts, failed: countHours(await listBatches(folders(dir).failed, "sealed", "compressed")) };
 }
-export type HostsSeen = Awaited<ReturnType<typeof lookAtHosts>>;
+export type HostsSeen = Awaited<ReturnType<typeof observeHosts>>;
 
 function countHours(names: Iterable<string>): Map<string, number> {
   const hours = new Map<string, number>();
@@ -270,14 +268,12 @@ const listFile = (dir: string, hour: string) => join(dir, ".digest", `${hour}.li
 
 /** The newest digest: who knows its hash can tell later whether anything before it was changed. */
 export async function readDigestHead(dir: string): Promise<DigestState["head"]> {
-  const found = await readState(stateFile(dir), stateSchema, 1);
-  return found.state === "ok" ? found.value.head : undefined;
+  return (await readStateOrForget(stateFile(dir), stateSchema, 1, () => {}))?.head;
 }
 
 /** What the record tells beside the lists: since when there is one, and of an hour, which `ofHour` reads. */
 export async function readRecord(dir: string) {
-  const found = await readState(stateFile(dir), stateSchema, 1);
-  const state = found.state === "ok" ? found.value : undefined;
+  const state = await readStateOrForget(stateFile(dir), stateSchema, 1, () => {});
   const digests = Map.groupBy(
     state ? await readdir(join(dir, ".digest")) : [],
     (name) => parseDigestName(name)?.hour,
@@ -317,9 +313,9 @@ export async function readList(dir: string, hour: string): Promise<Map<string, L
  */
 export async function removeOldDigests(dir: string, before: number, { dryRun = false } = {}) {
   const folder = join(dir, ".digest");
-  const found = await readState(stateFile(dir), stateSchema, 1);
-  if (found.state !== "ok") return [];
-  const { head, pending } = found.value;
+  const state = await readStateOrForget(stateFile(dir), stateSchema, 1, () => {});
+  if (!state) return [];
+  const { head, pending } = state;
   const hours = new Map<string, { file: string; bytes: number; at: number }[]>();
   for (const file of await readdir(folder)) {
     const hour = parseDigestName(file)?.hour ?? /^(\d{8})\.list$/.exec(file)?.[1];
@@ -355,10 +351,7 @@ export class Digests {
   /** Reads what earlier processes left. `forgotten` is told of a state that is damaged and begun anew. */
   static async open(dir: string, forgotten: (path: string, reason: string) => void): Promise<Digests> {
     await makeFolder(join(dir, ".digest"));
-    const found = await readState(stateFile(dir), stateSchema, 1);
-    if (found.state === "damaged") forgotten(stateFile(dir), found.reason);
-    if (found.state === "newer") forgotten(stateFile(dir), `it is of version ${found.version}`);
-    const digests = new Digests(dir, found.state === "ok" ? found.value : undefined);
+    const digests = new Digests(dir, await readStateOrForget(stateFile(dir), stateSchema, 1, forgotten));
     if (digests.#state) await digests.#takeUp(digests.#state);
     return digests;
   }
@@ -479,20 +472,20 @@ export class Digests {
   }
 
   /** Writes each digest whose time has come: as soon as its hour is complete, else an hour after its end. */
-  async write(now: number, look = lookAtHosts): Promise<void> {
+  async write(now: number, observe = observeHosts): Promise<void> {
     if (!this.#state) return;
     this.#unsaved = 0;
-    await this.#writeDue(this.#state, now, look);
+    await this.#writeDue(this.#state, now, observe);
     if (this.#unsaved > 0) await writeState(stateFile(this.#dir), this.#state);
   }
 
-  async #writeDue(state: DigestState, now: number, look: typeof lookAtHosts): Promise<void> {
+  async #writeDue(state: DigestState, now: number, observe: typeof observeHosts): Promise<void> {
     let seen: HostsSeen | undefined;
     for (;;) {
       const hour = state.next ?? this.#firstHour(state);
       if (hour === undefined || now < hourSpan(hour, this.#lastZone ?? 14 * 60).end) return;
       if (!seen) {
-        seen = await look(this.#dir, now);
+        seen = await observe(this.#dir, now);
         const zones = seen.hosts.map(({ zone }) => zone);
         this.#lastZone = zones.length > 0 ? Math.min(...zones) : ownZone(now);
         this.#findLosses(state, seen, now);
@@ -500,7 +493,7 @@ export class Digests {
       const { end } = hourSpan(hour, this.#lastZone ?? 0);
       if (now < end) return;
       const missing = this.#missing(state, seen, hour, now);
-      if (missing.length > 0 && now < end + HOUR_MS) return;
+      if (missing.length > 0 && now < end + HOUR) return;
       await this.#writeLate(state, seen, hour, now);
       await this.#writeOne(state, seen, { hour, missing, now });
     }
@@ -519,7 +512,7 @@ export class Digests {
 
   /** Hours that have a digest and of which something came since, or that have become complete. */
   async #writeLate(state: DigestState, seen: HostsSeen, before: string, now: number): Promise<void> {
-    const oldest = formatHour(hourSpan(before, 0).start - RIPEN_HOURS * HOUR_MS, 0);
+    const oldest = formatHour(hourSpan(before, 0).start - RIPEN_HOURS * HOUR, 0);
     const open = Object.keys(state.hours).filter((hour) => hour >= oldest && !state.hours[hour]?.complete);
     const late = [...this.#news.keys(), ...open].filter((hour) => hour < before); // of a backlog: few of many
     for (const hour of [...new Set(late)].sort()) {
@@ -628,10 +621,13 @@ export async function verifyFolder(folder: string): Promise<Verified> {
     digests.set(name, parseDigest(bytes, parts));
   }
   for (const name of batches) hashes.set(name, await sha256OfFile(join(folder, name)));
-  return judge(hashes, digests);
+  return compareHashes(hashes, digests);
 }
 
-function judge(hashes: Map<string, string>, digests: Map<string, ParsedDigest | undefined>): Verified {
+function compareHashes(
+  hashes: Map<string, string>,
+  digests: Map<string, ParsedDigest | undefined>,
+): Verified {
   const found = new Map<string, Finding>();
   const add = (kind: FindingKind, name: string) => found.set(`${kind} ${name}`, { kind, name });
   const listed = new Set<string>();

@@ -13,9 +13,9 @@ import { NO_LOG } from "./chunk.ts";
 import { type Config, sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
-import { ofHost, parseHost } from "./host.ts";
+import { ofHost } from "./host.ts";
 import { emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
-import { errorMessage, VERSION } from "./service.ts";
+import { DAY, errorMessage, MINUTE, VERSION } from "./service.ts";
 import {
   type ForwarderState,
   forwarderStatePath,
@@ -26,8 +26,6 @@ import {
 } from "./signs.ts";
 import { readState } from "./state.ts";
 
-const MINUTE = 60_000;
-const DAY = 24 * 60 * MINUTE;
 /** A receiver writes its state every ten seconds. */
 const RECEIVER_GONE_MS = MINUTE;
 /** The state file of a port that the config no longer has is not spoken of any more. */
@@ -266,8 +264,7 @@ async function seeHosts(look: Look): Promise<void> {
     failed.set(dashed, (failed.get(dashed) ?? 0) + 1);
   }
   const present = (await attempt(look, dir, () => listHosts(dir))) ?? [];
-  const isName = (host: string) => parseHost(host) === host; // lost+found and the like are none
-  const names = [...new Set([...expected, ...present])].filter(isName).sort(compareAsPeopleCount);
+  const names = [...new Set([...expected, ...present])].sort(compareAsPeopleCount);
   for (const host of names) {
     const dashed = dashedHost(host);
     const status = await attempt(

@@ -20,6 +20,11 @@ import { runtime } from "./runtime.ts";
 
 export { EXIT, errorMessage, OperatorError } from "./explain.ts";
 
+/** Milliseconds. */
+export const MINUTE = 60_000;
+export const HOUR = 60 * MINUTE;
+export const DAY = 24 * HOUR;
+
 /** The version of the project, from package.json. */
 export const VERSION: string = packageJson.version;
 
@@ -62,11 +67,8 @@ export interface ScriptSpec<S extends Section> {
   flags?: Record<string, string>;
   /** Flags that need no config: each is given its value, and gives the exit code. */
   withoutConfig?: Record<string, (value: string) => Promise<number>>;
-  /**
-   * For `--check`: says to `service.checks` what only the running host can tell, or gives the faults of it; `connect`
-   * with `--connect`.
-   */
-  check?: (service: Service<S>, connect: boolean) => Promise<string[]> | Promise<void>;
+  /** For `--check`: says to `service.checks` what only the running host can tell; `connect` with `--connect`. */
+  check: (service: Service<S>, connect: boolean) => Promise<void>;
 }
 
 const COMMON_FLAGS: Record<string, string> = {
@@ -277,8 +279,7 @@ async function lookAround<S extends Section>(spec: ScriptSpec<S>, service: Servi
     for (const fault of faults) checks.fault(fault, EXIT.failed);
     if (faults.length === 0) checks.ok(`${spec.name}.${key}: a secret that can be read`);
   }
-  const faults = (await spec.check?.(service, flags.connect === true)) ?? [];
-  for (const fault of faults) checks.fault(fault, EXIT.failed);
+  await spec.check(service, flags.connect === true);
 }
 
 /** Whoever only asks (`--status` and the like) is spared of what the running script has told. */
@@ -405,7 +406,7 @@ export function formatDuration(ms: number): string {
 
 /** `2026-11-22 06:45:01`, this machine's wall clock. */
 export function formatLocalTime(ms: number): string {
-  const wall = new Date(ms - new Date(ms).getTimezoneOffset() * 60_000);
+  const wall = new Date(ms - new Date(ms).getTimezoneOffset() * MINUTE);
   return wall.toISOString().slice(0, 19).replace("T", " ");
 }
 

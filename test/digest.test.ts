@@ -10,7 +10,7 @@ import {
   formatDigestName,
   formatHour,
   type HostsSeen,
-  lookAtHosts,
+  observeHosts,
   parseDigest,
   parseDigestName,
   readDigestHead,
@@ -291,7 +291,7 @@ test.each([
     await mkdir(join(dir, HOST));
     const facts = { through: SIX, zone: ZONE, ...(forgetAfterDays && { forgetAfterDays }) };
     await writeFile(join(dir, HOST, ".ledger"), formatRecord({ v: LEDGER_VERSION, heardAt: SIX, facts }));
-    const { hosts } = await lookAtHosts(dir, SIX + days * 24 * HOUR);
+    const { hosts } = await observeHosts(dir, SIX + days * 24 * HOUR);
     expect(hosts.map(({ host }) => host)).toEqual(waited ? [HOST] : []);
   },
 );
@@ -301,7 +301,7 @@ test("a sender whose ledger is damaged keeps the hour from being complete", asyn
   await mkdir(join(dir, HOST));
   for (const text of ["no record\n", "\0".repeat(100)]) {
     await writeFile(join(dir, HOST, ".ledger"), text);
-    const missing = findMissing(await lookAtHosts(dir, SIX), "26112205", SIX);
+    const missing = findMissing(await observeHosts(dir, SIX), "26112205", SIX);
     expect(missing).toEqual([{ host: HOST, reason: "cannot say: its ledger is damaged" }]);
   }
 });
@@ -319,6 +319,6 @@ test("a batch of another sender that was put into a folder by hand waits there; 
     await writeFile(join(dir, host, ".ledger"), formatRecord(record));
     await writeFile(join(dir, host, name), "a line\n");
   }
-  const { hosts } = await lookAtHosts(dir, SIX);
+  const { hosts } = await observeHosts(dir, SIX);
   expect(hosts.map(({ host, waiting }) => [host, [...waiting]])).toEqual([[HOST, [["26112206", 1]]]]);
 });

@@ -11,8 +11,9 @@ import {
   TargetFault,
   Unreadable,
 } from "../lib/target/target.ts";
-import { BACKENDS, type Backend, takeAway } from "./backends.ts";
-import { tempFolder } from "./support.ts";
+import { BACKENDS, type Backend, startDropbearBackend, takeAway } from "./backends.ts";
+import { PACKAGES } from "./servers.ts";
+import { missing, notRoot, tempFolder } from "./support.ts";
 
 setDefaultTimeout(120_000);
 
@@ -61,7 +62,7 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("$name", ({ start }) => {
   test("upload() begins from nothing when a longer temp file is there", async () => {
     await target.upload("a.log", pieces(noise(100_000)));
     await target.upload("a.log", pieces(noise(10)));
-    expect((await target.look("a.log.tmp"))?.bytes).toBe(10);
+    expect((await target.stat("a.log.tmp"))?.bytes).toBe(10);
     await target.remove("a.log.tmp");
   });
 
@@ -77,7 +78,7 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("$name", ({ start }) => {
   });
 
   test("look() is undefined for no file, read() gives the content back, remove() of no file is no error", async () => {
-    expect(await target.look("absent")).toBeUndefined();
+    expect(await target.stat("absent")).toBeUndefined();
     await target.remove("absent");
     const data = noise(200_000);
     await target.upload("a.log", pieces(data));
@@ -112,7 +113,7 @@ describe.each(BACKENDS.filter(({ skip, name }) => !skip && name !== "file://"))(
     const inHand = target.upload("a.log", pieces(noise(20_000_000)));
     target.close();
     expect(await inHand.catch((error) => error)).toBeInstanceOf(TargetFault);
-    expect(await target.look("a.log").catch((error) => error)).toBeInstanceOf(TargetFault);
+    expect(await target.stat("a.log").catch((error) => error)).toBeInstanceOf(TargetFault);
   });
 
   test("the signal ends it", async () => {
@@ -162,3 +163,12 @@ async function collect(chunks: AsyncIterable<Uint8Array>): Promise<Buffer<ArrayB
 async function sizeOf(chunks: AsyncIterable<Uint8Array>): Promise<number> {
   return (await collect(chunks)).length;
 }
+
+test.skipIf(missing(PACKAGES.dropbear) || notRoot())("dropbear: a login by password", async () => {
+  const backend = await startDropbearBackend("password");
+  const target = await open(backend);
+  await target.upload("a.log", pieces(noise(100_000)));
+  await target.publish("a.log", 1);
+  expect(await readdir(backend.folder)).toEqual(["a.log"]);
+  await target.close();
+});

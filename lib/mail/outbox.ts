@@ -12,9 +12,9 @@ import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { z } from "zod";
 import { type Config, readSecret } from "../config.ts";
-import { failpoint, makeFolder } from "../durable.ts";
-import { fetchWith, tryLock } from "../runtime.ts";
-import { errorMessage, type Log, OperatorError, wait } from "../service.ts";
+import { failpoint, LockedError, makeFolder, waitForLock } from "../durable.ts";
+import { fetchWith } from "../runtime.ts";
+import { DAY, errorMessage, HOUR, type Log, MINUTE } from "../service.ts";
 import { monitorNewsSchema } from "../signs.ts";
 import { readState, writeState } from "../state.ts";
 import { count, type Snapshot } from "../status.ts";
@@ -23,9 +23,6 @@ import { type RefusedRecipient, sendMail } from "./smtp.ts";
 import { summariseHour, type Totals } from "./summary.ts";
 
 type Options = Config["monitor"];
-const MINUTE = 60_000;
-const HOUR_MS = 60 * MINUTE;
-const DAY = 24 * HOUR_MS;
 /** Waits between the tries of a mail that a recipient's server refuses for good, and of one that it defers. */
 const REFUSED_WAITS = [5, 10, 15, 30].map((minutes) => minutes * MINUTE);
 const DEFERRED_WAITS = { first: MINUTE, later: 10 * MINUTE, many: 10 };
@@ -33,7 +30,7 @@ const DEFERRED_WAITS = { first: MINUTE, later: 10 * MINUTE, many: 10 };
 const DEFERRED_PATIENCE_MS = 5 * DAY;
 /** Tries of a post that the chat refuses for good; one that does not answer is tried by every run for so long. */
 const POST_TRIES = 3;
-const WEBHOOK_PATIENCE_MS = HOUR_MS;
+const WEBHOOK_PATIENCE_MS = HOUR;
 const HTTP_TIMEOUT_MS = 5_000;
 const ANSWER_BYTES = 4096;
 const LOCK_PATIENCE_MS = 10_000;
@@ -185,8 +182,7 @@ export class StateStore {
         z.union([stateSchema, z.looseObject({ version: z.literal(1) })]),
         2,
       );
-      if (found.state === "damaged") throw new Error(found.reason);
-      if (found.state === "newer") throw new Error(`version ${found.version} wrote it`);
+      if (found.state === "damaged" || found.state === "newer") throw new Error(found.reason);
       const value = found.state === "ok" ? found.value : undefined;
       const state = value?.version === 1 ? upgrade(value, now) : (value as MonitorState | undefined);
       return { state: heal(kept && kept.at >= (state?.at ?? 0) ? kept : (state ?? firstState(now)), now) };
@@ -232,17 +228,11 @@ export class StateStore {
 
   /** Undefined where no lock can be made: an alert that comes twice is better than none. */
   async #lock(): Promise<{ release: () => void } | undefined> {
-    const deadline = Date.now() + LOCK_PATIENCE_MS;
     try {
       await makeFolder(dirname(this.#path));
-      for (;;) {
-        const lock = await tryLock(`${this.#path}.lock`);
-        if (lock) return lock;
-        if (Date.now() > deadline) throw new Error(`${this.#path}.lock is held by another process`);
-        await wait(20);
-      }
+      return await waitForLock(`${this.#path}.lock`, LOCK_PATIENCE_MS);
     } catch (error) {
-      if (Date.now() > deadline) throw new OperatorError(errorMessage(error));
+      if (error instanceof LockedError) throw error;
       return undefined;
     }
   }
@@ -274,10 +264,10 @@ function heal(state: MonitorState, now: number): MonitorState {
   }
   for (const lost of Object.values(state.lost)) lost.toldAt = cap(lost.toldAt);
   for (const { recipients } of state.queue)
-    for (const recipient of recipients) recipient.nextAt = Math.min(recipient.nextAt, now + HOUR_MS);
+    for (const recipient of recipients) recipient.nextAt = Math.min(recipient.nextAt, now + HOUR);
   state.clockSetAt = cap(state.clockSetAt);
   state.begunAt = cap(state.begunAt);
-  if (state.summarisedUntil > now + HOUR_MS) Object.assign(state, { summarisedUntil: 0, accountedUntil: 0 });
+  if (state.summarisedUntil > now + HOUR) Object.assign(state, { summarisedUntil: 0, accountedUntil: 0 });
   for (const [host, window] of Object.entries(state.mutes)) if (window.until <= now) delete state.mutes[host];
   state.undeliverable = state.undeliverable.filter(({ at }) => now - at < 7 * DAY);
   return state;

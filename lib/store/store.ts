@@ -9,7 +9,6 @@ import { join } from "node:path";
 import { dashedHost, LEDGER, listHosts, parseBatchName } from "../batch.ts";
 import type { SenderNews, StreamStatus } from "../chunk.ts";
 import { exists, holdLock, makeFolder, removeDurably, writeDurably } from "../durable.ts";
-import { parseHost } from "../host.ts";
 import { formatRecord, type Ledger, readLedger, snapshot } from "../ledger.ts";
 import { NameLocks } from "../runtime.ts";
 import { createFaultLog, errorMessage, type FaultLog, OperatorError } from "../service.ts";
@@ -86,8 +85,8 @@ export class Store {
     });
     for (const host of await listHosts(this.#options.dir)) {
       const folder = join(this.#options.dir, host);
-      const names = await readdir(folder).catch(() => [] as string[]); // not ours: lost+found
-      if (parseHost(host) !== host || !names.some((name) => name.startsWith(LEDGER))) continue;
+      const names = await readdir(folder).catch(() => [] as string[]); // closed to us: no host's
+      if (!names.some((name) => name.startsWith(LEDGER))) continue;
       if (isCopy(host, await readLedger(folder))) {
         this.#options.log.warn("folder left alone: its ledger is of another host", { folder });
         continue;
@@ -160,7 +159,7 @@ export class Store {
   ): Promise<StreamStatus[]> {
     try {
       const sender = this.senders.get(host) ?? (await this.#open(host));
-      sender.hear(news, peer, names !== undefined && names.length > 0);
+      sender.hear(news, peer, names ?? []);
       return await sender.streams(names);
     } catch (error) {
       throw storeError(error);
@@ -336,7 +335,7 @@ export class Store {
       const sealed = due.length > 0 ? await sender.seal(due) : [];
       for (const { name, lines, bytes } of sealed)
         this.#options.log.info("batch sealed", { batch: name, lines, bytes });
-      await sender.tidy();
+      await sender.prune();
       this.#faults.recovered(`seal ${host}`, "batches are sealed again", { host });
       return sealed.map(({ name }) => name);
     } catch (error) {

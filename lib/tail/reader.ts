@@ -68,7 +68,7 @@ export async function readPortion(
   const length =
     wholeLines(bytes) || (isFull && !(await isBlank(stream, file, bytes, end)) ? bytes.length : 0); // a piece
   if (length === 0) {
-    stream.drainedAt = end;
+    stream.drained = { from: offset, to: end };
     return undefined;
   }
   const mark = markBefore(view.subarray(0, guard + length), offset + length);

@@ -475,17 +475,17 @@ export class Streams {
 
   /** A stream without a file is looked for in files that no rule knows as rotations, too: there its bytes are needed as proof. */
   async #findUnderOtherNames({ leftOut }: Survey): Promise<void> {
-    const homeless = this.list.filter(
+    const orphaned = this.list.filter(
       (stream) => !this.#hasHome(stream) && stream.offset >= MARK_BYTES && stream.marks.length > 0,
     );
-    for (const found of homeless.length > 0 ? leftOut : []) {
-      const tried = `${asSeen(found)} ${homeless.length}`;
+    for (const found of orphaned.length > 0 ? leftOut : []) {
+      const tried = `${asSeen(found)} ${orphaned.length}`;
       if (this.#ignored.has(tried) || this.list.some(({ key }) => key === found.key) || !found.isReadable)
         continue;
       const file = await this.#openFile(found);
       try {
         if (file?.key !== found.key) continue;
-        const what = await identify(file, found, homeless, () => false);
+        const what = await identify(file, found, orphaned, () => false);
         if (what.is === "stream") this.#settle(found, what);
         else this.#ignored.add(tried);
       } catch (error) {

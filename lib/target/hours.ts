@@ -3,11 +3,10 @@
  * the report where there are none; and what keeps it from being complete, in the digests' own words.
  */
 import { dashedHost, parseBatchName } from "../batch.ts";
-import { findMissing, formatHour, type HostsSeen, lookAtHosts, readList, readRecord } from "../digest.ts";
+import { findMissing, formatHour, type HostsSeen, observeHosts, readList, readRecord } from "../digest.ts";
 import { type ReportLine, readReportTail } from "../report.ts";
-import { EXIT, OperatorError } from "../service.ts";
+import { EXIT, HOUR, OperatorError } from "../service.ts";
 
-const HOUR_MS = 3_600_000;
 /** How much of the report's end tells of an hour without digests. */
 const REPORT_BYTES = 32 * 1024 * 1024;
 
@@ -25,13 +24,13 @@ export function parseHours(span: string): string[] {
     return at;
   });
   const first = Number(from);
-  const end = to ?? first + HOUR_MS;
-  if (end <= first || end - first > 31 * 24 * HOUR_MS)
+  const end = to ?? first + HOUR;
+  if (end <= first || end - first > 31 * 24 * HOUR)
     throw new OperatorError(
       `--hour ${span}: expected an end behind the beginning, 31 days at most`,
       EXIT.usage,
     );
-  return Array.from({ length: (end - first) / HOUR_MS }, (_, i) => formatHour(first + i * HOUR_MS, 0));
+  return Array.from({ length: (end - first) / HOUR }, (_, i) => formatHour(first + i * HOUR, 0));
 }
 
 export interface MatrixRow {
@@ -53,7 +52,7 @@ export async function readHours(
   hours: string[],
   now: number,
 ): Promise<MatrixRow[]> {
-  const seen = await lookAtHosts(dir, now);
+  const seen = await observeHosts(dir, now);
   const sent = (await readReportTail(report, REPORT_BYTES)).filter(({ status }) => status === "Sent");
   const reported = Map.groupBy(sent, ({ batch }) => parseBatchName(batch)?.window.slice(0, 8) ?? "");
   const record = await readRecord(dir);

@@ -33,7 +33,7 @@ export interface Target {
    */
   publish(name: string, bytes: number): Promise<void>;
   /** The file of this name, or undefined when there is none. */
-  look(name: string): Promise<RemoteFile | undefined>;
+  stat(name: string): Promise<RemoteFile | undefined>;
   /** The file's content, of which no more than `most` bytes are read. */
   read(name: string, most: number): AsyncIterable<Uint8Array>;
   /** Removes the file; one that is gone already is no error. */
@@ -89,7 +89,7 @@ export async function openFileTarget(folder: string, { direct = false } = {}): P
     publish: async (name) => {
       if (!direct) await wrapError(`rename to "${path(name)}"`, moveDurably(written(name), path(name)));
     },
-    look: (name) => wrapError(`look at "${path(name)}"`, lookAt(path(name))),
+    stat: (name) => wrapError(`look at "${path(name)}"`, statFile(path(name))),
     read: (name, most) => atMost(readChunks(path(name)), most),
     remove: (name) => wrapError(`remove "${path(name)}"`, rm(path(name), { force: true })),
     close: () => {},
@@ -102,7 +102,7 @@ async function writeWhole(path: string, chunks: AsyncIterable<Uint8Array>): Prom
     throw new Refusal(`Cannot upload "${path}": its size is ${size}, expected ${written}`);
 }
 
-async function lookAt(path: string): Promise<RemoteFile | undefined> {
+async function statFile(path: string): Promise<RemoteFile | undefined> {
   return stat(path).then(
     ({ size, mtimeMs }) => ({ bytes: size, modifiedAt: mtimeMs }),
     (error: NodeJS.ErrnoException) => {
