@@ -466,9 +466,16 @@ export class Streams {
     const seen = new Set(unknown.map(asSeen));
     for (const each of this.#unknown.keys()) if (!seen.has(each)) this.#unknown.delete(each);
     const inOrder = unknown.toSorted((a, b) => Number(a.isLive) - Number(b.isLive));
+    const parts: { file: FoundFile; at: number }[] = [];
     for (const file of inOrder) {
       if (this.#ignored.has(asSeen(file))) continue;
-      if (!(await this.#identifyOne(file))) waiting.add(file.log);
+      const told = await this.#identifyOne(file);
+      if (typeof told === "number") parts.push({ file, at: told });
+      else if (!told) waiting.add(file.log);
+    }
+    // What has only a part of a stream is where it goes on when no other file turns out to have all of it.
+    for (const { file } of parts.sort((a, b) => b.at - a.at)) {
+      if (waiting.has(file.log) || !(await this.#identifyOne(file, true))) waiting.add(file.log);
     }
     return waiting;
   }
@@ -496,8 +503,8 @@ export class Streams {
     }
   }
 
-  /** False when it can't be told yet what a file is. */
-  async #identifyOne(found: FoundFile): Promise<boolean> {
+  /** False when it can't be told yet what a file is; a number when it has a stream up to there only, and `isAll` is not said. */
+  async #identifyOne(found: FoundFile, isAll = false): Promise<boolean | number> {
     const { faults, mono, now } = this.context;
     const name = asSeen(found);
     const since = this.#since.get(found.log);
@@ -525,6 +532,7 @@ export class Streams {
         found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
       if (what.is === "copy" && isOwn) what = { is: "new", at: 0 }; // a path named in full is a log of its own
       if (what.is === "busy") return false;
+      if (what.is === "behind" && !isAll) return what.at;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
       if (what.is === "new" && !found.isLive) await file.contentLength(); // one that is still being compressed waits
       const isTold = what.is === "stream" && what.stream.key === "";
