@@ -54,6 +54,8 @@ const stream = z.object({
   /** What was seen of it: what is lost when it vanishes. Bytes of the log, not on disk. */
   size: z.number(),
   mtimeMs: z.number().default(0),
+  /** Up to a size of `to`, there was nothing but NULs from here on: room that nobody has written to. */
+  blank: z.object({ from: z.number(), to: z.number() }).optional(),
   /** It began after the same file was cut: a hole of NULs may stand at its head. */
   isCut: z.boolean().optional(),
   phase,

@@ -297,7 +297,8 @@ export class Streams {
     }
     const located = new Set<string>();
     const unknown: FoundFile[] = [];
-    for (const stream of this.list) stream.isLive = false;
+    const live = new Set(survey.files.flatMap(({ key, isLive }) => (isLive ? key : [])));
+    for (const stream of this.list) stream.isLive &&= live.has(stream.key); // others ship meanwhile
     for (const file of survey.files) {
       const owner = owners.get(file.key);
       if (owner) {
@@ -688,8 +689,10 @@ export class Streams {
     this.isChanged = true;
   }
 
-  /** Counts bytes that can't be read any more. */
-  lose(bytes: number, { path, id }: Stream): void {
+  /** Counts bytes that can't be read any more, the last ones of what was seen; those that nobody has written are none. */
+  lose(gone: number, { path, id, size, blank }: Stream): void {
+    const bytes = gone - (blank?.to === size ? size - blank.from : 0);
+    if (bytes <= 0) return;
     this.lost += bytes;
     this.isMoved = true;
     this.context.log.error("bytes lost: they were gone before they could be read", {
