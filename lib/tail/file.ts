@@ -32,9 +32,22 @@ export type Compression = "gzip" | "zstd";
 /** A compressed file that ends in the middle: it is still being written, or damaged. */
 export class UnfinishedFile extends Error {}
 
-/** Inode and time of birth of a file, from its (bigint) stat; Deno knows the birth to the millisecond only. */
-export function fileKey(stat: { ino: bigint; birthtimeMs: bigint }): string {
-  return `${stat.ino}:${stat.birthtimeMs}`;
+/** Devices of the files that have their keys as they are, where another file system has a file of the same key. */
+const twins = new Map<string, bigint>();
+
+/**
+ * Inode and time of birth of a file, from its (bigint) stat; Deno knows the birth to the millisecond only, some file systems
+ * know none. Devices are numbered anew at each start of a host: theirs is in the key only where that alone tells files apart.
+ */
+export function fileKey(stat: { ino: bigint; birthtimeMs: bigint; dev: bigint }): string {
+  const { ino, birthtimeMs, dev } = stat;
+  const key = `${ino}:${birthtimeMs}`;
+  return (twins.get(key) ?? dev) === dev ? key : `${key}:${dev}`;
+}
+
+/** From now on only the file of this device has this key as it is. */
+export function keepKey(key: string, dev: bigint): void {
+  twins.set(key, dev);
 }
 
 const rawPaths = new Map<string, Buffer>();

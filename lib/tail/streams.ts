@@ -628,7 +628,7 @@ export class Streams {
   }
 
   /** Adds a stream for a file. */
-  #begin(found: FoundFile, offset: number, isQuiet = false): Stream {
+  #begin(found: Omit<FoundFile, "dev">, offset: number, isQuiet = false): Stream {
     const { path, key, size, mtimeMs, log, isLive } = found;
     const isPacked = compressionOf(path) !== undefined;
     const state: StreamState = {
