@@ -549,5 +549,9 @@ test.skipIf(notRoot())(
     appendFileSync(one, lines("c", 1, 40));
     await sender.once();
     host.expects({ a: 40, b: 40, c: 40 });
+    unlinkSync(`${one}.1`);
+    appendFileSync(other, lines("b", 41, 80));
+    await sender.once();
+    host.expects({ a: 40, b: 80, c: 40 });
   },
 );

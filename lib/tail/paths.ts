@@ -122,8 +122,10 @@ export class Paths {
   #tellApart(one: FoundFile, other: FoundFile): void {
     const { key } = one;
     const first = this.#devices.get(key) ?? one.dev;
-    keepKey(key, first);
-    for (const file of [one, other]) if (file.dev !== first) file.key = `${key}:${file.dev}`;
+    for (const file of [one, other]) {
+      if (file.dev !== first) file.key = `${key}:${file.dev}`;
+      keepKey(file.key);
+    }
   }
 
   /** Files that no name led to: where they were last seen, else (but for those that were `sought` before) under any name in the folders. */
