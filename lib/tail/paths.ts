@@ -77,7 +77,7 @@ export class Paths {
       const twin = file && keys.get(file.key);
       if (twin && twin.dev !== file.dev) {
         keys.delete(twin.key);
-        this.#tellApart(twin, file);
+        this.#keepApart(twin, file);
         keys.set(twin.key, twin);
       }
       if (!file || keys.has(file.key)) return; // one inode is followed once, whatever its names
@@ -119,7 +119,7 @@ export class Paths {
   }
 
   /** Two file systems have a file of one key: the one that was there at the last look keeps it. */
-  #tellApart(one: FoundFile, other: FoundFile): void {
+  #keepApart(one: FoundFile, other: FoundFile): void {
     const { key } = one;
     const first = this.#devices.get(key) ?? one.dev;
     for (const file of [one, other]) {
