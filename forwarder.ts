@@ -31,7 +31,6 @@ import {
   removeDurably,
   setTime,
   TEMP_SUFFIX,
-  writeDurably,
   writeStream,
 } from "./lib/durable.ts";
 import { parseHost } from "./lib/host.ts";
@@ -44,6 +43,7 @@ import {
   errorMessage,
   type FaultLog,
   formatDuration,
+  HOUR,
   OperatorError,
   retryDelay,
   runScript,
@@ -51,6 +51,7 @@ import {
   wait,
 } from "./lib/service.ts";
 import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderState } from "./lib/signs.ts";
+import { writeState } from "./lib/state.ts";
 import { formatTable, paint } from "./lib/table.ts";
 import { parseHours, readHours } from "./lib/target/hours.ts";
 import { Intents } from "./lib/target/intents.ts";
@@ -73,7 +74,7 @@ type Settings = Config["forwarder"];
 const AFTER_PROGRESS_MS = 200;
 const SIGN_OF_LIFE_MS = 30_000;
 /** A file in failed/ is tried again after one interval, then two, four, …, at most so many ms. */
-const MAX_RETRY_MS = 3_600_000;
+const MAX_RETRY_MS = HOUR;
 /** What a running forwarder was started with; all else is taken up by SIGHUP. */
 const KEPT = ["dir", "report", "digest"] as const;
 /** Batches that are committed together at most. */
@@ -154,7 +155,7 @@ function showLife(dir: string): void {
 export interface Forwarder {
   service: Service<"forwarder">;
   intents: Intents;
-  state: ForwarderState & { later: Record<string, number> };
+  state: ForwarderState;
   faults: FaultLog;
   /** Since the start, for the metrics. */
   totals: { batches: number; lines: number; refusals: number; writtenAt: number };
@@ -169,7 +170,6 @@ export async function createForwarder(service: Service<"forwarder">): Promise<Fo
   for (const folder of [sent, failed, dirname(config.report)]) await makeFolder(folder);
   const forgotten = (path: string, reason: string) =>
     log.warn("a damaged file is begun anew", { path, reason });
-  const fresh = { version: 1 as const, at: 0, ok: true, failed: {}, later: {} };
   const state = await readForwarderState(config.dir).catch((error) => {
     forgotten(forwarderStatePath(config.dir), errorMessage(error));
     return undefined;
@@ -177,7 +177,7 @@ export async function createForwarder(service: Service<"forwarder">): Promise<Fo
   return {
     service,
     intents: await Intents.load(config.dir, forgotten),
-    state: { ...fresh, ...state },
+    state: state ?? { version: 1, at: 0, ok: true, failed: {}, later: {} },
     faults: createFaultLog(log, now),
     totals: { batches: 0, lines: 0, refusals: 0, writtenAt: 0 },
     ...(config.digest && { digests: await Digests.open(config.dir, forgotten) }),
@@ -260,13 +260,12 @@ export async function openTarget(config: Settings, signal: AbortSignal): Promise
   return openFileTarget(fileURLToPath(config.target), { direct: config.upload === "direct" });
 }
 
-/** An error as the fault that holds up all batches; one that is no fault of the world is thrown on. */
-function asFault(error: unknown, config: Settings): TargetFault {
+/** An error as the fault that holds up all batches, as one of the local disk does; what is no fault is thrown on. */
+function asFault(error: unknown, { dir, report }: Settings): TargetFault {
   if (error instanceof TargetFault) return error;
   if (error instanceof ConfigError) return new TargetFault("login", error.message); // a secret that went away
   if ((error as NodeJS.ErrnoException).code === undefined) throw error;
-  const text = `Cannot work in ${config.dir} or beside ${config.report}`;
-  return new TargetFault("local", text, { cause: error });
+  return new TargetFault("local", `Cannot work in ${dir} or beside ${report}`, { cause: error });
 }
 
 // ---- the queue
@@ -292,9 +291,8 @@ async function listQueue({ service, state }: Forwarder) {
       queue.push({ ...newDelivery(config, batch, folder, info.size), key });
     }
   };
-  for (const host of await listHosts(config.dir)) {
-    if (parseHost(host) === host) add(all.host(host), await listSealed(service, all.host(host), host));
-  }
+  for (const host of await listHosts(config.dir))
+    add(all.host(host), await listSealed(service, all.host(host), host));
   const failed = await listSealed(service, all.failed);
   const waiting = new Set([...names, ...failed]);
   const left = names.size + failed.length;
@@ -491,7 +489,7 @@ class DeliveryPass {
       return;
     }
     if (intent || this.#target.direct) {
-      const found = await this.#target.look(one.remote);
+      const found = await this.#target.stat(one.remote);
       if (found && !(this.#target.direct && intent)) {
         Object.assign(one, await measure(open().chunks));
         await checkSame(this.#target, one, found).catch((error) => {
@@ -548,7 +546,7 @@ class DeliveryPass {
       failpoint("forward:listed");
       await this.#moveToSent(renamed, at);
     } catch (error) {
-      this.fault ??= recordFault(error, config);
+      this.fault ??= asFault(error, config);
     }
   }
 
@@ -581,7 +579,7 @@ class DeliveryPass {
    * queue, or the name is someone else's. The same content is a delivery; another one is never overwritten.
    */
   async #meetExisting(one: Delivery): Promise<void> {
-    const found = await this.#target.look(one.remote);
+    const found = await this.#target.stat(one.remote);
     if (!found) return;
     try {
       await checkSame(this.#target, one, found);
@@ -629,7 +627,7 @@ class DeliveryPass {
     if (error instanceof TargetFault) return error;
     if (error instanceof NameTaken) return "file";
     if (error instanceof Unreadable) return (await exists(join(one.folder, one.batch))) ? "file" : "nobody";
-    if (!(error instanceof Refusal)) return recordFault(error, this.#forwarder.service.config);
+    if (!(error instanceof Refusal)) return asFault(error, this.#forwarder.service.config);
     try {
       await this.#probe();
       return "file";
@@ -638,13 +636,6 @@ class DeliveryPass {
       return cause instanceof TargetFault ? cause : new TargetFault("server", errorMessage(error), { cause });
     }
   }
-}
-
-/** A fault of the local disk holds up all batches, like a fault of the target. What is no fault is thrown on. */
-function recordFault(error: unknown, { dir, report }: Settings): TargetFault {
-  if (error instanceof TargetFault) return error;
-  if ((error as NodeJS.ErrnoException).code === undefined) throw error;
-  return new TargetFault("local", `Cannot record deliveries in ${dir} or ${report}`, { cause: error });
 }
 
 /** A name is delivered once: sent/ must not hold it, also not compressed. */
@@ -729,7 +720,7 @@ async function deliverDigests(
 async function deliverDigest(config: Settings, target: Target, name: string, path: string): Promise<void> {
   const one = newDelivery(config, name, join(config.dir, ".digest"), 0);
   Object.assign(one, { remote: name }, await measure(readChunks(path)));
-  const found = await target.look(name);
+  const found = await target.stat(name);
   const isHalf = target.direct && found && found.bytes < one.bytes;
   if (found && !isHalf) return checkSame(target, one, found);
   await target.upload(name, readChunks(path));
@@ -789,7 +780,7 @@ async function saveState({ service, state, faults }: Forwarder, cycle: Cycle): P
   state.at = now();
   state.stays = stays;
   try {
-    await writeDurably(forwarderStatePath(config.dir), JSON.stringify(state));
+    await writeState(forwarderStatePath(config.dir), state);
     faults.recovered("state", "state saved again");
   } catch (error) {
     faults.failed("state", "the state cannot be saved", { error: errorMessage(error) });
@@ -835,15 +826,26 @@ async function leaveMetrics(forwarder: Forwarder, cycle: Cycle, started: number)
 
 // ---- flags that look, or do one thing
 
-/** `--status`: the queue by host, what failed and why, the last success and the rate; 1 when something is wrong. */
-async function printStatus({ config, flags, now }: Service<"forwarder">): Promise<number> {
+/** `--status`; 1 when something is wrong. */
+async function printStatus(service: Service<"forwarder">): Promise<number> {
+  const status = await readStatus(service);
+  const text = service.flags.json ? `${JSON.stringify(status)}\n` : formatStatus(status, service.now());
+  process.stdout.write(text);
+  return status.ok ? EXIT.done : EXIT.failed;
+}
+
+/** A queue without a forwarder is wrong when a batch waits for so long: one of `--once` comes and goes. */
+const STANDSTILL_MS = 600_000;
+
+/** The queue by host, what failed and why, the last success and the rate. */
+async function readStatus({ config, flags, now }: Service<"forwarder">) {
   const all = folders(config.dir);
   const state = await readForwarderState(config.dir);
   const only = flags.host === undefined ? undefined : parseHost(String(flags.host));
-  const known = (await listHosts(config.dir)).filter((host) => parseHost(host) === host);
+  const known = await listHosts(config.dir);
   if (flags.host !== undefined && !known.includes(only ?? ""))
     throw new OperatorError(`Sender ${flags.host} is not known in ${config.dir}`);
-  const hosts: QueuedHost[] = [];
+  const hosts: { host: string; waiting: number; oldest?: string; since?: number | undefined }[] = [];
   for (const host of known.filter((one) => only === undefined || one === only)) {
     const [oldest, ...more] = await listBatches(all.host(host), "sealed");
     const path = join(all.host(host), oldest ?? "");
@@ -853,42 +855,22 @@ async function printStatus({ config, flags, now }: Service<"forwarder">): Promis
   hosts.sort((a, b) => (a.since ?? now()) - (b.since ?? now()));
   const failed = (await listBatches(all.failed, "sealed"))
     .filter((batch) => only === undefined || parseBatchName(batch)?.host === dashedHost(only))
-    .map((batch) => ({ batch, reason: "moved there by hand", ...state?.failed[batch] }));
+    .map((batch) => ({
+      batch,
+      ...(state?.failed[batch] ?? { reason: "moved there by hand", nextAt: undefined }),
+    }));
   const sent = (await readReportTail(config.report)).filter(({ status }) => status === "Sent");
-  const recent = sent.filter(({ at }) => at > now() - 3_600_000);
+  const recent = sent.filter(({ at }) => at > now() - HOUR);
   const lastHour = { batches: recent.length, lines: recent.reduce((sum, { lines }) => sum + lines, 0) };
   const lastSent = sent.at(-1);
   const fault = state?.fault;
   const waits = now() - (hosts[0]?.since ?? now()) > Math.max(STANDSTILL_MS, 2000 * config.intervalSeconds);
   const running = findHolder(join(config.dir, ".forwarder.lock")) !== undefined;
   const ok = failed.length === 0 && !fault && (running || !waits);
-  const status = { ok, running, hosts, failed, lastSent, lastHour, fault };
-  process.stdout.write(flags.json ? `${JSON.stringify(status)}\n` : formatStatus(status, now()));
-  return ok ? EXIT.done : EXIT.failed;
+  return { ok, running, hosts, failed, lastSent, lastHour, fault };
 }
 
-/** A queue without a forwarder is wrong when a batch waits for so long: one of `--once` comes and goes. */
-const STANDSTILL_MS = 600_000;
-
-interface QueuedHost {
-  host: string;
-  waiting: number;
-  oldest?: string;
-  since?: number | undefined;
-}
-
-function formatStatus(
-  status: {
-    ok: boolean;
-    running: boolean;
-    hosts: QueuedHost[];
-    failed: { batch: string; reason: string; nextAt?: number }[];
-    lastSent: ReportLine | undefined;
-    lastHour: { batches: number; lines: number };
-    fault: ForwarderState["fault"];
-  },
-  now: number,
-): string {
+function formatStatus(status: Awaited<ReturnType<typeof readStatus>>, now: number): string {
   const { ok, running, hosts, failed, lastSent, lastHour, fault } = status;
   const rows = hosts.map(({ host, waiting, oldest = "-" }) => [host, String(waiting), oldest]);
   const waiting = hosts.reduce((sum, host) => sum + host.waiting, 0);

@@ -53,10 +53,12 @@ import { failReportPath, trimReport } from "./lib/report.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
   createProgress,
+  DAY,
   EXIT,
   errorMessage,
   formatBytes,
   formatDuration,
+  HOUR,
   type Log,
   OperatorError,
   runScript,
@@ -65,8 +67,6 @@ import {
 import { formatTable } from "./lib/table.ts";
 
 type Options = Config["housekeep"];
-const HOUR_MS = 3_600_000;
-const DAY_MS = 24 * HOUR_MS;
 /** Files compressed at once, however many cores there are: each takes some 10 MiB. */
 const MOST_AT_ONCE = 8;
 /** Files in failed/, and their part of the disk, from which on they are told as a warning. */
@@ -229,7 +229,7 @@ export function planPass(
   let { free } = space;
   const ago = (file: Delivered) => `delivered ${formatDuration(Math.max(0, now - file.at))} ago`;
   for (const file of files) {
-    if (now - file.at < deleteAfterHours * HOUR_MS) continue;
+    if (now - file.at < deleteAfterHours * HOUR) continue;
     steps.push({
       ...file,
       action: "delete",
@@ -242,10 +242,7 @@ export function planPass(
       const reason = `less than ${minFreePercent} % of the disk is free (minFreePercent)`;
       steps.push({ ...file, action: "early", reason });
       free += file.bytes;
-    } else if (
-      now - file.at >= compressAfterHours * HOUR_MS &&
-      parseBatchName(file.name)?.state === "sealed"
-    ) {
+    } else if (now - file.at >= compressAfterHours * HOUR && parseBatchName(file.name)?.state === "sealed") {
       const reason = `${ago(file)}, compressAfterHours is ${compressAfterHours}`;
       steps.push({ ...file, action: "compress", reason });
     }
@@ -260,7 +257,7 @@ async function deleteAll(plan: Step[], context: HousekeepContext, result: Housek
   const early = plan.filter((step) => step.action === "early");
   if (early.length > 0) {
     const { minFreePercent } = config;
-    const fields = { files: early.length, bytes: formatBytes(sum(early)), minFreePercent };
+    const fields = { files: early.length, bytes: formatBytes(bytesOf(early)), minFreePercent };
     const verb = dryRun ? "would delete" : "deleting";
     log.warn(`disk nearly full: ${verb} delivered files before their time`, fields);
   }
@@ -284,7 +281,7 @@ async function deleteAll(plan: Step[], context: HousekeepContext, result: Housek
   }
 }
 
-function sum(files: Delivered[]): number {
+function bytesOf(files: Delivered[]): number {
   return files.reduce((total, file) => total + file.bytes, 0);
 }
 
@@ -294,7 +291,7 @@ function sum(files: Delivered[]): number {
 async function compressAll(plan: Step[], context: HousekeepContext, result: HousekeepResult): Promise<void> {
   const { signal, dryRun } = context;
   const queue = plan.filter((step) => step.action === "compress");
-  const progress = createProgress("compressing", sum(queue));
+  const progress = createProgress("compressing", bytesOf(queue));
   let done = 0;
   const read = (bytes: number) => {
     done += bytes;
@@ -397,7 +394,7 @@ async function compareGzip(
   const inside = await readGzip(gz, signal);
   if (inside === undefined) return "damaged";
   const original = { bytes: 0, crc: 0 };
-  for await (const _ of measure(readBlocks(file), original)) signal.throwIfAborted();
+  for await (const _ of checksum(readBlocks(file), original)) signal.throwIfAborted();
   if (sameContent(inside, original)) return "same";
   const sizes = `${inside.bytes} bytes inside, expected ${original.bytes}`;
   throw new Error(`Cannot compress: "${gz}" is there with other content (${sizes}); both stay`);
@@ -422,7 +419,7 @@ async function writeGzip(
   const { uid, gid, mode, mtimeMs, size } = before;
   try {
     await pipeline(
-      measure(readBlocks(file), original, read),
+      checksum(readBlocks(file), original, read),
       createGzip({ level: LEVEL, chunkSize: BLOCK }),
       createWriteStream(temp, { flags: "wx", mode: 0o600 }), // wx: never through a symlink
       { signal },
@@ -469,7 +466,7 @@ async function readGzip(path: string, signal: AbortSignal): Promise<Content | un
   const content = { bytes: 0, crc: 0 };
   const source = createReadStream(path, { highWaterMark: BLOCK });
   const drain = async (blocks: AsyncIterable<Buffer>) => {
-    for await (const _ of measure(blocks, content));
+    for await (const _ of checksum(blocks, content));
   };
   try {
     await pipeline(source, createGunzip({ chunkSize: BLOCK }), drain, { signal });
@@ -492,7 +489,7 @@ async function* readBlocks(file: FileHandle): AsyncGenerator<Buffer> {
 }
 
 /** Hands the blocks on and notes their length and CRC-32 in `content`. */
-async function* measure(
+async function* checksum(
   blocks: AsyncIterable<Buffer>,
   content: Content,
   read: (bytes: number) => void = () => {},
@@ -514,7 +511,7 @@ function sameContent(a: Content, b: Content): boolean {
 /** Drops old lines of the forwarder's reports; `reportDays` is far more than the monitor looks back. */
 async function trimReports({ config, log, now, dryRun }: HousekeepContext): Promise<void> {
   for (const report of [config.report, failReportPath(config.report)]) {
-    const before = now() - config.reportDays * DAY_MS;
+    const before = now() - config.reportDays * DAY;
     const { lines, bytes } = await trimReport(report, before, { dryRun: dryRun !== undefined });
     if (lines === 0) continue;
     const reason = `${lines} lines are older than reportDays (${config.reportDays})`;
@@ -525,7 +522,7 @@ async function trimReports({ config, log, now, dryRun }: HousekeepContext): Prom
 
 /** Digests and the lists that they were made of are kept as long as the reports. */
 async function removeDigests({ config, log, now, dryRun }: HousekeepContext): Promise<void> {
-  const before = now() - config.reportDays * DAY_MS;
+  const before = now() - config.reportDays * DAY;
   for (const { file, bytes } of await removeOldDigests(config.dir, before, {
     dryRun: dryRun !== undefined,
   })) {

@@ -2,11 +2,11 @@
  * monitor: tells by mail when something is wrong, when it is over, and once an hour what came and went.
  *
  * A run looks (lib/status.ts judges), compares with what was told, puts what is to be told into a queue, saves, and then
- * sends the queue in order. A recipient leaves a notice only when the server has accepted the mail for it, and that is
- * saved at once. A crash before the first save: the next run sees the same and makes the same notice. A crash after it:
- * the notice is in the queue and is sent by the next run. A crash between the server's acceptance and the save: the mail
- * comes twice, with the same Message-ID; never zero times. A summary stands in the queue as its span alone, and is
- * written when it is sent.
+ * sends the queue in order. A recipient leaves a notification only when the server has accepted the mail for it, and that
+ * is saved at once. A crash before the first save: the next run sees the same and makes the same notification. A crash
+ * after it: the notification is in the queue and is sent by the next run. A crash between the server's acceptance and the
+ * save: the mail comes twice, with the same Message-ID; never zero times. A summary stands in the queue as its span alone,
+ * and is written when it is sent.
  *
  * The state is changed under a lock that is held for a moment; one run at a time sends, and another one that comes
  * meanwhile looks and queues. The exit code is 1 while a mail is not accepted.
@@ -16,7 +16,7 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { Config } from "./lib/config.ts";
 import { failpoint } from "./lib/durable.ts";
-import { parseHost } from "./lib/host.ts";
+import { ofHost, parseHost } from "./lib/host.ts";
 import { type HostStatus, sortBySeverity } from "./lib/look.ts";
 import { type Change, isGood, renderAlert, type Status } from "./lib/mail/message.ts";
 import {
@@ -24,23 +24,25 @@ import {
   clientOf,
   deliver,
   type Incident,
+  type MonitorContext,
   type MonitorState,
   StateStore,
 } from "./lib/mail/outbox.ts";
 import { sendMail, verifyMail } from "./lib/mail/smtp.ts";
-import { emptyTotals, HOUR_MS, type Totals } from "./lib/mail/summary.ts";
+import { emptyTotals, type Totals } from "./lib/mail/summary.ts";
 import { tryLock } from "./lib/runtime.ts";
 import { checkSchedule, followSchedule } from "./lib/schedule.ts";
 import {
+  DAY,
   EXIT,
   errorMessage,
   formatBytes,
   formatDuration,
-  type Log,
+  HOUR,
+  MINUTE,
   OperatorError,
   runScript,
   type Service,
-  UsageError,
   wait,
 } from "./lib/service.ts";
 import {
@@ -56,16 +58,14 @@ import {
 import { formatTable, paint } from "./lib/table.ts";
 
 type Options = Config["monitor"];
-const MINUTE = 60_000;
-const DAY = 24 * HOUR_MS;
 /** A problem without a duration of its own is looked at again after so long before it is told. */
 const SECOND_LOOK_MS = 20_000;
 /** So many changes within this time are told as flapping, and it is over after a while without any. */
 const FLAP_CHANGES = 5;
-const FLAP_WITHIN_MS = HOUR_MS;
+const FLAP_WITHIN_MS = HOUR;
 const STEADY_MS = 30 * MINUTE;
 /** Bytes lost are told at once, and again at most so often. */
-const LOST_AGAIN_MS = HOUR_MS;
+const LOST_AGAIN_MS = HOUR;
 /** Free space must rise by so much over the threshold before the fault is over, in percent of the disk. */
 const DISK_MARGIN = 2;
 /** A difference between clock and uptime beyond this is a clock that was set; a longer gap by a restart is told. */
@@ -73,12 +73,13 @@ const CLOCK_STEP_MS = MINUTE;
 const AWAY_MS = 10 * MINUTE;
 /** Hours before this are not summarised after a long absence: the records do not reach further by far. */
 const OLDEST_SUMMARY_MS = 7 * DAY;
-/** Beyond so many notices in the queue, changes join the last one: the queue stays small in a long outage. */
+/** Beyond so many notifications in the queue, changes join the last one: the queue stays small in a long outage. */
 const QUEUE_LIMIT = 100;
+
 async function main(service: Service<"monitor">): Promise<number> {
   const { configFile, flags, log, signal, now } = service;
   for (const flag of ["for", "reason", "off"])
-    if (flags[flag] && !flags.mute) throw new UsageError(`--${flag} goes with --mute`);
+    if (flags[flag] && !flags.mute) throw new OperatorError(`--${flag} goes with --mute`, EXIT.usage);
   if (flags["test-mail"]) return sendTest(service);
   if (flags.status) return printStatus(service);
   if (flags.mute) return mute(service, String(flags.mute));
@@ -103,30 +104,12 @@ async function main(service: Service<"monitor">): Promise<number> {
   return EXIT.done;
 }
 
-/** What a run is given. `uptime` is that of this machine in milliseconds. */
-export interface MonitorContext {
-  config: Options;
-  log: Log;
-  signal: AbortSignal;
-  now: () => number;
-  uptime?: () => number;
-  /** Waits until it is time for the second look. */
-  secondLook?: () => Promise<void>;
-}
-
 /** One run. Gives true when every mail that was due is accepted. */
 export async function checkOnce(context: MonitorContext): Promise<boolean> {
   return send(await lookAndQueue(context));
 }
 
-/** What a run has to send. */
-interface Queued {
-  store: StateStore;
-  context: MonitorContext;
-  snapshot: Snapshot;
-}
-
-async function lookAndQueue(context: MonitorContext): Promise<Queued> {
+async function lookAndQueue(context: MonitorContext): Promise<{ store: StateStore; snapshot: Snapshot }> {
   const { config, log } = context;
   const store = new StateStore(context);
   const { state: before, fault } = await store.read();
@@ -144,19 +127,19 @@ async function lookAndQueue(context: MonitorContext): Promise<Queued> {
   const wasUnsaved = before.incidents[STATE]?.status === "fault";
   if (store.unsaved || wasUnsaved) await store.change((state) => noteUnsaved(state, run, store.unsaved));
   failpoint("monitor:queued");
-  return { store, context, snapshot };
+  return { store, snapshot };
 }
 
-async function send({ store, context, snapshot }: Queued): Promise<boolean> {
-  const { config, log } = context;
+async function send({ store, snapshot }: Awaited<ReturnType<typeof lookAndQueue>>): Promise<boolean> {
+  const { config, log } = store.context;
   const sending = await tryLock(`${config.stateFile}.sending`).catch(() => ({ release: () => {} }));
   if (!sending) {
     log.info("another run sends: what is due is queued");
     return true;
   }
   try {
-    const healthy = await deliver(store, context, snapshot);
-    if (healthy) await callHeartbeat(context);
+    const healthy = await deliver(store, snapshot);
+    if (healthy) await callHeartbeat(store.context);
     return healthy;
   } finally {
     sending.release();
@@ -189,8 +172,7 @@ async function lookOnce(state: MonitorState, context: MonitorContext): Promise<S
   signal.throwIfAborted();
   const at = now();
   const up = upSince(context);
-  if (unhealthy.length === 0 && state.unnamed.wellUntil !== undefined) state.unnamed = { startedAt: at };
-  if (unhealthy.length > 0) state.unnamed.wellUntil ??= at;
+  noteUnnamed(state, unhealthy.length > 0, at);
   const snapshot = await observe(config.dir, config, {
     now: at,
     since: Math.max(wasSet(state, at, at - up) ? at : state.clockSetAt, up),
@@ -231,14 +213,12 @@ async function askReceivers({
       );
       if (text === undefined) return [];
       const problem: Problem = {
-        ...{
-          key: `receiver ${origin}`,
-          leg: "arrival",
-          title: `receiver ${host} is unhealthy`,
-          text,
-          hosts: [],
-          sudden: true,
-        },
+        key: `receiver ${origin}`,
+        leg: "arrival",
+        title: `receiver ${host} is unhealthy`,
+        text,
+        hosts: [],
+        sudden: true,
         next: [`curl -sS ${origin}/healthz`, "journalctl -u 'log-rt-sync-receiver@*' -n 50"],
       };
       return [{ port: Number(port || (protocol === "https:" ? 443 : 80)), problem }];
@@ -260,7 +240,7 @@ function withAdvice(error: unknown): string {
 interface Run {
   context: MonitorContext;
   snapshot: Snapshot;
-  /** Id of the notice that this run makes, if it makes one. */
+  /** Id of the notification that this run makes, if it makes one. */
   id: string;
   changes: Change[];
   references: Set<string>;
@@ -275,16 +255,16 @@ function evaluate(state: MonitorState, run: Run): void {
   noteAway(state, run, up);
   if (wasSet(state, now, up)) state.clockSetAt = now;
   Object.assign(state, { at: now, uptime: up });
-  if (context.config.receivers.length > 0) noteUnnamed(state, snapshot);
+  const isDown = snapshot.problems.some(({ key }) => key.startsWith("receiver http"));
+  if (context.config.receivers.length > 0) noteUnnamed(state, isDown, now);
   evaluateProblems(state, run);
   for (const host of snapshot.hosts) evaluateHost(state, run, host);
   forgetHosts(state, snapshot);
   enqueueAlert(state, run);
 }
 
-/** The lock was not held while it was looked: what another run noted meanwhile stays. */
-function noteUnnamed({ unnamed }: MonitorState, { problems, now }: Snapshot): void {
-  const isDown = problems.some(({ key }) => key.startsWith("receiver http"));
+/** Noted at the look, and again with the lock held: what another run noted meanwhile stays. */
+function noteUnnamed({ unnamed }: MonitorState, isDown: boolean, now: number): void {
   if (isDown) unnamed.wellUntil ??= now;
   else if (unnamed.wellUntil !== undefined) {
     unnamed.startedAt = now;
@@ -374,10 +354,10 @@ function causeOf({ problems, hosts }: Snapshot, { host, state }: HostStatus): st
 /** Bytes that vanished: on the sender before they were read, or here after they were stored. */
 function noteLost(state: MonitorState, { snapshot, changes }: Run, host: HostStatus): void {
   const { now } = snapshot;
-  const isNew = state.lost[host.host] === undefined;
-  const told = state.lost[host.host] ?? { lost: 0, gone: 0, toldAt: 0 };
+  const kept = ofHost(state.lost, host.host);
+  const told = kept ?? { lost: 0, gone: 0, toldAt: 0 };
   state.lost[host.host] = told;
-  if (isNew && state.begunAt >= now - MINUTE) Object.assign(told, { lost: host.lost, gone: host.gone });
+  if (!kept && state.begunAt >= now - MINUTE) Object.assign(told, { lost: host.lost, gone: host.gone });
   if (host.lost < told.lost) told.lost = 0; // a new ledger counts anew
   if (host.gone < told.gone) told.gone = 0;
   const [lost, gone] = [host.lost - told.lost, host.gone - told.gone];
@@ -392,15 +372,13 @@ function noteLost(state: MonitorState, { snapshot, changes }: Run, host: HostSta
       : "",
   ];
   changes.push({
-    ...{
-      kind: "lost",
-      title: host.host,
-      text: texts.join(" ").trim(),
-      status: "fault",
-      sender: true,
-      since: now,
-      bytes: lost + gone,
-    },
+    kind: "lost",
+    title: host.host,
+    text: texts.join(" ").trim(),
+    status: "fault",
+    sender: true,
+    since: now,
+    bytes: lost + gone,
     next: [
       `ssh ${host.host} "journalctl -u log-rt-sync-shipper --since -1h | grep -i lost"`,
       "journalctl -u 'log-rt-sync-receiver@*' --since -1h | grep -i lost",
@@ -415,9 +393,10 @@ function noteAgain(
   { snapshot, changes }: Run,
   { host, again = 0, againFiles = 0 }: HostStatus,
 ): void {
-  const isPast = state.again[host] === undefined && state.begunAt >= snapshot.now - MINUTE;
+  const kept = ofHost(state.again, host);
+  const isPast = !kept && state.begunAt >= snapshot.now - MINUTE;
   const none = { told: 0, seen: 0, files: 0 };
-  const known = isPast ? { told: again, seen: again, files: againFiles } : (state.again[host] ?? none);
+  const known = isPast ? { told: again, seen: again, files: againFiles } : (kept ?? none);
   state.again[host] = known;
   if (again < known.told) known.told = known.files = 0; // lost once more: a new ledger counts anew
   const isSteady = again === known.seen;
@@ -427,11 +406,13 @@ function noteAgain(
   const files = count(againFiles - known.files, "file", "files");
   const text = `The receiver had lost lines of ${host}, whose shipper has shipped ${bytes} of ${files} again, of what was not delivered. Some of it may have been: those lines come twice, in batches with other names. The shipper's log names each file, since when what comes twice had been delivered, and what is gone with its file.`;
   changes.push({
-    ...{ kind: "note", title: `${host} shipped ${bytes} again`, text, status: "ok", sender: false },
-    ...{
-      since: snapshot.now,
-      next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'receiver has lost lines'"`],
-    },
+    kind: "note",
+    title: `${host} shipped ${bytes} again`,
+    text,
+    status: "ok",
+    sender: false,
+    since: snapshot.now,
+    next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'receiver has lost lines'"`],
   });
   Object.assign(known, { told: again, files: againFiles });
 }
@@ -470,17 +451,21 @@ function follow(
     else incident.outage = outage;
   }
   const isUnsent = state.queue.some(
-    (notice) =>
-      notice.kind === "alert" &&
-      notice.recipients.length > 0 &&
-      notice.changes.some(({ title }) => title === incident.title),
+    (notification) =>
+      notification.kind === "alert" &&
+      notification.recipients.length > 0 &&
+      notification.changes.some(({ title }) => title === incident.title),
   );
   const kind = whatToTell(incident, now, isUnsent ? Number.POSITIVE_INFINITY : context.config.remindMinutes);
   if (!kind) return;
   if (kind === "opened" && incident.told === "ok") incident.thread = id;
   else if (incident.thread) references.add(incident.thread);
   changes.push({
-    ...{ kind, title: incident.title, text: incident.text, status, sender },
+    kind,
+    title: incident.title,
+    text: incident.text,
+    status,
+    sender,
     since: status === "ok" ? outage : (incident.outage ?? incident.since),
     ...(status === "ok" && incident.told !== "never" && { lasted: Math.max(0, since - outage) }),
     ...(incident.next && { next: incident.next }),
@@ -505,7 +490,7 @@ function whatToTell(incident: Incident, now: number, remindMinutes: number): Cha
 
 // ---- queue
 
-/** Puts an alert of the run's changes at the end of the queue, or into its last notice when that is long. */
+/** Puts an alert of the run's changes at the end of the queue, or into its last notification when that is long. */
 function enqueueAlert(state: MonitorState, { context, snapshot, id, changes, references }: Run): void {
   if (changes.length === 0) return;
   const counts: Partial<Record<Status, number>> = {};
@@ -517,18 +502,18 @@ function enqueueAlert(state: MonitorState, { context, snapshot, id, changes, ref
   }
   const silent = (counts.silent ?? 0) + (counts.never ?? 0);
   if (changes.every(isGood) && silent > 0)
-    standing.push(`${silent} ${silent === 1 ? "sender" : "senders"} silent or never seen`);
+    standing.push(`${count(silent, "sender", "senders")} silent or never seen`);
   const last = state.queue.at(-1);
   if (last?.kind === "alert" && last.recipients.length > 0 && state.queue.length >= QUEUE_LIMIT) {
     last.changes.push(...changes);
     return;
   }
-  const notice = newNotice(context.config, id, snapshot.now);
-  const told = { changes: [...changes], counts: counts as Record<string, number>, standing };
-  state.queue.push({ ...notice, ...told, kind: "alert", references: [...references] });
+  const notification = newNotification(context.config, id, snapshot.now);
+  const told = { changes: [...changes], counts, standing };
+  state.queue.push({ ...notification, ...told, kind: "alert", references: [...references] });
 }
 
-function newNotice({ mail, webhook }: Options, id: string, at: number) {
+function newNotification({ mail, webhook }: Options, id: string, at: number) {
   const recipients = mail.to.map((address) => ({ address, tries: 0, nextAt: 0 }));
   return { id, at, references: [] as string[], recipients, ...(webhook && { post: { tries: 0 } }) };
 }
@@ -539,7 +524,7 @@ function queueSummaries(state: MonitorState, { context, snapshot }: Run): void {
   const { now, hosts } = snapshot;
   const zone = commonZone(hosts, now);
   const cut = config.summaryMinute * MINUTE;
-  const due = Math.floor((now - cut + zone * MINUTE) / HOUR_MS) * HOUR_MS - zone * MINUTE;
+  const due = Math.floor((now - cut + zone * MINUTE) / HOUR) * HOUR - zone * MINUTE;
   if (state.summarisedUntil === 0) {
     Object.assign(state, { summarisedUntil: due, accountedUntil: due + cut }); // the first is that of the next hour
     state.totals = Object.fromEntries(hosts.map((host) => [host.host, totalsOf(host)]));
@@ -547,23 +532,23 @@ function queueSummaries(state: MonitorState, { context, snapshot }: Run): void {
   const oldest = due - OLDEST_SUMMARY_MS;
   if (state.summarisedUntil < oldest) {
     log.warn("hours long past are not summarised", {
-      hours: Math.round((oldest - state.summarisedUntil) / HOUR_MS),
+      hours: Math.round((oldest - state.summarisedUntil) / HOUR),
     });
     Object.assign(state, { summarisedUntil: oldest, accountedUntil: oldest + cut });
   }
-  while (state.summarisedUntil + HOUR_MS <= due + HOUR_MS / 2) {
-    const behind = Math.round((due - state.summarisedUntil) / HOUR_MS) - 1;
-    const hourEnd = due - Math.max(0, behind) * HOUR_MS; // aligned anew when the zone changed
+  while (state.summarisedUntil + HOUR <= due + HOUR / 2) {
+    const behind = Math.round((due - state.summarisedUntil) / HOUR) - 1;
+    const hourEnd = due - Math.max(0, behind) * HOUR; // aligned anew when the zone changed
     const to = hourEnd + cut;
-    const notice = newNotice(config, `summary-${state.instance}-${hourEnd}`, now);
-    const from = Math.min(state.accountedUntil || to - HOUR_MS, to);
+    const notification = newNotification(config, `summary-${state.instance}-${hourEnd}`, now);
+    const from = Math.min(state.accountedUntil || to - HOUR, to);
     state.queue.push({
-      ...notice,
+      ...notification,
       kind: "summary",
       hourEnd,
       from,
       to,
-      zone: commonZone(hosts, now, hourEnd - HOUR_MS),
+      zone: commonZone(hosts, now, hourEnd - HOUR),
       since: takeTotals(state, hosts),
     });
     Object.assign(state, { summarisedUntil: hourEnd, accountedUntil: to });
@@ -709,16 +694,18 @@ function formatStatus(
   return `${lines.join("\n")}\n`;
 }
 
-const UNITS: Record<string, number> = { m: MINUTE, h: HOUR_MS, d: DAY };
+const UNITS: Record<string, number> = { m: MINUTE, h: HOUR, d: DAY };
 
 /** `--mute HOST --for 2h --reason TEXT`, `--mute HOST --off`: a maintenance window. */
 async function mute(service: Service<"monitor">, name: string): Promise<number> {
   const { flags, log, now } = service;
   const host = name === "*" ? "*" : parseHost(name);
-  if (host === undefined) throw new UsageError(`--mute ${name}: expected an IP address, a host name or *`);
+  if (host === undefined)
+    throw new OperatorError(`--mute ${name}: expected an IP address, a host name or *`, EXIT.usage);
   const [, number, unit = ""] = /^(\d+(?:\.\d+)?)([mhd])$/.exec(String(flags.for ?? "")) ?? [];
-  if (!flags.off && !(Number(number) > 0))
-    throw new UsageError("--mute HOST needs --for 90m, 2h or 3d, or --off");
+  const length = Number(number) * (UNITS[unit] ?? 0);
+  if (flags.off ? flags.for || flags.reason : !(length > 0 && length <= 366 * DAY))
+    throw new OperatorError("--mute HOST needs --for 90m, 2h, 3d (366d at most), or --off", EXIT.usage);
   const uid = process.getuid?.();
   const { SUDO_USER, LOGNAME, USER } = process.env;
   const by = SUDO_USER || LOGNAME || USER || (uid === 0 ? "root" : `user ${uid}`); // without them Bun says "unknown"
@@ -729,8 +716,8 @@ async function mute(service: Service<"monitor">, name: string): Promise<number> 
       done = Object.hasOwn(state.mutes, host) ? "mute ended" : "was not muted";
       delete state.mutes[host];
     } else {
-      const until = now() + Number(number) * (UNITS[unit] ?? 0);
-      state.mutes[host] = { until, at: now(), by, ...(flags.reason && { reason: String(flags.reason) }) };
+      const reason = flags.reason && String(flags.reason).replace(/\p{Cc}+/gu, " "); // it is shown on terminals
+      state.mutes[host] = { until: now() + length, at: now(), by, ...(reason && { reason }) };
     }
   });
   if (store.unsaved) throw new OperatorError(`Cannot save ${service.config.stateFile}: ${store.unsaved}`);

@@ -46,7 +46,6 @@ import {
   OperatorError,
   runScript,
   type Service,
-  UsageError,
   VERSION,
   wait,
 } from "./lib/service.ts";
@@ -119,7 +118,10 @@ function servedGroups({ config, configFile, flags }: Service<"receiver">): numbe
   const own = all.filter((index) => String(config.groups[index]?.port) === flags.port);
   if (own.length > 0) return own;
   const ports = config.groups.map((group) => group.port).join(", ");
-  throw new UsageError(`No group has port ${flags.port}: ${configFile} has groups of ports ${ports}`);
+  throw new OperatorError(
+    `No group has port ${flags.port}: ${configFile} has groups of ports ${ports}`,
+    EXIT.usage,
+  );
 }
 
 /** Throws an OperatorError when the folder cannot be made or written to. */
@@ -653,7 +655,7 @@ function renderMetrics({ counts, intake, refusals, store, startedAt }: Receiver,
     ["chunks_total", "counter", "Chunks taken since the start", counted("chunks")],
     ["duplicates_total", "counter", "Chunks answered 409", counted("duplicates")],
     ["refused_total", "counter", "Requests refused, by status and reason", refused],
-    ["last_seen_timestamp_seconds", "gauge", "When a sender was heard of", told((h) => h.heardAt / 1000)],
+    ["last_seen_timestamp_seconds", "gauge", "When a sender was last heard", told((h) => h.heardAt / 1000)],
     ["last_line_timestamp_seconds", "gauge", "When its last line came", told((h) => h.lineAt / 1000)],
     [
       "lag_bytes",
@@ -711,7 +713,8 @@ const FORGET = ".forget";
 /** Leaves a mark that the running receiver, or the next one, takes. Throws an OperatorError when it is too early. */
 async function leaveForget({ config, log, now }: Service<"receiver">, name: string): Promise<number> {
   const host = parseHost(name);
-  if (host === undefined) throw new UsageError(`"${printable(name)}" is not an IP address or a host name`);
+  if (host === undefined)
+    throw new OperatorError(`"${printable(name)}" is not an IP address or a host name`, EXIT.usage);
   const folder = folders(config.dir).host(host);
   const ledger = await readLedger(folder);
   if (!ledger) throw new OperatorError(`Host ${host} is not known in ${config.dir}`);

@@ -811,8 +811,11 @@ function takeFirstAnswer(shipper: Shipper, told: StreamStatus[]): void {
  */
 function throughOf(shipper: Shipper): number | undefined {
   const { noted, streams, faults } = shipper;
-  const isDone = ({ stream, size }: { stream: Stream; size: number }) =>
-    Math.min(stream.until ?? size, size) <= Math.max(stream.offset, stream.drainedAt ?? 0);
+  const isDone = ({ stream, size }: { stream: Stream; size: number }) => {
+    const { until = size, offset, drained, wayBack } = stream;
+    const end = drained?.from === offset ? Math.max(offset, drained.to) : offset;
+    return wayBack === undefined && Math.min(until, size) <= end;
+  };
   const isSettled = streams.isSettled && streams.seenAt > (noted?.at ?? 0);
   const at = noted && isSettled && noted.sizes.every(isDone) && faults.lasting() === 0 ? noted.at : undefined;
   if (at !== undefined || !noted) {

@@ -6,7 +6,6 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { closeSync, mkdirSync, openSync, readdirSync, statSync, writeFileSync } from "node:fs";
 import { connect } from "node:net";
 import { join } from "node:path";
-import { readLedger } from "../lib/ledger.ts";
 import { freePort } from "./pipeline.ts";
 
 const ROOT = join(import.meta.dirname, "..");
@@ -69,8 +68,11 @@ export function ours(
         outputs,
         delivered: async (bytes) => {
           if (sizeOf(outputs()) < bytes) return false;
-          const ledger = await readLedger(join(dir, HOST));
-          return [...(ledger?.streams.values() ?? [])].some(({ offset }) => offset >= bytes);
+          // What the receiver answers is on stable storage; its ledger follows seconds later.
+          const asked = { method: "POST", headers: { "Log-Host": HOST } };
+          const answer = await fetch(`http://127.0.0.1:${port}/streams`, asked);
+          const { streams } = (await answer.json()) as { streams: { offset: number }[] };
+          return streams.some(({ offset }) => offset >= bytes);
         },
         stop: () => stopAll([client, server]),
       };

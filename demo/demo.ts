@@ -59,7 +59,7 @@ async function main(): Promise<number> {
   }
 }
 
-/** The receiver first; the monitor when it has heard of everyone, so that it has nothing to alert about. */
+/** The receiver first; the monitor when it has heard from everyone, so that it has nothing to alert about. */
 async function startAll(stage: Stage, signal: AbortSignal): Promise<void> {
   const { receiver, shippers, forwarder, monitor, places } = stage;
   process.stdout.write(dim(`\n  Starting 4 shippers, receiver, forwarder, monitor in ${places.root}\n\n`));
@@ -71,7 +71,7 @@ async function startAll(stage: Stage, signal: AbortSignal): Promise<void> {
     return (await Promise.all(answers)).every((answer) => answer?.ok);
   });
   for (const member of [...shippers, forwarder]) member.start();
-  await wait("the receiver has heard of every host", stage, signal, async () => {
+  await wait("the receiver has heard from every host", stage, signal, async () => {
     const ledgers = await Promise.all(HOSTS.map((host) => readLedger(join(places.batches, host))));
     return ledgers.every((ledger) => ledger !== undefined && ledger.heardAt > 0);
   });

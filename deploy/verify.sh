@@ -1,107 +1,133 @@
 #!/bin/sh
 # Checks a folder of delivered batches against the digests beside them: every hash, the chain of the digests, and what
-# is there without being listed. Needs sh, awk, sha256sum and the usual tools of POSIX; changes nothing.
+# is there without being listed. Needs sh, awk, sha256sum and the usual tools of POSIX. It changes nothing; its notes
+# are in a folder of its own under $TMPDIR, or /tmp, and go when it ends.
 #
 #   sh verify.sh FOLDER      ends 0 when all is well, 1 when there is a finding, 2 when it can't look
 #
 # The findings: changed, missing, extra, incomplete, chain broken. The last lines tell the newest digest and its hash,
 # to be compared with the one in the sender's hourly mail.
 set -u
-LC_ALL=C
+LC_ALL=C CDPATH=
 export LC_ALL
 cd -- "${1:?usage: sh verify.sh FOLDER}" || exit 2
-d='[0-9]'
-digest="^[A-Za-z0-9][A-Za-z0-9_-]*_$d$d$d$d$d$d$d$d([.][1-9]$d*)?[.]sha256\$"
-batch="^[A-Za-z0-9][A-Za-z0-9_-]*_$d$d$d$d$d$d$d${d}_$d$d-$d${d}_[a-z0-9-]+([.][1-9]$d*)?[.]log([.]gz)?\$"
+notes=${TMPDIR:-/tmp}/verify-$$
+umask 077
+mkdir -- "$notes" || exit 2
+trap 'rm -rf -- "$notes"' EXIT
+trap 'exit 2' HUP INT TERM
 
-# The plain files of a kind, one a line.
-files() {
-  ls -A | grep -E -- "$1" | grep -vE '[.]1[.](sha256|log|log[.]gz)$' | while IFS= read -r name; do
-    [ -f "$name" ] && [ ! -L "$name" ] && printf '%s\n' "$name"
-  done
-}
+# 1. The plain files that are named as ours are, one a line: letters, digits, and no sign that a shell minds.
+hour='[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]'
+for name in *_$hour*.sha256 *_${hour}_*.log *_${hour}_*.log.gz; do
+  case $name in [!A-Za-z0-9]* | *[!A-Za-z0-9._-]*) continue ;; esac
+  [ -f "$name" ] && [ ! -L "$name" ] && printf '%s\n' "$name"
+done >"$notes/names"
 
-{
-  { files "$digest"; files "$batch"; } | xargs sha256sum -- /dev/null | sed 's/^\([0-9a-f]*\)  /H \1 /'
-  files "$digest" | while IFS= read -r name; do
-    sum=$(sed '$d' "$name" | sha256sum | cut -c 1-64)
-    says="# hour $(printf '%s\n' "$name" |
-      sed -e 's/[.]sha256$//' -e 's/^.*_//' -e 's/[.]\(.*\)/, part \1: what came after the digest before/')"
-    if [ "$(tail -n 1 "$name" | sha256sum)" = "$(printf '# end %s\n' "$sum" | sha256sum)" ] &&
-      [ "$(sed -n 2p "$name")" = "$says" ]; then # else damaged, or another one under its name
-      printf 'D %s\n' "$name"
-      sed '$d' "$name" | sed 's/^/L /'
-    else
-      printf 'B %s\n' "$name"
-    fi
-  done
-} | awk '
-  function is_digest(name) { return name ~ /[.]sha256$/ }
-  function digest_hour(name) { sub(/([.][1-9][0-9]*)?[.]sha256$/, "", name); return substr(name, length(name) - 7) }
-  function digest_part(name) {
-    if (name !~ /[.][1-9][0-9]*[.]sha256$/) return 1
-    sub(/[.]sha256$/, "", name); sub(/^.*[.]/, "", name); return name + 0
+# 2. A digest's last line has the hash of the lines above it. So it is copied without its last line, and whole: when
+# that copy has another hash than the digest itself, it is no text.
+awk -v notes="$notes/" '/[.]sha256$/ {
+  whole = $0 ".whole"; above = $0 ".above"
+  printf "" >(notes whole); printf "" >(notes above)
+  for (n = 0; (getline line < $0) > 0; last = line) {
+    print line >(notes whole)
+    if (n++) print last >(notes above)
   }
-  function batch_window(name) { match(name, /_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]_[0-9][0-9]-[0-9][0-9]_[a-z0-9-]+([.][0-9]+)?[.]log([.]gz)?$/); return substr(name, RSTART + 1, 14) }
-  # A window that no clock shows is none of ours.
-  function is_batch(name,   w, n, d) {
-    w = batch_window(name); n = substr(w, 13) - substr(w, 10, 2) + 1
-    d = substr(w, 3, 2) == "02" ? 28 + (substr(w, 1, 2) % 4 == 0) : 30 + (substr(w, 3, 2) ~ /01|03|05|07|08|10|12/)
-    return n >= 1 && 60 % n == 0 && substr(w, 10, 2) % n == 0 && substr(w, 13) < 60 && substr(w, 7, 2) < 24 &&
-      substr(w, 5, 2) >= 1 && substr(w, 5, 2) <= d && substr(w, 3, 2) >= 1 && substr(w, 3, 2) <= 12
+  close($0); close(notes whole); close(notes above)
+  print whole; print above
+}' "$notes/names" >"$notes/copies" || exit 2
+if [ ! -s "$notes/copies" ]; then
+  printf 'no digest is in %s: nothing says what has to be there\n' "$1" >&2
+  exit 1
+fi
+
+# 3. The hash of everything: `<sha256>  <name>`.
+{ xargs sha256sum -- <"$notes/names" && (cd -- "$notes" && xargs sha256sum -- <copies); } >"$notes/hashes" || exit 2
+
+# 4. The digests are read, and what they say is compared.
+awk '
+  function is_digest(name) { return name ~ DIGEST && part_of(name) != 0 }
+  function is_batch(name) { return name ~ BATCH && part_of(name) != 0 && is_window(window_of(name)) }
+  function hour_of(name) { return substr(window_of(name), 1, 8) }
+  function window_of(name) { match(name, WINDOW); return substr(name, RSTART + 1, 14) }
+  function part_of(name) {
+    sub(/[.](sha256|log|log[.]gz)$/, "", name)
+    if (!sub(/^.*[.]/, "", name)) return "1"
+    return name == "1" || length(name) > 15 ? "0" : name
   }
-  function add(kind, name) { found[kind ": " name] = 1 }
-  function leave() {
-    if (current == "") return
-    if (previous != (began ? 0 : 1)) add("chain broken", current)
-    current = ""
+  # `yyMMddHH_mm-mm`: one that no clock shows is none of ours.
+  function is_window(w,   month, day, first, minutes, days) {
+    month = substr(w, 3, 2) + 0; day = substr(w, 5, 2) + 0; first = substr(w, 10, 2) + 0
+    minutes = substr(w, 13, 2) - first + 1
+    days = month == 2 ? 28 + (substr(w, 1, 2) % 4 == 0) : 30 + (month + (month > 7)) % 2
+    return month >= 1 && month <= 12 && day >= 1 && day <= days && substr(w, 7, 2) + 0 < 24 &&
+      minutes >= 1 && 60 % minutes == 0 && first % minutes == 0 && first < 60
   }
-  function enter(name, hour) {
-    leave()
-    hour = digest_hour(name)
-    if (hour > newest) newest = hour
-    return hour
+  function found(kind, name) { findings[kind ": " name] = 1 }
+
+  # Reads a digest into line[1..n]; gives whether it is as it was written, and no other one under its name.
+  function is_whole(name,   hour, part, plain) {
+    hour = "# hour " hour_of(name); part = part_of(name)
+    if (part != "1") hour = hour ", part " part ": what came after the digest before"
+    plain = 1
+    for (n = 0; (getline line[n + 1] < name) > 0; n++) if (line[n + 1] ~ /[^ -~]/) plain = 0
+    close(name)
+    return plain && n > 2 && hash[name] == hash[name ".whole"] && line[2] == hour &&
+      line[n] == "# end " hash[name ".above"]
   }
-  $1 == "H" && $3 != "/dev/null" && (is_digest($3) || is_batch($3)) { hash[$3] = $2 }
-  $1 == "B" { damaged[enter($2)] = 1; damage = 1; add("changed", $2) }
-  $1 == "D" {
-    hour = enter($2); current = $2; previous = 0; began = 0; good[$2] = 1
-    part = digest_part($2); counts = part > last[hour] + 0
-    if (counts) { last[hour] = part; complete[hour] = 0 }
-  }
-  $1 == "L" {
-    line = substr($0, 3)
-    if (line == "# complete yes" && counts) complete[hour] = 1
-    if (substr(line, 1, 9) == "# begins " && !began) { began = 1; begins[++chains] = substr(line, 10) }
-    if (substr(line, 65, 2) != "  " || substr(line, 1, 64) !~ /^[0-9a-f]+$/) next
-    sum = substr(line, 1, 64); name = substr(line, 67)
-    listed[name] = 1
-    if (is_digest(name)) { previous++; followers[name]++ }
-    if (!(name in hash)) add("missing", name)
-    else if (hash[name] != sum) add("changed", name)
-  }
-  END {
-    leave()
-    for (name in followers) if (followers[name] > 1) add("chain broken", name)
-    for (name in good) if (!(name in followers)) { heads++; head[name] = 1 }
-    if (!damage && heads > chains) for (name in head) add("chain broken", name)
-    for (name in hash) {
-      if (is_digest(name) || name in listed) continue
-      hour = substr(batch_window(name), 1, 8)
-      if (hour > newest) uncovered++
-      else if (!(hour in damaged)) add("extra", name)
+  function read_digest(name,   i, file, previous, begun, yes) {
+    if (hour_of(name) > newest) newest = hour_of(name)
+    if (!is_whole(name)) { found("changed", name); damaged[hour_of(name)] = 1; return }
+    good[name] = 1
+    for (i = 1; i < n; i++) {
+      if (line[i] == "# complete yes") yes = 1
+      if (!begun && line[i] ~ /^# begins /) { begun = 1; begins[++chains] = substr(line[i], 10) }
+      if (substr(line[i], 65, 2) != "  " || substr(line[i], 1, 64) !~ /^[0-9a-f]+$/) continue
+      file = substr(line[i], 67)
+      listed[file] = 1
+      if (is_digest(file)) { previous++; followers[file]++ }
+      if (!(file in hash)) found("missing", file)
+      else if (hash[file] != substr(line[i], 1, 64)) found("changed", file)
     }
-    for (hour in last) if (!complete[hour]) add("incomplete", hour)
-    sorted = "sort"
-    for (text in found) { findings++; print text | sorted }
-    close(sorted)
-    for (i = 1; i <= chains; i++) print "begins: " begins[i] | sorted
-    close(sorted)
+    if (previous != (begun ? 0 : 1)) found("chain broken", name)
+    i = name; sub(/([.][0-9]+)?[.]sha256$/, "", i) # the newest of an hour counts
+    if (part_of(name) + 0 > last[i] + 0) { last[i] = part_of(name); complete[i] = yes }
+  }
+
+  function put_in_order(list, n,   i, j, one) { # few: a process more would take longer
+    for (i = 2; i <= n; i++) {
+      one = list[i]
+      for (j = i - 1; j > 0 && list[j] > one; j--) list[j + 1] = list[j]
+      list[j + 1] = one
+    }
+  }
+
+  BEGIN {
+    d = "[0-9]"; hour = "_" d d d d d d d d; part = "([.][1-9][0-9]*)?"
+    DIGEST = "^[A-Za-z0-9][A-Za-z0-9_-]*" hour part "[.]sha256$"
+    WINDOW = hour "(_" d d "-" d d "_[a-z0-9-]+)?" part "[.](sha256|log|log[.]gz)$"
+    BATCH = "^[A-Za-z0-9][A-Za-z0-9_-]*" hour "_" d d "-" d d "_[a-z0-9-]+" part "[.]log([.]gz)?$"
+  }
+  { name = substr($0, 67) }
+  is_digest(name) || is_batch(name) || name ~ /[.](whole|above)$/ { hash[name] = substr($0, 1, 64) }
+  END {
+    for (name in hash) if (is_digest(name)) read_digest(name)
+    for (name in followers) if (followers[name] > 1) found("chain broken", name)
+    for (name in good) if (!(name in followers)) head[++heads] = name
+    for (any in damaged) isDamaged = 1
+    if (!isDamaged && heads > chains) for (i = 1; i <= heads; i++) found("chain broken", head[i])
+    for (name in hash) {
+      if (!is_batch(name) || name in listed) continue
+      if (hour_of(name) > newest) uncovered++
+      else if (!(hour_of(name) in damaged)) found("extra", name)
+    }
+    for (name in last) if (!complete[name]) found("incomplete", substr(name, length(name) - 7))
+    for (text in findings) { count++; print text | "sort" }
+    if (count) close("sort")
+    put_in_order(begins, chains); put_in_order(head, heads)
+    for (i = 1; i <= chains; i++) print "begins: " begins[i]
     if (uncovered) print "not covered yet: " uncovered " batches behind the newest digest"
-    sorted = "sort -k 3"
-    for (name in head) print "head: " hash[name] "  " name | sorted
-    close(sorted)
-    if (findings) print findings " findings"
-    else print "ok"
-    exit (findings > 0)
-  }'
+    for (i = 1; i <= heads; i++) print "head: " hash[head[i]] "  " head[i]
+    print (count ? count " findings" : "ok")
+    exit (count > 0)
+  }' "$notes/hashes"

@@ -7,6 +7,7 @@
  */
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
+import { parseHost } from "./host.ts";
 
 export const SENT = "sent";
 export const FAILED = "failed";
@@ -29,7 +30,7 @@ export interface BatchName {
 }
 
 const NAME =
-  /^(?<prefix>[A-Za-z0-9][A-Za-z0-9_-]*)_(?<window>\d{8}_\d\d-\d\d)_(?<host>[a-z0-9-]+)(?:\.(?<part>[1-9]\d{0,15}))?\.log(?<end>\.part|\.gz)?$/;
+  /^(?<prefix>[A-Za-z0-9][A-Za-z0-9_-]*)_(?<window>\d{8}_\d\d-\d\d)_(?<host>[a-z0-9-]+)(?:\.(?<part>[1-9]\d{0,14}))?\.log(?<end>\.part|\.gz)?$/;
 
 /** `accessLog_26112206_20-39_10-10-21-181.2.log` with the ending of its state. */
 export function formatBatchName({ prefix, window, host, part, state }: BatchName): string {
@@ -108,16 +109,11 @@ export function compareBatchNames(a: string, b: string): number {
   return x.part - y.part;
 }
 
-/** The hosts that have a folder in `dir`, by name; symlinks and our own folders are no hosts. */
+/** The hosts that have a folder in `dir`, by name; symlinks, our own folders, lost+found and the like are no hosts. */
 export async function listHosts(dir: string): Promise<string[]> {
   const entries = await readdir(dir, { withFileTypes: true });
-  const folders = entries.filter((entry) => entry.isDirectory() && isHostFolder(entry.name));
+  const folders = entries.filter((entry) => entry.isDirectory() && parseHost(entry.name) === entry.name);
   return folders.map((entry) => entry.name).sort();
-}
-
-/** Whether a folder of this name can be a host's: not `sent`, `failed` or hidden. */
-export function isHostFolder(name: string): boolean {
-  return name !== SENT && name !== FAILED && !name.startsWith(".");
 }
 
 /** File names of the batches of these states in a folder, in delivery order; empty when there is no folder. */

@@ -6,7 +6,7 @@ import { statSync } from "node:fs";
 import { access, constants, readdir, stat, statfs } from "node:fs/promises";
 import { dirname, relative, resolve } from "node:path";
 import { type Config, listSecrets, readSecret, type Section } from "./config.ts";
-import { errorMessage, nearest } from "./explain.ts";
+import { EXIT, errorMessage, nearest } from "./explain.ts";
 import { runtime } from "./runtime.ts";
 
 /** What `--check` says: each step as a line `ok`, `warn` or `FAULT`, or all as JSON. Nothing is said twice. */
@@ -33,7 +33,7 @@ export class Checks {
   }
 
   /** `code` is 78 for what stands in the config, 1 for what it names and can't be had. */
-  fault(text: string, code: 78 | 1 = 78): void {
+  fault(text: string, code: number = EXIT.config): void {
     this.#code = Math.max(this.#code, code);
     this.#say("fault", text.startsWith(`${this.#file}: `) ? text : `${this.#file}: ${text}`);
   }
@@ -55,7 +55,7 @@ export class Checks {
       const found = await work();
       this.ok(typeof found === "string" ? `${name}: ${found}` : name);
     } catch (error) {
-      this.fault(`${name}: ${errorMessage(error)}`, 1);
+      this.fault(`${name}: ${errorMessage(error)}`, EXIT.failed);
     }
   }
 
@@ -106,11 +106,11 @@ export class Checks {
   /** The last word; gives the exit code. */
   end(): number {
     const faults = [...this.#said.values()].filter((level) => level === "fault").length;
-    const verdict = faults === 0 ? "ok" : `${faults} ${faults === 1 ? "fault" : "faults"}`;
+    const ending = faults === 0 ? "ok" : `${faults} ${faults === 1 ? "fault" : "faults"}`;
     const checks = [...this.#said].map(([text, level]) => ({ level, text }));
     const all = { script: this.#script, config: this.#file, ok: faults === 0, checks };
     process.stdout.write(
-      this.#json ? `${JSON.stringify(all, null, 2)}\n` : `${this.#file}: ${this.#script}: ${verdict}\n`,
+      this.#json ? `${JSON.stringify(all, null, 2)}\n` : `${this.#file}: ${this.#script}: ${ending}\n`,
     );
     return this.#code;
   }

@@ -5,8 +5,19 @@
 import { readFileSync, statSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { hostname, userInfo } from "node:os";
+import { relative, resolve } from "node:path";
+import { fileURLToPath } from "node:url";
 import { z } from "zod";
-import { explainIssue, explainJson, explainRepeated, type SchemaNode, unknownKey } from "./explain.ts";
+import { FAILED, SENT } from "./batch.ts";
+import {
+  EXIT,
+  explainIssue,
+  explainJson,
+  explainRepeated,
+  OperatorError,
+  type SchemaNode,
+  unknownKey,
+} from "./explain.ts";
 import { addressIsValid, isLoopback, overlaps, parseHost, senderIsValid } from "./host.ts";
 
 const secret = z
@@ -24,8 +35,11 @@ const secrets = z
 
 const path = z.string().min(1, "expected a path");
 const minutes = z.number().positive();
-const seconds = z.number().positive();
-const count = z.number().int().positive();
+/** A timer can't wait for more than 24 days: it would fire at once, again and again. */
+const LONGEST_SECONDS = 1_000_000;
+const seconds = z.number().positive().max(LONGEST_SECONDS);
+const secondsOrNone = z.number().nonnegative().max(LONGEST_SECONDS);
+const positiveInt = z.number().int().positive();
 const host = z
   .string()
   .refine((text) => parseHost(text) !== undefined, "expected an IP address or a host name")
@@ -70,13 +84,12 @@ const shipper = z.strictObject({
   flushMs: z
     .number()
     .nonnegative()
+    .max(LONGEST_SECONDS)
     .default(100)
     .describe("Under steady traffic one request per this many ms"),
-  inFlight: count.max(64).default(4).describe("Chunks of one file on their way at once"),
+  inFlight: positiveInt.max(64).default(4).describe("Chunks of one file on their way at once"),
   pollSeconds: seconds.default(5).describe("How often files are looked at when no event tells of a change"),
-  rotateWaitSeconds: z
-    .number()
-    .nonnegative()
+  rotateWaitSeconds: secondsOrNone
     .default(5)
     .describe("A rotated file is finished when it was quiet for so long"),
   heartbeatSeconds: seconds.default(60).describe("A sign of life when there is nothing to ship"),
@@ -111,14 +124,12 @@ const receiver = z
       .regex(/^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$/, "expected letters, digits, _ and -")
       .default("accessLog")
       .describe("First part of every batch's name"),
-    windowMinutes: count
+    windowMinutes: positiveInt
       .max(60)
       .refine((n) => 60 % n === 0, "expected a divisor of 60")
       .default(20)
       .describe("Length of a batch's window"),
-    sealAfterSeconds: z
-      .number()
-      .nonnegative()
+    sealAfterSeconds: secondsOrNone
       .default(120)
       .describe("A batch is sealed when its window is over and no line came for so long"),
     sealLatestSeconds: seconds
@@ -134,17 +145,19 @@ const receiver = z
       .refine(patternIsValid, "expected a regular expression with the timestamp as its first group")
       .optional()
       .describe("Deprecated, use logFormat: a regular expression, the timestamp in group 1"),
-    maxBodyBytes: count.default(16_777_216).describe("Largest body, before and after decompression"),
-    maxBytesInFlight: count.default(67_108_864).describe("Bodies in memory at once; beyond it 503"),
-    maxRequests: count.default(512).describe("Requests in hand at once; beyond it 503"),
-    maxHosts: count.default(10_000).describe("Senders known at once; a further one gets 503"),
-    maxStreamsPerHost: count
+    maxBodyBytes: positiveInt.default(16_777_216).describe("Largest body, before and after decompression"),
+    maxBytesInFlight: positiveInt.default(67_108_864).describe("Bodies in memory at once; beyond it 503"),
+    maxRequests: positiveInt.default(512).describe("Requests in hand at once; beyond it 503"),
+    maxHosts: positiveInt.default(10_000).describe("Senders known at once; a further one gets 503"),
+    maxStreamsPerHost: positiveInt
       .default(20_000)
       .describe("Files of one sender known at once; a further one gets 503"),
-    maxWindowsPerHost: count
+    maxWindowsPerHost: positiveInt
       .default(1000)
       .describe("Open batches of one sender; beyond it the one longest without a line is sealed"),
-    maxNamesPerHour: count.default(2000).describe("New batches of one sender in an hour; beyond it 503"),
+    maxNamesPerHour: positiveInt
+      .default(2000)
+      .describe("New batches of one sender in an hour; beyond it 503"),
     idleTimeoutSeconds: seconds
       .max(255)
       .default(30)
@@ -176,12 +189,14 @@ const receiver = z
   })
   .superRefine((config, context) => {
     checkGroups(config.groups, context);
-    const anyone = config.groups.some(({ senders }) => senders.includes("*"));
+    const anyone = config.groups
+      .flatMap(({ senders }) => senders)
+      .find((sender) => /^\*$|\/0+$/.test(sender));
     if (!isLoopback(config.listen) && !config.tokens && anyone) {
       context.addIssue({
         code: "custom",
         path: ["tokens"],
-        message: `anyone could write here: ${config.listen} is not loopback and senders has "*"; set tokens, or list the senders`,
+        message: `anyone could write here: ${config.listen} is not loopback and senders has "${anyone}"; set tokens, or list the senders`,
       });
     }
   });
@@ -214,9 +229,9 @@ const forwarder = z
       .optional()
       .describe("Fingerprint of the server's host key, one or several"),
     intervalSeconds: seconds.default(60).describe("How often the queue is looked at"),
-    retries: count.default(3).describe("Tries of a file before it goes to failed/"),
-    retryDelaySeconds: z.number().nonnegative().default(5).describe("Wait between the tries of one pass"),
-    parallel: count.max(64).default(4).describe("Files at a time over the one connection"),
+    retries: positiveInt.default(3).describe("Tries of a file before it goes to failed/"),
+    retryDelaySeconds: secondsOrNone.default(5).describe("Wait between the tries of one pass"),
+    parallel: positiveInt.max(64).default(4).describe("Files at a time over the one connection"),
     timeoutSeconds: seconds.default(30).describe("How long the server may take for one answer"),
     compress: z.enum(["none", "gzip"]).default("none").describe("gzip sends <batch>.log.gz"),
     upload: z
@@ -230,6 +245,14 @@ const forwarder = z
     report: path.default("/var/lib/log-rt-sync/linecount-report.log").describe("One line per delivery"),
   })
   .superRefine((config, context) => {
+    const [inner = ""] = relative(resolve(config.dir), resolve(localFolder(config.target) ?? "/")).split("/");
+    if (inner === SENT || inner === FAILED || /^\.[^.]/.test(inner)) {
+      context.addIssue({
+        code: "custom",
+        path: ["target"],
+        message: `expected another folder than one of ours: what lies in ${inner}/ of dir is moved and deleted`,
+      });
+    }
     if (config.target.startsWith("sftp:") && !config.hostKey) {
       const { hostname: name, port } = new URL(config.target);
       context.addIssue({
@@ -265,15 +288,19 @@ const mail = z.strictObject({
     .describe("required: no mail without TLS and a certificate that is trusted"),
   from: address.describe("Sender of every mail"),
   to: z.array(address).min(1).describe("Receivers of every mail"),
-  subjectPrefix: z.string().default("[log-rt-sync]").describe("First word of every subject"),
+  subjectPrefix: z
+    .string()
+    .regex(/^\P{Cc}*$/u, "expected one line")
+    .default("[log-rt-sync]")
+    .describe("First word of every subject"),
   timeoutSeconds: seconds.default(20).describe("How long the mail server may take for one answer"),
 });
 
 const monitor = z.strictObject({
   dir: path.describe("The receiver's folder"),
   mail,
-  expected: z.array(host).prefault([]).describe("Senders that must be heard of"),
-  silentMinutes: minutes.default(5).describe("A sender not heard of for so long is silent"),
+  expected: z.array(host).prefault([]).describe("Senders that must be heard from"),
+  silentMinutes: minutes.default(5).describe("A sender not heard from for so long is silent"),
   silentMinutesByHost: z
     .record(host, minutes)
     .prefault({})
@@ -337,14 +364,12 @@ export type SecretRef = z.infer<typeof secret>;
  * Faults of the config or of what it names, one per line. Exit code 78 (EX_CONFIG of sysexits.h) for what stands in the
  * file; 1 when all of it is what the file names and can't be had now.
  */
-export class ConfigError extends Error {
+export class ConfigError extends OperatorError {
   override name = "ConfigError";
   readonly faults: string[];
-  readonly code: 78 | 1;
-  constructor(faults: string[], code: 78 | 1 = 78) {
-    super(faults.join("\n"));
+  constructor(faults: string[], exitCode: 78 | 1 = EXIT.config) {
+    super(faults.join("\n"), exitCode);
     this.faults = faults;
-    this.code = code;
   }
 }
 
@@ -483,9 +508,18 @@ function patternIsValid(text: string): boolean {
   }
 }
 
+/** The folder of a `file:///FOLDER`. */
+function localFolder(url: string): string | undefined {
+  try {
+    return url.startsWith("file:") ? fileURLToPath(url) : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
 /** `file://folder/x` names a host "folder", which no file URL can reach. */
 function isLocalIfFile(text: string): boolean {
-  return !text.startsWith("file:") || new URL(text).hostname === "";
+  return !text.startsWith("file:") || localFolder(text) !== undefined;
 }
 
 /** Two groups must not claim one sender: compares every pair of entries of different groups. */

@@ -24,12 +24,11 @@ import {
   removeDurably,
   writeDurably,
 } from "./durable.ts";
-import { parseHost } from "./host.ts";
+import { ofHost } from "./host.ts";
 import { readLedger } from "./ledger.ts";
-import { readState, writeState } from "./state.ts";
+import { DAY, HOUR, MINUTE } from "./service.ts";
+import { readStateOrForget, writeState } from "./state.ts";
 
-const HOUR_MS = 3_600_000;
-const DAY_MS = 24 * HOUR_MS;
 /** A host that was not heard for so long is not waited for, when its ledger, of an older receiver, does not say. */
 const KNOWN_DAYS = 30;
 /** How long it is looked whether an hour has become complete. */
@@ -50,7 +49,7 @@ export interface DigestName {
   part: number;
 }
 
-const NAME = /^(?<prefix>[A-Za-z0-9][A-Za-z0-9_-]*)_(?<hour>\d{8})(?:\.(?<part>[1-9]\d{0,15}))?\.sha256$/;
+const NAME = /^(?<prefix>[A-Za-z0-9][A-Za-z0-9_-]*)_(?<hour>\d{8})(?:\.(?<part>[1-9]\d{0,14}))?\.sha256$/;
 
 /** `accessLog_26112206.sha256`, further ones `accessLog_26112206.2.sha256`. */
 export function formatDigestName({ prefix, hour, part }: DigestName): string {
@@ -111,6 +110,7 @@ function formatHourLine(hour: string, part: number): string {
 export function parseDigest(bytes: Uint8Array, { hour, part }: { hour: string; part: number }) {
   const text = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString("latin1");
   const end = text.lastIndexOf("\n", text.length - 2) + 1;
+  if (/[^\n\x20-\x7e]/.test(text)) return undefined;
   if (text.slice(end) !== `# end ${sha256Of(Buffer.from(text.slice(0, end), "latin1"))}\n`) return undefined;
   const lines = text.slice(0, end).split("\n");
   if (lines[1] !== formatHourLine(hour, part)) return undefined; // a replay of another one
@@ -137,12 +137,12 @@ function sha256Of(data: string | Uint8Array): string {
 /** Start and end of an hour on a wall clock that is `zone` minutes east of UTC, in ms since the epoch. */
 function hourSpan(hour: string, zone: number): { start: number; end: number } {
   const { start } = parseWindow(`${hour}_00-59`);
-  return { start: start - zone * 60_000, end: start - zone * 60_000 + HOUR_MS };
+  return { start: start - zone * MINUTE, end: start - zone * MINUTE + HOUR };
 }
 
 /** The hour of a time on a wall clock. */
 export function formatHour(ms: number, zone: number): string {
-  return new Date(ms + zone * 60_000).toISOString().replace(/\D/g, "").slice(2, 10);
+  return new Date(ms + zone * MINUTE).toISOString().replace(/\D/g, "").slice(2, 10);
 }
 
 function hourAfter(hour: string): string {
@@ -151,7 +151,7 @@ function hourAfter(hour: string): string {
 
 /** Hours before it have a digest when something of them is delivered, and only then: a line of 2005 would make 180,000 others. */
 function oldestHour({ begins }: DigestState): string {
-  return formatHour(begins - KEPT_HOURS * HOUR_MS, 0);
+  return formatHour(begins - KEPT_HOURS * HOUR, 0);
 }
 
 function ownZone(now: number): number {
@@ -174,10 +174,9 @@ interface HostSeen {
 }
 
 /** All hosts that are known, and the batches in failed/ by hour. The ledgers are read before the folders. */
-export async function lookAtHosts(dir: string, now: number) {
+export async function observeHosts(dir: string, now: number) {
   const hosts: HostSeen[] = [];
   for (const host of await listHosts(dir)) {
-    if (parseHost(host) !== host) continue; // lost+found
     const ledger = await readLedger(folders(dir).host(host));
     if (!ledger || ledger.facts.forgotten !== undefined) continue;
     const {
@@ -189,7 +188,7 @@ export async function lookAtHosts(dir: string, now: number) {
       untimed = 0,
       gone = 0,
     } = ledger.facts;
-    if (now - ledger.heardAt > forgetAfterDays * DAY_MS) continue;
+    if (now - ledger.heardAt > forgetAfterDays * DAY) continue;
     // Twice: a listing may miss a file that is renamed meanwhile, but not in both.
     const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
     const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);
@@ -200,7 +199,7 @@ export async function lookAtHosts(dir: string, now: number) {
   }
   return { hosts, failed: countHours(await listBatches(folders(dir).failed, "sealed", "compressed")) };
 }
-export type HostsSeen = Awaited<ReturnType<typeof lookAtHosts>>;
+export type HostsSeen = Awaited<ReturnType<typeof observeHosts>>;
 
 function countHours(names: Iterable<string>): Map<string, number> {
   const hours = new Map<string, number>();
@@ -264,14 +263,12 @@ const listFile = (dir: string, hour: string) => join(dir, ".digest", `${hour}.li
 
 /** The newest digest: who knows its hash can tell later whether anything before it was changed. */
 export async function readDigestHead(dir: string): Promise<DigestState["head"]> {
-  const found = await readState(stateFile(dir), stateSchema, 1);
-  return found.state === "ok" ? found.value.head : undefined;
+  return (await readStateOrForget(stateFile(dir), stateSchema, 1, () => {}))?.head;
 }
 
 /** What the record tells beside the lists: since when there is one, and of an hour, which `ofHour` reads. */
 export async function readRecord(dir: string) {
-  const found = await readState(stateFile(dir), stateSchema, 1);
-  const state = found.state === "ok" ? found.value : undefined;
+  const state = await readStateOrForget(stateFile(dir), stateSchema, 1, () => {});
   const digests = Map.groupBy(
     state ? await readdir(join(dir, ".digest")) : [],
     (name) => parseDigestName(name)?.hour,
@@ -311,9 +308,9 @@ export async function readList(dir: string, hour: string): Promise<Map<string, L
  */
 export async function removeOldDigests(dir: string, before: number, { dryRun = false } = {}) {
   const folder = join(dir, ".digest");
-  const found = await readState(stateFile(dir), stateSchema, 1);
-  if (found.state !== "ok") return [];
-  const { head, pending } = found.value;
+  const state = await readStateOrForget(stateFile(dir), stateSchema, 1, () => {});
+  if (!state) return [];
+  const { head, pending } = state;
   const hours = new Map<string, { file: string; bytes: number; at: number }[]>();
   for (const file of await readdir(folder)) {
     const hour = parseDigestName(file)?.hour ?? /^(\d{8})\.list$/.exec(file)?.[1];
@@ -349,10 +346,7 @@ export class Digests {
   /** Reads what earlier processes left. `forgotten` is told of a state that is damaged and begun anew. */
   static async open(dir: string, forgotten: (path: string, reason: string) => void): Promise<Digests> {
     await makeFolder(join(dir, ".digest"));
-    const found = await readState(stateFile(dir), stateSchema, 1);
-    if (found.state === "damaged") forgotten(stateFile(dir), found.reason);
-    if (found.state === "newer") forgotten(stateFile(dir), `it is of version ${found.version}`);
-    const digests = new Digests(dir, found.state === "ok" ? found.value : undefined);
+    const digests = new Digests(dir, await readStateOrForget(stateFile(dir), stateSchema, 1, forgotten));
     if (digests.#state) await digests.#takeUp(digests.#state);
     return digests;
   }
@@ -473,20 +467,20 @@ export class Digests {
   }
 
   /** Writes each digest whose time has come: as soon as its hour is complete, else an hour after its end. */
-  async write(now: number, look = lookAtHosts): Promise<void> {
+  async write(now: number, observe = observeHosts): Promise<void> {
     if (!this.#state) return;
     this.#unsaved = 0;
-    await this.#writeDue(this.#state, now, look);
+    await this.#writeDue(this.#state, now, observe);
     if (this.#unsaved > 0) await writeState(stateFile(this.#dir), this.#state);
   }
 
-  async #writeDue(state: DigestState, now: number, look: typeof lookAtHosts): Promise<void> {
+  async #writeDue(state: DigestState, now: number, observe: typeof observeHosts): Promise<void> {
     let seen: HostsSeen | undefined;
     for (;;) {
       const hour = state.next ?? this.#firstHour(state);
       if (hour === undefined || now < hourSpan(hour, this.#lastZone ?? 14 * 60).end) return;
       if (!seen) {
-        seen = await look(this.#dir, now);
+        seen = await observe(this.#dir, now);
         const zones = seen.hosts.map(({ zone }) => zone);
         this.#lastZone = zones.length > 0 ? Math.min(...zones) : ownZone(now);
         this.#findLosses(state, seen, now);
@@ -494,7 +488,7 @@ export class Digests {
       const { end } = hourSpan(hour, this.#lastZone ?? 0);
       if (now < end) return;
       const missing = this.#missing(state, seen, hour, now);
-      if (missing.length > 0 && now < end + HOUR_MS) return;
+      if (missing.length > 0 && now < end + HOUR) return;
       await this.#writeLate(state, seen, hour, now);
       await this.#writeOne(state, seen, { hour, missing, now });
     }
@@ -513,7 +507,7 @@ export class Digests {
 
   /** Hours that have a digest and of which something came since, or that have become complete. */
   async #writeLate(state: DigestState, seen: HostsSeen, before: string, now: number): Promise<void> {
-    const oldest = formatHour(hourSpan(before, 0).start - RIPEN_HOURS * HOUR_MS, 0);
+    const oldest = formatHour(hourSpan(before, 0).start - RIPEN_HOURS * HOUR, 0);
     const open = Object.keys(state.hours).filter((hour) => hour >= oldest && !state.hours[hour]?.complete);
     const late = [...this.#news.keys(), ...open].filter((hour) => hour < before); // of a backlog: few of many
     for (const hour of [...new Set(late)].sort()) {
@@ -527,7 +521,7 @@ export class Digests {
   #findLosses(state: DigestState, { hosts }: HostsSeen, now: number): void {
     const isFirst = Object.keys(state.totals).length === 0;
     for (const { host, skipped, untimed, lost } of hosts) {
-      const last = state.totals[host];
+      const last = ofHost(state.totals, host);
       if (!last) state.totals[host] = { skipped, untimed, lost: isFirst ? lost : 0, lossAt: 0 };
       const known = state.totals[host];
       if (known && lost > known.lost && known.lossAt < now) known.lossAt = now;
@@ -622,31 +616,35 @@ export async function verifyFolder(folder: string): Promise<Verified> {
     digests.set(name, parseDigest(bytes, parts));
   }
   for (const name of batches) hashes.set(name, await sha256OfFile(join(folder, name)));
-  return judge(hashes, digests);
+  return compareHashes(hashes, digests);
 }
 
-function judge(hashes: Map<string, string>, digests: Map<string, ParsedDigest | undefined>): Verified {
+function compareHashes(
+  hashes: Map<string, string>,
+  digests: Map<string, ParsedDigest | undefined>,
+): Verified {
   const found = new Map<string, Finding>();
   const add = (kind: FindingKind, name: string) => found.set(`${kind} ${name}`, { kind, name });
   const listed = new Set<string>();
   const followers = new Map<string, number>();
   const begins: string[] = [];
   const damagedHours = new Set<string>();
-  const last = new Map<string, { part: number; complete: boolean }>();
+  const last = new Map<string, { hour: string; part: number; complete: boolean }>();
   let newest = "";
   for (const [name, digest] of digests) {
-    const { hour = "", part = 1 } = parseDigestName(name) ?? {};
+    const { prefix = "", hour = "", part = 1 } = parseDigestName(name) ?? {};
     if (hour > newest) newest = hour;
     if (!digest) {
       add("changed", name);
       damagedHours.add(hour);
       continue;
     }
-    if (part > (last.get(hour)?.part ?? 0)) last.set(hour, { part, complete: digest.complete });
+    const first = formatDigestName({ prefix, hour, part: 1 });
+    if (part > (last.get(first)?.part ?? 0)) last.set(first, { hour, part, complete: digest.complete });
     const previous = digest.files.filter((file) => parseDigestName(file.name));
     for (const file of previous) followers.set(file.name, (followers.get(file.name) ?? 0) + 1);
-    if (digest.begins) begins.push(digest.begins);
-    if (previous.length !== (digest.begins ? 0 : 1)) add("chain broken", name);
+    if (digest.begins !== undefined) begins.push(digest.begins);
+    if (previous.length !== (digest.begins === undefined ? 1 : 0)) add("chain broken", name);
     for (const file of digest.files) {
       listed.add(file.name);
       const hash = hashes.get(file.name);
@@ -665,7 +663,7 @@ function judge(hashes: Map<string, string>, digests: Map<string, ParsedDigest | 
     if (hour > newest) uncovered++;
     else if (!damagedHours.has(hour)) add("extra", name);
   }
-  for (const [hour, { complete }] of last) if (!complete) add("incomplete", hour);
+  for (const { hour, complete } of last.values()) if (!complete) add("incomplete", hour);
   const key = ({ kind, name }: Finding) => `${kind} ${name}`;
   return {
     findings: [...found.values()].sort((a, b) => (key(a) < key(b) ? -1 : 1)),

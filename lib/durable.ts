@@ -23,7 +23,7 @@ import {
 import { type FileHandle, mkdir, open, readFile, rename, rm } from "node:fs/promises";
 import { dirname } from "node:path";
 import { giveTo, tryLock } from "./runtime.ts";
-import { OperatorError } from "./service.ts";
+import { OperatorError, wait } from "./service.ts";
 
 /** The ending of every temp file of ours; housekeeping removes stale ones by it. */
 export const TEMP_SUFFIX = ".tmp";
@@ -268,6 +268,17 @@ export async function holdLock(path: string, what: string): Promise<{ release: (
     // the lock is held all the same: a full disk must not keep it from its owner
   }
   return lock;
+}
+
+/** Takes a lock that nobody holds for long. Throws a LockedError when that takes longer than `patienceMs`. */
+export async function waitForLock(path: string, patienceMs: number): Promise<{ release: () => void }> {
+  const deadline = Date.now() + patienceMs;
+  for (;;) {
+    const lock = await tryLock(path);
+    if (lock) return lock;
+    if (Date.now() > deadline) throw new LockedError(`${path} is held by another process`);
+    await wait(20);
+  }
 }
 
 /** The process that holds a lock, without taking it: for people, since a number may be another process's by now. */

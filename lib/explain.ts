@@ -249,6 +249,8 @@ function expectation(issue: z.core.$ZodIssue): string {
   if (issue.code === "too_small" && /^Too small/.test(issue.message))
     return `expected ${issue.inclusive === false ? "more than" : "at least"} ${issue.minimum}${ofWhat(issue.origin)}`;
   if (issue.code === "too_big") return `expected at most ${issue.maximum}${ofWhat(issue.origin)}`;
+  if (issue.code === "invalid_key")
+    return `the name before the colon: ${issue.issues.map(expectation).join(", ")}`;
   if (issue.code === "invalid_union") return "expected another form; docs/config.md has an example";
   return issue.message.replace(/^Invalid input: /, "");
 }
@@ -293,6 +295,19 @@ function howToWrite(issue: z.core.$ZodIssue, key: string, value: unknown): strin
 }
 
 // ---- errors
+
+/** Exit codes that people script against. */
+export const EXIT = { done: 0, failed: 1, usage: 2, config: 78 } as const;
+
+/** Something that the operator can mend: told in one line, without a stack. The script ends with its exit code. */
+export class OperatorError extends Error {
+  override name = "OperatorError";
+  readonly exitCode: number;
+  constructor(message: string, exitCode: number = EXIT.failed) {
+    super(message);
+    this.exitCode = exitCode;
+  }
+}
 
 /** The text of an error with its causes, in one line and without the words of the runtime's HTTP client. */
 export function errorMessage(error: unknown): string {

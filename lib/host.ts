@@ -19,6 +19,11 @@ export function parseHost(text: string): string | undefined {
   return /^\d+$/.test(labels.at(-1) ?? "") ? undefined : host; // 10.10.21.999 is a wrong address, not a name
 }
 
+/** What a record has of a host, which may be called `constructor`, as every object has something of that name. */
+export function ofHost<T>(record: Record<string, T>, host: string): T | undefined {
+  return Object.hasOwn(record, host) ? record[host] : undefined;
+}
+
 /** RFC 5952, by the URL parser, which does not take all that is one; an IPv4 address in hexadecimal is one of IPv4. */
 function canonicalIpv6(address: string): string | undefined {
   const hex = address.replace(/(\d+)\.(\d+)\.(\d+)\.(\d+)$/, (_, a, b, c, d) =>

@@ -23,7 +23,7 @@ export const HISTORY_MINUTES = 240;
 export interface StreamRecord {
   /** One past the last byte of the source file that is committed. */
   offset: number;
-  /** When it was last heard of. */
+  /** When it was last heard from. */
   at: number;
   /** Window of its last line, where a line without timestamp goes. */
   window?: string;

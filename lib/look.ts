@@ -13,9 +13,9 @@ import { NO_LOG } from "./chunk.ts";
 import { type Config, sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
-import { parseHost } from "./host.ts";
+import { ofHost } from "./host.ts";
 import { emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
-import { errorMessage, VERSION } from "./service.ts";
+import { DAY, errorMessage, MINUTE, VERSION } from "./service.ts";
 import {
   type ForwarderState,
   forwarderStatePath,
@@ -26,8 +26,6 @@ import {
 } from "./signs.ts";
 import { readState } from "./state.ts";
 
-const MINUTE = 60_000;
-const DAY = 24 * 60 * MINUTE;
 /** A receiver writes its state every ten seconds. */
 const RECEIVER_GONE_MS = MINUTE;
 /** The state file of a port that the config no longer has is not spoken of any more. */
@@ -185,8 +183,16 @@ interface Look extends LookOptions {
 export async function seeFolder(dir: string, thresholds: Thresholds, options: LookOptions): Promise<Seen> {
   const { now, mutes = {} } = options;
   const seen: Seen = {
-    ...{ version: VERSION, now, server: hostname(), dir, startedAt: 0 },
-    ...{ hosts: [], receivers: [], linesPerMinute: [], unreadable: [], failed: [] },
+    version: VERSION,
+    now,
+    server: hostname(),
+    dir,
+    startedAt: 0,
+    hosts: [],
+    receivers: [],
+    linesPerMinute: [],
+    unreadable: [],
+    failed: [],
     mutes: Object.fromEntries(Object.entries(mutes).filter(([, { until }]) => until > now)),
   };
   const expected = new Set(thresholds.expected);
@@ -258,8 +264,7 @@ async function seeHosts(look: Look): Promise<void> {
     failed.set(dashed, (failed.get(dashed) ?? 0) + 1);
   }
   const present = (await attempt(look, dir, () => listHosts(dir))) ?? [];
-  const isName = (host: string) => parseHost(host) === host; // lost+found and the like are none
-  const names = [...new Set([...expected, ...present])].filter(isName).sort(compareAsPeopleCount);
+  const names = [...new Set([...expected, ...present])].sort(compareAsPeopleCount);
   for (const host of names) {
     const dashed = dashedHost(host);
     const status = await attempt(
@@ -336,18 +341,27 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
   const { now, expected, mutes } = look;
   const { facts, streams, open } = ledger;
   const oldLag = [...streams.values()].reduce((sum, { lag = 0 }) => sum + lag, 0);
-  const mute = [mutes[host], mutes["*"]].find((window) => window && window.until > now);
+  const mute = [ofHost(mutes, host), mutes["*"]].find((window) => window && window.until > now);
   const claims = (facts.contestedUntil ?? 0) > now ? (facts.shippers ?? []).slice(-2) : [];
   return {
-    ...{ host, state: "never", expected: expected.has(host), linesPerMinute: [], batches: [] },
+    host,
+    state: "never",
+    expected: expected.has(host),
+    linesPerMinute: [],
+    batches: [],
     heardAt: notInFuture(look, host, ledger.heardAt),
     lineAt: Math.min(ledger.lineAt, now),
     lag: facts.lag ?? oldLag,
-    ...{ open: open.size, waiting: 0, failed: 0 },
+    open: open.size,
+    waiting: 0,
+    failed: 0,
     undelivered: [...open.values()].reduce((sum, { bytes }) => sum + bytes, 0),
-    ...{ lost: ledger.lost, gone: facts.gone ?? 0 },
+    lost: ledger.lost,
+    gone: facts.gone ?? 0,
     ...(facts.again !== undefined && { again: facts.again, againFiles: facts.againFiles ?? 0 }),
-    ...{ skipped: facts.skipped ?? 0, untimed: facts.untimed ?? 0, ahead: facts.ahead ?? 0 },
+    skipped: facts.skipped ?? 0,
+    untimed: facts.untimed ?? 0,
+    ahead: facts.ahead ?? 0,
     ...(facts.through !== undefined && { through: Math.min(facts.through, now) }),
     ...(facts.zone !== undefined && { zone: facts.zone }),
     ...(facts.agent !== undefined && { agent: facts.agent.replace(NO_LOG, "") }),
@@ -361,7 +375,7 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
 /** A time of a clock that was ahead counts as that at which it was first seen. */
 function notInFuture({ now, future }: Look, host: string, at: number): number {
   if (!future) return Math.min(at, now);
-  const seen = future[host];
+  const seen = ofHost(future, host);
   if (seen && seen.value === at) return Math.min(seen.at, now);
   delete future[host];
   if (at > now) future[host] = { value: at, at: now };
@@ -382,7 +396,7 @@ async function waitsSince(folder: string, name: string, ledger: Ledger, now: num
 
 async function stateOf(look: Look, { host, heardAt, lineAt, expected }: HostStatus): Promise<HostState> {
   const { now, thresholds } = look;
-  const threshold = (thresholds.silentMinutesByHost[host] ?? thresholds.silentMinutes) * MINUTE;
+  const threshold = (ofHost(thresholds.silentMinutesByHost, host) ?? thresholds.silentMinutes) * MINUTE;
   if (heardAt > 0 && now - heardAt < threshold) return now - lineAt >= threshold ? "quiet" : "ok";
   if (heardAt === 0 && !expected) return "gone";
   const { from, until } = await listening(look, host, heardAt);

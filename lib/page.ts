@@ -2,14 +2,15 @@
  * The status page as HTML: answers "is everything arriving, and is everything delivered?" at a glance. One
  * document with nothing beside it: no build step, no external resource, usable without its script.
  *
- * Every value goes through the `html` tag, which escapes it: there is no other way into the page. The style
- * and the script are constants, and the Content-Security-Policy permits just these two by their hashes.
+ * Every value goes through the `html` tag, which escapes it. What is put in raw is constant: the style and the script,
+ * of which the Content-Security-Policy permits just these two by their hashes.
  * Colours never speak alone: every state has a word and a shape. All pairs of text and ground keep WCAG's 4.5:1.
  *
  * Of any number of senders the page stays small: the first ones, those in trouble before the others, have a row each;
  * further ones are names, for the search; beyond that they are counted.
  */
 import { createHash } from "node:crypto";
+import { html, raw } from "hono/html";
 import { parseBatchName, parseWindow } from "./batch.ts";
 import {
   type BatchSeen,
@@ -19,7 +20,7 @@ import {
   type HostStatus,
   sortBySeverity,
 } from "./look.ts";
-import { formatBytes, formatDuration } from "./service.ts";
+import { formatBytes, formatDuration, MINUTE } from "./service.ts";
 import {
   count,
   DETAILED,
@@ -47,7 +48,6 @@ const MAX_UNBROKEN = 15;
 const ROW_POINTS = 30;
 /** "Now" in lines per minute is the mean of so many minutes. */
 const NOW_MINUTES = 5;
-const MINUTE = 60_000;
 const DAY_MINUTES = 24 * 60;
 
 /** Seconds between two refreshes of the page. */
@@ -66,30 +66,10 @@ const STATES: Record<HostState, { text: string; meaning: string; mark: string }>
   quiet: { text: "quiet", meaning: "alive, sends no lines", mark: "off" },
   ok: { text: "ok", meaning: "lines come", mark: "ok" },
 };
-type Verdict = "ok" | "bad" | "off";
+type Mark = "ok" | "bad" | "off";
 
-// ---- markup
-
-/** Markup that is safe to put into the page as it is. */
-class Html {
-  readonly text: string;
-  constructor(text: string) {
-    this.text = text;
-  }
-}
+type Html = ReturnType<typeof html>;
 type HtmlValue = Html | string | number | false | undefined | HtmlValue[];
-
-/** A template whose values are escaped, for text and for attributes in double quotes; lists are joined. */
-function html(parts: TemplateStringsArray, ...values: HtmlValue[]): Html {
-  return new Html(String.raw({ raw: parts }, ...values.map(escapeHtml)));
-}
-
-function escapeHtml(value: HtmlValue): string {
-  if (value instanceof Html) return value.text;
-  if (Array.isArray(value)) return value.map(escapeHtml).join("");
-  if (value === false || value === undefined) return "";
-  return String(value).replace(/[&<>"']/g, (char) => `&#${char.charCodeAt(0)};`);
-}
 
 // ---- the page
 
@@ -108,27 +88,27 @@ export function renderPage(status: Snapshot): string {
 <meta name="robots" content="noindex">
 <noscript><meta http-equiv="refresh" content="30"></noscript>
 <link rel="icon" href="${icon(mark)}">
-<style>${new Html(STYLE)}</style>
+<style>${raw(STYLE)}</style>
 </head>
 <body>
 ${SYMBOLS}
 <header><p class="name">Log-RT-Sync on ${status.server}</p><button id="pause" type="button" aria-pressed="false" hidden>Pause</button></header>
 <p id="stale" role="alert" hidden></p>
 <main data-at="${formatClock(status.now, status.now)}">
-${renderVerdict(status, title, mark, problems)}
+${renderHeadline(status, title, mark, problems)}
 ${renderLegs(status, problems)}
 ${renderHosts(status)}
 ${renderAbout(status)}
 </main>
 <p id="files" role="status" hidden></p>
-<script type="module">${new Html(SCRIPT)}</script>
+<script type="module">${raw(SCRIPT)}</script>
 </body>
 </html>
 `;
-  return page.text;
+  return String(page);
 }
 
-function renderVerdict({ now }: Snapshot, title: string, mark: Verdict, problems: Problem[]): Html {
+function renderHeadline({ now }: Snapshot, title: string, mark: Mark, problems: Problem[]): Html {
   return html`<section class="verdict ${mark}" aria-label="Verdict">
 <div role="status"><h1>${symbol(mark)}${title}</h1></div>
 ${problems.length > 0 && html`<ul>${problems.map((problem) => renderProblem(problem, problems.length))}</ul>`}
@@ -166,7 +146,7 @@ ${leg(fails("disk") ? "bad" : disk ? "ok" : "off", ["Disk has room", "Disk needs
 </div>`;
 }
 
-function leg(mark: Verdict, [ok, bad, off]: [string, string, string], content: Html | undefined): Html {
+function leg(mark: Mark, [ok, bad, off]: [string, string, string], content: Html | undefined): Html {
   return html`<section class="leg ${mark}"><h2>${symbol(mark)}${{ ok, bad, off }[mark]}</h2>${content}</section>`;
 }
 
@@ -233,7 +213,7 @@ function renderHosts({ hosts, now, problems }: Snapshot): Html {
   const most = hosts.length > DETAILED ? ROWS_LENGTH.followed : ROWS_LENGTH.alone;
   for (const host of sorted.slice(0, DETAILED)) {
     const row = renderHost(host, table);
-    length += row.text.length;
+    length += String(row).length;
     if (length > most) break;
     rows.push(row);
   }
@@ -262,8 +242,7 @@ function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
     length += host.length + 4;
     return length < NAMES_LENGTH;
   };
-  const name = (host: HostStatus) =>
-    `<li${isBehind(host, newest) ? ' class="b"' : ""}>${escapeHtml(host.host)}`;
+  const name = (host: HostStatus) => html`<li${isBehind(host, newest) && raw(' class="b"')}>${host.host}`;
   const groups = HOST_STATES.map((state) => {
     const all = inState(hosts, state);
     const named = all.filter(fits);
@@ -271,7 +250,7 @@ function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
     const more = all.length > named.length && html`<li>and ${number(all.length - named.length)} more`;
     return (
       all.length > 0 &&
-      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}, ${number(all.length)} more</h3><ul>${new Html(named.map(name).join(""))}${more}</ul></div>`
+      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}, ${number(all.length)} more</h3><ul>${named.map(name)}${more}</ul></div>`
     );
   });
   return html`<div class="names">${groups}</div>`;
@@ -507,7 +486,7 @@ const SHAPES = {
 };
 
 /** The icon in the browser's tab tells the verdict as well. */
-function icon(mark: Verdict): string {
+function icon(mark: Mark): string {
   const colour = { ok: "#1f9d57", bad: "#d4351c", off: "#7d8794" }[mark];
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><path fill="${colour}" fill-rule="evenodd" d="${SHAPES[mark]}"/></svg>`;
   return `data:image/svg+xml,${encodeURIComponent(svg)}`;
@@ -633,6 +612,11 @@ input { font: inherit; color: inherit; background: var(--ground); border: 1px so
   tr.well td:nth-child(2), tr.well td:nth-child(3) { display: block; } tr.well td:nth-child(6) { display: flex; padding: 0 !important; order: 1; }
   tr.well td:nth-child(3) { order: 2; font-size: .87rem; color: var(--soft); white-space: nowrap; }
   tr.well td::before { content: none !important; } tr.well td:nth-child(6) .w { height: 1.1rem; } tr.well small { display: none; }
+}
+/* In between, where two lines fit beside each other: a card takes the whole width, so that none leaves a hole. */
+@media (min-width: 44rem) and (max-width: 73.99rem) {
+  tbody tr:not(.well) { grid-column: 1 / -1; grid-template-columns: repeat(8, 1fr); }
+  td:nth-child(5), td:nth-child(6) { grid-column: span 4; } .s { justify-self: start; }
 }
 `;
 

@@ -10,9 +10,8 @@
  */
 import { createReadStream } from "node:fs";
 import { open } from "node:fs/promises";
-import { appendDurably, exists, writeDurably } from "./durable.ts";
-import { tryLock } from "./runtime.ts";
-import { wait } from "./service.ts";
+import { appendDurably, exists, waitForLock, writeDurably } from "./durable.ts";
+import { formatLocalTime } from "./service.ts";
 
 /** The outcome of one attempt. */
 export interface ReportLine {
@@ -199,25 +198,10 @@ export async function readReportTail(path: string, bytes = 1_048_576): Promise<R
 const LOCK_PATIENCE_MS = 30_000;
 
 async function underLock<T>(path: string, work: () => Promise<T>): Promise<T> {
-  const deadline = Date.now() + LOCK_PATIENCE_MS;
-  let lock = await tryLock(`${path}.lock`);
-  while (!lock) {
-    if (Date.now() > deadline)
-      throw new Error(`Cannot write "${path}": ${path}.lock is held by another process`);
-    await wait(20);
-    lock = await tryLock(`${path}.lock`);
-  }
+  const lock = await waitForLock(`${path}.lock`, LOCK_PATIENCE_MS);
   try {
     return await work();
   } finally {
     lock.release();
   }
-}
-
-/** `2026-11-22 06:45:01` in this machine's local time. */
-function formatLocalTime(ms: number): string {
-  const at = new Date(ms);
-  const two = (n: number) => String(n).padStart(2, "0");
-  const date = `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
-  return `${date} ${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
 }

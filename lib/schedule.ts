@@ -11,7 +11,8 @@ const MODE = "5-or-6-parts";
 export function checkSchedule(schedule: string): string[] {
   try {
     new CronPattern(schedule, undefined, { mode: MODE });
-    return [];
+    const comes = new Cron(schedule, { mode: MODE, paused: true }).nextRun() !== null;
+    return comes ? [] : [`${schedule}: expected a time that comes; no calendar has this one`];
   } catch (error) {
     return [`${schedule}: expected a cron expression such as */10 * * * * (${errorMessage(error)})`];
   }

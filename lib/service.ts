@@ -15,30 +15,21 @@ import {
   type Section,
   secretFaults,
 } from "./config.ts";
-import { errorMessage, nearest } from "./explain.ts";
-
+import { EXIT, errorMessage, nearest, OperatorError } from "./explain.ts";
 import { runtime } from "./runtime.ts";
 
-export { errorMessage } from "./explain.ts";
+export { EXIT, errorMessage, OperatorError } from "./explain.ts";
 
-/** Exit codes that people script against. */
-export const EXIT = { done: 0, failed: 1, usage: 2, config: 78 } as const;
+/** Milliseconds. */
+export const MINUTE = 60_000;
+export const HOUR = 60 * MINUTE;
+export const DAY = 24 * HOUR;
 
 /** The version of the project, from package.json. */
 export const VERSION: string = packageJson.version;
 
 /** SIGTERM and SIGINT end a script within 5 seconds, even when something in hand does not return. */
 const SHUTDOWN_MS = 4_500;
-
-/** Something that the operator can mend: told in one line, without a stack. Exit code 1. */
-export class OperatorError extends Error {
-  override name = "OperatorError";
-}
-
-/** A flag whose value fits nothing: told in one line. Exit code 2. */
-export class UsageError extends Error {
-  override name = "UsageError";
-}
 
 export type Fields = Record<string, string | number | boolean | undefined>;
 
@@ -126,6 +117,10 @@ export async function runScript<S extends Section>(
   let checking = false;
   try {
     const flags = parseFlags(spec, process.argv.slice(2));
+    if (flags.help || flags.version) {
+      process.stdout.write(flags.help ? usage(spec) : `log-rt-sync ${spec.name} ${VERSION} (${runtime})\n`);
+      await end(EXIT.done);
+    }
     checking = flags.check === true;
     for (const [flag, work] of Object.entries(spec.withoutConfig ?? {})) {
       if (flags[flag]) await end(await work(String(flags[flag])));
@@ -145,10 +140,11 @@ export async function runScript<S extends Section>(
     await end(checking ? checks.end() : await main(service));
   } catch (error) {
     if (abort.signal.aborted && error === abort.signal.reason) await end(EXIT.done); // it ended where it stood
-    if (!checking || error instanceof ExitNow || error instanceof UsageError)
-      await end(explain(error, log), error instanceof Error && !(error instanceof ExitNow));
-    for (const fault of error instanceof ConfigError ? error.faults : [errorMessage(error)])
-      checks.fault(fault, error instanceof ConfigError ? error.code : EXIT.failed);
+    const isUsage = error instanceof OperatorError && error.exitCode === EXIT.usage;
+    if (!checking || isUsage) await end(exitCodeOf(error, log), true);
+    const { faults, exitCode } =
+      error instanceof ConfigError ? error : { faults: [errorMessage(error)], exitCode: EXIT.failed };
+    for (const fault of faults) checks.fault(fault, exitCode);
     await end(checks.end());
   }
   return await end(EXIT.failed);
@@ -195,46 +191,29 @@ function followReloads<S extends Section>(
 }
 
 /** Says what ended the script and gives the exit code for it. */
-function explain(error: unknown, log: Log): number {
-  if (error instanceof ExitNow) {
-    (error.code === EXIT.done ? process.stdout : process.stderr).write(error.message);
-    return error.code;
-  }
-  if (error instanceof ConfigError) {
-    process.stderr.write(`${error.message}\n`);
-    return error.code;
-  }
-  if (error instanceof UsageError) {
-    process.stderr.write(`${error.message}\n`);
-    return EXIT.usage;
-  }
+function exitCodeOf(error: unknown, log: Log): number {
   if (error instanceof OperatorError) {
     process.stderr.write(`${error.message}\n`);
-    return EXIT.failed;
+    return error.exitCode;
   }
   log.error("stopped by an error", { error: errorMessage(error) });
   if (error instanceof Error && error.stack) process.stderr.write(`${error.stack}\n`);
   return EXIT.failed;
 }
 
-class ExitNow extends Error {
-  readonly code: number;
-  constructor(code: number, text: string) {
-    super(text);
-    this.code = code;
-  }
+/** A script's own flags and those of all, with what they do. */
+function flagsOf<S extends Section>({ flags = {} }: ScriptSpec<S>): Record<string, string> {
+  const host = "status" in flags ? { "host=HOST": "with --status: of one sender" } : {};
+  return { ...flags, ...host, ...COMMON_FLAGS, ...flags };
 }
 
-/** The flags of `argv`. Ends with exit code 2 on one that is not known, with the nearest that is. */
+/** The flags of `argv`. Throws an OperatorError on one that is not known, with the nearest that is. */
 function parseFlags<S extends Section>(spec: ScriptSpec<S>, argv: string[]): Service<S>["flags"] {
-  const hosts: Record<string, string> =
-    spec.flags && "status" in spec.flags ? { "host=HOST": "with --status: of one sender" } : {};
-  const known = { ...spec.flags, ...hosts, ...COMMON_FLAGS, ...spec.flags };
   const takesValue = new Map(
-    Object.keys(known).map((name) => [name.split("=")[0] ?? "", name.includes("=")]),
+    Object.keys(flagsOf(spec)).map((name) => [name.split("=")[0] ?? "", name.includes("=")]),
   );
   const refuse = (reason: string) =>
-    new ExitNow(EXIT.usage, `${reason}\nAll flags: ${commandOf(spec.name)} --help\n`);
+    new OperatorError(`${reason}\nAll flags: ${commandOf(spec.name)} --help`, EXIT.usage);
   const values: Record<string, string | true> = {};
   const rest = [...argv];
   for (let arg = rest.shift(); arg !== undefined; arg = rest.shift()) {
@@ -252,8 +231,7 @@ function parseFlags<S extends Section>(spec: ScriptSpec<S>, argv: string[]): Ser
     if (!value) throw refuse(`--${flag} needs a value`);
     values[flag] = value;
   }
-  if (values.help) throw new ExitNow(EXIT.done, usage(spec.name, spec.about, known));
-  if (values.version) throw new ExitNow(EXIT.done, `log-rt-sync ${spec.name} ${VERSION} (${runtime})\n`);
+  if (values.help || values.version) return values;
   const modes = MODES.filter((mode) => values[mode]).map((mode) => `--${mode}`);
   if (modes.length > 1) throw refuse(`${modes.join(" and ")} don't go together`);
   for (const [flag, others] of Object.entries(COMPANIONS)) {
@@ -275,12 +253,13 @@ function isExecutable(script: string): boolean {
   return script.startsWith("/$bunfs/");
 }
 
-function usage(name: string, about: string, flags: Record<string, string>): string {
+function usage<S extends Section>(spec: ScriptSpec<S>): string {
+  const flags = flagsOf(spec);
   const width = Math.max(...Object.keys(flags).map((flag) => flag.length));
   const rows = Object.entries(flags).map(
     ([flag, text]) => `  --${flag.replace("=", " ").padEnd(width)}  ${text}\n`,
   );
-  return `Usage: ${commandOf(name)} [flags]\n\n${about}\n\nFlags:\n${rows.join("")}`;
+  return `Usage: ${commandOf(spec.name)} [flags]\n\n${spec.about}\n\nFlags:\n${rows.join("")}`;
 }
 
 // ---- --check
@@ -427,6 +406,12 @@ export function formatDuration(ms: number): string {
   if (minutes < 60) return `${minutes}m ${seconds % 60}s`;
   const hours = Math.floor(minutes / 60);
   return hours < 48 ? `${hours}h ${minutes % 60}m` : `${Math.floor(hours / 24)}d ${hours % 24}h`;
+}
+
+/** `2026-11-22 06:45:01`, this machine's wall clock. */
+export function formatLocalTime(ms: number): string {
+  const wall = new Date(ms - new Date(ms).getTimezoneOffset() * MINUTE);
+  return wall.toISOString().slice(0, 19).replace("T", " ");
 }
 
 /**

@@ -4,31 +4,31 @@
  */
 import { join } from "node:path";
 import { z } from "zod";
-import { readIfExists } from "./durable.ts";
-import { readState } from "./state.ts";
+import { readState, readStateOrForget } from "./state.ts";
 
 /** What holds up all deliveries, in the order in which one meets them. */
 export const FAULT_KINDS = ["connection", "host key", "login", "server", "local"] as const;
 export type FaultKind = (typeof FAULT_KINDS)[number];
 
-/** `<dir>/.forwarder-state.json`. */
-export interface ForwarderState {
-  version: 1;
+const forwarderStateSchema = z.object({
+  version: z.literal(1),
   /** When this was written. */
-  at: number;
+  at: z.number(),
   /** Whether it is a forwarder that stays: the file's time is then its last sign of life. */
-  stays?: boolean;
+  stays: z.boolean().optional(),
   /** Whether the last cycle could deliver, or had nothing to deliver. */
-  ok: boolean;
+  ok: z.boolean(),
   /** Why not, in words, and since when without a break. */
-  fault?: { kind: FaultKind; text: string; since: number };
+  fault: z.object({ kind: z.enum(FAULT_KINDS), text: z.string(), since: z.number() }).optional(),
   /** When the last batch was delivered. */
-  lastSentAt?: number;
+  lastSentAt: z.number().optional(),
   /** The files in failed/: how often tried there, when again, and why it failed last. */
-  failed: Record<string, { attempts: number; nextAt: number; reason: string }>;
+  failed: z.record(z.string(), z.object({ attempts: z.number(), nextAt: z.number(), reason: z.string() })),
   /** Batches at which the connection was cut or room was lacking, and how often: they come last, each alone. */
-  later?: Record<string, number>;
-}
+  later: z.record(z.string(), z.number()).default({}),
+});
+/** `<dir>/.forwarder-state.json`. */
+export type ForwarderState = z.infer<typeof forwarderStateSchema>;
 
 /** Where the forwarder's state is. */
 export function forwarderStatePath(dir: string): string {
@@ -37,16 +37,9 @@ export function forwarderStatePath(dir: string): string {
 
 /** The forwarder's state; undefined when it never ran here. Throws when the file is damaged. */
 export async function readForwarderState(dir: string): Promise<ForwarderState | undefined> {
-  const path = forwarderStatePath(dir);
-  const text = await readIfExists(path);
-  if (text === undefined) return undefined;
-  try {
-    const state = JSON.parse(text) as ForwarderState | null;
-    if (typeof state?.failed === "object") return state;
-  } catch (cause) {
-    throw new Error(`Cannot read "${path}": it is no JSON`, { cause });
-  }
-  throw new Error(`Cannot read "${path}": it has no list of what failed`);
+  return readStateOrForget(forwarderStatePath(dir), forwarderStateSchema, 1, (path, reason) => {
+    throw new Error(`Cannot read "${path}": ${reason}`);
+  });
 }
 
 export const receiverStateSchema = z.object({

@@ -12,11 +12,9 @@ import {
   seeFolder,
   type Thresholds,
 } from "./look.ts";
-import { formatBytes, formatDuration } from "./service.ts";
+import { DAY, formatBytes, formatDuration, formatLocalTime, MINUTE } from "./service.ts";
 import { type FaultKind, type MonitorNews, type ReceiverState, readMonitorNews } from "./signs.ts";
 
-const MINUTE = 60_000;
-const DAY = 24 * 60 * MINUTE;
 /** A forwarder shows life every thirty seconds, a monitor in every run. */
 const FORWARDER_GONE_MS = 3 * MINUTE;
 const MONITOR_GONE_MS = 15 * MINUTE;
@@ -164,7 +162,7 @@ function senderProblems(seen: Seen, { alertWhenQuiet }: Thresholds): Problem[] {
   const since = (at: number) => `since ${formatClock(at, now)} (${formatDuration(now - at)})`;
   const why = ({ host }: HostStatus) => {
     const row =
-      refused.find((other) => other.host === host) ?? refused.find((other) => isAlike(other.host, host));
+      refused.find((other) => other.host === host) ?? refused.find((other) => isNearName(other.host, host));
     return row ? `; refused: ${formatRefusal(row, now)}` : "";
   };
   add("silent", unmuted("silent"), "sender is silent", "senders are silent", (host) => {
@@ -194,15 +192,15 @@ function senderProblems(seen: Seen, { alertWhenQuiet }: Thresholds): Problem[] {
   return [...problems, ...refusedProblem(refused, now)];
 }
 
-type RefusedSender = ReceiverState["refused"][number];
+type RefusedRow = ReceiverState["refused"][number];
 
 /** Senders that keep knocking, not a stranger's single request. */
-function refusedSenders({ receivers }: Seen): RefusedSender[] {
+function refusedSenders({ receivers }: Seen): RefusedRow[] {
   const rows = receivers.flatMap(({ runs, refused }) => (runs ? refused : []));
   return rows.filter(({ host, count: times }) => host !== "" && times > 1);
 }
 
-function refusedProblem(refused: RefusedSender[], now: number): Problem[] {
+function refusedProblem(refused: RefusedRow[], now: number): Problem[] {
   if (refused.length === 0) return [];
   const hosts = [...new Set(refused.map(({ host }) => host))];
   const text = list(refused, (row) => formatRefusal(row, now));
@@ -211,15 +209,12 @@ function refusedProblem(refused: RefusedSender[], now: number): Problem[] {
 }
 
 /** `10.10.21.190 from 10.0.3.7: token not known, 9 times since 04:25`. */
-export function formatRefusal(
-  { host, peer, reason, count: times, since }: RefusedSender,
-  now: number,
-): string {
+export function formatRefusal({ host, peer, reason, count: times, since }: RefusedRow, now: number): string {
   return `${host} from ${peer}: ${reason}, ${times} times since ${formatClock(since, now)}`;
 }
 
 /** Whether a refused name looks like an expected one: one with or without its domain, or one sign off. */
-function isAlike(refused: string, host: string): boolean {
+function isNearName(refused: string, host: string): boolean {
   if (refused.split(".")[0] === host.split(".")[0] && !/^\d/.test(host)) return true;
   if (Math.abs(refused.length - host.length) > 1) return false;
   let same = 0;
@@ -380,10 +375,9 @@ export function count(n: number, one: string, many: string): string {
 
 /** `10:20`, with the day when it is not today's: this machine's wall clock. */
 export function formatClock(at: number, now: number): string {
-  const date = new Date(at);
-  const two = (n: number) => String(n).padStart(2, "0");
-  const time = `${two(date.getHours())}:${two(date.getMinutes())}`;
-  return date.toDateString() === new Date(now).toDateString() ? time : `${DAY_NAME.format(date)}, ${time}`;
+  const [day, time = ""] = formatLocalTime(at).split(" ");
+  const clock = time.slice(0, 5);
+  return formatLocalTime(now).startsWith(`${day} `) ? clock : `${DAY_NAME.format(at)}, ${clock}`;
 }
 
 const DAY_NAME = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
@@ -415,8 +409,12 @@ export function createStatusReader(
   { now = Date.now, ...sources }: Partial<Omit<ObserveOptions, "now">> & { now?: () => number },
 ): () => Promise<Snapshot> {
   const kept = {
-    ...{ readLedger: createLedgerReader(), future: {}, unnamed: { startedAt: now() }, details: DETAILED },
-    ...{ byDefaults: sources.monitorFile === undefined, ...sources },
+    readLedger: createLedgerReader(),
+    future: {},
+    unnamed: { startedAt: now() },
+    details: DETAILED,
+    byDefaults: sources.monitorFile === undefined,
+    ...sources,
   };
   let took = 0;
   let last: Snapshot | undefined;

@@ -135,7 +135,8 @@ test("compareBatchNames() sorts by window, host and part as a number", () => {
 
 test("listHosts() and listBatches() see hosts and batches, and nothing else", async () => {
   const dir = await tempFolder();
-  for (const folder of ["10.0.0.1", "web", "sent", "failed", ".hidden"]) await mkdir(join(dir, folder));
+  for (const folder of ["10.0.0.1", "web", "sent", "failed", ".hidden", "lost+found", "WEB2", "web copy"])
+    await mkdir(join(dir, folder));
   await symlink("/etc", join(dir, "link"));
   await writeFile(join(dir, "file"), "");
   expect(await listHosts(dir)).toEqual(["10.0.0.1", "web"]);

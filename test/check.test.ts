@@ -163,10 +163,15 @@ test.each(["monitor", "housekeep"] as const)(
   async (script) => {
     const home = await tempFolder();
     const config = await configOf(home, 9);
-    const file = await writeConfig(home, { [script]: { ...config[script], schedule: "99 * * * *" } });
-    const { code, output } = await runScriptOnce(script, file, ["--watch"]);
-    expect(output).toStartWith(`${file}: ${script}.schedule: 99 * * * *: expected a cron expression`);
-    expect(code).toBe(78);
+    for (const [schedule, fault] of [
+      ["99 * * * *", "expected a cron expression"],
+      ["0 0 30 2 *", "expected a time that comes"],
+    ] as const) {
+      const file = await writeConfig(home, { [script]: { ...config[script], schedule } });
+      const { code, output } = await runScriptOnce(script, file, ["--watch"]);
+      expect(output).toStartWith(`${file}: ${script}.schedule: ${schedule}: ${fault}`);
+      expect(code).toBe(78);
+    }
   },
 );
 

@@ -10,7 +10,7 @@ import {
   formatDigestName,
   formatHour,
   type HostsSeen,
-  lookAtHosts,
+  observeHosts,
   parseDigest,
   parseDigestName,
   readDigestHead,
@@ -182,20 +182,23 @@ describe("Digests", () => {
     expect(await record.kinds()).toEqual([]);
   });
 
-  test("bytes that were lost keep every hour that had begun from ever being complete", async () => {
-    const record = await makeRecord();
-    await record.deliver(batchName("26112205"), SIX - HOUR / 2);
-    await record.write(SIX + 1000, seen({ through: SIX + 500 }));
-    const lossy = { lost: 100, skipped: 7 };
-    await record.write(SIX + HOUR + 1000, seen({ through: SIX + HOUR + 500, ...lossy })); // told, 06 waits
-    await record.write(SIX + 2 * HOUR, seen({ through: SIX + 2 * HOUR, ...lossy }));
-    expect(await record.text("accessLog_26112206.sha256")).toContain(
-      "skipped=7 untimed=0 lost=100\n# complete no\n",
-    );
-    await record.write(SIX + 4 * HOUR, seen({ through: SIX + 4 * HOUR, ...lossy }));
-    expect(await record.kinds()).toEqual(["incomplete 26112206", "incomplete 26112207"]);
-    expect(await record.text("accessLog_26112208.sha256")).toContain("lost=0\n# complete yes\n");
-  });
+  test.each([HOST, "constructor"])(
+    "bytes that %s lost keep every hour that had begun incomplete",
+    async (host) => {
+      const record = await makeRecord();
+      await record.deliver(batchName("26112205"), SIX - HOUR / 2);
+      await record.write(SIX + 1000, seen({ host, through: SIX + 500 }));
+      const lossy = { host, lost: 100, skipped: 7 };
+      await record.write(SIX + HOUR + 1000, seen({ through: SIX + HOUR + 500, ...lossy })); // told, 06 waits
+      await record.write(SIX + 2 * HOUR, seen({ through: SIX + 2 * HOUR, ...lossy }));
+      expect(await record.text("accessLog_26112206.sha256")).toContain(
+        "skipped=7 untimed=0 lost=100\n# complete no\n",
+      );
+      await record.write(SIX + 4 * HOUR, seen({ through: SIX + 4 * HOUR, ...lossy }));
+      expect(await record.kinds()).toEqual(["incomplete 26112206", "incomplete 26112207"]);
+      expect(await record.text("accessLog_26112208.sha256")).toContain("lost=0\n# complete yes\n");
+    },
+  );
 
   test("what is delivered again is listed once; what is of the future with the hour that it is now", async () => {
     const record = await makeRecord();
@@ -288,7 +291,7 @@ test.each([
     await mkdir(join(dir, HOST));
     const facts = { through: SIX, zone: ZONE, ...(forgetAfterDays && { forgetAfterDays }) };
     await writeFile(join(dir, HOST, ".ledger"), formatRecord({ v: LEDGER_VERSION, heardAt: SIX, facts }));
-    const { hosts } = await lookAtHosts(dir, SIX + days * 24 * HOUR);
+    const { hosts } = await observeHosts(dir, SIX + days * 24 * HOUR);
     expect(hosts.map(({ host }) => host)).toEqual(waited ? [HOST] : []);
   },
 );

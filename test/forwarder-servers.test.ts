@@ -296,7 +296,7 @@ describe("flags", () => {
     const shown = await once(site, "--hour", "2026-11-01T14/2026-11-01T16");
     expect(shown.output).toMatch(/2026-11-01T14 +10\.10\.21\.181 +2 +2001 +- +1 +report +complete/);
     expect(shown.output).toMatch(/2026-11-01T15 +10\.10\.21\.181 .*has told everything only up to/);
-    for (const span of ["2026-11-01", "2026-11-01T25", "2026-11-01T14/2026-11-01T14"])
+    for (const span of ["2026-11-01", "2026-11-01T25", "2026-02-30T10", "2026-11-01T14/2026-11-01T14"])
       expect((await once(site, "--hour", span)).code).toBe(2);
   });
 
@@ -355,6 +355,16 @@ describe("flags", () => {
 });
 
 describe("file://", () => {
+  test("a sender's own folder is no target: nothing would be at the client", async () => {
+    const folder = await tempFolder();
+    await writeFile(join(folder, ".ledger"), "");
+    const site = await makeSite({ folder, settings: { target: `file://${folder}` } });
+    site.seal(HOST, 1, text);
+    const { code, output } = await once(site);
+    expect({ code, sent: await site.list("sent") }).toEqual({ code: 1, sent: [] });
+    expect(output).toContain("is a sender's folder of the receiver: name another one in target");
+  });
+
   test("a link that waits at the temp name is not followed, and the file follows the umask", async () => {
     const folder = await tempFolder();
     const victim = join(await tempFolder(), "victim");

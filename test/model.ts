@@ -577,7 +577,8 @@ function compressOldest(world: World): void {
   const name = rotatedNames(world).find((candidate) => !candidate.endsWith(".gz"));
   if (!name || (world.old !== undefined && name === "access.log.1")) return;
   const path = join(world.folder, "logs", name);
-  const { mtime } = statSync(path);
+  const { mtime, nlink, size } = statSync(path);
+  if (nlink > 1 && size < 1024) return; // below 1,024 bytes a copy of a file that is still there is a log of its own
   writeFileSync(`${path}.gz`, gzipSync(readFileSync(path)));
   utimesSync(`${path}.gz`, mtime, mtime);
   remove(path);

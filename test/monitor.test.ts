@@ -291,10 +291,8 @@ test("monitor --mute tells no silence of a host for a while, and all the rest", 
   const now = Date.now();
   await writeLedger(dir, "10.0.0.1", heard(now));
   await runAt(config, now);
-  expect(
-    (await runScriptOnce("monitor", file, ["--mute", "10.0.0.1", "--for", "2h", "--reason", "new kernel"]))
-      .code,
-  ).toBe(0);
+  const why = ["--reason", "new\u001b\nkernel"]; // shown as one plain line
+  expect((await runScriptOnce("monitor", file, ["--mute", "10.0.0.1", "--for", "2h", ...why])).code).toBe(0);
   await writeLedger(dir, "10.0.0.1", heard(now, 0, { lost: 4096 }));
   await runAt(config, now + 10 * MINUTE);
   expect((await received()).map(({ subject }) => subject)).toEqual(["10.0.0.1 lost 4.0 KiB"]);
@@ -314,6 +312,8 @@ test("monitor --mute tells no silence of a host for a while, and all the rest", 
     ["--mute", "a"],
     ["--mute", "a", "--for", "0h"],
     ["--mute", "a", "--for", "1y"],
+    ["--mute", "a", "--for", "99999999999d"],
+    ["--mute", "a", "--for", "1h", "--off"],
     ["--for", "1h"],
   ])
     expect((await runScriptOnce("monitor", file, flags)).code).toBe(2);
@@ -341,6 +341,18 @@ test.each([
   } finally {
     process.env.TZ = zone ?? "UTC";
   }
+});
+
+test("a host that is called constructor is neither silent nor lossy by that, and its loss is told once", async () => {
+  const { dir, config, received } = await setUp({ silentMinutes: 5, ...FAR_SUMMARY });
+  const now = Date.now();
+  const told = async () => (await received()).map(({ subject }) => subject);
+  await writeLedger(dir, "constructor", heard(now));
+  for (const minute of [0, 1, 2]) await runAt(config, now + minute * MINUTE);
+  expect(await told()).toEqual([]);
+  await writeLedger(dir, "constructor", heard(now + 3 * MINUTE, 0, { lost: 4096 }));
+  for (const minute of [3, 4, 5]) await runAt(config, now + minute * MINUTE);
+  expect(await told()).toEqual(["constructor lost 4.0 KiB"]);
 });
 
 test("monitor --check names what is missing on this host", async () => {

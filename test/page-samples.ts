@@ -67,7 +67,14 @@ export function host(name: string, state: HostState = "ok", over: Partial<HostSt
   };
 }
 
-const FORWARDER = { version: 1, ok: true, failed: {}, stays: true, aliveAt: NOW - 14_000 } as const;
+const FORWARDER = {
+  version: 1,
+  ok: true,
+  failed: {},
+  later: {},
+  stays: true,
+  aliveAt: NOW - 14_000,
+} as const;
 
 /** A snapshot with these senders; all is well but for what `over` says. */
 export function status(hosts: HostStatus[], over: Partial<Snapshot> = {}): Snapshot {

@@ -1,5 +1,5 @@
 import { describe, expect, test } from "bun:test";
-import type { HostStatus } from "../lib/look.ts";
+import type { HostState, HostStatus } from "../lib/look.ts";
 import { pageHeaders, renderPage } from "../lib/page.ts";
 import { headline } from "../lib/status.ts";
 import { fleet, host, NOW, refused, samples, status } from "./page-samples.ts";
@@ -58,7 +58,7 @@ describe("renderPage()", () => {
         dir: HOSTILE,
         version: HOSTILE,
         forwarder: {
-          ...{ version: 1, ok: false, failed: {}, at: NOW, aliveAt: NOW },
+          ...{ version: 1, ok: false, failed: {}, later: {}, at: NOW, aliveAt: NOW },
           fault: { kind: "server", text: HOSTILE, since: NOW },
         },
       }),
@@ -66,7 +66,7 @@ describe("renderPage()", () => {
     expect(page.includes("<img")).toBe(false);
     expect(page.match(/<script/g)).toHaveLength(1);
     expect(page.match(/<\/main>/g)).toHaveLength(1);
-    expect(page.match(/&#60;img src=x onerror=alert\(1\)&#62;/g)?.length).toBeGreaterThanOrEqual(5);
+    expect(page.match(/&lt;img src=x onerror=alert\(1\)&gt;/g)?.length).toBeGreaterThanOrEqual(5);
     expectText(page, `href="#${encodeURIComponent(`host-${HOSTILE}`)}"`.replaceAll("'", "&#39;"));
   });
 
@@ -141,11 +141,12 @@ test("renderPage() names this server, the digests' head, and that it judges by d
   expect(page).toContain("no section monitor: judged by its defaults");
 });
 
-test("renderPage() shows up to where a sender is delivered, by its own clock", () => {
-  const cell = (over: Partial<HostStatus>) =>
-    /<td role="cell">([^<]*(?:<small>[^<]*<\/small>)?)<\/td><td role="cell" class="z">unknown/.exec(
-      renderPage(status([host("a", "silent", over)])),
+test("renderPage() shows up to where each sender is delivered, by its own clock", () => {
+  const cell = (over: Partial<HostStatus>, state: HostState = "silent") =>
+    /<td role="cell"(?: class="(?:z|n bad)")?>([^<]*(?:<small>[^<]*<\/small>)?)<\/td><td role="cell" class="z">unknown/.exec(
+      renderPage(status([host("a", state, over)])),
     )?.[1];
+  expect(cell({ delivered: "26112210_20-39" })).toBe("10:40"); // all of it
   expect(cell({ delivered: "26112210_20-39", undeliveredFrom: "26112210_40-59" })).toBe("10:40");
   expect(cell({ delivered: "26112210_20-39", undeliveredFrom: "26112209_00-19" })).toBe(
     "09:00 <small>newest 10:40</small>",
@@ -154,6 +155,8 @@ test("renderPage() shows up to where a sender is delivered, by its own clock", (
     "11-21 23:40 <small>newest 10:40</small>",
   );
   expect(cell({ delivered: "26112300_20-39", zone: 840 })).toBe("00:40");
+  expect(cell({}, "never")).toBe("–"); // nothing is known to be delivered
+  expect(cell({ undeliveredFrom: "26112209_00-19" }, "never")).toBe("–");
 });
 
 test("renderPage() does not say that the disk has room while chunks are refused for want of it", () => {

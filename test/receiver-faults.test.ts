@@ -1,7 +1,8 @@
 /** What operators and disks do to a receiver's folder: each is left alone, refused or told, and it goes on by itself. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { cp, mkdir, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
+import { cp, mkdir, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { zstdCompressSync } from "node:zlib";
 import { linesOfWindows, post, sendAll, storedWindows } from "./sending.ts";
 import {
   accessLine,
@@ -12,6 +13,7 @@ import {
   notRoot,
   onCleanup,
   ROOT,
+  runScriptOnce,
   start,
   startScript,
   tempFolder,
@@ -268,5 +270,41 @@ describe.skipIf(notRoot() || missing({ mount: "mount" }))("a disk", () => {
     await until("it is well", async () => (await health()).status === 200);
     expectSameLines(await storedText(dir), TEXT);
     expect(await again.stop()).toBe(0);
+  });
+
+  test("that is full of what waits for the client is emptied by delivering it", async () => {
+    const disk = await mountDisk("size=8m");
+    const { folder, dir, url, run, health } = await setUp(
+      { sealAfterSeconds: 0.2 },
+      { dir: join(disk, "data") },
+    );
+    const receiver = await run();
+    const lines = Buffer.from(accessLine(7).repeat(4000));
+    const body = zstdCompressSync(lines, { pledgedSrcSize: lines.length });
+    let taken = 0;
+    const upload = async () => {
+      const options = { offset: taken, end: taken + lines.length, headers: { "Content-Encoding": "zstd" } };
+      const { status } = await fetch(post(url, new Uint8Array(body), options));
+      if (status === 200) taken += lines.length;
+      return status;
+    };
+    let status = 200;
+    while (status === 200 && taken < 16_000_000) status = await upload();
+    expect(status).toBe(507);
+    expect((await health()).status).toBe(503);
+    const names = async () => await readdir(join(dir, "10.0.0.1"));
+    await until("all is sealed", async () => (await names()).every((name) => !name.endsWith(".part")));
+    const client = join(folder, "client");
+    await mkdir(client);
+    const forwarder = { dir, target: `file://${client}`, report: join(disk, "report.log"), digest: true };
+    const own = await mkdir(join(folder, "own")).then(() => writeConfig(join(folder, "own"), { forwarder }));
+    expect(await runScriptOnce("forwarder", own, ["--once"])).toMatchObject({ code: 0 });
+    const batches = (await readdir(client)).filter((name) => name.endsWith(".log"));
+    const delivered = await Promise.all(batches.map(async (name) => (await stat(join(client, name))).size));
+    expect(delivered.reduce((sum, size) => sum + size, 0)).toBe(taken);
+    await rm(join(dir, "sent"), { recursive: true });
+    await until("it goes on", async () => (await upload()) === 200);
+    expect((await health()).status).toBe(200);
+    expect(await receiver.stop()).toBe(0);
   });
 });

@@ -125,6 +125,19 @@ describe("POST /streams", () => {
     expect(ledger?.heardAt).toBeGreaterThanOrEqual(now - 1000);
   });
 
+  test("in a folder that was lost, how far a sender was counts only when it has heard what is missing", async () => {
+    const { chunk, ask, receiver } = await open();
+    const facts = () => receiver.store.senders.get(HOST)?.ledger.facts;
+    const through = Math.floor(Date.now() / 1000) * 1000 - 1000; // the wire has whole seconds
+    const told = formatNews({ shipper: SHIPPER, through });
+    await ask('{"streams":["stream-lost"]}', told);
+    expect(facts()?.through).toBeUndefined();
+    await ask('{"streams":["stream-lost"]}', told);
+    expect(facts()?.through).toBe(through);
+    expect((await chunk(0, END, { [HEADER.begin]: "again" })).status).toBe(200); // a backup that had known it
+    expect(facts()?.through).toBeUndefined();
+  });
+
   test("refuses a body that is no list of names, and one that is too long", async () => {
     const { ask } = await open({ maxStreamsPerHost: 3 });
     for (const body of [

@@ -61,7 +61,7 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("$name", ({ start }) => {
   test("upload() begins from nothing when a longer temp file is there", async () => {
     await target.upload("a.log", pieces(noise(100_000)));
     await target.upload("a.log", pieces(noise(10)));
-    expect((await target.look("a.log.tmp"))?.bytes).toBe(10);
+    expect((await target.stat("a.log.tmp"))?.bytes).toBe(10);
     await target.remove("a.log.tmp");
   });
 
@@ -77,7 +77,7 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("$name", ({ start }) => {
   });
 
   test("look() is undefined for no file, read() gives the content back, remove() of no file is no error", async () => {
-    expect(await target.look("absent")).toBeUndefined();
+    expect(await target.stat("absent")).toBeUndefined();
     await target.remove("absent");
     const data = noise(200_000);
     await target.upload("a.log", pieces(data));
@@ -112,7 +112,7 @@ describe.each(BACKENDS.filter(({ skip, name }) => !skip && name !== "file://"))(
     const inHand = target.upload("a.log", pieces(noise(20_000_000)));
     target.close();
     expect(await inHand.catch((error) => error)).toBeInstanceOf(TargetFault);
-    expect(await target.look("a.log").catch((error) => error)).toBeInstanceOf(TargetFault);
+    expect(await target.stat("a.log").catch((error) => error)).toBeInstanceOf(TargetFault);
   });
 
   test("the signal ends it", async () => {

@@ -13,8 +13,12 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { gzipSync } from "node:zlib";
+import type { Stream } from "../lib/tail/cursor.ts";
+import { LogFile, readHead } from "../lib/tail/file.ts";
+import { identify } from "../lib/tail/identify.ts";
+import { type FoundFile, lookAt } from "../lib/tail/paths.ts";
 import { createSender, expectTags, lines, type Sender, type StubReceiver, startStub } from "./pipeline.ts";
-import { missing, type Running, until } from "./support.ts";
+import { missing, type Running, tempFolder, until } from "./support.ts";
 
 const running: Running[] = [];
 afterEach(async () => {
@@ -237,6 +241,49 @@ describe("a copy that has a part of a log only", () => {
     await sender.once();
     expects(stub, { a: 150 });
   });
+});
+
+test("an archive whose original is removed between the look and the comparison is judged by the next look", async () => {
+  const path = join(await tempFolder(), "access.log.1");
+  writeFileSync(path, lines("a", 1, 40));
+  const { key = "", mtimeMs = 0, size = 0 } = lookAt(path, path, false, true, new Map()) ?? {};
+  const own = await LogFile.open(path);
+  const head = await readHead(own, 0);
+  await own.close();
+  const stream: Stream = {
+    ...{
+      from: 0,
+      offset: 0,
+      log: path,
+      path,
+      key,
+      copies: [],
+      head,
+      marks: [],
+      size,
+      mtimeMs,
+      checkedSize: size,
+    },
+    ...{
+      isLive: false,
+      isBusy: false,
+      isNamed: true,
+      phase: { is: "reading" },
+      phaseAt: 0,
+      endedAs: "",
+      grewAt: 0,
+    },
+  };
+  writeFileSync(`${path}.gz`, gzipSync(lines("a", 1, 40)));
+  const found = lookAt(`${path}.gz`, path, false, true, new Map()) as FoundFile;
+  const archive = await LogFile.open(found.path);
+  const judge = () => identify(archive, found, [stream], () => true);
+  expect(await judge()).toMatchObject({ is: "copy" });
+  renameSync(path, `${path}.bak`);
+  expect(await judge()).toEqual({ is: "busy" });
+  writeFileSync(path, "another one\n");
+  expect(await judge()).toEqual({ is: "busy" });
+  await archive.close();
 });
 
 describe("what vanishes while the receiver is away is told to the byte", () => {

@@ -1,6 +1,6 @@
 /** The shipper's passes against a model of what must arrive, over seeded actions on files; see model.ts. */
 import { expect, test } from "bun:test";
-import { runSeeds } from "./model.ts";
+import { runActions, runSeeds } from "./model.ts";
 
 const SEEDS = 300;
 const LIMIT_MS = 60_000;
@@ -18,3 +18,19 @@ test(`every line arrives once over ${SEEDS} seeds of writing, rotating, copying,
   expect(failure).toBeUndefined();
   expect(ran).toBeGreaterThanOrEqual(ENOUGH);
 }, 240_000);
+
+test("a file that is cut below the place where its stream begins is settled once", async () => {
+  const failure = await runActions([
+    { name: "burst", n: 511_309 },
+    { name: "sedInPlace", n: 882_355 },
+    { name: "forget", n: 955_265 },
+    { name: "away", n: 0 },
+    { name: "write", n: 850_341 },
+    { name: "link", n: 817_247 },
+    { name: "write", n: 720_312 },
+    { name: "write", n: 147_553 },
+    { name: "sedInPlace", n: 774_987 },
+    { name: "cutTail", n: 872_027 },
+  ]);
+  expect(failure).toBeUndefined();
+});

@@ -156,6 +156,8 @@ class Middle {
   readonly bodies: string[] = [];
   /** Chunks that begin a stream, and all, in their order. */
   readonly chunks: ChunkHeaders[] = [];
+  /** What the shipper said of how far it is. */
+  readonly throughs: number[] = [];
   delivered: number | undefined = 0;
   asked = 0;
   /** Before a question, whose answer is made already, is answered; before a chunk is. */
@@ -190,7 +192,9 @@ class Middle {
 
   async #take(request: Request): Promise<Response> {
     if (!isChunk(request)) {
-      this.wire.hear(parseNews(request.headers));
+      const news = parseNews(request.headers);
+      this.wire.hear(news);
+      if (news.through !== undefined) this.throughs.push(news.through);
       const told = (await (await this.wire.tell(request)).json()) as { streams: StreamStatus[] };
       for (const status of told.streams) Object.assign(status, { delivered: this.#deliveredOf(status) });
       await this.holdAnswer();
@@ -237,6 +241,29 @@ class Middle {
     await until("heartbeats", () => this.asked >= from + count);
   }
 }
+
+test("while what was lost is not shipped again, nothing is said to be all answered", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, QUICK);
+  sender.write(lines("a", 1, 20));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  sender.write("the end of this line is still to come");
+  await middle.heartbeats(3);
+  await until("it says how far it is", () => middle.throughs.length > 0);
+  const go = Promise.withResolvers<void>();
+  middle.holdChunk = () => go.promise;
+  middle.wipe();
+  await until("it ships again", () => middle.begun.length > 0);
+  middle.throughs.length = 0;
+  await middle.heartbeats(4);
+  expect(middle.throughs).toEqual([]);
+  go.resolve();
+  sender.write("\n");
+  await expectArrives(middle, sender);
+  await until("it says so again", () => middle.throughs.length > 0);
+  expect(await shipper.stop()).toBe(0);
+});
 
 test("offsets that were answered while the question was on its way are no loss", async () => {
   const middle = new Middle();

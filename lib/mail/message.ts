@@ -6,13 +6,14 @@
  */
 import { hostname } from "node:os";
 import { html } from "hono/html";
-import { formatBytes, formatDuration, VERSION } from "../service.ts";
+import { DAY, formatBytes, formatDuration, formatLocalTime, HOUR, MINUTE, VERSION } from "../service.ts";
 import type { Mute } from "../signs.ts";
 import { count, formatClock, sentence } from "../status.ts";
 import type { HourRow, HourSummary } from "./summary.ts";
 
 /** How a subject is: of a sender as the page has it, `fault` for what is no sender's. */
-export type Status = "ok" | "quiet" | "silent" | "never" | "gone" | "fault";
+export const STATUSES = ["ok", "quiet", "silent", "never", "gone", "fault"] as const;
+export type Status = (typeof STATUSES)[number];
 
 /** One fact of an alert. `lasted` is the length of the outage in milliseconds. */
 export interface Change {
@@ -145,12 +146,12 @@ function groupFacts(facts: Change[]): Change[][] {
 
 function groupTitle(group: Change[], at: number): string {
   const [first] = group as [Change];
-  return group.length === 1 ? headline(first, at) : `${group.length} senders ${short(first)}`;
+  return group.length === 1 ? titleOf(first, at) : `${group.length} senders ${inAWord(first)}`;
 }
 
 function groupText(group: Change[], at: number): string {
   const [first] = group as [Change];
-  if (group.length === 1) return explain(first, at);
+  if (group.length === 1) return detailsOf(first, at);
   const times = group.map(({ since }) => since);
   const [from, to] = [Math.min(...times), Math.max(...times)];
   const when =
@@ -174,10 +175,10 @@ function alertSubject(facts: Change[], counts: Partial<Record<Status, number>>):
   const all = Object.values(counts).reduce((sum, n) => sum + n, 0);
   const parts = [...groups.values()].map((group) => {
     const [only] = group as [Change];
-    if (group.length === 1) return groups.size === 1 ? oneLine(only) : headline(only, only.since);
+    if (group.length === 1) return groups.size === 1 ? oneLine(only) : titleOf(only, only.since);
     const everyone = group.length === all && only.status === "silent" && only.kind === "opened";
     if (everyone) return `All ${all} senders silent: ${only.text || "receiver or network down?"}`;
-    return `${group.length} senders ${short(only)}: ${listNames(
+    return `${group.length} senders ${inAWord(only)}: ${listNames(
       group.map(({ title }) => title),
       NAMES,
     )}`;
@@ -188,14 +189,14 @@ function alertSubject(facts: Change[], counts: Partial<Record<Status, number>>):
 /** A fact in the subject: a fault with the beginning of what it says. */
 function oneLine(change: Change): string {
   const { sender, kind, text, since } = change;
-  const title = headline(change, since);
+  const title = titleOf(change, since);
   if (sender || text === "" || (kind !== "opened" && kind !== "reminder")) return title;
   const line = `${title}: ${text.replace(/\s+/g, " ")}`;
   return line.length <= SUBJECT_LENGTH ? line : `${line.slice(0, SUBJECT_LENGTH - 1)}…`;
 }
 
 /** What happened to several senders, in a word. */
-function short(change: Change): string {
+function inAWord(change: Change): string {
   if (change.kind === "over") return change.lasted === undefined ? "heard for the first time" : "back";
   if (change.kind === "lost") return "lost bytes";
   if (change.kind === "flapping") return "flapping";
@@ -204,7 +205,7 @@ function short(change: Change): string {
   return `${change.kind === "reminder" ? "still " : ""}${STATUS_TEXT[change.status]}`;
 }
 
-function headline(change: Change, now: number): string {
+function titleOf(change: Change, now: number): string {
   const { kind, title, status, sender, since, lasted, bytes = 0 } = change;
   if (stillFlaps(change)) return `${sender ? title : sentence(title)} is still flapping`;
   if (kind === "note") return sentence(title);
@@ -222,7 +223,7 @@ function headline(change: Change, now: number): string {
   if (!sender) return still ? `Still: ${title}` : sentence(title);
   if (status === "never") return `${title} ${still}never seen`;
   if (status === "gone") return `${title} is gone: silent for a day, not expected`;
-  const days = kind === "reminder" && now - since >= 86_400_000 ? `, for ${formatDuration(now - since)}` : "";
+  const days = kind === "reminder" && now - since >= DAY ? `, for ${formatDuration(now - since)}` : "";
   return `${title} ${still}${STATUS_TEXT[status]} since ${formatClock(since, now)}${days}`;
 }
 
@@ -231,10 +232,10 @@ function stillFlaps({ kind, status }: Change): boolean {
   return kind === "reminder" && status === "ok";
 }
 
-function explain(change: Change, at: number): string {
+function detailsOf(change: Change, at: number): string {
   const { kind, status, sender, since, text, lasted = 0 } = change;
   const ago =
-    at - since < 60_000 ? formatTime(since) : `${formatTime(since)}, ${formatDuration(at - since)} ago`;
+    at - since < MINUTE ? formatTime(since) : `${formatTime(since)}, ${formatDuration(at - since)} ago`;
   if (kind === "lost") return text;
   if (kind === "flapping" || stillFlaps(change))
     return "It keeps changing. No mail for each change until it has been steady for half an hour.";
@@ -340,7 +341,7 @@ function curve({ curve: hours, hourEnd }: HourSummary, zone: number): Html {
     return html`<td valign="bottom" style="padding:0 1px;height:${CURVE_PX}px;vertical-align:bottom"><div style="height:${height}px;line-height:1px;font-size:1px;background:${color}">&nbsp;</div></td>`;
   });
   const labels = [0, 6, 12, 18].map((i) => {
-    const { hour } = hourName(hourEnd - (hours.length - 1 - i) * 3_600_000, zone);
+    const { hour } = hourName(hourEnd - (hours.length - 1 - i) * HOUR, zone);
     return html`<td colspan="6" style="padding:2px 1px;font-size:11px;color:${COLOR.faint}">${hour.slice(0, 5)}</td>`;
   });
   return html`<div style="padding:0 14px"><table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="table-layout:fixed"><tr>${bars}</tr><tr>${labels}</tr></table>
@@ -351,7 +352,7 @@ function hostRow(row: HourRow): Html {
   const { received, delivered, waiting } = row;
   const percentOf = ({ lines }: { lines: number }) => Math.round((100 * lines) / Math.max(1, received.lines));
   const [done, waits] = [percentOf(delivered), percentOf(waiting)];
-  const { text, color } = hostVerdict(row);
+  const { text, color } = hostState(row);
   const part = (percent: number, background: string) =>
     percent > 0 &&
     html`<td width="${percent}%" style="height:5px;background:${background};font-size:1px">&nbsp;</td>`;
@@ -367,11 +368,11 @@ function hostRow(row: HourRow): Html {
 
 /** 0 for what is bad, 1 for what may still become well, 2 for what is well. */
 function rank(row: HourRow): number {
-  const { color } = hostVerdict(row);
+  const { color } = hostState(row);
   return color === COLOR.bad ? 0 : color === COLOR.warn ? 1 : 2;
 }
 
-function hostVerdict(row: HourRow): { text: string; color: string } {
+function hostState(row: HourRow): { text: string; color: string } {
   const parts: string[] = [];
   if (row.since.lost > 0) parts.push(`${formatBytes(row.since.lost)} lost`);
   if (row.failed.files > 0) parts.push(`${row.failed.files} failed`);
@@ -446,7 +447,7 @@ function textTable(rows: HourRow[]): string {
     `${host.padEnd(width)}  ${lines.padStart(12)}  ${files.padStart(5)}  ${bytes.padStart(10)}  ${text}`;
   const body = rows.map((row) => {
     const { lines, files, bytes } = row.received;
-    return line(row.host, formatCount(lines), String(files), formatBytes(bytes), hostVerdict(row).text);
+    return line(row.host, formatCount(lines), String(files), formatBytes(bytes), hostState(row).text);
   });
   return [line("sender", "lines", "files", "bytes", "state"), ...body].join("\n");
 }
@@ -522,10 +523,7 @@ function listNames(names: string[], most: number): string {
 
 /** `2026-11-22 06:12 +01:00` of this machine's clock. */
 export function formatTime(at: number): string {
-  const date = new Date(at);
-  const two = (n: number) => String(n).padStart(2, "0");
-  const clock = `${two(date.getHours())}:${two(date.getMinutes())}`;
-  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${clock} ${zoneName(-date.getTimezoneOffset())}`;
+  return `${formatLocalTime(at).slice(0, 16)} ${zoneName(-new Date(at).getTimezoneOffset())}`;
 }
 
 /** `+06:00`, `UTC`. */
@@ -537,8 +535,8 @@ function zoneName(minutes: number): string {
 
 /** `06:00–07:00` and its day, of the hour that ended then. */
 function hourName(end: number, zone: number): { day: string; hour: string } {
-  const wall = (at: number) => new Date(at + zone * 60_000).toISOString();
-  const [from, to] = [wall(end - 3_600_000), wall(end)];
+  const wall = (at: number) => new Date(at + zone * MINUTE).toISOString();
+  const [from, to] = [wall(end - HOUR), wall(end)];
   return { day: from.slice(0, 10), hour: `${from.slice(11, 16)}–${to.slice(11, 16)}` };
 }
 

@@ -2,8 +2,8 @@
  * The outbox: what the monitor remembers, what it has to tell, and who has got it.
  *
  * The state is one file, changed under a lock that is held for a moment. When it can't be written, it is kept in memory
- * and among the temp files: an alert that comes twice is better than none. A notice leaves the queue when every recipient
- * and the webhook have it, or have refused it for good, which is told.
+ * and among the temp files: an alert that comes twice is better than none. A notification leaves the queue when every
+ * recipient and the webhook have it, or have refused it for good, which is told.
  */
 import { createHash } from "node:crypto";
 import { lstatSync } from "node:fs";
@@ -12,20 +12,17 @@ import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { z } from "zod";
 import { type Config, readSecret } from "../config.ts";
-import { failpoint, makeFolder } from "../durable.ts";
-import { fetchWith, tryLock } from "../runtime.ts";
-import { errorMessage, type Log, OperatorError, wait } from "../service.ts";
+import { failpoint, LockedError, makeFolder, waitForLock } from "../durable.ts";
+import { fetchWith } from "../runtime.ts";
+import { DAY, errorMessage, HOUR, type Log, MINUTE } from "../service.ts";
 import { monitorNewsSchema } from "../signs.ts";
 import { readState, writeState } from "../state.ts";
-import type { Snapshot } from "../status.ts";
-import { type Alert, type Change, isGood, type MailText, renderAlert, renderSummary } from "./message.ts";
+import { count, type Snapshot } from "../status.ts";
+import { type Change, isGood, type MailText, renderAlert, renderSummary, STATUSES } from "./message.ts";
 import { type RefusedRecipient, sendMail } from "./smtp.ts";
 import { summariseHour, type Totals } from "./summary.ts";
 
 type Options = Config["monitor"];
-const MINUTE = 60_000;
-const HOUR_MS = 60 * MINUTE;
-const DAY = 24 * HOUR_MS;
 /** Waits between the tries of a mail that a recipient's server refuses for good, and of one that it defers. */
 const REFUSED_WAITS = [5, 10, 15, 30].map((minutes) => minutes * MINUTE);
 const DEFERRED_WAITS = { first: MINUTE, later: 10 * MINUTE, many: 10 };
@@ -33,27 +30,32 @@ const DEFERRED_WAITS = { first: MINUTE, later: 10 * MINUTE, many: 10 };
 const DEFERRED_PATIENCE_MS = 5 * DAY;
 /** Tries of a post that the chat refuses for good; one that does not answer is tried by every run for so long. */
 const POST_TRIES = 3;
-const WEBHOOK_PATIENCE_MS = HOUR_MS;
+const WEBHOOK_PATIENCE_MS = HOUR;
 const HTTP_TIMEOUT_MS = 5_000;
 const ANSWER_BYTES = 4096;
 const LOCK_PATIENCE_MS = 10_000;
 const MOST_NAMES = 1000;
+const MOST_UNDELIVERABLE = 20;
 /** A post is no longer than a chat takes: characters of its text, changes one by one. */
 const POST_TEXT = 12_000;
 const POST_CHANGES = 100;
 
-/** What the outbox is given. */
-export interface StoreContext {
+/** What a run is given. `uptime` is that of this machine in milliseconds. */
+export interface MonitorContext {
   config: Options;
   log: Log;
   signal: AbortSignal;
   now: () => number;
+  uptime?: () => number;
+  /** Waits until it is time for the second look. */
+  secondLook?: () => Promise<void>;
 }
 
-const changeSchema = z.custom<Change>((value) => typeof value === "object" && value !== null);
-const totalsSchema = z.custom<Partial<Totals>>((value) => typeof value === "object" && value !== null);
+/** What only this program writes there is believed, once it is an object. */
+const anObject = <T>() => z.custom<T>((value) => typeof value === "object" && value !== null);
+const statusSchema = z.enum(STATUSES);
 const recipientSchema = z.object({ address: z.string(), tries: z.number(), nextAt: z.number() });
-const noticeBase = {
+const notificationBase = {
   id: z.string(),
   at: z.number(),
   references: z.array(z.string()),
@@ -62,37 +64,37 @@ const noticeBase = {
   /** That it is still to be posted. */
   post: z.object({ tries: z.number() }).optional(),
 };
-const noticeSchema = z.discriminatedUnion("kind", [
+const notificationSchema = z.discriminatedUnion("kind", [
   z.object({
-    ...noticeBase,
+    ...notificationBase,
     kind: z.literal("alert"),
-    changes: z.array(changeSchema),
-    counts: z.record(z.string(), z.number()),
+    changes: z.array(anObject<Change>()),
+    counts: z.partialRecord(statusSchema, z.number()),
     standing: z.array(z.string()),
   }),
   z.object({
-    ...noticeBase,
+    ...notificationBase,
     kind: z.literal("summary"),
     hourEnd: z.number(),
     from: z.number(),
     to: z.number(),
     zone: z.number(),
-    since: z.record(z.string(), totalsSchema),
+    since: z.record(z.string(), anObject<Partial<Totals>>()),
   }),
 ]);
 /** Something to be told, until everyone has it. An alert says what changed, a summary is made from its span. */
-export type Notice = z.infer<typeof noticeSchema>;
+export type Notification = z.infer<typeof notificationSchema>;
 
 const incidentSchema = z.object({
   title: z.string(),
   text: z.string(),
-  status: z.enum(["ok", "quiet", "silent", "never", "gone", "fault"]),
+  status: statusSchema,
   /** Since when it is so, 0 when it was never otherwise; since when it is not ok. */
   since: z.number(),
   outage: z.number().optional(),
-  told: z.enum(["ok", "quiet", "silent", "never", "gone", "fault"]),
+  told: statusSchema,
   toldAt: z.number(),
-  /** The id of the notice that opened the incident. */
+  /** The id of the notification that opened the incident. */
   thread: z.string().optional(),
   /** Times of the latest changes. */
   changes: z.array(z.number()),
@@ -119,38 +121,36 @@ const stateSchema = monitorNewsSchema.extend({
     .default({}),
   future: z.record(z.string(), z.object({ value: z.number(), at: z.number() })),
   /** Of receivers that write no state file here: since when one does not answer, and when one was back. */
-  unnamed: z.custom<{ wellUntil?: number; startedAt?: number }>(
-    (value) => typeof value === "object" && value !== null,
-  ),
+  unnamed: anObject<{ wellUntil?: number; startedAt?: number }>(),
   /** End of the last hour that was queued, up to when batches are in an account, and the totals then. */
   summarisedUntil: z.number(),
   accountedUntil: z.number(),
-  totals: z.record(z.string(), totalsSchema),
+  totals: z.record(z.string(), anObject<Partial<Totals>>()),
   missingTold: z.array(z.string()),
-  queue: z.array(noticeSchema),
+  queue: z.array(notificationSchema),
 });
 export type MonitorState = z.infer<typeof stateSchema>;
 
 function firstState(now: number): MonitorState {
-  const instance = createHash("sha256")
-    .update(`${now} ${process.pid} ${Math.random()}`)
-    .digest("hex")
-    .slice(0, 8);
   return {
-    ...{
-      version: 2,
-      instance,
-      begunAt: now,
-      at: 0,
-      uptime: 0,
-      clockSetAt: 0,
-      incidents: {},
-      lost: {},
-      again: {},
-      future: {},
-    },
-    ...{ unnamed: {}, summarisedUntil: 0, accountedUntil: 0, totals: {}, missingTold: [], queue: [] },
-    ...{ mutes: {}, undeliverable: [] },
+    version: 2,
+    instance: crypto.randomUUID().slice(0, 8),
+    begunAt: now,
+    at: 0,
+    uptime: 0,
+    clockSetAt: 0,
+    incidents: {},
+    lost: {},
+    again: {},
+    future: {},
+    unnamed: {},
+    summarisedUntil: 0,
+    accountedUntil: 0,
+    totals: {},
+    missingTold: [],
+    queue: [],
+    mutes: {},
+    undeliverable: [],
   };
 }
 
@@ -159,14 +159,14 @@ const unsavedStates = new Map<string, MonitorState>();
 
 /** The state file. When it can't be written, what was told is kept in memory and among the temp files instead. */
 export class StateStore {
+  readonly context: MonitorContext;
   readonly #path: string;
-  readonly #context: StoreContext;
   readonly #spare: string;
   /** Why the last change could not be saved. */
   unsaved: string | undefined;
 
-  constructor(context: StoreContext) {
-    this.#context = context;
+  constructor(context: MonitorContext) {
+    this.context = context;
     this.#path = context.config.stateFile;
     const name = createHash("sha256").update(this.#path).digest("hex").slice(0, 12);
     this.#spare = join(tmpdir(), `log-rt-sync-monitor-${process.getuid?.() ?? 0}-${name}.json`);
@@ -175,15 +175,14 @@ export class StateStore {
   /** The state, or that of a first run; `fault` says why a file that is there could not be used. */
   async read(): Promise<{ state: MonitorState; fault?: string }> {
     const kept = unsavedStates.get(this.#path) ?? (await this.#readSpare());
-    const now = this.#context.now();
+    const now = this.context.now();
     try {
       const found = await readState(
         this.#path,
         z.union([stateSchema, z.looseObject({ version: z.literal(1) })]),
         2,
       );
-      if (found.state === "damaged") throw new Error(found.reason);
-      if (found.state === "newer") throw new Error(`version ${found.version} wrote it`);
+      if (found.state === "damaged" || found.state === "newer") throw new Error(found.reason);
       const value = found.state === "ok" ? found.value : undefined;
       const state = value?.version === 1 ? upgrade(value, now) : (value as MonitorState | undefined);
       return { state: heal(kept && kept.at >= (state?.at ?? 0) ? kept : (state ?? firstState(now)), now) };
@@ -214,7 +213,7 @@ export class StateStore {
     } catch (error) {
       this.unsaved = errorMessage(error);
       unsavedStates.set(this.#path, state);
-      this.#context.log.error("state not saved: alerts go out all the same", { error: this.unsaved });
+      this.context.log.error("state not saved: alerts go out all the same", { error: this.unsaved });
       await writeState(this.#spare, state, 0o600).catch(() => {});
     }
   }
@@ -229,17 +228,11 @@ export class StateStore {
 
   /** Undefined where no lock can be made: an alert that comes twice is better than none. */
   async #lock(): Promise<{ release: () => void } | undefined> {
-    const deadline = Date.now() + LOCK_PATIENCE_MS;
     try {
       await makeFolder(dirname(this.#path));
-      for (;;) {
-        const lock = await tryLock(`${this.#path}.lock`);
-        if (lock) return lock;
-        if (Date.now() > deadline) throw new Error(`${this.#path}.lock is held by another process`);
-        await wait(20);
-      }
+      return await waitForLock(`${this.#path}.lock`, LOCK_PATIENCE_MS);
     } catch (error) {
-      if (Date.now() > deadline) throw new OperatorError(errorMessage(error));
+      if (error instanceof LockedError) throw error;
       return undefined;
     }
   }
@@ -271,10 +264,10 @@ function heal(state: MonitorState, now: number): MonitorState {
   }
   for (const lost of Object.values(state.lost)) lost.toldAt = cap(lost.toldAt);
   for (const { recipients } of state.queue)
-    for (const recipient of recipients) recipient.nextAt = Math.min(recipient.nextAt, now + HOUR_MS);
+    for (const recipient of recipients) recipient.nextAt = Math.min(recipient.nextAt, now + HOUR);
   state.clockSetAt = cap(state.clockSetAt);
   state.begunAt = cap(state.begunAt);
-  if (state.summarisedUntil > now + HOUR_MS) Object.assign(state, { summarisedUntil: 0, accountedUntil: 0 });
+  if (state.summarisedUntil > now + HOUR) Object.assign(state, { summarisedUntil: 0, accountedUntil: 0 });
   for (const [host, window] of Object.entries(state.mutes)) if (window.until <= now) delete state.mutes[host];
   state.undeliverable = state.undeliverable.filter(({ at }) => now - at < 7 * DAY);
   return state;
@@ -283,28 +276,24 @@ function heal(state: MonitorState, now: number): MonitorState {
 // ---- sending
 
 /** Sends the queue in order. A server that is down ends the attempt; what it refuses holds up no other mail. */
-export async function deliver(
-  store: StateStore,
-  context: StoreContext,
-  snapshot: Snapshot,
-): Promise<boolean> {
-  const { config, log, signal, now } = context;
+export async function deliver(store: StateStore, snapshot: Snapshot): Promise<boolean> {
+  const { config, log, signal, now } = store.context;
   const down = { mail: false, hook: config.webhook === undefined };
   for (const { id } of (await store.read()).state.queue) {
     const { state } = await store.read();
-    const notice = state.queue.find((one) => one.id === id);
-    if (signal.aborted || !notice) continue;
-    const due = down.mail ? [] : notice.recipients.filter(({ nextAt }) => nextAt <= now());
-    const isPostDue = notice.post !== undefined && !down.hook;
+    const notification = state.queue.find((one) => one.id === id);
+    if (signal.aborted || !notification) continue;
+    const due = down.mail ? [] : notification.recipients.filter(({ nextAt }) => nextAt <= now());
+    const isPostDue = notification.post !== undefined && !down.hook;
     if (due.length === 0 && !isPostDue && config.webhook !== undefined) continue;
-    const rendered = await render(notice, state, context, snapshot).catch((error) =>
+    const rendered = await render(notification, state, config, snapshot).catch((error) =>
       log.error("cannot make the account of an hour", { id, error: errorMessage(error) }),
     );
     if (!rendered) continue; // it stays in the queue, and holds up no other
-    if (due.length > 0) down.mail = !(await mailNotice(store, notice, { ...rendered, due }, context));
-    if (isPostDue) down.hook = !(await postNotice(store, notice, rendered.text, context));
+    if (due.length > 0) down.mail = !(await mailNotification(store, notification, { ...rendered, due }));
+    if (isPostDue) down.hook = !(await postNotification(store, notification, rendered.text));
   }
-  await store.change((state) => giveUpPosts(state, context, down.hook));
+  await store.change((state) => giveUpPosts(state, store.context, down.hook));
   return (await store.read()).state.queue.every(({ recipients }) => recipients.length === 0);
 }
 
@@ -315,26 +304,27 @@ interface Rendered {
 }
 
 async function render(
-  notice: Notice,
+  notification: Notification,
   { begunAt, missingTold, mutes }: MonitorState,
-  { config }: StoreContext,
+  config: Options,
   { problems, digest }: Snapshot,
 ): Promise<Rendered> {
   const { page } = config;
-  if (notice.kind === "alert") return { text: renderAlert(notice as Alert, { page }), missing: [] };
-  const summary = await summariseHour(config, { ...notice, missingFrom: begunAt, missingTold });
-  const around = { page, zone: notice.zone, problems: problems.map(({ title }) => title), mutes, digest };
+  if (notification.kind === "alert") return { text: renderAlert(notification, { page }), missing: [] };
+  const summary = await summariseHour(config, { ...notification, missingFrom: begunAt, missingTold });
+  const titles = problems.map(({ title }) => title);
+  const around = { page, zone: notification.zone, problems: titles, mutes, digest };
   const missing = [...summary.missing, ...summary.vanished.map(({ name }) => name)];
   return { text: renderSummary(summary, around), missing };
 }
 
 /** Notes who has got the mail. Gives false when the server takes none now. */
-async function mailNotice(
+async function mailNotification(
   store: StateStore,
-  { id, at, references }: Notice,
-  { text, missing, due }: Rendered & { due: Notice["recipients"] },
-  { config, log, signal, now }: StoreContext,
+  { id, at, references }: Notification,
+  { text, missing, due }: Rendered & { due: Notification["recipients"] },
 ): Promise<boolean> {
+  const { config, log, signal, now } = store.context;
   const to = due.map(({ address }) => address);
   try {
     const refused = await sendMail(config.mail, { id, at, references, ...text }, { to, signal });
@@ -359,13 +349,13 @@ function noteMailed(
   refused: RefusedRecipient[],
   { subject, log, now }: { subject: string; log: Log; now: number },
 ): void {
-  const notice = state.queue.find((one) => one.id === id);
-  if (!notice) return;
+  const notification = state.queue.find((one) => one.id === id);
+  if (!notification) return;
   for (const address of to) {
     const refusal = refused.find((one) => one.address === address);
-    const recipient = notice.recipients.find((one) => one.address === address);
+    const recipient = notification.recipients.find((one) => one.address === address);
     if (!recipient) continue;
-    const isOld = now - notice.at > DEFERRED_PATIENCE_MS;
+    const isOld = now - notification.at > DEFERRED_PATIENCE_MS;
     const wait = refusal && !isOld ? waitAfter(refusal, recipient.tries) : undefined;
     if (wait !== undefined) {
       Object.assign(recipient, { tries: recipient.tries + 1, nextAt: now + wait });
@@ -377,13 +367,10 @@ function noteMailed(
       });
       continue;
     }
-    notice.recipients = notice.recipients.filter((one) => one !== recipient);
+    notification.recipients = notification.recipients.filter((one) => one !== recipient);
     if (!refusal) continue;
     log.error("mail refused for good", { id, recipient: address, reason: refusal.reason });
-    state.undeliverable = [
-      ...state.undeliverable,
-      { to: address, subject, reason: refusal.reason, at: now },
-    ].slice(-20);
+    noteUndeliverable(state, { to: address, subject, reason: refusal.reason, at: now });
   }
   dropDone(state);
 }
@@ -394,24 +381,27 @@ function waitAfter({ permanent }: RefusedRecipient, tries: number): number | und
   return tries < DEFERRED_WAITS.many ? DEFERRED_WAITS.first : DEFERRED_WAITS.later;
 }
 
+function noteUndeliverable(state: MonitorState, entry: MonitorState["undeliverable"][number]): void {
+  state.undeliverable = [...state.undeliverable, entry].slice(-MOST_UNDELIVERABLE);
+}
+
 function dropDone(state: MonitorState): void {
   state.queue = state.queue.filter(({ recipients, post }) => recipients.length > 0 || post !== undefined);
 }
 
-/** Posts a notice. Its address may hold a secret and is never told. Gives false when later ones have to wait. */
-async function postNotice(
+/** Posts a notification. Its address may hold a secret and is never told. Gives false when later ones have to wait. */
+async function postNotification(
   store: StateStore,
-  notice: Notice,
+  notification: Notification,
   { subject, text }: MailText,
-  { config, log, signal, now }: StoreContext,
 ): Promise<boolean> {
-  const { id } = notice;
-  const answer = await clientOf(config)(config.webhook ?? "", signal, payloadOf(notice, subject, text)).catch(
-    (error) => {
-      log.warn("webhook not reached; the next run tries again", { id, error: withoutUrl(error) });
-      return undefined;
-    },
-  );
+  const { config, log, signal, now } = store.context;
+  const { id } = notification;
+  const payload = payloadOf(notification, subject, text);
+  const answer = await clientOf(config)(config.webhook ?? "", signal, payload).catch((error) => {
+    log.warn("webhook not reached; the next run tries again", { id, error: withoutUrl(error) });
+    return undefined;
+  });
   if (!answer) return false;
   const isRefusal = answer.status >= 400 && answer.status < 500 && ![408, 429].includes(answer.status);
   if (!answer.ok) log.warn("webhook refuses", { id, status: answer.status });
@@ -425,42 +415,48 @@ async function postNotice(
     if (!answer.ok && tries === POST_TRIES) {
       log.error("post refused for good", { id, status: answer.status });
       const reason = `it answers ${answer.status}`;
-      state.undeliverable = [...state.undeliverable, { to: "the webhook", subject, reason, at: now() }].slice(
-        -20,
-      );
+      noteUndeliverable(state, { to: "the webhook", subject, reason, at: now() });
     }
     dropDone(state);
   });
-  return answer.ok || (notice.post?.tries ?? 0) + 1 >= POST_TRIES;
+  return answer.ok || (notification.post?.tries ?? 0) + 1 >= POST_TRIES;
 }
 
 /** What chat tools read: `text`, and per change whether it fires or is resolved. */
-function payloadOf(notice: Notice, subject: string, text: string): object {
-  const { id, at, kind } = notice;
-  const changes = notice.kind === "alert" ? notice.changes : [];
+function payloadOf(notification: Notification, subject: string, text: string): object {
+  const { id, at, kind } = notification;
+  const changes = notification.kind === "alert" ? notification.changes : [];
   const statusOf = (change: Change) => (isGood(change) ? "resolved" : "firing");
   return {
-    ...{ text: `${subject}\n${text}`.slice(0, POST_TEXT), subject, id, at, kind },
+    text: `${subject}\n${text}`.slice(0, POST_TEXT),
+    subject,
+    id,
+    at,
+    kind,
     status: changes.some((change) => !isGood(change)) ? "firing" : "resolved",
     ...(changes.length > POST_CHANGES && { moreChanges: changes.length - POST_CHANGES }),
     changes: changes.slice(0, POST_CHANGES).map((change) => ({
-      ...{ title: change.title, text: change.text, kind: change.kind, state: change.status },
-      ...{ status: statusOf(change), since: change.since },
+      title: change.title,
+      text: change.text,
+      kind: change.kind,
+      state: change.status,
+      status: statusOf(change),
+      since: change.since,
     })),
   };
 }
 
 /** Posts that nobody wants any more, or that waited too long for a chat that does not answer. */
-function giveUpPosts(state: MonitorState, { config, log, now }: StoreContext, isDown: boolean): void {
-  const isOld = ({ at }: Notice) => isDown && now() - at > WEBHOOK_PATIENCE_MS;
-  const old = config.webhook ? state.queue.filter((notice) => notice.post && isOld(notice)) : [];
-  for (const notice of state.queue) if (!config.webhook || isOld(notice)) delete notice.post;
+function giveUpPosts(state: MonitorState, { config, log, now }: MonitorContext, isDown: boolean): void {
+  const isOld = ({ at }: Notification) => isDown && now() - at > WEBHOOK_PATIENCE_MS;
+  const old = config.webhook ? state.queue.filter((one) => one.post && isOld(one)) : [];
+  for (const one of state.queue) if (!config.webhook || isOld(one)) delete one.post;
   dropDone(state);
   if (old.length === 0) return;
   log.error("posts given up: the webhook does not answer", { posts: old.length });
-  const subject = `${old.length} ${old.length === 1 ? "post" : "posts"}`;
-  const entry = { to: "the webhook", subject, reason: "it did not answer for an hour", at: now() };
-  state.undeliverable = [...state.undeliverable, entry].slice(-20);
+  const subject = count(old.length, "post", "posts");
+  const reason = "it did not answer for an hour";
+  noteUndeliverable(state, { to: "the webhook", subject, reason, at: now() });
 }
 
 function withoutUrl(error: unknown): string {
@@ -468,7 +464,7 @@ function withoutUrl(error: unknown): string {
 }
 
 /** Tells whoever watches the monitor that it is alive. */
-export async function callHeartbeat({ config, log, signal }: StoreContext): Promise<void> {
+export async function callHeartbeat({ config, log, signal }: MonitorContext): Promise<void> {
   if (!config.heartbeatUrl) return;
   try {
     const answer = await clientOf({})(config.heartbeatUrl, signal);

@@ -59,7 +59,9 @@ export async function sendMail(
     return [];
   }
   const wrap = (cause: unknown) =>
-    new MailError(`Cannot send "${mail.subject}" to ${url.host}`, { cause: withAdvice(cause as SmtpError) });
+    new MailError(`Cannot send "${mail.subject}" to ${url.host}`, {
+      cause: explainTrust(cause as SmtpError),
+    });
   const session = await openSession(options, url, signal).catch((cause) => {
     throw wrap(cause);
   });
@@ -86,7 +88,7 @@ export async function verifyMail(options: Options, signal: AbortSignal): Promise
   if (url.protocol === "file:") return makeFolder(fileURLToPath(options.smtp));
   for (const address of options.to) {
     const session = await openSession(options, url, signal).catch((cause) => {
-      throw withAdvice(cause);
+      throw explainTrust(cause);
     });
     try {
       await session.send({ from: options.from, to: [address] }, undefined);
@@ -115,7 +117,7 @@ function whoIsRefused(error: SmtpError, to: string[]): RefusedRecipient[] {
 }
 
 /** A certificate that is not trusted: the way out is in the config. */
-function withAdvice(error: SmtpError): Error {
+function explainTrust(error: SmtpError): Error {
   const text = errorMessage(error);
   if (!/certificate|self.signed|altname|issuer/i.test(`${text} ${error.code}`)) return error;
   return new Error(

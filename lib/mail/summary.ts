@@ -10,16 +10,15 @@ import { open, readdir, stat } from "node:fs/promises";
 import { folders, listBatches, listHosts, parseBatchName } from "../batch.ts";
 import type { Config } from "../config.ts";
 import { exists, ifMissing } from "../durable.ts";
-import { parseHost } from "../host.ts";
 import { type Ledger, readLedger, type SealedBatch } from "../ledger.ts";
+import { compareAsPeopleCount } from "../look.ts";
 import { parseReportLine, readDelivered } from "../report.ts";
-import { errorMessage } from "../service.ts";
+import { errorMessage, formatLocalTime, HOUR } from "../service.ts";
 
-export const HOUR_MS = 3_600_000;
 /** Hours of the curve. */
 const CURVE_HOURS = 24;
 /** How far back it is looked for batches that vanished. */
-const MISSING_MS = 48 * HOUR_MS;
+const MISSING_MS = 48 * HOUR;
 /** How much of the report's end is read, in bytes: some 150,000 deliveries. */
 const REPORT_BYTES = 16 * 1024 * 1024;
 const REPORT_STEP = 64 * 1024;
@@ -72,7 +71,7 @@ export interface HourRow {
   late: number;
   since: Totals;
   heardAt: number;
-  /** `silent`: nothing was heard of the sender since; more may come when it is back. */
+  /** `silent`: nothing was heard from the sender since; more may come when it is back. */
   state: "complete" | "incomplete" | "silent";
 }
 
@@ -120,9 +119,8 @@ export async function summariseHour(
     sent: new Set(await attempt(sent, async () => (await ifMissing(readdir(sent))) ?? [], [])),
     report: await attempt(report, () => readDeliveries(report, span.to - MISSING_MS, sent), UNKNOWN),
   };
-  const present = (await attempt(dir, () => listHosts(dir), [])).filter((host) => parseHost(host) === host);
-  const natural = new Intl.Collator("en", { numeric: true });
-  for (const host of [...new Set([...expected, ...present])].sort(natural.compare)) {
+  const present = await attempt(dir, () => listHosts(dir), []);
+  for (const host of [...new Set([...expected, ...present])].sort(compareAsPeopleCount)) {
     const account = { dir, host, span, places, isExpected: expected.includes(host) };
     await attempt(folders(dir).host(host), () => addHost(summary, account), undefined);
   }
@@ -132,7 +130,7 @@ export async function summariseHour(
 /** Where batches are, by name. */
 interface Places {
   failed: Set<string>;
-  /** What stands in sent/, and what the report says was delivered: lines by fingerprint, and from when on. */
+  /** What stands in sent/, and what the report says was delivered: lines by hash of the name, and from when on. */
   sent: Set<string>;
   report: { lines: Map<number, number>; from: number };
 }
@@ -153,11 +151,16 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
   const told = new Set(span.missingTold);
   const since = { ...emptyTotals(), ...span.since[host] };
   const row: HourRow = {
-    ...{ host, ...emptyAmounts(), differs: 0, late: 0, since, heardAt: ledger?.heardAt ?? 0 },
+    host,
+    ...emptyAmounts(),
+    differs: 0,
+    late: 0,
+    since,
+    heardAt: ledger?.heardAt ?? 0,
     state: hourState(ledger, span.hourEnd),
   };
   for (const [name, batch] of ledger?.sealed ?? []) {
-    const hours = Math.floor((span.to - batch.at) / HOUR_MS); // 0 is this one
+    const hours = Math.floor((span.to - batch.at) / HOUR); // 0 is this one
     const curveAt = CURVE_HOURS - 1 - hours;
     if (hours >= 0 && hours < CURVE_HOURS)
       summary.curve[curveAt] = (summary.curve[curveAt] ?? 0) + batch.lines;
@@ -173,9 +176,9 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
       summary.vanished.push({ host, name, lines: batch.lines });
   }
   for (const batch of ledger?.open.values() ?? []) add(row.open, batch);
-  if (row.open.files > 0 && row.state === "complete" && isBehind(ledger, span.hourEnd))
+  if (row.open.files > 0 && row.state === "complete" && hasOverdue(ledger, span.hourEnd))
     row.state = "incomplete";
-  const isGone = !isExpected && row.heardAt < span.hourEnd - CURVE_HOURS * HOUR_MS;
+  const isGone = !isExpected && row.heardAt < span.hourEnd - CURVE_HOURS * HOUR;
   const isEmpty = row.received.files + row.open.files === 0;
   if ((isGone || ledger === undefined) && isEmpty && !isExpected) return;
   summary.rows.push(row);
@@ -190,7 +193,7 @@ function addBatch(row: HourRow, batch: SealedBatch, queue: Set<string>, places: 
   add(row.received, batch);
   add(row[place], batch);
   if ((parseBatchName(batch.name)?.part ?? 1) > 1) row.late++;
-  const sentLines = place === "delivered" ? places.report.lines.get(fingerprintOf(batch.name)) : undefined;
+  const sentLines = place === "delivered" ? places.report.lines.get(hashOf(batch.name)) : undefined;
   if (sentLines !== undefined && sentLines !== batch.lines) row.differs++;
   return place;
 }
@@ -202,9 +205,7 @@ function whereIs(
 ): "delivered" | "failed" | "waiting" | "missing" {
   if (queue.has(name)) return "waiting";
   if (failed.has(name)) return "failed";
-  return report.lines.has(fingerprintOf(name)) || sent.has(name) || sent.has(`${name}.gz`)
-    ? "delivered"
-    : "missing";
+  return report.lines.has(hashOf(name)) || sent.has(name) || sent.has(`${name}.gz`) ? "delivered" : "missing";
 }
 
 /** Complete when all that was in its files at the hour's end is here; a sender that was not heard since may have more. */
@@ -219,7 +220,7 @@ function hourState(ledger: Ledger | undefined, end: number): HourRow["state"] {
 }
 
 /** Whether a batch of a window that is over still takes lines. */
-function isBehind(ledger: Ledger | undefined, end: number): boolean {
+function hasOverdue(ledger: Ledger | undefined, end: number): boolean {
   return [...(ledger?.open.values() ?? [])].some(({ endsAt }) => endsAt <= end);
 }
 
@@ -228,7 +229,7 @@ function isBehind(ledger: Ledger | undefined, end: number): boolean {
 const ofName = Buffer.alloc(1024);
 
 /** A name, in bytes, as a number of 52 bits: many thousands of names fit into little memory. */
-function fingerprint(block: Buffer, from: number, to: number): number {
+function hashName(block: Buffer, from: number, to: number): number {
   let [a, b] = [0x811c9dc5, 0x01000193];
   for (let i = from; i < to; i++) {
     const byte = block[i] as number;
@@ -238,8 +239,8 @@ function fingerprint(block: Buffer, from: number, to: number): number {
   return (a >>> 0) * 0x100000 + ((b >>> 0) & 0xfffff);
 }
 
-function fingerprintOf(name: string): number {
-  return fingerprint(ofName, 0, ofName.write(name, "latin1"));
+function hashOf(name: string): number {
+  return hashName(ofName, 0, ofName.write(name, "latin1"));
 }
 
 /** Of a report that tells nothing. */
@@ -252,12 +253,10 @@ async function readDeliveries(path: string, oldest: number, sent: string): Promi
   // What was delivered and cleared away stands in the report alone: without one nothing can be said of it.
   if (size === undefined) return (await exists(sent)) ? UNKNOWN : { lines, from: 0 };
   const tail = Math.max(0, size - REPORT_BYTES);
-  const hour = localHour(oldest - 2 * HOUR_MS);
+  const hour = formatLocalTime(oldest - 2 * HOUR).slice(0, 13);
   const { start, at = Infinity } = await findHour(path, { from: tail, to: size, hour });
-  await readDelivered(path, start, (block, from, to, count) =>
-    lines.set(fingerprint(block, from, to), count),
-  );
-  return { lines, from: tail === 0 ? 0 : at + HOUR_MS }; // its clock may have been set back by an hour
+  await readDelivered(path, start, (block, from, to, count) => lines.set(hashName(block, from, to), count));
+  return { lines, from: tail === 0 ? 0 : at + HOUR }; // its clock may have been set back by an hour
 }
 
 /** A place in the report before which only earlier hours are, and its time: most of a long one is not read. */
@@ -284,13 +283,6 @@ async function findHour(
   } finally {
     await file.close();
   }
-}
-
-/** `2026-11-22 06`, as report lines begin. */
-function localHour(at: number): string {
-  const date = new Date(at);
-  const two = (n: number) => String(n).padStart(2, "0");
-  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${two(date.getHours())}`;
 }
 
 function emptyAmount(): Amount {

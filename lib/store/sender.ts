@@ -144,6 +144,8 @@ export class Sender implements Place {
   readonly #lock: { release: () => void };
   readonly #openedAt: number;
   #isHeard = false;
+  /** It was never heard in this folder, and has not asked yet. */
+  #isNew: boolean;
   /** What is staged and not in the ledger yet. */
   readonly #streams = new Map<string, StreamRecord>();
   readonly #lengths = new Map<string, { bytes: number; entries: number }>();
@@ -159,7 +161,7 @@ export class Sender implements Place {
   #isCut = false;
   readonly #names: BatchNames;
   #progress: (() => void)[] = [];
-  #tidiedAt = Number.NEGATIVE_INFINITY;
+  #prunedAt = Number.NEGATIVE_INFINITY;
   /** Pieces whose line is filed: removed when no record needs them any more. */
   #oldPieces: string[] = [];
 
@@ -182,6 +184,7 @@ export class Sender implements Place {
     this.#journal = journal;
     this.#lock = lock;
     this.#openedAt = options.now();
+    this.#isNew = isUnheard(ledger);
     const length = options.windowMinutes * 60_000;
     for (const [name, batch] of ledger.open) {
       this.#batches.set(parseBatchName(name)?.window ?? "", name);
@@ -219,7 +222,7 @@ export class Sender implements Place {
       const known = this.stream(chunk.stream);
       const verdict = compare(chunk, known);
       if (verdict === "ahead" && mayWait) return verdict;
-      this.hear(chunk, chunk.peer, true);
+      this.hear(chunk, chunk.peer, [chunk.stream]);
       const { offset: at = 0, end: to = 0 } = chunk;
       if (
         !known &&
@@ -264,6 +267,7 @@ export class Sender implements Place {
       ...{ lengths: new Map(), begun: new Map(), windows: new Set() },
       ...{ givenWayAt: performance.now(), epoch: this.#epoch },
     };
+    if (chunk.begin === "again") delete this.ledger.facts.through; // said before it was known to be lost
     if (chunk.begin === "again" || this.#isUnsure(chunk, offset)) this.#names.doubt(now);
     if (body.length > 0) await this.#fileLines(draft, offset);
     if (draft.lines > 0) state.lined = true;
@@ -499,14 +503,13 @@ export class Sender implements Place {
   // ---- what a sender tells, and what it is told
 
   /**
-   * Takes what a sender tells of itself. `hasShipped`: it ships, or names streams. One that was never heard here asks before
-   * it ships anything: this one has used names in another folder, or in this one before it was lost.
+   * Takes what a sender tells of itself, and the streams that it names. One that was never heard here asks before it ships
+   * anything: this one has used names in another folder, or in this one before it was lost.
    */
-  hear(news: SenderNews, peer: string, hasShipped: boolean): void {
+  hear(news: SenderNews, peer: string, names: string[]): void {
     const now = this.options.now();
-    const { facts, streams, used } = this.ledger;
-    const isStranger = facts.shippers === undefined && streams.size === 0 && used.size === 0;
-    if (hasShipped && isStranger && news.shipper !== undefined) this.#names.doubt(now);
+    const { facts } = this.ledger;
+    if (names.length > 0 && isUnheard(this.ledger) && news.shipper !== undefined) this.#names.doubt(now);
     this.#isHeard = true;
     this.ledger.heardAt = now;
     this.isDirty = true;
@@ -514,7 +517,9 @@ export class Sender implements Place {
     facts.forgetAfterDays = this.options.forgetAfterDays;
     if (news.agent !== undefined) facts.agent = news.agent;
     if (news.lag !== undefined) facts.lag = news.lag;
-    if (news.through !== undefined) {
+    // In a folder that was lost, it was noted before the sender hears what is missing here.
+    const isStale = this.#isNew && names.some((name) => !this.stream(name));
+    if (news.through !== undefined && !isStale) {
       facts.through = Math.min(now, Math.max(news.through, facts.through ?? 0));
       for (const streams of [this.ledger.streams, this.#streams])
         for (const stream of streams.values()) delete stream.again; // all that there was is shipped
@@ -546,6 +551,7 @@ export class Sender implements Place {
   async streams(names: string[] | undefined): Promise<StreamStatus[]> {
     await this.turn(() => this.#settle());
     if (this.broken !== undefined) throw storeError(this.broken);
+    this.#isNew = false; // the sender hears now what is here
     const waiting = this.#waiting();
     const told: StreamStatus[] = [];
     for (const name of names ?? this.ledger.streams.keys()) {
@@ -698,10 +704,10 @@ export class Sender implements Place {
   }
 
   /** Once a day: what is too old to be asked for is forgotten; names stay unsure. */
-  async tidy(): Promise<void> {
+  async prune(): Promise<void> {
     const now = this.options.now();
-    if (Math.abs(now - this.#tidiedAt) < DAY) return;
-    this.#tidiedAt = now;
+    if (Math.abs(now - this.#prunedAt) < DAY) return;
+    this.#prunedAt = now;
     const { ledger, options } = this;
     ledger.facts.forgetAfterDays = options.forgetAfterDays;
     const oldest = now - options.forgetAfterDays * DAY;
@@ -774,6 +780,11 @@ function compare(chunk: Chunk, known: StreamRecord | undefined): "take" | "ahead
 
 function windowOf({ window, windowEnd = 0 }: StreamRecord): Window | undefined {
   return window === undefined ? undefined : { name: window, endsAt: windowEnd, zone: 0 };
+}
+
+/** Whether nothing was ever heard of a host in this folder. */
+function isUnheard({ facts, streams, used }: Ledger): boolean {
+  return facts.shippers === undefined && streams.size === 0 && used.size === 0;
 }
 
 /** What a fault of the disk is answered with. */

@@ -9,7 +9,6 @@ import { join } from "node:path";
 import { dashedHost, LEDGER, listHosts, parseBatchName } from "../batch.ts";
 import type { SenderNews, StreamStatus } from "../chunk.ts";
 import { exists, holdLock, makeFolder, removeDurably, writeDurably } from "../durable.ts";
-import { parseHost } from "../host.ts";
 import { formatRecord, type Ledger, readLedger, snapshot } from "../ledger.ts";
 import { NameLocks } from "../runtime.ts";
 import { createFaultLog, errorMessage, type FaultLog, OperatorError } from "../service.ts";
@@ -29,8 +28,11 @@ const TOLD_FROM = 0.8;
 const CHECKPOINT_MS = { min: 2_000, max: 120_000, perSender: 20 };
 /** Senders that background work is done for at once. */
 const SENDERS_AT_ONCE = 4;
-/** Below so much room nothing is taken. */
-const MIN_FREE_BYTES = 1_048_576;
+/**
+ * Room that no chunk may take, of a small disk a part of it: ledgers, the sealing and the forwarder's notes need some, or a
+ * full disk could never be emptied by delivering what lies on it.
+ */
+const RESERVE = { bytes: 64 * 1_048_576, share: 1 / 32 };
 
 export type { Outcome } from "./sender.ts";
 export { StoreError } from "./sender.ts";
@@ -55,6 +57,10 @@ export class Store {
   /** Of senders that were let go: up to which record they are safe. */
   readonly #gone = new Map<string, number>();
   #aheadBytes = 0;
+  /** Of chunks that are not in their parts yet. */
+  #bytesInHand = 0;
+  /** Of a chunk that had no room, until one has. */
+  #refusedBytes = 0;
   #newNames = { minute: 0, count: 0 };
 
   constructor(options: Options) {
@@ -79,8 +85,8 @@ export class Store {
     });
     for (const host of await listHosts(this.#options.dir)) {
       const folder = join(this.#options.dir, host);
-      const names = await readdir(folder).catch(() => [] as string[]); // not ours: lost+found
-      if (parseHost(host) !== host || !names.some((name) => name.startsWith(LEDGER))) continue;
+      const names = await readdir(folder).catch(() => [] as string[]); // closed to us: no host's
+      if (!names.some((name) => name.startsWith(LEDGER))) continue;
       if (isCopy(host, await readLedger(folder))) {
         this.#options.log.warn("folder left alone: its ledger is of another host", { folder });
         continue;
@@ -105,8 +111,12 @@ export class Store {
 
   /** Takes a chunk and gives its outcome once that is on stable storage. Throws a StoreError. */
   async commit(chunk: Chunk): Promise<Outcome> {
-    const { host } = chunk;
+    const { host, body, encoded = { bytes: body } } = chunk;
+    const size = body.length + encoded.bytes.length; // in the journal and in its part
+    this.#bytesInHand += size;
     try {
+      this.#refusedBytes = body.length > 0 && this.#isFull() ? size : 0;
+      if (this.#refusedBytes > 0) throw new StoreError(507, "the disk is full");
       const sender = this.senders.get(host) ?? (await this.#open(host));
       if (this.#journal.fault !== undefined) await this.#repair();
       const outcome = await this.#take(sender, chunk);
@@ -116,6 +126,8 @@ export class Store {
       const cause = (error as Error).cause ?? error;
       this.#faults.failed(host, "chunk not stored", { host, error: errorMessage(cause) });
       throw storeError(error);
+    } finally {
+      this.#bytesInHand -= size;
     }
   }
 
@@ -147,7 +159,7 @@ export class Store {
   ): Promise<StreamStatus[]> {
     try {
       const sender = this.senders.get(host) ?? (await this.#open(host));
-      sender.hear(news, peer, names !== undefined && names.length > 0);
+      sender.hear(news, peer, names ?? []);
       return await sender.streams(names);
     } catch (error) {
       throw storeError(error);
@@ -161,13 +173,24 @@ export class Store {
     const broken = [...this.senders.values()].find((sender) => sender.broken !== undefined);
     if (broken) return `${broken.folder}: ${errorMessage(broken.broken)}`;
     try {
-      const { bavail, bsize, blocks, ffree, files } = statfsSync(this.#options.dir);
-      if (blocks > 0 && bavail * bsize < MIN_FREE_BYTES) return "the disk is full";
-      if (files > 0 && ffree === 0) return "the disk has no inodes left";
+      const disk = statfsSync(this.#options.dir);
+      if (disk.files > 0 && disk.ffree === 0) return "the disk has no inodes left";
+      const free = disk.bavail * disk.bsize - this.#refusedBytes;
+      return disk.blocks > 0 && free < reserveOf(disk) ? "the disk is full" : undefined;
     } catch (error) {
       return errorMessage(error);
     }
-    return undefined;
+  }
+
+  /** Whether all that is in hand would leave less than the reserve. One that tells of no room at all is tried. */
+  #isFull(): boolean {
+    try {
+      const disk = statfsSync(this.#options.dir);
+      const free = disk.bavail * disk.bsize;
+      return free > 0 && free - this.#bytesInHand < reserveOf(disk);
+    } catch {
+      return false; // the write says what is wrong
+    }
   }
 
   /** Who takes most of the room that there is for hosts, told from 80 % on. */
@@ -312,7 +335,7 @@ export class Store {
       const sealed = due.length > 0 ? await sender.seal(due) : [];
       for (const { name, lines, bytes } of sealed)
         this.#options.log.info("batch sealed", { batch: name, lines, bytes });
-      await sender.tidy();
+      await sender.prune();
       this.#faults.recovered(`seal ${host}`, "batches are sealed again", { host });
       return sealed.map(({ name }) => name);
     } catch (error) {
@@ -379,6 +402,10 @@ export class Store {
     if (isEmpty && lock)
       await removeDurably(journalLock(this.#options.dir, this.#journal.id)).catch(() => {});
   }
+}
+
+function reserveOf({ blocks, bsize }: { blocks: number; bsize: number }): number {
+  return Math.min(RESERVE.bytes, blocks * bsize * RESERVE.share);
 }
 
 /** Whether a ledger speaks of batches, and of none that this host would have: a copy made by hand. */

@@ -114,8 +114,8 @@ export interface Stream extends StreamState {
   retryAt?: number;
   /** Up to this size its bytes were checked to be the ones of this stream. */
   checkedSize: number;
-  /** Size up to which there is no further whole line. */
-  drainedAt?: number;
+  /** From this offset on there is no further whole line up to that size. */
+  drained?: { from: number; to: number };
   /** When it last grew. */
   grewAt: number;
   /** False until the name that was drawn is on stable storage. */
@@ -191,7 +191,7 @@ function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string
 /** What the cursor keeps of a stream. */
 export function toState(full: Stream): StreamState {
   const { file, isLive, isBusy, phaseAt, endedAs, retryAt, ...rest } = full;
-  const { checkedSize, drainedAt, grewAt, isNamed, wayBack, ...state } = rest;
+  const { checkedSize, drained, grewAt, isNamed, wayBack, ...state } = rest;
   return state;
 }
 

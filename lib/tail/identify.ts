@@ -34,7 +34,9 @@ export type Fit = { is: "all" } | { is: "behind"; at: number } | { is: "none" };
 export async function fitOf(file: LogFile, stream: Stream, isHeadKnown = false): Promise<Fit> {
   const { head, marks, offset } = stream;
   const hasHead = !head || isHeadKnown || (await holdsHead(file, head));
-  if (offset === 0 || marks.length === 0) return { is: hasHead ? "all" : "none" };
+  if (offset === 0) return { is: hasHead ? "all" : "none" };
+  // Version 1.0 kept no marks: the file has at least what was shipped of it.
+  if (marks.length === 0) return { is: hasHead && (await file.contentLength()) >= offset ? "all" : "none" };
   const newest = marks.at(-1) as Mark;
   if (hasHead && (await holds(file, newest))) return { is: "all" };
   for (const mark of marks.slice(0, -1).toReversed()) {
@@ -118,10 +120,14 @@ async function compareWithKnown(
   let best: { stream: Stream; common: number; fits: boolean } | undefined;
   for (const stream of known) {
     if (found.isLive && isPassedOver(stream)) continue;
-    const own = await LogFile.open(stream.path).catch(() => undefined);
-    if (!own) continue;
+    const own = await LogFile.open(stream.path).catch((error: NodeJS.ErrnoException) => error);
+    if (!(own instanceof LogFile)) {
+      if (own.code === "ENOENT") return { is: "busy" }; // gzip, whose archive this may be, has removed it since the look
+      continue;
+    }
     try {
-      const common = own.key === stream.key ? await commonLength(file, own, length) : 0;
+      if (own.key !== stream.key) return { is: "busy" }; // renamed since
+      const common = await commonLength(file, own, length);
       if (common <= (best?.common ?? 0)) continue;
       best = { stream, common, fits: common >= length || (await fitOf(file, stream)).is !== "none" };
     } finally {

@@ -71,7 +71,7 @@ export async function readPortion(
   if (!file.compression && (length === 0 || !isFull))
     stream.blank = used < end ? { from: used, to: stream.size } : undefined;
   if (length === 0) {
-    stream.drainedAt = end;
+    stream.drained = { from: offset, to: end };
     return undefined;
   }
   const mark = markBefore(view.subarray(0, guard + length), offset + length);

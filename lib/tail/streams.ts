@@ -483,17 +483,17 @@ export class Streams {
 
   /** A stream without a file is looked for in files that no rule knows as rotations, too: there its bytes are needed as proof. */
   async #findUnderOtherNames({ leftOut }: Survey): Promise<void> {
-    const homeless = this.list.filter(
+    const orphaned = this.list.filter(
       (stream) => !this.#hasHome(stream) && stream.offset >= MARK_BYTES && stream.marks.length > 0,
     );
-    for (const found of homeless.length > 0 ? leftOut : []) {
-      const tried = `${asSeen(found)} ${homeless.length}`;
+    for (const found of orphaned.length > 0 ? leftOut : []) {
+      const tried = `${asSeen(found)} ${orphaned.length}`;
       if (this.#ignored.has(tried) || this.list.some(({ key }) => key === found.key) || !found.isReadable)
         continue;
       const file = await this.#openFile(found);
       try {
         if (file?.key !== found.key) continue;
-        const what = await identify(file, found, homeless, () => false);
+        const what = await identify(file, found, orphaned, () => false);
         if (what.is === "stream") this.#settle(found, what);
         else this.#ignored.add(tried);
       } catch (error) {
@@ -543,6 +543,10 @@ export class Streams {
         what.stream.head.end = (await contentStart(file, true)) + length;
       }
       if (stream && !stream.head) stream.head = await readHead(file, await contentStart(file, stream.isCut));
+      if (stream && stream.offset > 0) {
+        const mark = await readMark(file, stream.offset); // it begins within the file: known by what stands before it
+        if (mark) stream.marks = [mark];
+      }
       return true;
     } catch (error) {
       if (!(error instanceof UnfinishedFile)) throw error;

@@ -3,27 +3,34 @@
  * the report where there are none; and what keeps it from being complete, in the digests' own words.
  */
 import { dashedHost, parseBatchName } from "../batch.ts";
-import { findMissing, formatHour, type HostsSeen, lookAtHosts, readList, readRecord } from "../digest.ts";
+import { findMissing, formatHour, type HostsSeen, observeHosts, readList, readRecord } from "../digest.ts";
 import { type ReportLine, readReportTail } from "../report.ts";
-import { UsageError } from "../service.ts";
+import { EXIT, HOUR, OperatorError } from "../service.ts";
 
-const HOUR_MS = 3_600_000;
 /** How much of the report's end tells of an hour without digests. */
 const REPORT_BYTES = 32 * 1024 * 1024;
 
 /** `2026-11-27T14` or `2026-11-27T14/2026-11-27T18` (the second one exclusive) as `yyMMddHH` each. */
 export function parseHours(span: string): string[] {
   const [from = "", to] = span.split("/").map((text) => {
-    const at = /^20\d\d-\d\d-\d\dT\d\d$/.test(text) ? Date.parse(`${text}:00Z`) : Number.NaN;
-    if (Number.isNaN(at))
-      throw new UsageError(`--hour ${span}: expected 2026-11-27T14 or 2026-11-27T14/2026-11-27T18`);
+    const [, day] = /^(20\d\d-\d\d-\d\d)T\d\d$/.exec(text) ?? [];
+    const at = Date.parse(`${text}:00Z`);
+    const isDay = day && new Date(Date.parse(day) || 0).toISOString().startsWith(day); // 30 February is no 2 March
+    if (!isDay || Number.isNaN(at))
+      throw new OperatorError(
+        `--hour ${span}: expected 2026-11-27T14 or 2026-11-27T14/2026-11-27T18`,
+        EXIT.usage,
+      );
     return at;
   });
   const first = Number(from);
-  const end = to ?? first + HOUR_MS;
-  if (end <= first || end - first > 31 * 24 * HOUR_MS)
-    throw new UsageError(`--hour ${span}: expected an end behind the beginning, 31 days at most`);
-  return Array.from({ length: (end - first) / HOUR_MS }, (_, i) => formatHour(first + i * HOUR_MS, 0));
+  const end = to ?? first + HOUR;
+  if (end <= first || end - first > 31 * 24 * HOUR)
+    throw new OperatorError(
+      `--hour ${span}: expected an end behind the beginning, 31 days at most`,
+      EXIT.usage,
+    );
+  return Array.from({ length: (end - first) / HOUR }, (_, i) => formatHour(first + i * HOUR, 0));
 }
 
 export interface MatrixRow {
@@ -45,7 +52,7 @@ export async function readHours(
   hours: string[],
   now: number,
 ): Promise<MatrixRow[]> {
-  const seen = await lookAtHosts(dir, now);
+  const seen = await observeHosts(dir, now);
   const sent = (await readReportTail(report, REPORT_BYTES)).filter(({ status }) => status === "Sent");
   const reported = Map.groupBy(sent, ({ batch }) => parseBatchName(batch)?.window.slice(0, 8) ?? "");
   const record = await readRecord(dir);

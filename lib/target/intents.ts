@@ -5,7 +5,7 @@
 import { join } from "node:path";
 import { z } from "zod";
 import { readReportTail } from "../report.ts";
-import { readState, writeState } from "../state.ts";
+import { readStateOrForget, writeState } from "../state.ts";
 
 const intentSchema = z.object({
   remote: z.string(),
@@ -34,11 +34,8 @@ export class Intents {
   static async load(dir: string, forgotten: (path: string, reason: string) => void): Promise<Intents> {
     const path = join(dir, ".forwarder-intents.json");
     const schema = z.object({ version: z.literal(1), intents: z.record(z.string(), intentSchema) });
-    const found = await readState(path, schema, 1);
-    if (found.state === "ok") return new Intents(path, found.value.intents);
-    if (found.state === "damaged") forgotten(path, found.reason);
-    if (found.state === "newer") forgotten(path, `it is of version ${found.version}`);
-    return new Intents(path, {});
+    const found = await readStateOrForget(path, schema, 1, forgotten);
+    return new Intents(path, found?.intents ?? {});
   }
 
   get(batch: string): Intent | undefined {

@@ -501,7 +501,7 @@ class SftpTarget implements Target {
       const [stats, , , named] = await Promise.all([early, noRoom(synced), noRoom(close), atOnce]);
       if (named?.size === bytes) return;
       // Some know a file only after CLOSE. What the open file said counts only where names are told to nobody.
-      const found = await this.look(written);
+      const found = await this.stat(written);
       const size = found?.bytes ?? (this.#isBlind ? stats?.size : undefined);
       if (size === bytes || (size === undefined && this.direct)) return; // direct: an importer may take it at once
       const seen =
@@ -636,7 +636,7 @@ class SftpTarget implements Target {
   #isBlind = false;
 
   /** A missing file is "denied" or a "failure" at some servers: it is there only if it can be opened or listed. */
-  async look(name: string): Promise<RemoteFile | undefined> {
+  async stat(name: string): Promise<RemoteFile | undefined> {
     const path = this.#path(name);
     const what = `look at "${path}"`;
     try {

@@ -10,7 +10,8 @@ import { rm, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { Readable } from "node:stream";
 import { createGzip } from "node:zlib";
-import { makeFolder, moveDurably, TEMP_SUFFIX, writeStream } from "../durable.ts";
+import { LEDGER } from "../batch.ts";
+import { exists, makeFolder, moveDurably, TEMP_SUFFIX, writeStream } from "../durable.ts";
 import type { FaultKind } from "../signs.ts";
 
 /**
@@ -32,7 +33,7 @@ export interface Target {
    */
   publish(name: string, bytes: number): Promise<void>;
   /** The file of this name, or undefined when there is none. */
-  look(name: string): Promise<RemoteFile | undefined>;
+  stat(name: string): Promise<RemoteFile | undefined>;
   /** The file's content, of which no more than `most` bytes are read. */
   read(name: string, most: number): AsyncIterable<Uint8Array>;
   /** Removes the file; one that is gone already is no error. */
@@ -72,6 +73,11 @@ export class Refusal extends Error {
 
 /** A folder, which is made when it is missing. Throws a TargetFault when it cannot be made. */
 export async function openFileTarget(folder: string, { direct = false } = {}): Promise<Target> {
+  if (await exists(join(folder, LEDGER)))
+    throw new TargetFault(
+      "local",
+      `"${folder}" is a sender's folder of the receiver: name another one in target`,
+    );
   await makeFolder(folder).catch((cause) => {
     throw new TargetFault("server", `Cannot create the folder "${folder}"`, { cause });
   });
@@ -83,7 +89,7 @@ export async function openFileTarget(folder: string, { direct = false } = {}): P
     publish: async (name) => {
       if (!direct) await wrapError(`rename to "${path(name)}"`, moveDurably(written(name), path(name)));
     },
-    look: (name) => wrapError(`look at "${path(name)}"`, lookAt(path(name))),
+    stat: (name) => wrapError(`look at "${path(name)}"`, statFile(path(name))),
     read: (name, most) => atMost(readChunks(path(name)), most),
     remove: (name) => wrapError(`remove "${path(name)}"`, rm(path(name), { force: true })),
     close: () => {},
@@ -96,7 +102,7 @@ async function writeWhole(path: string, chunks: AsyncIterable<Uint8Array>): Prom
     throw new Refusal(`Cannot upload "${path}": its size is ${size}, expected ${written}`);
 }
 
-async function lookAt(path: string): Promise<RemoteFile | undefined> {
+async function statFile(path: string): Promise<RemoteFile | undefined> {
   return stat(path).then(
     ({ size, mtimeMs }) => ({ bytes: size, modifiedAt: mtimeMs }),
     (error: NodeJS.ErrnoException) => {
