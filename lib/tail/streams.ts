@@ -206,7 +206,7 @@ export class Streams {
       if (there.has(path)) log.folder = folder;
     }
     if (this.found === "absent" && !this.asked && this.list.length === 0)
-      this.#since = allLogs(survey, now());
+      this.#since = new Map([...survey.logs.keys()].map((path) => [path, now()]));
 
     const unknown = await this.#locate(survey);
     const waiting = await this.#identifyAll(unknown, survey);
@@ -926,8 +926,4 @@ export function isAtEnd(stream: Stream): boolean {
 
 function asSeen({ key, size, mtimeMs }: FoundFile): string {
   return `${key} ${size} ${mtimeMs}`;
-}
-
-function allLogs({ logs }: Survey, at: number): Map<string, number> {
-  return new Map([...logs.keys()].map((path) => [path, at]));
 }
