@@ -1,11 +1,11 @@
 /**
- * The targets that the forwarder's tests run against: a folder, OpenSSH and ProFTPD. One suite for all of them.
+ * The targets that the forwarder's tests run against: a folder, OpenSSH, dropbear and ProFTPD. One suite for all of them.
  */
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { mkdir, readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type Config, sections } from "../lib/config.ts";
-import { PACKAGES, startProftpd, startSshd } from "./servers.ts";
+import { PACKAGES, startDropbear, startProftpd, startSshd } from "./servers.ts";
 import { missing, notRoot, tempFolder, writeConfig } from "./support.ts";
 
 /** A target that is up: what the config says of it, and its folder as this machine sees it. */
@@ -18,6 +18,10 @@ export interface Backend {
 export const BACKENDS: { name: string; skip: boolean; start: () => Promise<Backend> }[] = [
   { name: "file://", skip: false, start: startFolder },
   { name: "OpenSSH", skip: missing(PACKAGES.sshd) || notRoot(), start: () => startOpenSsh() },
+  {
+    ...{ name: "dropbear", skip: missing(PACKAGES.dropbear) || notRoot() },
+    start: () => startDropbearBackend("privateKey"),
+  },
   { name: "ProFTPD", skip: missing(PACKAGES.proftpd) || notRoot(), start: startProftpdBackend },
 ];
 
@@ -33,6 +37,17 @@ export async function startOpenSsh(settings: string[] = []): Promise<Backend> {
     settings: ["MaxSessions 1", ...settings],
   });
   return { folder, settings: { target, privateKey: { file: privateKey }, hostKey } };
+}
+
+/** dropbear, with a login by key or by password. */
+export async function startDropbearBackend(login: "privateKey" | "password"): Promise<Backend> {
+  const { target, folder, password, privateKey, hostKey } = await startDropbear();
+  const file = join(await tempFolder(), "password");
+  writeFileSync(file, `${password}\n`, { mode: 0o600 });
+  return {
+    folder,
+    settings: { target, hostKey, [login]: { file: login === "password" ? file : privateKey } },
+  };
 }
 
 async function startProftpdBackend(): Promise<Backend> {

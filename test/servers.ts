@@ -27,6 +27,10 @@ export const PACKAGES = {
   nginx: { nginx: "nginx-light" },
   logrotate: { logrotate: "logrotate" },
   sshd: { sshd: "openssh-server", "ssh-keygen": "openssh-client", useradd: "passwd" },
+  dropbear: {
+    ...{ dropbear: "dropbear-bin", dropbearkey: "dropbear-bin", "sftp-server": "openssh-sftp-server" },
+    ...{ "ssh-keygen": "openssh-client", useradd: "passwd", openssl: "openssl" },
+  },
   proftpd: { proftpd: "proftpd-core proftpd-mod-crypto", "ssh-keygen": "openssh-client", openssl: "openssl" },
 };
 
@@ -167,12 +171,8 @@ export interface Sshd {
  */
 export async function startSshd({ settings = [] as string[] } = {}): Promise<Sshd> {
   const port = await freePort();
-  removeStale();
-  const user = `lrs-${process.pid}-${port}`;
-  execFileSync(program("useradd"), ["--system", "--no-create-home", "--shell", "/usr/sbin/nologin", user]);
-  onCleanup(() => execFileSync(program("userdel"), [user]));
   // "*" is no password; useradd's "!" would lock the account for keys, too
-  execFileSync(program("usermod"), ["--password", "*", user]);
+  const { user, uid, gid } = addAccount(port, ["--shell", "/usr/sbin/nologin", "--password", "*"]);
   // sshd wants every folder above the chroot to be root's alone: /tmp is not.
   mkdirSync("/run/sshd", { recursive: true, mode: 0o755 });
   const root = mkdtempSync(`/run/log-rt-sync-sshd-${process.pid}-`);
@@ -180,7 +180,6 @@ export async function startSshd({ settings = [] as string[] } = {}): Promise<Ssh
   chmodSync(root, 0o755);
   const folder = join(root, "chroot", "upload");
   mkdirSync(folder, { recursive: true });
-  const [uid = 0, gid = 0] = ["-u", "-g"].map((flag) => Number(execFileSync("id", [flag, user])));
   chownSync(folder, uid, gid);
 
   const keys = await tempFolder();
@@ -230,6 +229,16 @@ AllowTcpForwarding no
   return sshd;
 }
 
+/** An account of this machine for the tests of this process, removed behind them. */
+function addAccount(port: number, options: string[]): { user: string; uid: number; gid: number } {
+  removeStale();
+  const user = `lrs-${process.pid}-${port}`;
+  execFileSync(program("useradd"), ["--system", "--no-create-home", ...options, user]);
+  onCleanup(() => execFileSync(program("userdel"), [user]));
+  const [uid = 0, gid = 0] = ["-u", "-g"].map((flag) => Number(execFileSync("id", [flag, user])));
+  return { user, uid, gid };
+}
+
 /** Small file systems that a test mounted to run out of room. */
 function unmountUnder(path: string): void {
   for (const line of readFileSync("/proc/self/mounts", "utf8").split("\n")) {
@@ -246,11 +255,47 @@ function removeStale(): void {
     if (isOver(pid)) execFileSync(program("userdel"), [user]);
   }
   for (const name of readdirSync("/run")) {
-    const pid = /^log-rt-sync-(?:sshd|proftpd)-(\d+)-/.exec(name)?.[1];
+    const pid = /^log-rt-sync-(?:sshd|dropbear|proftpd)-(\d+)-/.exec(name)?.[1];
     if (!isOver(pid)) continue;
     unmountUnder(join("/run", name));
     rmSync(join("/run", name), { recursive: true, force: true });
   }
+}
+
+// ---- dropbear
+
+/** Starts dropbear with an account that has a key and a password; `target` is a folder in its home. Needs root. */
+export async function startDropbear(): Promise<Proftpd & { privateKey: string }> {
+  const port = await freePort();
+  const root = mkdtempSync(`/run/log-rt-sync-dropbear-${process.pid}-`);
+  onCleanup(() => rmSync(root, { recursive: true, force: true }));
+  chmodSync(root, 0o755);
+  const [home, folder, password] = [join(root, "home"), join(root, "home", "upload"), `pass-${port}`];
+  const hash = execFileSync(program("openssl"), ["passwd", "-6", password]).toString().trim();
+  const { user, uid, gid } = addAccount(port, ["--home-dir", home, "--shell", "/bin/sh", "--password", hash]);
+  const privateKey = join(await tempFolder(), "client");
+  execFileSync(program("ssh-keygen"), ["-q", "-t", "ed25519", "-N", "", "-f", privateKey]);
+  for (const each of [folder, join(home, ".ssh")]) mkdirSync(each, { recursive: true, mode: 0o755 });
+  writeFileSync(join(home, ".ssh", "authorized_keys"), readFileSync(`${privateKey}.pub`), { mode: 0o600 });
+  for (const each of [home, folder, join(home, ".ssh"), join(home, ".ssh", "authorized_keys")])
+    chownSync(each, uid, gid);
+  const key = join(root, "host");
+  const made = execFileSync(program("dropbearkey"), ["-t", "ed25519", "-f", key], {
+    stdio: "pipe",
+  }).toString();
+  const hostKey = /SHA256:\S+/.exec(made)?.[0] ?? "";
+  const flags = ["-F", "-E", "-r", key, "-p", `127.0.0.1:${port}`, "-P", join(root, "pid")];
+  const server = start(program("dropbear"), flags);
+  await until(`dropbear listens, but:\n${server.output}`, () => accepts(port));
+  return {
+    port,
+    user,
+    password,
+    privateKey,
+    hostKey,
+    folder,
+    target: `sftp://${user}@127.0.0.1:${port}${folder}`,
+  };
 }
 
 // ---- ProFTPD

@@ -11,8 +11,9 @@ import {
   TargetFault,
   Unreadable,
 } from "../lib/target/target.ts";
-import { BACKENDS, type Backend, takeAway } from "./backends.ts";
-import { tempFolder } from "./support.ts";
+import { BACKENDS, type Backend, startDropbearBackend, takeAway } from "./backends.ts";
+import { PACKAGES } from "./servers.ts";
+import { missing, notRoot, tempFolder } from "./support.ts";
 
 setDefaultTimeout(120_000);
 
@@ -162,3 +163,12 @@ async function collect(chunks: AsyncIterable<Uint8Array>): Promise<Buffer<ArrayB
 async function sizeOf(chunks: AsyncIterable<Uint8Array>): Promise<number> {
   return (await collect(chunks)).length;
 }
+
+test.skipIf(missing(PACKAGES.dropbear) || notRoot())("dropbear: a login by password", async () => {
+  const backend = await startDropbearBackend("password");
+  const target = await open(backend);
+  await target.upload("a.log", pieces(noise(100_000)));
+  await target.publish("a.log", 1);
+  expect(await readdir(backend.folder)).toEqual(["a.log"]);
+  await target.close();
+});
