@@ -55,7 +55,7 @@ const shipper = z.strictObject({
     .refine((text) => !/\/(upload|streams)\/?$/.test(text), "expected no path such as /upload behind it")
     .describe("The receiver: http://HOST:PORT or https://HOST:PORT"),
   host: host
-    .default(() => hostname().toLowerCase())
+    .prefault(() => hostname().toLowerCase())
     .describe("The name of this sender; default: the host name"),
   token: secret.optional().describe("Bearer token shown to the receiver"),
   ca: path

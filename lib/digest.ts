@@ -171,6 +171,7 @@ interface HostSeen {
   lost: number;
   /** Batches that are open or sealed, by hour. */
   waiting: Map<string, number>;
+  isDamaged?: boolean;
 }
 
 /** All hosts that are known, and the batches in failed/ by hour. The ledgers are read before the folders. */
@@ -188,14 +189,17 @@ export async function observeHosts(dir: string, now: number) {
       untimed = 0,
       gone = 0,
     } = ledger.facts;
-    if (now - ledger.heardAt > forgetAfterDays * DAY) continue;
+    const { isDamaged } = ledger;
+    if (now - ledger.heardAt > forgetAfterDays * DAY && !isDamaged) continue;
     // Twice: a listing may miss a file that is renamed meanwhile, but not in both.
     const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
     const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);
     const isOurs = (name: string) => parseBatchName(name)?.host === dashedHost(host);
-    if (names.size > 0 && ![...names].some(isOurs)) continue; // a copy of a host's folder, made by hand
+    const known = [...names, ...ledger.sealed.keys()]; // one batch that was put here by hand makes it no other's folder
+    if (known.length > 0 && !known.some(isOurs)) continue; // a copy of a host's folder, made by hand
     const lost = ledger.lost + gone;
-    hosts.push({ host, zone, through, contestedUntil, skipped, untimed, lost, waiting: countHours(names) });
+    const counts = { skipped, untimed, lost, waiting: countHours(names) };
+    hosts.push({ host, zone, through, contestedUntil, ...counts, ...(isDamaged && { isDamaged }) });
   }
   return { hosts, failed: countHours(await listBatches(folders(dir).failed, "sealed", "compressed")) };
 }
@@ -219,10 +223,11 @@ export function findMissing(
 ): Digest["missing"] {
   const missing: Digest["missing"] = [];
   const add = (host: string, reason: string) => missing.push({ host, reason });
-  for (const { host, zone, through, contestedUntil, waiting } of hosts) {
+  for (const { host, zone, through, contestedUntil, waiting, isDamaged } of hosts) {
     const { start, end } = hourSpan(hour, zone);
     const told = through === undefined ? undefined : Math.min(through, now);
-    if (told === undefined) add(host, "cannot say: its shipper does not tell how far it is");
+    if (isDamaged) add(host, "cannot say: its ledger is damaged");
+    else if (told === undefined) add(host, "cannot say: its shipper does not tell how far it is");
     else if (told <= end) add(host, `has told everything only up to ${new Date(told).toISOString()}`);
     if (contestedUntil > now) add(host, "two shippers speak under this name");
     if (lossAt(host) > start) add(host, `bytes were lost, told ${new Date(lossAt(host)).toISOString()}`);

@@ -143,6 +143,8 @@ export interface Ledger {
   journal?: JournalPosition;
   /** Lines that came in each of the last minutes, by minutes since the epoch. */
   minutes: Map<number, number>;
+  /** It stands on disk, and nothing of it can be read: that its sender has nothing must not be concluded. */
+  isDamaged?: boolean;
 }
 
 /** One commit: what it changes, as absolute values. */
@@ -263,6 +265,7 @@ export async function readLedger(hostFolder: string): Promise<Ledger | undefined
   const ledger = emptyLedger();
   const { records } = parseRecords(text);
   for (const record of records) applyRecord(ledger, record as LedgerRecord);
+  if (text !== "" && records.length === 0) ledger.isDamaged = true;
   if ((records[0] as LedgerRecord | undefined)?.v !== LEDGER_VERSION) await readOldNames(hostFolder, ledger);
   return ledger;
 }

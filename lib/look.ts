@@ -302,6 +302,7 @@ export function sortBySeverity(hosts: HostStatus[]): HostStatus[] {
 async function seeHost(look: Look, host: string, failed: number): Promise<HostStatus | undefined> {
   const folder = folders(look.dir).host(host);
   const known = look.ledgerOf?.(host) ?? (await (look.readLedger ?? readLedger)(folder));
+  if (known?.isDamaged) throw new Error(`${LEDGER} is damaged: a running receiver writes it anew`);
   const ledger = known ?? emptyLedger();
   const names = await listBatches(folder, "sealed", "open");
   if (!look.expected.has(host) && !isHostOf(host, names, known)) return undefined;

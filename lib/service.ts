@@ -67,11 +67,8 @@ export interface ScriptSpec<S extends Section> {
   flags?: Record<string, string>;
   /** Flags that need no config: each is given its value, and gives the exit code. */
   withoutConfig?: Record<string, (value: string) => Promise<number>>;
-  /**
-   * For `--check`: says to `service.checks` what only the running host can tell, or gives the faults of it; `connect`
-   * with `--connect`.
-   */
-  check?: (service: Service<S>, connect: boolean) => Promise<string[]> | Promise<void>;
+  /** For `--check`: says to `service.checks` what only the running host can tell; `connect` with `--connect`. */
+  check: (service: Service<S>, connect: boolean) => Promise<void>;
 }
 
 const COMMON_FLAGS: Record<string, string> = {
@@ -282,8 +279,7 @@ async function lookAround<S extends Section>(spec: ScriptSpec<S>, service: Servi
     for (const fault of faults) checks.fault(fault, EXIT.failed);
     if (faults.length === 0) checks.ok(`${spec.name}.${key}: a secret that can be read`);
   }
-  const faults = (await spec.check?.(service, flags.connect === true)) ?? [];
-  for (const fault of faults) checks.fault(fault, EXIT.failed);
+  await spec.check(service, flags.connect === true);
 }
 
 /** Whoever only asks (`--status` and the like) is spared of what the running script has told. */

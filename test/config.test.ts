@@ -1,4 +1,5 @@
 import { describe, expect, test } from "bun:test";
+import { spawnSync } from "node:child_process";
 import { readFileSync } from "node:fs";
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -16,7 +17,7 @@ import {
 } from "../lib/config.ts";
 import { explainJson } from "../lib/explain.ts";
 import { listOptions, PARTS, partOf } from "./reference.ts";
-import { ROOT, tempFolder } from "./support.ts";
+import { missing, notRoot, ROOT, tempFolder } from "./support.ts";
 
 const EXAMPLE = readFileSync(join(ROOT, "config.example.json"), "utf8");
 const SECTIONS = Object.keys(sections) as Section[];
@@ -42,6 +43,19 @@ function faultsOf(section: Section, change: object, outside: object = {}): strin
     return error.message.split("\n");
   }
 }
+
+test.skipIf(notRoot() || missing({ unshare: "util-linux" }))(
+  "a host whose own name is none that a receiver takes has to be given one",
+  async () => {
+    const path = join(await tempFolder(), "config.json");
+    await writeFile(path, JSON.stringify({ shipper: LEAST.shipper }));
+    const command = 'echo sent >/proc/sys/kernel/hostname && exec "$0" run shipper.ts --check --config "$1"';
+    const args = ["-u", "sh", "-c", command, process.execPath, path];
+    const { status, stdout } = spawnSync("unshare", args, { cwd: ROOT, encoding: "utf8" });
+    expect(stdout).toContain("shipper.host: expected an IP address or a host name");
+    expect(status).toBe(78);
+  },
+);
 
 describe("config.example.json", () => {
   test("is valid for every script, and names its schema first", () => {

@@ -295,3 +295,30 @@ test.each([
     expect(hosts.map(({ host }) => host)).toEqual(waited ? [HOST] : []);
   },
 );
+
+test("a sender whose ledger is damaged keeps the hour from being complete", async () => {
+  const dir = await tempFolder();
+  await mkdir(join(dir, HOST));
+  for (const text of ["no record\n", "\0".repeat(100)]) {
+    await writeFile(join(dir, HOST, ".ledger"), text);
+    const missing = findMissing(await observeHosts(dir, SIX), "26112205", SIX);
+    expect(missing).toEqual([{ host: HOST, reason: "cannot say: its ledger is damaged" }]);
+  }
+});
+
+test("a batch of another sender that was put into a folder by hand waits there; a copied folder is nobody's", async () => {
+  const dir = await tempFolder();
+  const other = "accessLog_26112206_00-19_10-0-0-2.log";
+  const own = { name: batchName("26112205"), bytes: 1, lines: 1, at: SIX };
+  for (const [host, name] of [
+    [HOST, other],
+    ["10.0.0.3", own.name],
+  ] as const) {
+    await mkdir(join(dir, host));
+    const record = { v: LEDGER_VERSION, heardAt: SIX, facts: { through: SIX }, sealed: { [own.name]: own } };
+    await writeFile(join(dir, host, ".ledger"), formatRecord(record));
+    await writeFile(join(dir, host, name), "a line\n");
+  }
+  const { hosts } = await observeHosts(dir, SIX);
+  expect(hosts.map(({ host, waiting }) => [host, [...waiting]])).toEqual([[HOST, [["26112206", 1]]]]);
+});

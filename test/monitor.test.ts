@@ -372,14 +372,16 @@ test("one file that can't be read is told, and a dead sender all the same", asyn
   const { dir, config, received } = await setUp();
   await writeLedger(dir, "10.0.0.1", heard(NOON));
   await writeLedger(dir, "10.0.0.2", heard(NOON));
+  await writeLedger(dir, "10.0.0.3", heard(NOON));
   await runAt(config, NOON);
   await writeFile(forwarderStatePath(dir), "{");
+  await writeFile(join(dir, "10.0.0.3", ".ledger"), "\0\0\0");
   await writeFile(join(dir, "failed"), "no folder");
   await rm(join(dir, "10.0.0.2", ".ledger"));
   await mkdir(join(dir, "10.0.0.2", ".ledger"));
   await runAt(config, NOON + 6 * MINUTE);
   const [mail] = await received();
-  expect(mail?.subject).toBe(`3 files or folders can't be read; 10.0.0.1 silent since ${clock(NOON)}`);
+  expect(mail?.subject).toBe(`4 files or folders can't be read; 10.0.0.1 silent since ${clock(NOON)}`);
   expect(mail?.text).toContain(forwarderStatePath(dir));
 });
 

@@ -203,6 +203,46 @@ describe("a file that was read to its end", () => {
   });
 });
 
+describe("a copy that has a part of a log only", () => {
+  for (const pack of ["plain", "gzip"]) {
+    test(`${pack}: once the log is cut, it goes on in the copy that has all of it`, async () => {
+      const stub = startStub();
+      const sender = await createSender(stub.url);
+      const copy = (number: number) => {
+        copyFileSync(sender.live, `${sender.live}.${number}`);
+        if (pack === "gzip") execFileSync("gzip", [`${sender.live}.${number}`]);
+      };
+      const shipper = startShipper(sender);
+      sender.write(lines("a", 1, 100));
+      await arrives(stub, "a", 100);
+      copy(2);
+      await shipper.says("file is a copy of a known one");
+      sender.write(lines("a", 101, 200));
+      await arrives(stub, "a", 200);
+      copy(1);
+      truncateSync(sender.live, 0);
+      sender.write(lines("b", 1, 30));
+      await arrives(stub, "b", 30);
+      await until("the copy is known", () => /copy of a known one path=\S+\.1\b/.test(shipper.output));
+      await shipper.stop();
+      const output = shipper.output + (await sender.once());
+      expects(stub, { a: 200, b: 30 });
+      expect(output).not.toContain("a new stream begins");
+    });
+  }
+
+  test("does not stand for a log that is seen for the first time, as old rotations are not shipped", async () => {
+    const stub = startStub();
+    const sender = await createSender(stub.url);
+    sender.write(lines("a", 1, 100));
+    copyFileSync(sender.live, `${sender.live}.1`);
+    await sender.once();
+    sender.write(lines("a", 101, 150));
+    await sender.once();
+    expects(stub, { a: 150 });
+  });
+});
+
 test("an archive whose original is removed between the look and the comparison is judged by the next look", async () => {
   const path = join(await tempFolder(), "access.log.1");
   writeFileSync(path, lines("a", 1, 40));

@@ -338,4 +338,22 @@ describe("a preallocated file that is filled in place", () => {
     await sender.once();
     expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 200), b: lines("b", 1, 10) });
   });
+
+  test.each(["running", "stopped"])(
+    "%s: the room behind its last line is cut off, and not lost",
+    async (when) => {
+      const { stub, sender } = await createHost();
+      const text = lines("a", 1, 100);
+      writeFileSync(sender.live, Buffer.concat([Buffer.from(text), Buffer.alloc(100_000)]));
+      let output = await sender.once();
+      const shipper = when === "running" ? startShipper(sender) : undefined;
+      truncateSync(sender.live, text.length);
+      sender.write(lines("a", 101, 120));
+      if (shipper) await arrives(stub, "a", 120);
+      await shipper?.stop();
+      output += (shipper?.output ?? "") + (await sender.once());
+      expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 120) });
+      expect(output).not.toContain("bytes lost");
+    },
+  );
 });

@@ -97,6 +97,25 @@ describe("something else answers 200", () => {
     expect(stub.text()).toBe(lines("a", 1, 30));
   });
 
+  test("an answer about streams that were not asked for says nothing of those that were", async () => {
+    const stub = startStub();
+    const sender = await createSender(stub.url, { heartbeatSeconds: 0.3 });
+    sender.write(lines("a", 1, 10));
+    const shipper = startShipper(sender);
+    await arrives(stub, "a", 10);
+    const foreign = [{ host: sender.host, streams: [{ stream: "A".repeat(22), offset: 5 }] }];
+    stub.script = ({ method }) => {
+      const body = method === "streams" ? foreign.pop() : undefined;
+      return body && Response.json(body, { headers: { "Cache-Control": "no-store" } });
+    };
+    await shipper.says("receiver does not take chunks");
+    sender.write(lines("a", 11, 30));
+    await arrives(stub, "a", 30);
+    await shipper.stop();
+    expect(shipper.output).not.toContain("has lost lines");
+    expect(stub.text()).toBe(lines("a", 1, 30));
+  });
+
   test("also before the first answer: nothing is taken for an empty receiver", async () => {
     const stub = startStub();
     const sender = await createSender(stub.url);

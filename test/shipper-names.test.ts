@@ -3,6 +3,7 @@
  * to them. Each time with files that are there before the first start, that come while it is stopped, and that go on.
  */
 import { afterEach, describe, expect, test } from "bun:test";
+import { execFileSync } from "node:child_process";
 import {
   appendFileSync,
   chmodSync,
@@ -13,6 +14,7 @@ import {
   readFileSync,
   renameSync,
   rmSync,
+  statSync,
   symlinkSync,
   truncateSync,
   unlinkSync,
@@ -29,7 +31,7 @@ import {
   startStub,
   startWrapped,
 } from "./pipeline.ts";
-import { missing, notRoot, type Running, start, until } from "./support.ts";
+import { missing, notRoot, onCleanup, type Running, start, tempFolder, until } from "./support.ts";
 
 const running: Running[] = [];
 afterEach(async () => {
@@ -511,3 +513,45 @@ test("a log that is the shipper's own output does not feed itself", async () => 
   expect(text.split("\n").length).toBeLessThan(20);
   expect(text.startsWith(host.stub.text())).toBe(true);
 });
+
+/** Logs of one inode and time of birth, on two file systems. */
+async function createTwins(): Promise<[string, string]> {
+  const disks: string[] = [];
+  for (let n = 0; n < 2; n++) {
+    const disk = await tempFolder();
+    execFileSync("mount", ["-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]);
+    onCleanup(() => start("umount", ["-l", disk]).ended);
+    disks.push(disk);
+  }
+  for (let n = 0; n < 1000; n++) {
+    const twins = disks.map((disk) => join(disk, `${n}.log`));
+    for (const twin of twins) writeFileSync(twin, "");
+    const [one, other] = twins.map((twin) => statSync(twin, { bigint: true }));
+    const isSame = one?.ino === other?.ino && one?.birthtimeMs === other?.birthtimeMs;
+    if (isSame) return twins as [string, string];
+  }
+  throw new Error("no two files of one inode and millisecond");
+}
+
+test.skipIf(notRoot())(
+  "two file systems have a file of the same inode and time of birth: two logs",
+  async () => {
+    const [one, other] = await createTwins();
+    const host = await createHost(["access.log"], { files: [one, other] });
+    const { sender } = host;
+    appendFileSync(one, lines("a", 1, 10));
+    appendFileSync(other, lines("b", 1, 10));
+    await sender.once();
+    appendFileSync(other, lines("b", 11, 40));
+    await sender.once();
+    appendFileSync(one, lines("a", 11, 40));
+    renameSync(one, `${one}.1`);
+    appendFileSync(one, lines("c", 1, 40));
+    await sender.once();
+    host.expects({ a: 40, b: 40, c: 40 });
+    unlinkSync(`${one}.1`);
+    appendFileSync(other, lines("b", 41, 80));
+    await sender.once();
+    host.expects({ a: 40, b: 80, c: 40 });
+  },
+);

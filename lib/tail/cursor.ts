@@ -12,7 +12,7 @@ import { z } from "zod";
 import { writeDurably } from "../durable.ts";
 import { OperatorError } from "../service.ts";
 import { readState, writeState } from "../state.ts";
-import type { LogFile } from "./file.ts";
+import { keepKey, type LogFile } from "./file.ts";
 
 const mark = z.object({ end: z.number(), length: z.number(), hash: z.string() });
 
@@ -54,6 +54,8 @@ const stream = z.object({
   /** What was seen of it: what is lost when it vanishes. Bytes of the log, not on disk. */
   size: z.number(),
   mtimeMs: z.number().default(0),
+  /** Up to a size of `to`, there was nothing but NULs from here on: room that nobody has written to. */
+  blank: z.object({ from: z.number(), to: z.number() }).optional(),
   /** It began after the same file was cut: a hole of NULs may stand at its head. */
   isCut: z.boolean().optional(),
   phase,
@@ -159,7 +161,10 @@ async function readOne(path: string): Promise<Read> {
   if (found.state === "newer")
     throw new OperatorError(`"${path}" is of a later version (${found.version}) than this program`);
   if (found.state !== "ok") return found.state;
-  return found.value.version === 2 ? { cursor: found.value } : takeOver(found.value, drawName());
+  if (found.value.version === 1) return takeOver(found.value, drawName());
+  for (const { key, copies } of found.value.streams)
+    for (const each of [{ key }, ...copies]) keepKey(each.key);
+  return { cursor: found.value };
 }
 
 /** A cursor of version 1.0: what was shipped counts as delivered until the receiver says otherwise. */

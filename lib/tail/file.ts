@@ -5,7 +5,7 @@
  * renaming, copying and compressing, and tell when an inode was used again or a file was cut and has grown past the old
  * offset. Everything is read from the open handle, never from the path.
  */
-import { constants } from "node:fs";
+import { type BigIntStats, constants } from "node:fs";
 import { type FileHandle, open } from "node:fs/promises";
 import { join } from "node:path";
 import { Readable } from "node:stream";
@@ -32,9 +32,21 @@ export type Compression = "gzip" | "zstd";
 /** A compressed file that ends in the middle: it is still being written, or damaged. */
 export class UnfinishedFile extends Error {}
 
-/** Inode and time of birth of a file, from its (bigint) stat; Deno knows the birth to the millisecond only. */
-export function fileKey(stat: { ino: bigint; birthtimeMs: bigint }): string {
-  return `${stat.ino}:${stat.birthtimeMs}`;
+/** Keys with a device in them. */
+const apart = new Set<string>();
+
+/**
+ * Inode and time of birth of a file, from its (bigint) stat; Deno knows the birth to the millisecond only, some file systems
+ * know none. Devices are numbered anew at each start of a host: a file's is in its key only where two would have the same.
+ */
+export function fileKey({ ino, birthtimeMs, dev }: BigIntStats): string {
+  const key = `${ino}:${birthtimeMs}`;
+  return apart.has(`${key}:${dev}`) ? `${key}:${dev}` : key;
+}
+
+/** From now on the file has this key, when that is one with a device. */
+export function keepKey(key: string): void {
+  if (key.split(":").length > 2) apart.add(key);
 }
 
 const rawPaths = new Map<string, Buffer>();

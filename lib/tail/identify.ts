@@ -119,6 +119,7 @@ async function compareWithKnown(
 ): Promise<Identity> {
   let best: { stream: Stream; common: number; fits: boolean } | undefined;
   for (const stream of known) {
+    if (found.isLive && isPassedOver(stream)) continue;
     const own = await LogFile.open(stream.path).catch((error: NodeJS.ErrnoException) => error);
     if (!(own instanceof LogFile)) {
       if (own.code === "ENOENT") return { is: "busy" }; // gzip, whose archive this may be, has removed it since the look
@@ -138,6 +139,11 @@ async function compareWithKnown(
   if (best.common >= length) return found.isLive ? { is: "new", at: 0 } : { is: "small" };
   if (!best.fits || best.common < MARK_BYTES) return { is: "new", at: 0 };
   return { is: "new", at: await endOfLines(file, best.common) };
+}
+
+/** A rotated file of before the first sight of its log is not shipped; a live one that has the same bytes is. */
+function isPassedOver({ id, phase }: Stream): boolean {
+  return id === undefined && phase.is === "ended";
 }
 
 /**

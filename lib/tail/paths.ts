@@ -10,7 +10,7 @@
 import { type FSWatcher, lstatSync, readdirSync, realpathSync, statSync, watch } from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import { errorMessage } from "../service.ts";
-import { fileKey, kindOf, nameOf, rawPath } from "./file.ts";
+import { fileKey, keepKey, kindOf, nameOf, rawPath } from "./file.ts";
 
 const COMPRESSED = /\.(gz|zst)$/;
 /** Compressions that can't be read here: such a file is told of, not shipped. */
@@ -22,6 +22,8 @@ const PLAIN_NUMBERS = 30;
 export interface FoundFile {
   path: string;
   key: string;
+  /** Number of its file system. */
+  dev: bigint;
   size: number;
   mtimeMs: number;
   /** The live path of the log that it belongs to by its name. */
@@ -52,6 +54,8 @@ export class Paths {
   readonly #numbered = new Set<string>();
   /** Folders that a look used: those to be watched. */
   readonly folders = new Set<string>();
+  /** Keys and devices of the files of the last look. */
+  #devices = new Map<string, bigint>();
 
   constructor(patterns: string[], olddir: string | undefined) {
     this.#patterns = patterns.map((pattern) => {
@@ -68,10 +72,16 @@ export class Paths {
     for (const path of this.livePaths(folders, before)) {
       survey.logs.set(path, { folder: folders.key(dirname(path)), isNamed: this.isNamed(path) });
     }
-    const keys = new Set<string>();
+    const keys = new Map<string, FoundFile>();
     const add = (file: FoundFile | undefined) => {
+      const twin = file && keys.get(file.key);
+      if (twin && twin.dev !== file.dev) {
+        keys.delete(twin.key);
+        this.#keepApart(twin, file);
+        keys.set(twin.key, twin);
+      }
       if (!file || keys.has(file.key)) return; // one inode is followed once, whatever its names
-      keys.add(file.key);
+      keys.set(file.key, file);
       survey.files.push(file);
     };
     const bases = new Map<string, Map<string, string>>();
@@ -104,7 +114,18 @@ export class Paths {
     rotated.sort((a, b) => a.mtimeMs - b.mtimeMs || compareAge(a.path, b.path));
     for (const file of rotated) add(file);
     for (const folder of folders.listed()) this.folders.add(folder);
+    this.#devices = new Map(survey.files.map(({ key, dev }) => [key, dev]));
     return survey;
+  }
+
+  /** Two file systems have a file of one key: the one that was there at the last look keeps it. */
+  #keepApart(one: FoundFile, other: FoundFile): void {
+    const { key } = one;
+    const first = this.#devices.get(key) ?? one.dev;
+    for (const file of [one, other]) {
+      if (file.dev !== first) file.key = `${key}:${file.dev}`;
+      keepKey(file.key);
+    }
   }
 
   /** Files that no name led to: where they were last seen, else (but for those that were `sought` before) under any name in the folders. */
@@ -358,7 +379,8 @@ export function lookAt(
     const place = !isPlain && (isLive || link?.isSymbolicLink()) ? realPath(path) : path;
     const mtimeMs = Number(found.mtimeNs) / 1e6;
     const isReadable = !UNREADABLE.test(path);
-    return { path: place, key: fileKey(found), size: Number(found.size), mtimeMs, log, isLive, isReadable };
+    const { dev, size } = found;
+    return { path: place, key: fileKey(found), dev, size: Number(size), mtimeMs, log, isLive, isReadable };
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== "ENOTDIR") faults.set(path, errorMessage(error));
     return undefined;

@@ -67,6 +67,9 @@ export async function readPortion(
   const bytes = view.subarray(guard);
   const length =
     wholeLines(bytes) || (isFull && !(await isBlank(stream, file, bytes, end)) ? bytes.length : 0); // a piece
+  const used = offset + Math.max(length, trimNuls(bytes).length);
+  if (!file.compression && (length === 0 || !isFull))
+    stream.blank = used < end ? { from: used, to: stream.size } : undefined;
   if (length === 0) {
     stream.drained = { from: offset, to: end };
     return undefined;

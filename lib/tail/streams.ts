@@ -206,7 +206,7 @@ export class Streams {
       if (there.has(path)) log.folder = folder;
     }
     if (this.found === "absent" && !this.asked && this.list.length === 0)
-      this.#since = allLogs(survey, now());
+      this.#since = new Map([...survey.logs.keys()].map((path) => [path, now()]));
 
     const unknown = await this.#locate(survey);
     const waiting = await this.#identifyAll(unknown, survey);
@@ -297,7 +297,8 @@ export class Streams {
     }
     const located = new Set<string>();
     const unknown: FoundFile[] = [];
-    for (const stream of this.list) stream.isLive = false;
+    const live = new Set(survey.files.flatMap(({ key, isLive }) => (isLive ? key : [])));
+    for (const stream of this.list) stream.isLive &&= live.has(stream.key); // others ship meanwhile
     for (const file of survey.files) {
       const owner = owners.get(file.key);
       if (owner) {
@@ -466,9 +467,16 @@ export class Streams {
     const seen = new Set(unknown.map(asSeen));
     for (const each of this.#unknown.keys()) if (!seen.has(each)) this.#unknown.delete(each);
     const inOrder = unknown.toSorted((a, b) => Number(a.isLive) - Number(b.isLive));
+    const parts: { file: FoundFile; at: number }[] = [];
     for (const file of inOrder) {
       if (this.#ignored.has(asSeen(file))) continue;
-      if (!(await this.#identifyOne(file))) waiting.add(file.log);
+      const told = await this.#identifyOne(file);
+      if (typeof told === "number") parts.push({ file, at: told });
+      else if (!told) waiting.add(file.log);
+    }
+    // What has only a part of a stream is where it goes on when no other file turns out to have all of it.
+    for (const { file } of parts.sort((a, b) => b.at - a.at)) {
+      if (waiting.has(file.log) || !(await this.#identifyOne(file, true))) waiting.add(file.log);
     }
     return waiting;
   }
@@ -496,8 +504,8 @@ export class Streams {
     }
   }
 
-  /** False when it can't be told yet what a file is. */
-  async #identifyOne(found: FoundFile): Promise<boolean> {
+  /** False when it can't be told yet what a file is; a number when it has a stream up to there only, and `isAll` is not said. */
+  async #identifyOne(found: FoundFile, isAll = false): Promise<boolean | number> {
     const { faults, mono, now } = this.context;
     const name = asSeen(found);
     const since = this.#since.get(found.log);
@@ -525,6 +533,7 @@ export class Streams {
         found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
       if (what.is === "copy" && isOwn) what = { is: "new", at: 0 }; // a path named in full is a log of its own
       if (what.is === "busy") return false;
+      if (what.is === "behind" && !isAll) return what.at;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
       if (what.is === "new" && !found.isLive) await file.contentLength(); // one that is still being compressed waits
       const isTold = what.is === "stream" && what.stream.key === "";
@@ -623,7 +632,7 @@ export class Streams {
   }
 
   /** Adds a stream for a file. */
-  #begin(found: FoundFile, offset: number, isQuiet = false): Stream {
+  #begin(found: Omit<FoundFile, "dev">, offset: number, isQuiet = false): Stream {
     const { path, key, size, mtimeMs, log, isLive } = found;
     const isPacked = compressionOf(path) !== undefined;
     const state: StreamState = {
@@ -684,8 +693,10 @@ export class Streams {
     this.isChanged = true;
   }
 
-  /** Counts bytes that can't be read any more. */
-  lose(bytes: number, { path, id }: Stream): void {
+  /** Counts bytes that can't be read any more, the last ones of what was seen; those that nobody has written are none. */
+  lose(gone: number, { path, id, size, blank }: Stream): void {
+    const bytes = gone - (blank?.to === size ? size - blank.from : 0);
+    if (bytes <= 0) return;
     this.lost += bytes;
     this.isMoved = true;
     this.context.log.error("bytes lost: they were gone before they could be read", {
@@ -915,8 +926,4 @@ export function isAtEnd(stream: Stream): boolean {
 
 function asSeen({ key, size, mtimeMs }: FoundFile): string {
   return `${key} ${size} ${mtimeMs}`;
-}
-
-function allLogs({ logs }: Survey, at: number): Map<string, number> {
-  return new Map([...logs.keys()].map((path) => [path, at]));
 }

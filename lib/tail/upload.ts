@@ -126,7 +126,7 @@ export class Uploader {
     const response = await this.#request(STREAMS_PATH, headers, body).catch(unanswered);
     const { status } = response;
     const text = await readText(response, status === 200 ? STREAMS_BYTES : ANSWER_BYTES).catch(unanswered);
-    const streams = status === 200 ? parseStreams(text, host) : undefined;
+    const streams = status === 200 ? parseStreams(text, host, names) : undefined;
     if (streams) return streams;
     const hint = status === 404 ? "update the receiver first: it is of version 1.0, or no receiver" : "";
     const own = firstWords(text) + (ADVICE[status] ?? "");
@@ -220,13 +220,15 @@ async function readText(response: Response, most: number): Promise<string> {
   return Buffer.concat(blocks).subarray(0, most).toString();
 }
 
-function parseStreams(text: string, host: string): StreamStatus[] | undefined {
+/** Undefined of what is no answer to the question: of another host, or about streams that were not asked for. */
+function parseStreams(text: string, host: string, names?: string[]): StreamStatus[] | undefined {
   try {
     const answer = JSON.parse(text) as { host?: unknown; streams?: unknown };
     if (parseHost(String(answer.host)) !== parseHost(host) || !Array.isArray(answer.streams))
       return undefined;
+    const asked = names && new Set(names);
     const isStatus = ({ stream, offset }: StreamStatus) =>
-      isStreamName(stream) && Number.isSafeInteger(offset);
+      (asked?.has(stream) ?? isStreamName(stream)) && Number.isSafeInteger(offset) && offset >= 0;
     return answer.streams.every(isStatus) ? answer.streams : undefined;
   } catch {
     return undefined;
