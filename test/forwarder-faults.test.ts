@@ -21,15 +21,17 @@ import {
   until,
 } from "./support.ts";
 
-setDefaultTimeout(120_000);
+setDefaultTimeout(process.env.FORWARD_RATE ? 600_000 : 120_000);
 
 /**
  * How rough it gets: so many batches, and a cut each so many ms, of which every fourth is a SIGKILL, too. With
  * `FORWARD_AWAY=1` the client's storage is away after every fourth cut, as a mount that is late. In full:
- * `FORWARD_BATCHES=300 FORWARD_CUT_MS=1000 FORWARD_AWAY=1 bun test --timeout 600000 test/forwarder-faults.test.ts -t "again and again"`
+ * `FORWARD_BATCHES=300 FORWARD_CUT_MS=1000 FORWARD_RATE=1500000 FORWARD_AWAY=1 bun test --timeout 600000 test/forwarder-faults.test.ts -t "again and again"`
  */
 const BATCHES = Number(process.env.FORWARD_BATCHES ?? 50);
 const CUT_MS = Number(process.env.FORWARD_CUT_MS ?? 300);
+/** Bytes a second that a connection takes: slow enough that cuts fall into uploads, renames and answers until the last batch. */
+const RATE = Number(process.env.FORWARD_RATE ?? Number.POSITIVE_INFINITY);
 const AWAY = process.env.FORWARD_AWAY === "1";
 
 const HOST = "10.10.21.181";
@@ -47,6 +49,7 @@ async function startLine(backend: Backend) {
     refusing: false,
     /** Milliseconds that an answer takes. */
     answerMs: 0,
+    bytesPerSecond: Number.POSITIVE_INFINITY,
     /** Bytes towards the server until the line is cut. */
     bytesLeft: Number.POSITIVE_INFINITY,
     cut: () => {
@@ -71,6 +74,9 @@ async function startLine(backend: Backend) {
       upstream.write(data.subarray(0, Math.max(0, Math.min(data.length, line.bytesLeft))));
       line.bytesLeft -= data.length;
       if (line.bytesLeft <= 0) line.cut();
+      if (line.bytesPerSecond === Number.POSITIVE_INFINITY) return;
+      client.pause();
+      setTimeout(() => client.resume(), (1000 * data.length) / line.bytesPerSecond);
     });
     upstream.on("data", (data) => {
       if (line.stalled) return;
@@ -101,6 +107,7 @@ describe.skipIf(skip)("a line that fails", () => {
       stalled: false,
       refusing: false,
       answerMs: 0,
+      bytesPerSecond: Number.POSITIVE_INFINITY,
       bytesLeft: Number.POSITIVE_INFINITY,
     });
     await takeAway(backend);
@@ -182,28 +189,38 @@ describe.skipIf(skip)("a line that fails", () => {
       for (const host of [HOST, "10.0.0.1"])
         content[site.seal(host, hour, lines(800 + hour))] = lines(800 + hour);
     }
-    line.answerMs = 15;
-    let kills = 0;
+    Object.assign(line, { answerMs: 15, bytesPerSecond: RATE });
+    let [cuts, kills, uploads] = [0, 0, 0];
     const away = `${backend.folder}.away`;
     let running = startScript("forwarder", site.configFile);
     const done = async () => (await site.list("sent")).length === Object.keys(content).length;
-    for (let i = 0; (i < 30 || kills < BATCHES / 30) && !(await done()); i++) {
+    const isEnough = () => RATE === Number.POSITIVE_INFINITY && cuts >= 30;
+    for (; !isEnough() && !(await done()); cuts++) {
       await new Promise((resolve) => setTimeout(resolve, CUT_MS)); // the cuts are the fault under test
+      if ((await readdir(backend.folder)).some((name) => name.endsWith(".tmp"))) uploads++;
       line.cut();
-      if (AWAY && i % 4 === 1) {
+      if (AWAY && cuts % 4 === 1) {
         renameSync(backend.folder, away);
         mkdirSync(backend.folder, { mode: 0o755 }); // the mount's own folder: root's, and empty
       } else if (existsSync(away)) {
         rmdirSync(backend.folder); // nothing was written to it
         renameSync(away, backend.folder);
       }
-      if (i % 4 !== 3) continue;
+      if (cuts % 4 !== 3 || (RATE < Number.POSITIVE_INFINITY && kills >= 10)) continue;
       kills++;
       await running.stop("SIGKILL");
       running = startScript("forwarder", site.configFile);
     }
-    line.answerMs = 0;
-    if (BATCHES > 50) process.stdout.write(`${(await site.list("sent")).length} delivered, ${kills} kills\n`);
+    const sent = (await site.list("sent")).length;
+    if (BATCHES > 50)
+      process.stdout.write(
+        `${sent} sent by ${cuts} cuts, ${uploads} of them in an upload, and ${kills} kills\n`,
+      );
+    Object.assign(line, { answerMs: 0, bytesPerSecond: Number.POSITIVE_INFINITY });
+    if (existsSync(away)) {
+      rmdirSync(backend.folder);
+      renameSync(away, backend.folder);
+    }
     await until("everything is delivered", done, 60_000);
     expect(await running.stop()).toBe(0);
     expect(await remoteFiles(backend)).toEqual(content);

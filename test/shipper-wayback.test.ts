@@ -466,6 +466,34 @@ test("a rotated file that was removed meanwhile: what was not delivered of it is
   expect(await shipper.stop()).toBe(0);
 });
 
+test("a shipper that was killed tells to the byte what a rotated file took along that was removed meanwhile", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, { ...QUICK, rotateWaitSeconds: 0.2 });
+  sender.write(lines("a", 1, 40));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  sender.rotate();
+  sender.write(lines("b", 1, 2));
+  await expectArrives(middle, sender);
+  await shipper.says("file is done");
+  const rotated = join(sender.logs, "access.log.1");
+  const { size } = statSync(rotated);
+  middle.delivered = 1234;
+  const cursor = () => readFileSync(join(sender.stateDir, "cursor.json"), "utf8");
+  await until("the cursor has what is delivered", () => cursor().includes('"delivered":1234'));
+  await shipper.stop("SIGKILL");
+  rmSync(rotated);
+  middle.wipe();
+  const again = sender.start();
+  await until("it is told to the receiver", () => middle.wire.lost > 0);
+  await again.says(`bytes=${size - 1234}`);
+  sender.write(lines("b", 3, 4));
+  await until("what is new goes on", () => middle.text === lines("b", 3, 4)); // the first two are at the client
+  await middle.heartbeats(3);
+  expect(middle.wire.lost).toBe(size - 1234);
+  expect(await again.stop()).toBe(0);
+});
+
 test("--delivered ends 0 when all of a file is at the client, also rotated and compressed, else 1 with the bytes", async () => {
   const middle = new Middle();
   const sender = await createSender(middle.url, QUICK);

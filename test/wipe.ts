@@ -36,6 +36,8 @@ const LOGS = [0, 1, 2, 0];
 const HEARTBEAT_SECONDS = 0.5;
 /** A heartbeat on a busy machine, and the way from the client's folder to the answer. */
 const SLACK_MS = 2_000;
+/** From the start of a shipper to its first look on a busy machine. */
+const START_MS = 20_000;
 const LINES_PER_SECOND = 150;
 const SETTLE_MS = 40_000;
 const run = promisify(execFile);
@@ -80,6 +82,8 @@ interface LogWriter {
   lives: Life[];
   next: number;
   lengths: number[];
+  /** When each line was written. */
+  times: number[];
   isRotating?: boolean;
 }
 
@@ -142,6 +146,7 @@ async function createWorld(seed: number): Promise<World> {
       lives: [{ from: 0, lines: 0, bytes: 0 }],
       next: 0,
       lengths: [],
+      times: [],
     };
   });
   const shippers = HOSTS.map((host, i) => {
@@ -179,6 +184,7 @@ function write(world: World, log: LogWriter, count: number): void {
     const label = `/w${log.w}/g${log.lives.length - 1}/n${log.next++}/`;
     const line = `10.0.0.1 - - [${time} +0000] "GET ${label} HTTP/1.1" 200 5 "-" "${"x".repeat(random.between(5, 60))}"\n`;
     log.lengths.push(line.length);
+    log.times.push(Date.now());
     text += line;
   }
   writeSync(log.fd, text);
@@ -517,7 +523,8 @@ function judgeLines(world: World, host: number, verdict: Verdict): number {
 }
 
 /**
- * What a removed file took with it is told: no less than what is missing of it, and no more than was not delivered as of the
+ * What a removed file took with it is told: no less than what is missing of it, as far as a shipper could see it before it
+ * was killed, and no more than was not delivered as of the
  * heartbeat before the loss. Where nothing was removed, nothing is lost.
  */
 function judgeLost(world: World, output: string[], verdict: Verdict): void {
@@ -530,12 +537,12 @@ function judgeLost(world: World, output: string[], verdict: Verdict): void {
     );
     let least = 0;
     let most = 0;
-    for (const { w, lives, lengths } of world.logs.filter((log) => LOGS[log.w] === host)) {
+    for (const { w, lives, lengths, times } of world.logs.filter((log) => LOGS[log.w] === host)) {
       for (const life of lives.filter(({ isDeleted }) => isDeleted)) {
         const bound = Math.min(...boundsOf(world, w, life));
         verdict.deleted += life.bytes;
         for (let n = life.from; n < life.from + life.lines; n++) {
-          if (!world.seen[w]?.[n]) least += lengths[n] ?? 0;
+          if (!world.seen[w]?.[n] && wasNoted(world, host, times[n] ?? 0)) least += lengths[n] ?? 0;
           if (n >= bound) most += lengths[n] ?? 0;
         }
       }
@@ -548,6 +555,13 @@ function judgeLost(world: World, output: string[], verdict: Verdict): void {
       `${HOSTS[host]}: ${lost} bytes told as lost (${logged} in the log), expected ${least} to ${most}`,
     );
   }
+}
+
+/** Whether the shipper of a host has surely noted what was written at a time: not when it was killed just then. */
+function wasNoted({ outages }: World, host: number, time: number): boolean {
+  return !outages.some(
+    (outage) => outage.host === host && time > outage.from - SLACK_MS && time < outage.to + START_MS,
+  );
 }
 
 function bytesIn(text: string, message: string): number {
