@@ -75,7 +75,7 @@ const COMMON_FLAGS: Record<string, string> = {
   "config=FILE": "config file (default $LOG_RT_SYNC_CONFIG, then ./config.json)",
   check: "look at the config and what it needs on this host, say so, exit; creates nothing",
   connect: "with --check: also reach the servers that the config names",
-  json: "with --check and --status: for programs",
+  json: "with --check: for programs",
   help: "show this text",
   version: "show the version",
 };
@@ -200,8 +200,11 @@ function exitCodeOf(error: unknown, log: Log): number {
 
 /** A script's own flags and those of all, with what they do. */
 function flagsOf<S extends Section>({ flags = {} }: ScriptSpec<S>): Record<string, string> {
-  const host = "status" in flags ? { "host=HOST": "with --status: of one sender" } : {};
-  return { ...flags, ...host, ...COMMON_FLAGS, ...flags };
+  const status = {
+    "host=HOST": "with --status: of one sender",
+    json: `with --check${"hour=HOUR" in flags ? ", --hour" : ""} and --status: for programs`,
+  };
+  return { ...flags, ...COMMON_FLAGS, ...("status" in flags && status), ...flags };
 }
 
 /** The flags of `argv`. Throws an OperatorError on one that is not known, with the nearest that is. */
