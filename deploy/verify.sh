@@ -128,6 +128,6 @@ awk '
     for (i = 1; i <= chains; i++) print "begins: " begins[i]
     if (uncovered) print "not covered yet: " uncovered " batches behind the newest digest"
     for (i = 1; i <= heads; i++) print "head: " hash[head[i]] "  " head[i]
-    print (count ? count " findings" : "ok")
+    print (count ? count (count == 1 ? " finding" : " findings") : "ok")
     exit (count > 0)
   }' "$notes/hashes"

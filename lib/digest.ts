@@ -691,7 +691,7 @@ export function formatVerified({ findings, begins, uncovered, heads }: Verified)
     ...begins.map((time) => `begins: ${time}`),
     ...(uncovered > 0 ? [`not covered yet: ${uncovered} batches behind the newest digest`] : []),
     ...heads.map(({ name, sha256 }) => `head: ${sha256}  ${name}`),
-    findings.length === 0 ? "ok" : `${findings.length} findings`,
+    findings.length === 0 ? "ok" : `${findings.length} finding${findings.length === 1 ? "" : "s"}`,
   ];
   return `${lines.join("\n")}\n`;
 }
