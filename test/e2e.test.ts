@@ -178,7 +178,7 @@ async function createWorld(runtime: Runtime): Promise<World> {
     monitor: {
       dir,
       expected: [HOST],
-      silentMinutes: 3 / 60,
+      silentMinutes: 10 / 60, // of a busy machine, too, only the one that was stopped is silent for so long
       report,
       stateFile: join(folder, "monitor.json"),
       schedule: "* * * * * *",
