@@ -52,6 +52,7 @@ import {
 } from "./lib/service.ts";
 import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderState } from "./lib/signs.ts";
 import { writeState } from "./lib/state.ts";
+import { count } from "./lib/status.ts";
 import { formatTable, paint } from "./lib/table.ts";
 import { parseHours, readHours } from "./lib/target/hours.ts";
 import { Intents } from "./lib/target/intents.ts";
@@ -388,7 +389,7 @@ class DeliveryPass {
   readonly #forwarder: Forwarder;
   readonly #target: Target;
   readonly #cycle: Cycle;
-  readonly #probe: () => Promise<void>;
+  readonly #probe: () => Promise<string>;
   /** Uploaded, and waiting to be committed. */
   readonly #ready: Delivery[] = [];
   #committing: Promise<void> | undefined;
@@ -666,8 +667,8 @@ async function checkSame(
  * Asks whether the target takes files at all, to the rename; those who ask at the same time share the answer. What it
  * leaves at a server that deletes nothing does no harm: the next one has another name.
  */
-export function createProbe(target: Target): () => Promise<void> {
-  let asking: Promise<void> | undefined;
+export function createProbe(target: Target): () => Promise<string> {
+  let asking: Promise<string> | undefined;
   const ask = async () => {
     const name = `log-rt-sync-probe-${crypto.randomUUID().slice(0, 8)}`;
     const content = Buffer.from("log-rt-sync looks whether files are taken here; this one may be deleted\n");
@@ -678,8 +679,10 @@ export function createProbe(target: Target): () => Promise<void> {
       const hint = 'A server that can\'t rename takes files with "upload": "direct"';
       throw new TargetFault("server", `The server refuses every rename. ${hint}`, { cause: error });
     });
-    await target.remove(name).catch((error) => {
+    const removed = target.remove(name).then(() => "put, renamed and removed there");
+    return removed.catch((error) => {
       if (!(error instanceof Refusal)) throw error;
+      return `put and renamed there; the server removes nothing, ${name} stays`;
     });
   };
   return () => {
@@ -882,10 +885,10 @@ function formatStatus(status: Awaited<ReturnType<typeof readStatus>>, now: numbe
       return paint(`failed: ${batch}: ${reason}${again}`, true);
     }),
     ...(running ? [] : [paint("no forwarder is running: systemctl status log-rt-sync-forwarder", !ok)]),
-    ...(ok ? [paint(`ok, ${waiting} ${waiting === 1 ? "batch waits" : "batches wait"}`, false)] : []),
+    ...(ok ? [paint(`ok, ${count(waiting, "batch waits", "batches wait")}`, false)] : []),
     formatTable(["host", "waiting", "oldest"], rows, [1]).trimEnd(),
     lastSent ? `last success: ${lastSent.batch}, ${ago(lastSent.at)} ago` : "last success: never",
-    `last hour: ${lastHour.batches} batches, ${lastHour.lines} lines`,
+    `last hour: ${count(lastHour.batches, "batch", "batches")}, ${count(lastHour.lines, "line", "lines")}`,
   ];
   return `${lines.join("\n")}\n`;
 }
@@ -994,14 +997,13 @@ async function checkHost({ config, signal, checks }: Service<"forwarder">, conne
   await checks.step(`forwarder.target: ${url}`, async () => {
     const target = await openTarget(config, signal);
     try {
-      await createProbe(target)();
+      return `a file was ${await createProbe(target)()}`;
     } catch (error) {
       if (!(error instanceof Refusal)) throw error;
       throw new Error("its folder takes no file from this login", { cause: error });
     } finally {
       target.close();
     }
-    return "a file was put, renamed and removed there";
   });
 }
 
