@@ -1,6 +1,6 @@
 /** The shipper's passes against a model of what must arrive, over seeded actions on files; see model.ts. */
 import { expect, test } from "bun:test";
-import { runActions, runSeeds } from "./model.ts";
+import { type Action, runActions, runSeeds } from "./model.ts";
 
 const SEEDS = 300;
 const LIMIT_MS = 60_000;
@@ -31,6 +31,27 @@ test("a file that is cut below the place where its stream begins is settled once
     { name: "write", n: 147_553 },
     { name: "sedInPlace", n: 774_987 },
     { name: "cutTail", n: 872_027 },
+  ]);
+  expect(failure).toBeUndefined();
+});
+
+test("a copy of a part of a log stays known when the log has gone on, was rotated and removed", async () => {
+  const grown = Array.from({ length: 40 }, (): Action[] => [
+    { name: "burst", n: 199 },
+    { name: "ship", n: 0 },
+  ]).flat();
+  const gone = Array.from({ length: 8 }, (): Action => ({ name: "wait", n: 7 }));
+  const failure = await runActions([
+    { name: "writeSibling", n: 0 },
+    { name: "burst", n: 0 },
+    { name: "copyOverSibling", n: 0 },
+    ...grown,
+    { name: "rotate", n: 0 },
+    { name: "write", n: 3 },
+    { name: "releaseOld", n: 0 },
+    ...gone,
+    { name: "remove", n: 0 },
+    ...gone,
   ]);
   expect(failure).toBeUndefined();
 });

@@ -317,10 +317,10 @@ export class Streams {
       if (!stream || owners.has(file.key)) continue;
       const copy = stream.copies.find(({ key }) => key === file.key);
       if (copy?.size === -1) copy.size = file.size;
-      const isAlone = !located.has(stream.key);
-      if (!isAlone && copy?.size === file.size) continue;
+      const isPart = !compressionOf(file.path) && file.size < stream.offset; // all of it is shipped
+      if (copy?.size === file.size && (isPart || located.has(stream.key))) continue;
       stream.copies = stream.copies.filter(({ key }) => key !== file.key);
-      unknown.push(file); // it has grown, or its original is gone: what is it now?
+      unknown.push(file); // it has grown, or it may be where its log goes on: what is it now?
     }
     for (const stream of this.list) {
       const owner = stream.until === undefined ? undefined : owners.get(stream.key);
@@ -717,15 +717,15 @@ export class Streams {
     const { usual, waiting: most } = FORGET_AFTER_MS;
     const ages = waiting.map(({ key }) => this.context.now() - bornAt(key));
     const keepMs = Math.min(most, usual + Math.max(0, ...ages)) + this.#config.rotateWaitSeconds * 1000;
+    const there = new Set(survey.files.map(({ key }) => key));
     const kept: Stream[] = [];
     for (const stream of this.list) {
+      const isCopied = stream.copies.some(({ key }) => there.has(key)); // nobody else knows that it is shipped
       const { phase, phaseAt, offset, size, id, delivered = -1, until = offset, isBusy, file } = stream;
       const isGone = phase.is === "gone" && !file && size <= offset && time - phaseAt >= keepMs;
       const isOld = isGone && id !== undefined && time - phaseAt >= FORGET_AFTER_ALL_MS;
-      const isOver =
-        isOld ||
-        ((isGone || stream.until !== undefined) &&
-          (id === undefined || offset <= stream.from || delivered >= Math.min(until, offset)));
+      const isAll = id === undefined || offset <= stream.from || delivered >= Math.min(until, offset);
+      const isOver = !isCopied && (isOld || ((isGone || stream.until !== undefined) && isAll));
       const isOut = stream.log !== "" && !survey.logs.has(stream.log) && !this.paths.names(stream.log);
       if (isOut && !isBusy) {
         const bytes = Math.max(0, size - offset);
