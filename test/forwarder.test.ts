@@ -292,7 +292,7 @@ describe("forwarder", () => {
     expect(output).toMatch(/^10\.10\.21\.181 +0 {2}-$/m);
     expect(output).toContain(`failed: ${bad}: Cannot write`);
     expect(output).toContain(`last success: ${sent}`);
-    expect(output).toContain("last hour: 1 batches, 7 lines");
+    expect(output).toContain("last hour: 1 batch, 7 lines");
     expect(output.split("\n")[0]).toStartWith("failed: "); // trouble first
     expect(output).toContain("no forwarder is running: systemctl status log-rt-sync-forwarder");
     expect(output.indexOf("10.0.0.1 ")).toBeLessThan(output.indexOf("10.10.21.181 ")); // who waits before who does not
