@@ -257,11 +257,11 @@ export function encodeBody(
 }
 
 /**
- * Gives the memory of an encoded body back at once: the collector would let many of them pile up. Small ones may
+ * Gives the memory of a body that was answered back at once: the collector would let many of them pile up. Small ones may
  * share the runtime's pool with others, and stay.
  */
-function release({ encoding, body }: EncodedChunk): void {
-  if (encoding !== "identity" && body.buffer.byteLength >= 65_536) body.buffer.transfer(0);
+function release({ body }: EncodedChunk): void {
+  if (body.buffer.byteLength >= 65_536) body.buffer.transfer(0);
 }
 
 function parseOffset(response: Response): number | undefined {
