@@ -555,3 +555,17 @@ test.skipIf(notRoot())(
     host.expects({ a: 40, b: 80, c: 40 });
   },
 );
+
+test("a new log that begins like one that was moved out of sight does not wait for it", async () => {
+  const receiver = startStub();
+  const sender = await createSender(receiver.url, { pollSeconds: 0.1, rotateWaitSeconds: 0.2 });
+  sender.write("# one header\n");
+  const shipper = sender.start();
+  await until("the header is there", () => receiver.text() === "# one header\n");
+  const log = join(sender.logs, "access.log");
+  const elsewhere = await tempFolder();
+  renameSync(log, join(elsewhere, "access.log"));
+  writeFileSync(log, "# one header\nand a line of its own\n");
+  await until("it arrives", () => receiver.text().includes("and a line of its own"), 15_000);
+  expect(await shipper.stop()).toBe(0);
+});

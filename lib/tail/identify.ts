@@ -120,13 +120,17 @@ async function compareWithKnown(
   let best: { stream: Stream; common: number; fits: boolean } | undefined;
   for (const stream of known) {
     if (found.isLive && isPassedOver(stream)) continue;
+    const isHere = stream.phase.is !== "gone"; // the look saw its file there: whatever else is there now came since
     const own = await LogFile.open(stream.path).catch((error: NodeJS.ErrnoException) => error);
     if (!(own instanceof LogFile)) {
-      if (own.code === "ENOENT") return { is: "busy" }; // gzip, whose archive this may be, has removed it since the look
+      if (isHere && own.code === "ENOENT") return { is: "busy" }; // gzip, whose archive this may be, has removed it
       continue;
     }
     try {
-      if (own.key !== stream.key) return { is: "busy" }; // renamed since
+      if (own.key !== stream.key) {
+        if (isHere) return { is: "busy" };
+        continue;
+      }
       const common = await commonLength(file, own, length);
       if (common <= (best?.common ?? 0)) continue;
       best = { stream, common, fits: common >= length || (await fitOf(file, stream)).is !== "none" };
