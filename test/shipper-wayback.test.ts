@@ -443,8 +443,8 @@ test("a receiver that was set back gets what it lacks, from the highest offset t
   expect(await shipper.stop()).toBe(0);
 });
 
-test("a rotated file that was removed meanwhile: what was not delivered of it is told to the byte", async () => {
-  const middle = new Middle();
+/** A log that was rotated, and its rotated file shipped and done. */
+async function rotateToItsEnd(middle: Middle) {
   const sender = await createSender(middle.url, { ...QUICK, rotateWaitSeconds: 0.2 });
   sender.write(lines("a", 1, 40));
   const shipper = sender.start();
@@ -453,10 +453,16 @@ test("a rotated file that was removed meanwhile: what was not delivered of it is
   sender.write(lines("b", 1, 2));
   await expectArrives(middle, sender);
   await shipper.says("file is done");
-  const { size } = statSync(join(sender.logs, "access.log.1"));
+  const rotated = join(sender.logs, "access.log.1");
+  return { sender, shipper, rotated, size: statSync(rotated).size };
+}
+
+test("a rotated file that was removed meanwhile: what was not delivered of it is told to the byte", async () => {
+  const middle = new Middle();
+  const { shipper, rotated, size } = await rotateToItsEnd(middle);
   middle.delivered = 1234;
   await middle.heartbeats(2);
-  rmSync(join(sender.logs, "access.log.1"));
+  rmSync(rotated);
   middle.wipe();
   await until("it is told to the receiver", () => middle.wire.lost > 0);
   expect(middle.wire.lost).toBe(size - 1234);
@@ -468,16 +474,7 @@ test("a rotated file that was removed meanwhile: what was not delivered of it is
 
 test("a shipper that was killed tells to the byte what a rotated file took along that was removed meanwhile", async () => {
   const middle = new Middle();
-  const sender = await createSender(middle.url, { ...QUICK, rotateWaitSeconds: 0.2 });
-  sender.write(lines("a", 1, 40));
-  const shipper = sender.start();
-  await expectArrives(middle, sender);
-  sender.rotate();
-  sender.write(lines("b", 1, 2));
-  await expectArrives(middle, sender);
-  await shipper.says("file is done");
-  const rotated = join(sender.logs, "access.log.1");
-  const { size } = statSync(rotated);
+  const { sender, shipper, rotated, size } = await rotateToItsEnd(middle);
   middle.delivered = 1234;
   const cursor = () => readFileSync(join(sender.stateDir, "cursor.json"), "utf8");
   await until("the cursor has what is delivered", () => cursor().includes('"delivered":1234'));
