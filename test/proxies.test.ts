@@ -294,7 +294,17 @@ async function startAttacked(startProxy: StartProxy): Promise<Attacked> {
   const middles = [];
   for (const number of [1, 2])
     middles.push(await startMiddle(folder, number, folder, { tokens: { "*": { file } } }));
-  return { folder, proxy: await startProxy(folder, middles) };
+  const attacked = { folder, proxy: await startProxy(folder, middles) };
+  // A proxy answers before the receivers behind it do.
+  await until("the receiver answers through the proxy", async () =>
+    (await heartbeat(attacked)).includes(" 200 "),
+  );
+  return attacked;
+}
+
+/** A question with the right token, from another address of this machine; the first line of the answer. */
+function heartbeat({ proxy }: Attacked): Promise<string> {
+  return ask(proxy, "127.0.0.2", TOKEN, "/streams", "");
 }
 
 /**
@@ -327,23 +337,23 @@ async function knock(port: number, count: number, ca?: string): Promise<Socket[]
   return sockets;
 }
 
-/** Milliseconds of each of some heartbeats with the right token, from another address of this machine. */
-async function goodSender({ proxy }: Attacked, times: number): Promise<number[]> {
+/** Milliseconds of each of some heartbeats. */
+async function goodSender(attacked: Attacked, times: number): Promise<number[]> {
   const waits: number[] = [];
   for (let i = 0; i < times; i++) {
     const began = performance.now();
-    expect(await ask(proxy, "127.0.0.2", TOKEN, "/streams", "")).toContain(" 200 ");
+    expect(await heartbeat(attacked)).toContain(" 200 ");
     waits.push(performance.now() - began);
   }
   return waits;
 }
 
-/** Bodies of which half comes, each on a connection of its own: refused; nginx makes 502 of an end in mid-body. */
+/** Bodies of which half comes, each on a connection of its own, are refused. */
 async function sendWrongBodies({ proxy }: Attacked, count: number): Promise<void> {
   const half = "x".repeat(BODY / 2);
   const wrong = () => ask(proxy, "127.0.0.1", "not-the-token-but-as-long-as-it", "/upload", half, BODY);
   const answers = await Promise.all(Array.from({ length: count }, wrong));
-  for (const answer of answers) expect(answer).toMatch(/ (401|502) /);
+  for (const answer of answers) expect(answer).toContain(" 401 ");
 }
 
 /** The headers of a stream's first chunk. */
