@@ -781,7 +781,8 @@ async function ask(shipper: Shipper): Promise<boolean> {
         takeStatus(streams, stream, byName.get(id), committed);
       }
     for (const stream of orphans) {
-      if (stream.phase.is === "gone" && !stream.file && !stream.isBusy) streams.giveUp(stream);
+      const isGone = stream.phase.is === "gone" && !stream.file && !stream.isBusy;
+      if (isGone && streams.list.includes(stream)) streams.giveUp(stream);
     }
     shipper.orphans = [];
     shipper.wakeup.ring();

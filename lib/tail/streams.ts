@@ -32,6 +32,7 @@ import {
   readHead,
   readMark,
   UnfinishedFile,
+  wireMark,
 } from "./file.ts";
 import { fitOf, type Identity, identify } from "./identify.ts";
 import { type FoundFile, Paths, type Survey } from "./paths.ts";
@@ -846,7 +847,16 @@ export class Streams {
     this.isChanged = true;
     if (told.length === 0) return;
     for (const { file } of this.list) void file?.close().catch(() => {});
-    this.list = told.map(({ stream: id, offset, head, mark, delivered }) => {
+    const isUnread = ({ phase, size, offset }: Stream) => phase.is === "gone" && size > offset;
+    const gone = this.list.filter((stream) => {
+      const same = told.find(
+        ({ head }) => head !== undefined && stream.head && head === wireMark(stream.head),
+      );
+      stream.offset = Math.min(stream.size, Math.max(stream.offset, same?.offset ?? 0));
+      stream.file = undefined;
+      return isUnread(stream); // it vanished before the answer: what the receiver lacks of it is lost, and told
+    });
+    const known = told.map(({ stream: id, offset, head, mark, delivered }) => {
       const marks = [markAt(offset, mark)].filter((each) => each !== undefined);
       const length = Number(head?.split(":")[0] ?? 0);
       const first = markAt(length, head);
@@ -858,6 +868,7 @@ export class Streams {
       };
       return withFile(state, this.context.mono());
     });
+    this.list = [...gone, ...known];
     this.#since.clear();
     this.#byLog = undefined;
   }
