@@ -288,8 +288,7 @@ async function listQueue({ service, state, intents }: Forwarder) {
       if (!info || names.has(batch)) continue; // moved away meanwhile
       names.add(batch);
       const padded = (n: number) => String(n).padStart(9, "0");
-      const isBegun = intents.get(batch) ? 0 : 1;
-      const key = `${padded(state.later[batch] ?? 0)} ${isBegun} ${window} ${padded(rank)} ${batch}`;
+      const key = `${padded(state.later[batch] ?? 0)} ${intents.get(batch) ? 0 : 1} ${window} ${padded(rank)} ${batch}`;
       queue.push({ ...newDelivery(config, batch, folder, info.size), key });
     }
   };
@@ -306,8 +305,7 @@ async function listQueue({ service, state, intents }: Forwarder) {
     return flags.once || wait <= 0 || wait > MAX_RETRY_MS; // further away: by a clock that was wrong
   };
   add(all.failed, failed.filter(isDue));
-  // What held up others comes last, what may be at the client already first, so that its report line stands soon; else the
-  // oldest window first, and within a window one batch of each host in turn.
+  // Last what held up others, first what may be at the client already; by window, and within it a batch of each host in turn.
   queue.sort((a, b) => (a.key < b.key ? -1 : 1));
   return { due: queue as Delivery[], waiting, left };
 }
