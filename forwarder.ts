@@ -273,7 +273,7 @@ function asFault(error: unknown, { dir, report }: Settings): TargetFault {
 // ---- the queue
 
 /** What is to be sent now, in order; the names of all that wait, and how many files they are. */
-async function listQueue({ service, state }: Forwarder) {
+async function listQueue({ service, state, intents }: Forwarder) {
   const { config, flags, now } = service;
   const all = folders(config.dir);
   const queue: (Delivery & { key: string })[] = [];
@@ -289,7 +289,7 @@ async function listQueue({ service, state }: Forwarder) {
       if (!info || names.has(batch)) continue; // moved away meanwhile
       names.add(batch);
       const padded = (n: number) => String(n).padStart(9, "0");
-      const key = `${padded(state.later[batch] ?? 0)} ${window} ${padded(rank)} ${batch}`;
+      const key = `${padded(state.later[batch] ?? 0)} ${intents.get(batch) ? 0 : 1} ${window} ${padded(rank)} ${batch}`;
       queue.push({ ...newDelivery(config, batch, folder, info.size), key });
     }
   };
@@ -306,7 +306,7 @@ async function listQueue({ service, state }: Forwarder) {
     return flags.once || wait <= 0 || wait > MAX_RETRY_MS; // further away: by a clock that was wrong
   };
   add(all.failed, failed.filter(isDue));
-  // What held up others comes last; else oldest window first, and within a window one batch of each host in turn.
+  // Last what held up others, first what may be at the client already; by window, and within it a batch of each host in turn.
   queue.sort((a, b) => (a.key < b.key ? -1 : 1));
   return { due: queue as Delivery[], waiting, left };
 }

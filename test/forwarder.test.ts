@@ -262,6 +262,15 @@ describe("forwarder", () => {
     expect(order.slice(3)).toEqual([busy2, busy3, busy5]);
   });
 
+  test("what may be at the client already comes first, so that its report line does not wait for the others", async () => {
+    const site = await makeSite(await toFolder(), { parallel: 1 });
+    const begun = site.seal(HOST, 5, "line\n");
+    await once(site, { LOG_RT_SYNC_STOP_AT: "forward:renamed" });
+    const older = site.seal(HOST, 1, "line\n");
+    await once(site);
+    expect(await site.report()).toEqual([begun, older].map((batch) => `${batch} | lines=1 | status=Sent`));
+  });
+
   test("a second one on the same folder says which process holds it and exits 1; --status still works", async () => {
     const site = await makeSite(await toFolder());
     const first = startScript("forwarder", site.configFile);
