@@ -48,7 +48,7 @@ const MOST_LINES_OF_A_FILE = 760;
 const LONG_FILES: Record<string, number> = {
   "shipper.ts": 985,
   "forwarder.ts": 1017,
-  "receiver.ts": 880,
+  "receiver.ts": 874,
   "monitor.ts": 795,
   "lib/page.ts": 755,
   "lib/store/sender.ts": 800,

@@ -515,6 +515,7 @@ export class Sender implements Place {
     this.isDirty = true;
     facts.peer = peer;
     facts.forgetAfterDays = this.options.forgetAfterDays;
+    delete facts.forgotten;
     if (news.agent !== undefined) facts.agent = news.agent;
     if (news.lag !== undefined) facts.lag = news.lag;
     // In a folder that was lost, it was noted before the sender hears what is missing here.
@@ -725,21 +726,20 @@ export class Sender implements Place {
     this.isDirty = true;
   }
 
-  /** Forgets all streams and names of a host that is gone. Throws a StoreError when something of it still waits. */
-  async forget(): Promise<void> {
+  /** Forgets all streams and names of a host that is gone. Gives the reason when it is not. */
+  async forget(): Promise<string | undefined> {
     await this.turn(() => this.#settle());
     this.#waiting();
     const waits = [...this.ledger.sealed.values()].some((batch) => batch.waits);
-    if (waits || this.ledger.open.size > 0)
-      throw new StoreError(503, `host ${this.host} cannot be forgotten: batches of it wait`);
-    if (this.options.now() - this.ledger.heardAt < HOUR)
-      throw new StoreError(503, `host ${this.host} cannot be forgotten: it was heard in the last hour`);
+    if (waits || this.ledger.open.size > 0) return "batches of it wait";
+    if (this.options.now() - this.ledger.heardAt < HOUR) return "it was heard in the last hour";
     this.#names.doubt(Math.min(this.options.now(), this.ledger.heardAt));
     this.ledger.streams.clear();
     this.ledger.used.clear();
     this.ledger.sealed.clear();
     this.ledger.facts = { forgotten: this.options.now() };
     await this.checkpoint();
+    return undefined;
   }
 
   /** Written again from the journal: what could not be written or synced is. */

@@ -367,10 +367,20 @@ export class Store {
     await Promise.all(Array.from({ length: SENDERS_AT_ONCE }, worker));
   }
 
-  /** Forgets a host that is gone. Throws a StoreError while batches of it wait or it was heard in the last hour. */
-  async forget(host: string): Promise<void> {
-    const sender = this.senders.get(host) ?? (await this.#open(host));
-    await sender.forget();
+  /** Forgets the hosts with this mark in their folder, once: a mark that stayed would forget one that came back. */
+  async forgetMarked(mark: string): Promise<void> {
+    const { dir, log } = this.#options;
+    for (const [host, sender] of this.senders) {
+      const path = join(dir, host, mark);
+      try {
+        if (!(await exists(path))) continue;
+        const reason = await sender.forget();
+        await removeDurably(path);
+        log.info(reason === undefined ? "host forgotten" : "host not forgotten", { host, reason });
+      } catch (error) {
+        this.#faults.failed(`forget ${host}`, "host not forgotten", { host, error: errorMessage(error) });
+      }
+    }
   }
 
   /** The ledger of a sender that is open here. */
