@@ -37,6 +37,7 @@ import { parseHost } from "./lib/host.ts";
 import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import { appendReport, failReportPath, type ReportLine, readReportTail } from "./lib/report.ts";
 import {
+  commandOf,
   createFaultLog,
   createProgress,
   EXIT,
@@ -54,7 +55,7 @@ import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderStat
 import { writeState } from "./lib/state.ts";
 import { count } from "./lib/status.ts";
 import { formatTable, paint } from "./lib/table.ts";
-import { parseHours, readHours } from "./lib/target/hours.ts";
+import { formatHours, parseHours, readHours } from "./lib/target/hours.ts";
 import { Intents } from "./lib/target/intents.ts";
 import { explainKey, openSftpTarget } from "./lib/target/sftp.ts";
 import {
@@ -659,7 +660,7 @@ async function checkSame(
   const time = (ms: number | undefined) => (ms ? new Date(ms).toISOString() : "an unknown time");
   const sealed = lstatSync(join(folder, batch), { throwIfNoEntry: false })?.mtimeMs;
   throw new NameTaken(
-    `"${remote}" is on the target already, with other content: ${found.bytes} bytes of ${time(found.modifiedAt)} there, ${bytes} bytes of ${time(sealed)} here. When the one there is not wanted, remove it there; then: forwarder --once`,
+    `"${remote}" is on the target already, with other content: ${found.bytes} bytes of ${time(found.modifiedAt)} there, ${bytes} bytes of ${time(sealed)} here. When the one there is not wanted, remove it there: this one is tried again ever less often, and at once when you mv it from failed/ to its sender's folder`,
   );
 }
 
@@ -897,22 +898,8 @@ function formatStatus(status: Awaited<ReturnType<typeof readStatus>>, now: numbe
 async function printHours({ config, flags, now }: Service<"forwarder">, span: string): Promise<number> {
   const rows = await readHours(config, parseHours(span), now());
   const complete = rows.every(({ missing }) => missing.length === 0);
-  if (flags.json) process.stdout.write(`${JSON.stringify({ complete, rows })}\n`);
-  else {
-    const cells = rows.map((row) => [
-      `20${row.hour.slice(0, 2)}-${row.hour.slice(2, 4)}-${row.hour.slice(4, 6)}T${row.hour.slice(6)}`,
-      row.host,
-      String(row.batches),
-      String(row.lines),
-      row.skipped === undefined ? "-" : String(row.skipped),
-      String(row.late),
-      row.source,
-      row.missing.length === 0 ? "complete" : row.missing.join("; "),
-    ]);
-    const heads = ["hour", "host", "batches", "lines", "skipped", "late parts", "by", "state"];
-    process.stdout.write(formatTable(heads, cells, [2, 3, 4, 5]));
-    process.stdout.write(complete ? "complete\n" : "not complete\n");
-  }
+  const text = `${formatHours(rows)}${complete ? "complete" : "not complete"}`;
+  process.stdout.write(`${flags.json ? JSON.stringify({ complete, rows }) : text}\n`);
   return complete ? EXIT.done : EXIT.failed;
 }
 
@@ -937,7 +924,7 @@ async function resend({ config }: Service<"forwarder">, text: string): Promise<n
     process.stdout.write(`${name}: ${reason ?? "back in the queue"}\n`);
   }
   if (found.length === 0) process.stdout.write(`nothing in ${all.sent} has "${text}" in its name\n`);
-  else process.stdout.write("delivered again by the running forwarder, or by: forwarder --once\n");
+  else process.stdout.write(`now by the running forwarder, or by: ${commandOf("forwarder")} --once\n`);
   return found.length > left && left === 0 ? EXIT.done : EXIT.failed;
 }
 

@@ -37,7 +37,7 @@ import {
 const ROWS_LENGTH = { alone: 260_000, followed: 140_000 };
 const NAMES_LENGTH = 100_000;
 /** Links to the senders of one problem. */
-const MAX_LINKS = 6;
+const MAX_LINKS = 5;
 /** Programs of senders that are named, the newest first, and senders that are behind. */
 const MAX_AGENTS = 6;
 /** Late parts of one sender that are named one by one. */

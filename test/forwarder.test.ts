@@ -144,7 +144,9 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("to $name", ({ start }) => {
     expect(failures[0]).toStartWith(
       `${name} | lines=10 | status=Failed | reason="${name}" is on the target already, with other content: ${text.length} bytes of 20`,
     );
-    expect(failures[0]).toContain("then: forwarder --once");
+    expect(failures[0]).toMatch(
+      / there, \d+ bytes of 20.* here\..* mv it from failed\/ to its sender's folder$/,
+    );
     expect(await site.report()).toEqual([`${good} | lines=10 | status=Sent`]);
 
     // Tried again from failed/: by one that stays when its time has come, by --once each time.

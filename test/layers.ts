@@ -47,7 +47,7 @@ const MOST_LINES_OF_A_FILE = 760;
 /** Files in which too much has gathered, and what they must not grow beyond: a line goes when its file has found its nouns. */
 const LONG_FILES: Record<string, number> = {
   "shipper.ts": 995,
-  "forwarder.ts": 1030,
+  "forwarder.ts": 1017,
   "receiver.ts": 880,
   "monitor.ts": 795,
   "lib/page.ts": 755,
