@@ -184,7 +184,13 @@ export async function openShipper(
   const faults = createFaultLog(log, mono);
   const streams = new Streams(config, { log, faults, signal, now, mono });
   const shipper: Shipper = {
-    ...{ config, log, signal, now, mono, faults, streams },
+    config,
+    log,
+    signal,
+    now,
+    mono,
+    faults,
+    streams,
     uploader: new Uploader(config, signal),
     buffers: new Buffers(MARK_BYTES + config.chunkBytes),
     wakeup: new Wakeup(),
@@ -651,7 +657,11 @@ async function prepare(
   const { end, mark, from, skipped, body, isFull } = portion;
   const isHeadDue = stream.begin || offset < MARK_BYTES || (stream.head?.length ?? 0) < MARK_BYTES;
   const chunk: EncodedChunk = {
-    ...{ host: config.host, stream: stream.id as string, offset, end, mark: wireMark(mark) },
+    host: config.host,
+    stream: stream.id as string,
+    offset,
+    end,
+    mark: wireMark(mark),
     ...(from && { from: wireMark(from) }),
     ...(isHeadDue && stream.head && { head: wireMark(stream.head) }),
     ...(skipped > 0 && { skipped }),

@@ -78,7 +78,16 @@ function toStream({ stream: id, offset, head, mark, delivered }: StreamStatus): 
   const length = Number(head?.split(":")[0] ?? 0);
   const first = markAt(length, head);
   return {
-    ...{ id, from: 0, offset, size: offset, log: "", path: "", key: "", copies: [], mtimeMs: 0, marks },
+    id,
+    from: 0,
+    offset,
+    size: offset,
+    log: "",
+    path: "",
+    key: "",
+    copies: [],
+    mtimeMs: 0,
+    marks,
     ...(first && { head: first }),
     ...(delivered !== undefined && { delivered }),
     phase: { is: "gone" },

@@ -428,7 +428,11 @@ export class Streams {
   #goOnBehind(stream: Stream, at: number, key: string, size: number): Stream {
     const { path, offset, id, log: own, isLive, mtimeMs } = stream;
     this.context.log.warn("file has other bytes behind what it kept: a new stream begins there", {
-      ...{ path, stream: id, shipped: offset, from: at, again: offset - at },
+      path,
+      stream: id,
+      shipped: offset,
+      from: at,
+      again: offset - at,
     });
     const next = this.#begin({ path, key, size, mtimeMs, log: own, isLive, isReadable: true }, at);
     next.head = stream.head;
@@ -633,7 +637,15 @@ export class Streams {
     const { path, key, size, mtimeMs, log, isLive } = found;
     const isPacked = compressionOf(path) !== undefined;
     const state: StreamState = {
-      ...{ from: offset, offset, log, path, key, copies: [], marks: [], mtimeMs, phase: { is: "reading" } },
+      from: offset,
+      offset,
+      log,
+      path,
+      key,
+      copies: [],
+      marks: [],
+      mtimeMs,
+      phase: { is: "reading" },
       size: isPacked ? offset : size,
     };
     const stream: Stream = { ...withFile(state, this.context.mono()), isLive };
