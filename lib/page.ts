@@ -158,7 +158,7 @@ function renderArrival({ hosts, linesPerMinute, now }: Snapshot): Html {
   const lags = hosts.filter(({ lag }) => lag !== undefined).length;
   const since = formatClock(now - NOW_MINUTES * MINUTE, now);
   return html`<dl>${figure("Senders", `${number(sending)} of ${number(senders)}`)}${figure(`Lines per minute since ${since}`, number(latest(linesPerMinute)))}
-${figure(lags < senders ? `Lag of ${number(lags)} senders` : "Lag", lags > 0 ? formatBytes(sum(hosts, "lag")) : "unknown")}${lost > 0 && figure("Bytes lost", formatBytes(lost))}</dl>
+${figure(lags < senders ? `Lag of ${count(lags, "sender", "senders")}` : "Lag", lags > 0 ? formatBytes(sum(hosts, "lag")) : "unknown")}${lost > 0 && figure("Bytes lost", formatBytes(lost))}</dl>
 ${
   linesPerMinute.length > 0 &&
   html`${curve(linesPerMinute, { kind: "curve", height: 96, label: `Lines per minute of all senders, last ${hours}` })}

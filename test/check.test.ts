@@ -175,6 +175,27 @@ test.each(["monitor", "housekeep"] as const)(
   },
 );
 
+test("monitor --check --connect asks receivers and webhook, whose address it does not repeat", async () => {
+  const home = await tempFolder();
+  const { monitor } = await configOf(home, 9);
+  const mail = { ...monitor.mail, smtp: `file://${home}` };
+  const sick = serve({
+    ...{ hostname: "127.0.0.1", port: 0, maxBodyBytes: 1, idleTimeoutSeconds: 9 },
+    fetch: () => new Response("the disk is full", { status: 503 }),
+  });
+  onCleanup(() => sick.close(true));
+  const receivers = [`http://127.0.0.1:${sick.port}`];
+  const webhook = `http://127.0.0.1:${await freePort()}/secret-of-a-chat`;
+  const file = await writeConfig(home, { monitor: { ...monitor, mail, receivers, webhook } });
+  const { code, output } = await runScriptOnce("monitor", file, ["--check", "--connect"]);
+  expect(output).toContain(
+    `FAULT ${file}: monitor.receivers: ${receivers}: /healthz answers 503: the disk is full\n`,
+  );
+  expect(output).toContain(`FAULT ${file}: monitor.webhook: connection refused`);
+  expect(output).not.toContain("secret-of-a-chat");
+  expect(code).toBe(1);
+});
+
 test("--check tells a folder whose name is mistyped, and what is there; it makes none", async () => {
   const home = await tempFolder();
   const config = await configOf(home, 9);
