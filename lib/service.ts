@@ -275,9 +275,10 @@ async function lookAround<S extends Section>(spec: ScriptSpec<S>, service: Servi
     const given = Object.entries<unknown>({ ...flags, config: resolve(configFile) });
     const args = given.flatMap(([flag, value]) => [`--${flag}`, ...(value === true ? [] : [String(value)])]);
     const command = asUnitUser(spec.name, readFileSync("/etc/passwd", "utf8"), [...start, ...args]);
-    const copies = "a secret that root alone may read is no fault there: the unit is given a copy";
+    const copies = " (a secret that root alone may read is no fault there: the unit is given a copy)";
+    const note = listSecrets(config).some(({ ref }) => "file" in ref) ? copies : "";
     if (command)
-      checks.warn(`this is root, who may do more than the unit's user; as that one (${copies}): ${command}`);
+      checks.warn(`this is root, who may do more than the unit's user; as that one${note}: ${command}`);
   }
   const { zone, warning } = findZone(now());
   checks.ok(`time zone: ${zone}`);
