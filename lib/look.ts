@@ -306,6 +306,8 @@ async function seeHost(look: Look, host: string, failed: number): Promise<HostSt
   const ledger = known ?? emptyLedger();
   const names = await listBatches(folder, "sealed", "open");
   if (!look.expected.has(host) && !isHostOf(host, names, known)) return undefined;
+  const isForgotten = ledger.facts.forgotten !== undefined && !look.expected.has(host);
+  if (isForgotten && names.length + failed === 0) return undefined;
   const sealed = names.filter((name) => name.endsWith(".log"));
   const status: HostStatus = { ...statusOfLedger(look, host, ledger), failed, waiting: sealed.length };
   for (const name of sealed) {

@@ -80,6 +80,18 @@ describe("observe(): senders", () => {
     expect(states(await look(dir))).toEqual({ "10-0-0-7": "gone", "10.0.0.2": "gone" });
   });
 
+  test("a sender that was forgotten is not seen, unless it is expected or batches of it are left", async () => {
+    const facts = { forgotten: NOW - MINUTE };
+    const dir = await folderWith([
+      ...["10.0.0.1", "10.0.0.2", "10.0.0.3"].map((host) => heard(host, 120, { facts })),
+      "10.0.0.2/accessLog_26112010_00-19_10-0-0-2.log",
+    ]);
+    expect(states(await look(dir, { expected: ["10.0.0.3"] }))).toEqual({
+      "10.0.0.2": "silent",
+      "10.0.0.3": "silent",
+    });
+  });
+
   test("who was not heard since its receiver started is waited for, neither well nor silent", async () => {
     const dir = await folderWith([
       heard("10.0.0.1", 3 * 24 * 60),
