@@ -275,6 +275,26 @@ describe("observe(): delivery", () => {
     expect(problem(await look(dir, { deliveryMinutes: 32 }), "late")).toBeUndefined();
   });
 
+  test("the oldest is the one that waits longest, also beside one that was sent back and one of the future", async () => {
+    const name = (minute: string) => `accessLog_26112209_${minute}_10-0-0-1.log`;
+    const at = { "00-19": NOW - 90 * MINUTE, "20-39": NOW - 50 * MINUTE, "40-59": NOW + 9e9 };
+    const sealed = Object.fromEntries(
+      Object.entries(at).map(([minute, time]) => [
+        name(minute),
+        { name: name(minute), bytes: 1, lines: 1, at: time },
+      ]),
+    );
+    const files = Object.keys(sealed).map((file) => `10.0.0.1/${file}`);
+    const dir = await folderWith([heard("10.0.0.1", 0, { sealed }), ...files]);
+    const touch = (minute: string, time: number) =>
+      utimes(join(dir, "10.0.0.1", name(minute)), new Date(time), new Date(time));
+    await touch("00-19", NOW - 10 * MINUTE); // sent back by --resend
+    await touch("20-39", NOW - 55 * MINUTE);
+    await touch("40-59", NOW + 9e9);
+    const [host] = (await look(dir)).hosts;
+    expect([host?.oldest, host?.waitingSince]).toEqual([name("20-39"), NOW - 50 * MINUTE]);
+  });
+
   test("tells that no forwarder is running, by the time of its state file", async () => {
     const dir = await folderWith([
       [".forwarder-state.json", JSON.stringify({ version: 1, at: 1, ok: true, failed: {}, stays: true })],
