@@ -98,7 +98,7 @@ async function measureRotations(count: number, keep: number, everyMs: number): P
         appendFileSync(live, `10.0.0.1 - - [${time}] "GET /${n}/${line} HTTP/1.1" 200 512 "-" "curl/8.5"\n`);
       await sleep(everyMs);
       rotate(ends.logs, keep);
-      for (const name of readdirSync(join(ends.dir, HOST)))
+      for (const name of existsSync(join(ends.dir, HOST)) ? readdirSync(join(ends.dir, HOST)) : [])
         if (name.endsWith(".log")) renameSync(join(ends.dir, HOST, name), join(ends.dir, "sent", name));
       if (n % Math.ceil(count / 10) === 0) say(ends, `after ${n} rotations`);
     }
@@ -109,7 +109,12 @@ async function measureRotations(count: number, keep: number, everyMs: number): P
     const lines = [...sent, ...open.map((name) => join(ends.dir, HOST, name))].flatMap((path) =>
       readFileSync(path, "latin1").split("\n").slice(0, -1),
     );
-    process.stdout.write(`${lines.length} lines of ${count * 3}, ${new Set(lines).size} different\n`);
+    const cursor = readFileSync(join(ends.folder, "state", "cursor.json"), "utf8");
+    const lost = JSON.parse(cursor.slice(cursor.indexOf("{"))).lost; // what was removed before it could be read
+    const told = `${lost} bytes told as lost, ${count * 3 - new Set(lines).size} lines are`;
+    process.stdout.write(
+      `${lines.length} lines of ${count * 3}, ${new Set(lines).size} different; ${told}\n`,
+    );
   });
 }
 

@@ -55,3 +55,20 @@ test("a copy of a part of a log stays known when the log has gone on, was rotate
   ]);
   expect(failure).toBeUndefined();
 });
+
+test("what may be in an archive that is not complete yet is not told as lost", async () => {
+  const failure = await runActions([
+    { name: "write", n: 3 },
+    { name: "ship", n: 0 },
+    { name: "away", n: 0 },
+    { name: "write", n: 3 },
+    { name: "ship", n: 0 },
+    { name: "restart", n: 0 },
+    { name: "rotate", n: 0 },
+    { name: "releaseOld", n: 0 },
+    { name: "here", n: 0 },
+    { name: "lateGzip", n: 0 },
+    { name: "wait", n: 2 },
+  ]);
+  expect(failure).toBeUndefined();
+});

@@ -221,9 +221,10 @@ export class Streams {
     const waiting = await this.#identifyAll(unknown, survey);
     if (waiting.length === 0) await this.#findUnderOtherNames(survey);
     this.#reportFaults(survey);
-    const orphans = this.#findOrphans(survey);
+    const unsettled = new Set(waiting.map(({ log }) => log));
+    const orphans = this.#findOrphans(survey, unsettled);
     const isMissing = this.list.some(({ phase, offset, size }) => phase.is === "gone" && size > offset);
-    this.#holdLive(new Set(waiting.map((file) => file.log)));
+    this.#holdLive(unsettled);
     await this.#prune(survey, waiting);
     const finishAt = await this.#finishQuiet();
     for (const path of survey.logs.keys()) this.#since.delete(path);
@@ -687,12 +688,16 @@ export class Streams {
     return !isThere;
   }
 
-  /** Streams whose files are gone for so long that they do not come back. */
-  #findOrphans(survey: Survey): Stream[] {
+  /** Streams whose files are gone for so long that they do not come back; longer while a file of their log may be theirs. */
+  #findOrphans(survey: Survey, unsettled: Set<string>): Stream[] {
     const { mono } = this.context;
     const patience = Math.max(1, this.#config.rotateWaitSeconds) * 1000;
-    const isDue = ({ phase, phaseAt, size, offset, file, isBusy }: Stream) =>
-      phase.is === "gone" && !file && !isBusy && size > offset && mono() - phaseAt >= patience;
+    const isDue = ({ phase, phaseAt, size, offset, file, isBusy, log }: Stream) =>
+      phase.is === "gone" &&
+      !file &&
+      !isBusy &&
+      size > offset &&
+      mono() - phaseAt >= (unsettled.has(log) ? Math.max(patience, FORGET_AFTER_MS.waiting) : patience);
     return this.list.filter((stream) => isDue(stream) && !this.#isAway(stream, survey));
   }
 
