@@ -37,6 +37,7 @@ import { parseHost } from "./lib/host.ts";
 import { type Metric, writeMetrics } from "./lib/metrics.ts";
 import { appendReport, failReportPath, type ReportLine, readReportTail } from "./lib/report.ts";
 import {
+  commandOf,
   createFaultLog,
   createProgress,
   EXIT,
@@ -54,7 +55,7 @@ import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderStat
 import { writeState } from "./lib/state.ts";
 import { count } from "./lib/status.ts";
 import { formatTable, paint } from "./lib/table.ts";
-import { parseHours, readHours } from "./lib/target/hours.ts";
+import { formatHours, parseHours, readHours } from "./lib/target/hours.ts";
 import { Intents } from "./lib/target/intents.ts";
 import { explainKey, openSftpTarget } from "./lib/target/sftp.ts";
 import {
@@ -272,7 +273,7 @@ function asFault(error: unknown, { dir, report }: Settings): TargetFault {
 // ---- the queue
 
 /** What is to be sent now, in order; the names of all that wait, and how many files they are. */
-async function listQueue({ service, state }: Forwarder) {
+async function listQueue({ service, state, intents }: Forwarder) {
   const { config, flags, now } = service;
   const all = folders(config.dir);
   const queue: (Delivery & { key: string })[] = [];
@@ -288,7 +289,7 @@ async function listQueue({ service, state }: Forwarder) {
       if (!info || names.has(batch)) continue; // moved away meanwhile
       names.add(batch);
       const padded = (n: number) => String(n).padStart(9, "0");
-      const key = `${padded(state.later[batch] ?? 0)} ${window} ${padded(rank)} ${batch}`;
+      const key = `${padded(state.later[batch] ?? 0)} ${intents.get(batch) ? 0 : 1} ${window} ${padded(rank)} ${batch}`;
       queue.push({ ...newDelivery(config, batch, folder, info.size), key });
     }
   };
@@ -305,7 +306,7 @@ async function listQueue({ service, state }: Forwarder) {
     return flags.once || wait <= 0 || wait > MAX_RETRY_MS; // further away: by a clock that was wrong
   };
   add(all.failed, failed.filter(isDue));
-  // What held up others comes last; else oldest window first, and within a window one batch of each host in turn.
+  // Last what held up others, first what may be at the client already; by window, and within it a batch of each host in turn.
   queue.sort((a, b) => (a.key < b.key ? -1 : 1));
   return { due: queue as Delivery[], waiting, left };
 }
@@ -659,7 +660,7 @@ async function checkSame(
   const time = (ms: number | undefined) => (ms ? new Date(ms).toISOString() : "an unknown time");
   const sealed = lstatSync(join(folder, batch), { throwIfNoEntry: false })?.mtimeMs;
   throw new NameTaken(
-    `"${remote}" is on the target already, with other content: ${found.bytes} bytes of ${time(found.modifiedAt)} there, ${bytes} bytes of ${time(sealed)} here. When the one there is not wanted, remove it there; then: forwarder --once`,
+    `"${remote}" is on the target already, with other content: ${found.bytes} bytes of ${time(found.modifiedAt)} there, ${bytes} bytes of ${time(sealed)} here. When the one there is not wanted, remove it there: this one is tried again ever less often, and at once when you mv it from failed/ to its sender's folder`,
   );
 }
 
@@ -897,22 +898,8 @@ function formatStatus(status: Awaited<ReturnType<typeof readStatus>>, now: numbe
 async function printHours({ config, flags, now }: Service<"forwarder">, span: string): Promise<number> {
   const rows = await readHours(config, parseHours(span), now());
   const complete = rows.every(({ missing }) => missing.length === 0);
-  if (flags.json) process.stdout.write(`${JSON.stringify({ complete, rows })}\n`);
-  else {
-    const cells = rows.map((row) => [
-      `20${row.hour.slice(0, 2)}-${row.hour.slice(2, 4)}-${row.hour.slice(4, 6)}T${row.hour.slice(6)}`,
-      row.host,
-      String(row.batches),
-      String(row.lines),
-      row.skipped === undefined ? "-" : String(row.skipped),
-      String(row.late),
-      row.source,
-      row.missing.length === 0 ? "complete" : row.missing.join("; "),
-    ]);
-    const heads = ["hour", "host", "batches", "lines", "skipped", "late parts", "by", "state"];
-    process.stdout.write(formatTable(heads, cells, [2, 3, 4, 5]));
-    process.stdout.write(complete ? "complete\n" : "not complete\n");
-  }
+  const text = `${formatHours(rows)}${complete ? "complete" : "not complete"}`;
+  process.stdout.write(`${flags.json ? JSON.stringify({ complete, rows }) : text}\n`);
   return complete ? EXIT.done : EXIT.failed;
 }
 
@@ -937,7 +924,7 @@ async function resend({ config }: Service<"forwarder">, text: string): Promise<n
     process.stdout.write(`${name}: ${reason ?? "back in the queue"}\n`);
   }
   if (found.length === 0) process.stdout.write(`nothing in ${all.sent} has "${text}" in its name\n`);
-  else process.stdout.write("delivered again by the running forwarder, or by: forwarder --once\n");
+  else process.stdout.write(`sent in the next cycle; if none runs: ${commandOf("forwarder")} --once\n`);
   return found.length > left && left === 0 ? EXIT.done : EXIT.failed;
 }
 

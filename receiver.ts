@@ -29,7 +29,7 @@ import {
   WireError,
 } from "./lib/chunk.ts";
 import { type Config, ConfigError, parseConfig, secretFaults } from "./lib/config.ts";
-import { exists, holdLock, makeFolder, writeDurably } from "./lib/durable.ts";
+import { holdLock, makeFolder, writeDurably } from "./lib/durable.ts";
 import { isLoopback, parseHost } from "./lib/host.ts";
 import { readLedger } from "./lib/ledger.ts";
 import { DEFAULT_THRESHOLDS, type Thresholds } from "./lib/look.ts";
@@ -374,11 +374,7 @@ export class Receiver {
   async takeForgets(): Promise<void> {
     if (this.now() - this.#forgetsAt < FORGET_EVERY_MS) return;
     this.#forgetsAt = this.now();
-    for (const host of this.store.senders.keys()) {
-      if (!(await exists(join(folders(this.config.dir).host(host), FORGET)))) continue;
-      await this.store.forget(host);
-      this.log.info("host forgotten", { host });
-    }
+    await this.store.forgetMarked(FORGET);
   }
 }
 

@@ -15,7 +15,6 @@
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { whatIsMissing } from "./lib/check.ts";
-import type { StreamStatus } from "./lib/chunk.ts";
 import { MARK_BYTES, NO_LOG } from "./lib/chunk.ts";
 import type { Config } from "./lib/config.ts";
 import { failpoint, holdLock, LockedError, makeFolder, moveDurably } from "./lib/durable.ts";
@@ -33,7 +32,14 @@ import {
   VERSION,
   wait,
 } from "./lib/service.ts";
-import { beginAs, findWayBack, moveTo, takeStatus, takeWayBack } from "./lib/tail/answers.ts";
+import {
+  beginAs,
+  findWayBack,
+  moveTo,
+  takeFirstAnswer,
+  takeStatus,
+  takeWayBack,
+} from "./lib/tail/answers.ts";
 import type { Stream } from "./lib/tail/cursor.ts";
 import {
   addMark,
@@ -178,7 +184,13 @@ export async function openShipper(
   const faults = createFaultLog(log, mono);
   const streams = new Streams(config, { log, faults, signal, now, mono });
   const shipper: Shipper = {
-    ...{ config, log, signal, now, mono, faults, streams },
+    config,
+    log,
+    signal,
+    now,
+    mono,
+    faults,
+    streams,
     uploader: new Uploader(config, signal),
     buffers: new Buffers(MARK_BYTES + config.chunkBytes),
     wakeup: new Wakeup(),
@@ -645,7 +657,11 @@ async function prepare(
   const { end, mark, from, skipped, body, isFull } = portion;
   const isHeadDue = stream.begin || offset < MARK_BYTES || (stream.head?.length ?? 0) < MARK_BYTES;
   const chunk: EncodedChunk = {
-    ...{ host: config.host, stream: stream.id as string, offset, end, mark: wireMark(mark) },
+    host: config.host,
+    stream: stream.id as string,
+    offset,
+    end,
+    mark: wireMark(mark),
     ...(from && { from: wireMark(from) }),
     ...(isHeadDue && stream.head && { head: wireMark(stream.head) }),
     ...(skipped > 0 && { skipped }),
@@ -773,7 +789,8 @@ async function ask(shipper: Shipper): Promise<boolean> {
     });
     noteAnswered(shipper, shipper.unanswered);
     streams.told = told;
-    if (isFirst) takeFirstAnswer(shipper, told);
+    if (isFirst) takeFirstAnswer(streams, told);
+    if (isFirst && told.length > 0) shipper.lookAt = 0;
     const byName = new Map(told.map((status) => [status.stream, status]));
     for (const [id, { stream, committed }] of asked)
       if (stream.id === id) {
@@ -781,7 +798,8 @@ async function ask(shipper: Shipper): Promise<boolean> {
         takeStatus(streams, stream, byName.get(id), committed);
       }
     for (const stream of orphans) {
-      if (stream.phase.is === "gone" && !stream.file && !stream.isBusy) streams.giveUp(stream);
+      const isGone = stream.phase.is === "gone" && !stream.file && !stream.isBusy;
+      if (isGone && streams.list.includes(stream)) streams.giveUp(stream);
     }
     shipper.orphans = [];
     shipper.wakeup.ring();
@@ -793,22 +811,6 @@ async function ask(shipper: Shipper): Promise<boolean> {
     noteRefused(shipper, shipper.unanswered, error.status, error.reason);
     return false;
   }
-}
-
-/** What the receiver knew of this host, when no cursor says that it was asked before. */
-function takeFirstAnswer(shipper: Shipper, told: StreamStatus[]): void {
-  const { streams } = shipper;
-  if (
-    streams.found === "damaged" &&
-    told.length > 0 &&
-    told.every(({ mark, offset }) => !mark && offset > 0)
-  ) {
-    throw new OperatorError(
-      "The cursor is damaged, and the receiver's streams are of version 1.0: start version 1.0 once more",
-    );
-  }
-  streams.takeAnswer(told);
-  if (told.length > 0) shipper.lookAt = 0;
 }
 
 /**

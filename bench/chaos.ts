@@ -146,7 +146,9 @@ function judge(options: ChaosOptions, pipeline: Pipeline, adversary: Adversary, 
   const { report, server, hostileName: hostile } = pipeline;
   const { losses, forgets } = adversary;
   const heartbeatMs = HEARTBEAT_SECONDS * 1000 + LATE_MS;
-  const around = { report, server, losses, heartbeatMs, leftOutLines: LEFT_OUT_LINES, forgets, hostile };
+  const forwarderLog = join(ending.folder, "output", "forwarder.log");
+  const files = { report, forwarderLog, server };
+  const around = { ...files, losses, heartbeatMs, leftOutLines: LEFT_OUT_LINES, forgets, hostile };
   const verdict = checkDelivery(pipeline.client, written, around);
   const findings = verifyFolder(pipeline.client, server, losses);
   const mails = checkMails(pipeline.mailbox.mails, adversary.outages, pipeline.monitor.kills);

@@ -26,6 +26,8 @@ export interface Written {
 /** What is known beside the client's folder. */
 export interface Circumstances {
   report?: string | undefined;
+  /** What the forwarder says: of what it says to have delivered no loss explains that the report is silent. */
+  forwarderLog?: string | undefined;
   /** The receiver's folder. A line without a timestamp whose window is sealed goes by its arrival: it may still wait there. */
   server?: string | undefined;
   /** When the receiver's folder was lost, ms, and how long before that the last heartbeat may have been. */
@@ -65,8 +67,7 @@ const LINE_FEED = 0x0a;
 const MOST_EXAMPLES = 25;
 /** How a line without a timestamp begins. */
 const UNTIMED = "  continued ";
-/** So long after its name a batch has its report line; and what was under way at a loss is written for so long. */
-const REPORT_MS = 30_000;
+/** What was under way at a loss is written for so long. */
 const KILLED_MS = 2_000;
 
 interface Batch {
@@ -318,14 +319,16 @@ function checkReport(
   folder: string,
   told: Told,
   lengths: Map<string, number>,
-  { losses = [] }: Circumstances,
+  { losses = [], forwarderLog = "" }: Circumstances,
   fault: Fault,
 ): void {
+  const log = existsSync(forwarderLog) ? readFileSync(forwarderLog, "utf8") : "";
+  const logged = new Set([...log.matchAll(/ batch delivered batch=(\S+)/g)].map(([, name]) => name));
   for (const [name, lines] of lengths) {
     const own = told.get(name) ?? [];
     if (own.length === 1 && own[0]?.lines === lines) continue;
     const named = statSync(join(folder, name)).ctimeMs;
-    const isLost = losses.some((loss) => named <= loss + KILLED_MS && named > loss - REPORT_MS);
+    const isLost = !logged.has(name) && losses.some((loss) => named <= loss + KILLED_MS);
     if (own.length === 0 && isLost) continue;
     const counts = own.map((entry) => entry.lines).join(", ");
     fault("misreported", `${name} has ${lines} lines, told: ${counts || "nothing"}`);

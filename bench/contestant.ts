@@ -80,13 +80,15 @@ export function ours(
   };
 }
 
-/** Starts one of the five scripts as the units in deploy/ do. `BUN_JSC_useBaselineJIT=1` in the environment: the shipper with Bun's compiler. */
+/** As in the shipper's unit, where the reasons stand; a value in the environment wins. */
+const SHIPPER_MEMORY = { BUN_JSC_useBaselineJIT: "0", BUN_JSC_forceRAMSize: "67108864" };
+
+/** Starts one of the five scripts as the units in deploy/ do. */
 export function runScript(folder: string, name: string, config: string, flags: string[] = []): ChildProcess {
   const runtime = name === "receiver" ? [] : ["--smol"];
   const profile = process.env.BENCH_PROFILE === name ? ["--cpu-prof-md", `--cpu-prof-dir=${folder}`] : [];
   const args = [...runtime, ...profile, "run", join(ROOT, `${name}.ts`), "--config", config, ...flags];
-  const env = name === "shipper" ? { BUN_JSC_useBaselineJIT: process.env.BUN_JSC_useBaselineJIT ?? "0" } : {};
-  return run(folder, name, process.execPath, args, env);
+  return run(folder, name, process.execPath, args, name === "shipper" ? SHIPPER_MEMORY : {});
 }
 
 /** Starts a program; what it says goes to a file of its name in `folder`. */
@@ -100,7 +102,7 @@ export function run(
   const out = openSync(join(folder, `${label}.log`), "a");
   const child = spawn(command, args, {
     cwd: folder,
-    env: { ...process.env, ...env },
+    env: { ...env, ...process.env },
     stdio: ["ignore", out, out],
   });
   closeSync(out);

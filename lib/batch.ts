@@ -103,7 +103,10 @@ function two(n: number): string {
 export function compareBatchNames(a: string, b: string): number {
   const x = parseBatchName(a);
   const y = parseBatchName(b);
-  if (!x || !y) return a < b ? -1 : a > b ? 1 : 0;
+  return x && y ? compareBatches(x, y) : a < b ? -1 : a > b ? 1 : 0;
+}
+
+function compareBatches(x: BatchName, y: BatchName): number {
   if (x.window !== y.window) return x.window < y.window ? -1 : 1;
   if (x.host !== y.host) return x.host < y.host ? -1 : 1;
   return x.part - y.part;
@@ -122,12 +125,13 @@ export async function listBatches(folder: string, ...states: BatchState[]): Prom
     if (error.code === "ENOENT") return [];
     throw error;
   });
-  const names: string[] = [];
+  const found: { name: string; batch: BatchName }[] = [];
   for (const entry of entries) {
     const batch = entry.isFile() ? parseBatchName(entry.name) : undefined;
-    if (batch && states.includes(batch.state)) names.push(entry.name);
+    if (batch && states.includes(batch.state)) found.push({ name: entry.name, batch });
   }
-  return names.sort(compareBatchNames);
+  // each name is parsed once, not once per comparison: a queue may hold many thousands
+  return found.sort((a, b) => compareBatches(a.batch, b.batch)).map(({ name }) => name);
 }
 
 /** The folders of `dir`: one per host, the two of the forwarder, and one for the metrics of parts without a port. */

@@ -169,8 +169,12 @@ interface HostSeen {
   skipped: number;
   untimed: number;
   lost: number;
-  /** Batches that are open or sealed, by hour. */
+  /** Batches that are open or sealed, by hour; and the lines of each by its name. */
   waiting: Map<string, number>;
+  unsent?: Map<string, number>;
+  /** Bytes that it still had to ship when it was last heard. */
+  lag?: number | undefined;
+  heardAt?: number;
   isDamaged?: boolean;
 }
 
@@ -188,6 +192,7 @@ export async function observeHosts(dir: string, now: number) {
       skipped = 0,
       untimed = 0,
       gone = 0,
+      lag,
     } = ledger.facts;
     const { isDamaged } = ledger;
     if (now - ledger.heardAt > forgetAfterDays * DAY && !isDamaged) continue;
@@ -198,8 +203,12 @@ export async function observeHosts(dir: string, now: number) {
     const known = [...names, ...ledger.sealed.keys()]; // one batch that was put here by hand makes it no other's folder
     if (known.length > 0 && !known.some(isOurs)) continue; // a copy of a host's folder, made by hand
     const lost = ledger.lost + gone;
-    const counts = { skipped, untimed, lost, waiting: countHours(names) };
-    hosts.push({ host, zone, through, contestedUntil, ...counts, ...(isDamaged && { isDamaged }) });
+    const unsent = new Map(
+      [...names].map((name) => [name, (ledger.open.get(name) ?? ledger.sealed.get(name))?.lines ?? 0]),
+    );
+    const counts = { skipped, untimed, lost, waiting: countHours(names), unsent, lag };
+    const { heardAt } = ledger;
+    hosts.push({ host, zone, through, heardAt, contestedUntil, ...counts, ...(isDamaged && { isDamaged }) });
   }
   return { hosts, failed: countHours(await listBatches(folders(dir).failed, "sealed", "compressed")) };
 }

@@ -366,6 +366,11 @@ const NETWORK: [pattern: RegExp, meaning: string][] = [
     /Connection lost before handshake|Invalid identification string/,
     "what answers there does not speak SSH: look at the port",
   ],
+  [/Invalid greeting\. response=(?!\d{3}[ -])/, "what answers there does not speak SMTP: look at the port"],
+  [
+    /Greeting never received/,
+    "connected, and not a word: what listens there may not speak SMTP, or wants smtps://",
+  ],
 ];
 
 /** The meaning of a network fault, or undefined when its own words say it. */

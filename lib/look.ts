@@ -306,11 +306,16 @@ async function seeHost(look: Look, host: string, failed: number): Promise<HostSt
   const ledger = known ?? emptyLedger();
   const names = await listBatches(folder, "sealed", "open");
   if (!look.expected.has(host) && !isHostOf(host, names, known)) return undefined;
+  const isForgotten = ledger.facts.forgotten !== undefined && !look.expected.has(host);
+  if (isForgotten && names.length + failed === 0) return undefined;
   const sealed = names.filter((name) => name.endsWith(".log"));
   const status: HostStatus = { ...statusOfLedger(look, host, ledger), failed, waiting: sealed.length };
   for (const name of sealed) {
+    const oldest = status.waitingSince ?? Number.POSITIVE_INFINITY;
+    const sealedAt = ledger.sealed.get(name)?.at ?? 0;
+    if (sealedAt >= oldest && sealedAt <= look.now) continue; // it waits since then at the earliest: its file is not asked
     const since = await waitsSince(folder, name, ledger, look.now);
-    if (since >= (status.waitingSince ?? Number.POSITIVE_INFINITY)) continue;
+    if (since >= oldest) continue;
     Object.assign(status, { waitingSince: since, oldest: name });
   }
   status.undelivered += sealed.reduce((sum, name) => sum + (ledger.sealed.get(name)?.bytes ?? 0), 0);

@@ -37,7 +37,7 @@ import {
 const ROWS_LENGTH = { alone: 260_000, followed: 140_000 };
 const NAMES_LENGTH = 100_000;
 /** Links to the senders of one problem. */
-const MAX_LINKS = 6;
+const MAX_LINKS = 5;
 /** Programs of senders that are named, the newest first, and senders that are behind. */
 const MAX_AGENTS = 6;
 /** Late parts of one sender that are named one by one. */
@@ -158,7 +158,7 @@ function renderArrival({ hosts, linesPerMinute, now }: Snapshot): Html {
   const lags = hosts.filter(({ lag }) => lag !== undefined).length;
   const since = formatClock(now - NOW_MINUTES * MINUTE, now);
   return html`<dl>${figure("Senders", `${number(sending)} of ${number(senders)}`)}${figure(`Lines per minute since ${since}`, number(latest(linesPerMinute)))}
-${figure(lags < senders ? `Lag of ${number(lags)} senders` : "Lag", lags > 0 ? formatBytes(sum(hosts, "lag")) : "unknown")}${lost > 0 && figure("Bytes lost", formatBytes(lost))}</dl>
+${figure(lags < senders ? `Lag of ${count(lags, "sender", "senders")}` : "Lag", lags > 0 ? formatBytes(sum(hosts, "lag")) : "unknown")}${lost > 0 && figure("Bytes lost", formatBytes(lost))}</dl>
 ${
   linesPerMinute.length > 0 &&
   html`${curve(linesPerMinute, { kind: "curve", height: 96, label: `Lines per minute of all senders, last ${hours}` })}

@@ -3,7 +3,7 @@
  * each reads alike: `if (import.meta.main) await runScript(spec, main)`.
  */
 import { readFileSync } from "node:fs";
-import { basename } from "node:path";
+import { extname, resolve } from "node:path";
 import packageJson from "../package.json" with { type: "json" };
 import { asUnitUser, Checks, findDangers, findLeaks, findZone } from "./check.ts";
 import {
@@ -242,10 +242,12 @@ function parseFlags<S extends Section>(spec: ScriptSpec<S>, argv: string[]): Ser
   return values;
 }
 
-/** What was typed to start this: the script, the file that was made of it, or the executable. */
-function commandOf(name: string): string {
-  const [, script = `${name}.ts`] = process.argv;
-  return isExecutable(script) ? basename(process.execPath) : `bun run ${basename(script)}`;
+/** What is typed to start a script, as the one that runs is installed: a command, or a script of a checkout. */
+export function commandOf(name: Section): string {
+  const [, script = ""] = process.argv;
+  if (isExecutable(script) || script.startsWith("/usr/lib/log-rt-sync-")) return `log-rt-sync-${name}`;
+  if (script.startsWith("/opt/log-rt-sync/")) return `log-rt-sync ${name}`;
+  return `bun run ${name}${extname(script) || ".ts"}`;
 }
 
 /** Where Bun keeps the script within an executable that was made of it. */
@@ -269,10 +271,15 @@ async function lookAround<S extends Section>(spec: ScriptSpec<S>, service: Servi
   const { checks, config, configFile, now, flags } = service;
   checks.ok(`config: the section "${spec.name}" of ${configFile}`);
   if (process.getuid?.() === 0) {
-    const [program = "", script = "", ...args] = process.argv;
-    const start = isExecutable(script) ? [process.execPath] : [program, "run", script];
+    const [program = "", script = ""] = process.argv;
+    const start = isExecutable(script) ? [process.execPath] : [program, ...process.execArgv, "run", script];
+    const given = Object.entries<unknown>({ ...flags, config: resolve(configFile) });
+    const args = given.flatMap(([flag, value]) => [`--${flag}`, ...(value === true ? [] : [String(value)])]);
     const command = asUnitUser(spec.name, readFileSync("/etc/passwd", "utf8"), [...start, ...args]);
-    if (command) checks.warn(`this is root, who may do more than the unit's user; as that one: ${command}`);
+    const copies = " (a secret that root alone may read is no fault there: the unit is given a copy)";
+    const note = listSecrets(config).some(({ ref }) => "file" in ref) ? copies : "";
+    if (command)
+      checks.warn(`this is root, who may do more than the unit's user; as that one${note}: ${command}`);
   }
   const { zone, warning } = findZone(now());
   checks.ok(`time zone: ${zone}`);

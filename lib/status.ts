@@ -12,7 +12,7 @@ import {
   seeFolder,
   type Thresholds,
 } from "./look.ts";
-import { DAY, formatBytes, formatDuration, formatLocalTime, MINUTE } from "./service.ts";
+import { commandOf, DAY, formatBytes, formatDuration, formatLocalTime, MINUTE } from "./service.ts";
 import { type FaultKind, type MonitorNews, type ReceiverState, readMonitorNews } from "./signs.ts";
 
 /** A forwarder shows life every thirty seconds, a monitor in every run. */
@@ -226,14 +226,14 @@ function isNearName(refused: string, host: string): boolean {
 
 function nextForSenders(key: string, host: string): string[] {
   const shipper = `ssh ${host} systemctl status log-rt-sync-shipper`;
-  const check = `ssh ${host} 'cd /opt/log-rt-sync && bun run shipper.ts --check --connect'`;
+  const check = `ssh ${host} ${commandOf("shipper").replace(/^bun run .*/, "log-rt-sync shipper")} --check --connect`;
   if (key === "contested")
     return [`ssh ${host} hostname`, "grep -r '\"host\"' /etc/log-rt-sync  # on both machines"];
   if (key === "no log") return [`ssh ${host} journalctl -u log-rt-sync-shipper -g 'no file matches'`, check];
   if (key === "quiet") return [`ssh ${host} tail -n 1 /var/log/nginx/access.log`, check];
   if (key === "refused")
-    return ["journalctl -u 'log-rt-sync-receiver@*' | grep refused", "bun run receiver.ts --check"];
-  return [shipper, check, `bun run monitor.ts --status --host ${host}`];
+    return ["journalctl -u 'log-rt-sync-receiver@*' | grep refused", `${commandOf("receiver")} --check`];
+  return [shipper, check, `${commandOf("monitor")} --status --host ${host}`];
 }
 
 const FAULT_TITLE: Record<FaultKind, string> = {
@@ -248,7 +248,7 @@ function forwarderProblems({ forwarder, now, hosts }: Seen, { deliveryMinutes }:
   if (!forwarder) return [];
   const problems: Problem[] = [];
   const { fault, stays, aliveAt } = forwarder;
-  const next = ["systemctl status log-rt-sync-forwarder", "bun run forwarder.ts --status"];
+  const next = ["systemctl status log-rt-sync-forwarder", `${commandOf("forwarder")} --status`];
   // One that cron starts, or of version 1.0, is judged by what waits.
   if (stays && Math.abs(now - aliveAt) > FORWARDER_GONE_MS) {
     const text = `${sentence(lastSign(aliveAt, now))}; ${count(sum(hosts, "waiting"), "batch waits", "batches wait")}`;
@@ -261,7 +261,7 @@ function forwarderProblems({ forwarder, now, hosts }: Seen, { deliveryMinutes }:
     const told = `${text}; since ${formatClock(since, now)}`;
     problems.push(
       problem(`forwarder ${kind}`, "delivery", FAULT_TITLE[kind], told, {
-        next: ["bun run forwarder.ts --check --connect", ...next],
+        next: [`${commandOf("forwarder")} --check --connect`, ...next],
         ...(mends && { mailFrom: since + deliveryMinutes * MINUTE }),
       }),
     );
@@ -277,7 +277,7 @@ function queueProblems({ hosts, now, forwarder, dir, failed }: Seen, thresholds:
     const since = first.waitingSince ?? now;
     const title = `${count(sum(late, "waiting"), "batch waits", "batches wait")} since ${formatClock(since, now)}`;
     const text = `The oldest is ${first.oldest}, for ${formatDuration(now - since)}`;
-    const next = ["bun run forwarder.ts --status", "journalctl -u log-rt-sync-forwarder -n 50"];
+    const next = [`${commandOf("forwarder")} --status`, "journalctl -u log-rt-sync-forwarder -n 50"];
     problems.push(problem("late", "delivery", title, text, { hosts: late.map(({ host }) => host), next }));
   }
   if (failed.length > 0) {
@@ -289,7 +289,7 @@ function queueProblems({ hosts, now, forwarder, dir, failed }: Seen, thresholds:
     problems.push(
       problem("failed", "delivery", title, text, {
         hosts: hosts.filter((host) => host.failed > 0).map(({ host }) => host),
-        next: ["bun run forwarder.ts --status", `ls -l ${folders(dir).failed}`],
+        next: [`${commandOf("forwarder")} --status`, `ls -l ${folders(dir).failed}`],
       }),
     );
   }
@@ -333,7 +333,7 @@ export function undeliverableProblems(undeliverable: MonitorNews["undeliverable"
     recent,
     ({ to, subject, reason, at }) => `"${subject}" to ${to}, ${formatClock(at, now)}: ${reason}`,
   );
-  const next = ["bun run monitor.ts --test-mail"];
+  const next = [`${commandOf("monitor")} --test-mail`];
   return [problem("undeliverable", "watching", title, text, { next })];
 }
 

@@ -161,6 +161,9 @@ describe("checkDelivery() after the loss of a folder", () => {
     ];
     const loss = ([, at, next]: number[]) => [between(at, next)];
     expect(await count(files, loss, { untold: NAME })).toEqual({ ...zeros, again: 2 });
+    const forwarderLog = join(await tempFolder(), "forwarder.log");
+    writeFileSync(forwarderLog, `2026-11-22T06:45:01.000Z info batch delivered batch=${NAME} lines=2\n`);
+    expect(await count(files, loss, { untold: NAME, forwarderLog })).toMatchObject({ misreported: 1 });
     expect(await count(files, () => [], { untold: NAME })).toMatchObject({
       stray: 1,
       misreported: 1,

@@ -175,6 +175,27 @@ test.each(["monitor", "housekeep"] as const)(
   },
 );
 
+test("monitor --check --connect asks receivers and webhook, whose address it does not repeat", async () => {
+  const home = await tempFolder();
+  const { monitor } = await configOf(home, 9);
+  const mail = { ...monitor.mail, smtp: `file://${home}` };
+  const sick = serve({
+    ...{ hostname: "127.0.0.1", port: 0, maxBodyBytes: 1, idleTimeoutSeconds: 9 },
+    fetch: () => new Response("the disk is full", { status: 503 }),
+  });
+  onCleanup(() => sick.close(true));
+  const receivers = [`http://127.0.0.1:${sick.port}`];
+  const webhook = `http://127.0.0.1:${await freePort()}/secret-of-a-chat`;
+  const file = await writeConfig(home, { monitor: { ...monitor, mail, receivers, webhook } });
+  const { code, output } = await runScriptOnce("monitor", file, ["--check", "--connect"]);
+  expect(output).toContain(
+    `FAULT ${file}: monitor.receivers: ${receivers}: /healthz answers 503: the disk is full\n`,
+  );
+  expect(output).toContain(`FAULT ${file}: monitor.webhook: connection refused`);
+  expect(output).not.toContain("secret-of-a-chat");
+  expect(code).toBe(1);
+});
+
 test("--check tells a folder whose name is mistyped, and what is there; it makes none", async () => {
   const home = await tempFolder();
   const config = await configOf(home, 9);
@@ -565,20 +586,26 @@ describe("forwarder --check finds a private key that can't be used without askin
   });
 });
 
-describe("forwarder --check --connect says what listens at the target's port", () => {
-  const rows: [string, (socket: Socket) => void, string][] = [
+describe("--check --connect says what listens at the port of target or relay", () => {
+  const web = (socket: Socket) =>
+    void socket.once("data", () => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n"));
+  const rows: ["forwarder" | "monitor", string, (socket: Socket) => void, string][] = [
     [
+      "forwarder",
       "nobody says a word",
       () => {},
       "connected, and not a word within 1 s: what listens there may not be SSH",
     ],
+    ["forwarder", "a web server", web, "what answers there does not speak SSH: look at the port"],
+    ["monitor", "nobody says a word", () => {}, "not a word: what listens there may not speak SMTP"],
     [
-      "a web server",
-      (socket) => void socket.once("data", () => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n")),
-      "what answers there does not speak SSH: look at the port",
+      "monitor",
+      "SSH",
+      (socket) => void socket.write("SSH-2.0-OpenSSH_9\r\n"),
+      "what answers there does not speak SMTP: look at the port",
     ],
   ];
-  test.each(rows)("%s", async (_, answer, words) => {
+  test.each(rows)("%s: %s", async (script, _, answer, words) => {
     const home = await tempFolder();
     const server = createServer((socket) => {
       socket.on("error", () => {});
@@ -586,10 +613,13 @@ describe("forwarder --check --connect says what listens at the target's port", (
     });
     await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
     onCleanup(() => server.close());
-    const { forwarder } = await configOf(home, (server.address() as AddressInfo).port);
-    const file = await writeConfig(home, { forwarder: { ...forwarder, timeoutSeconds: 1 } });
-    const { code, output } = await runScriptOnce("forwarder", file, ["--check", "--connect"]);
+    const { forwarder, monitor } = await configOf(home, (server.address() as AddressInfo).port);
+    const mail = { ...monitor.mail, timeoutSeconds: 1 };
+    const sections = { forwarder: { ...forwarder, timeoutSeconds: 1 }, monitor: { ...monitor, mail } };
+    const file = await writeConfig(home, sections);
+    const { code, output } = await runScriptOnce(script, file, ["--check", "--connect"]);
     expect(output).toContain(words);
+    expect(output).not.toMatch(/greeting|response=/i);
     expect(code).toBe(1);
   });
 });

@@ -3,6 +3,7 @@ import { readFileSync } from "node:fs";
 import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Section } from "../lib/config.ts";
+import { commandOf } from "../lib/service.ts";
 import { makeKey } from "./servers.ts";
 import { freePort, missing, ROOT, start, tempFolder } from "./support.ts";
 
@@ -174,6 +175,19 @@ test("receiver --check looks at the group of --port alone, and refuses a port of
   const { code, output } = await run("receiver", ["--config", file, "--check", "--port", "77"]);
   expect(output).toEndWith(`No group has port 77: ${file} has groups of ports 0\n`);
   expect(code).toBe(2);
+});
+
+test.each([
+  ["/opt/log-rt-sync/receiver.ts", "log-rt-sync monitor"],
+  ["/usr/lib/log-rt-sync-middle/receiver.js", "log-rt-sync-monitor"],
+  ["/$bunfs/root/log-rt-sync-receiver", "log-rt-sync-monitor"],
+  ["/home/me/checkout/receiver.ts", "bun run monitor.ts"],
+  ["/home/me/dist/receiver.js", "bun run monitor.js"],
+])("of %s the next command is %s", (script, command) => {
+  const [, own = ""] = process.argv;
+  process.argv[1] = script;
+  expect(commandOf("monitor")).toBe(command);
+  process.argv[1] = own;
 });
 
 test("housekeep --dry-run says when there is nothing to do", async () => {

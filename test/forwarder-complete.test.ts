@@ -65,8 +65,8 @@ test("complete yes: only when every sender has told that all was shipped, and al
   expect(JSON.parse(told.output)).toMatchObject({
     complete: true,
     rows: [
-      { batches: 1, lines: 50 },
-      { batches: 1, lines: 50 },
+      { batches: 1, read: 50, lines: 50, source: "digest", missing: [] },
+      { batches: 1, read: 50, lines: 50, source: "digest", missing: [] },
     ],
   });
   expect(told.code).toBe(0);

@@ -294,8 +294,23 @@ describe("flags", () => {
     });
     expect(code).toBe(0);
     const shown = await once(site, "--hour", "2026-11-01T14/2026-11-01T16");
-    expect(shown.output).toMatch(/2026-11-01T14 +10\.10\.21\.181 +2 +2001 +- +1 +report +complete/);
+    expect(shown.output).toMatch(/2026-11-01T14 +10\.10\.21\.181 +2 +2001 +- +2001 +1 +report +complete/);
     expect(shown.output).toMatch(/2026-11-01T15 +10\.10\.21\.181 .*has told everything only up to/);
+    // what was read and waits, what rules left out, and what the host has not shipped yet
+    const later = site.seal(HOST, 15, "x\n");
+    const sealed = { [later]: { name: later, bytes: 2, lines: 1, at: Date.now() } };
+    const tail = formatRecord({
+      v: LEDGER_VERSION,
+      heardAt: Date.now(),
+      sealed,
+      facts: { ...facts, lag: 2048 },
+    });
+    await writeFile(join(site.dir, HOST, ".ledger"), tail);
+    const unread = await once(site, "--hour", "2026-11-01T15");
+    expect(unread.output).toMatch(
+      /T15 +10\.10\.21\.181 +0 +1 +- +0 +0 +report +has told everything only up to/,
+    );
+    expect(unread.output).toMatch(/; 1 batch is not delivered; 2\.0 KiB to ship when last heard, 20\d\d-/);
     for (const span of ["2026-11-01", "2026-11-01T25", "2026-02-30T10", "2026-11-01T14/2026-11-01T14"])
       expect((await once(site, "--hour", span)).code).toBe(2);
   });
@@ -313,6 +328,13 @@ describe("flags", () => {
     const ledger = formatRecord({ v: LEDGER_VERSION, heardAt: Date.now(), facts });
     await writeFile(join(site.dir, HOST, ".ledger"), ledger);
     expect((await once(site, "--hour", "2026-11-01T14")).code).toBe(0);
+    const early = site.seal(HOST, 13, "x\n"); // before the record, and waiting
+    const sealed = { [early]: { name: early, bytes: 2, lines: 1, at: Date.now() } };
+    const waits = formatRecord({ v: LEDGER_VERSION, heardAt: Date.now(), facts, sealed });
+    await writeFile(join(site.dir, HOST, ".ledger"), waits);
+    const waiting = await once(site, "--hour", "2026-11-01T13");
+    expect(waiting.output).not.toContain("nothing is known");
+    expect(waiting.output).toEndWith("1 batch is not delivered\nnot complete\n");
     const before = await once(site, "--hour", "2026-10-31T14", "--json"); // the record is younger
     expect(JSON.parse(before.output)).toMatchObject({
       complete: false,

@@ -144,7 +144,9 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("to $name", ({ start }) => {
     expect(failures[0]).toStartWith(
       `${name} | lines=10 | status=Failed | reason="${name}" is on the target already, with other content: ${text.length} bytes of 20`,
     );
-    expect(failures[0]).toContain("then: forwarder --once");
+    expect(failures[0]).toMatch(
+      / there, \d+ bytes of 20.* here\..* mv it from failed\/ to its sender's folder$/,
+    );
     expect(await site.report()).toEqual([`${good} | lines=10 | status=Sent`]);
 
     // Tried again from failed/: by one that stays when its time has come, by --once each time.
@@ -258,6 +260,15 @@ describe("forwarder", () => {
     expect(order[0]).toBe(quiet0);
     expect(order.slice(1, 3).sort()).toEqual([busy1, quiet1].sort());
     expect(order.slice(3)).toEqual([busy2, busy3, busy5]);
+  });
+
+  test("what may be at the client already comes first, so that its report line does not wait for the others", async () => {
+    const site = await makeSite(await toFolder(), { parallel: 1 });
+    const begun = site.seal(HOST, 5, "line\n");
+    await once(site, { LOG_RT_SYNC_STOP_AT: "forward:renamed" });
+    const older = site.seal(HOST, 1, "line\n");
+    await once(site);
+    expect(await site.report()).toEqual([begun, older].map((batch) => `${batch} | lines=1 | status=Sent`));
   });
 
   test("a second one on the same folder says which process holds it and exits 1; --status still works", async () => {

@@ -46,13 +46,13 @@ const MOST_LINES_OF_A_FILE = 760;
 
 /** Files in which too much has gathered, and what they must not grow beyond: a line goes when its file has found its nouns. */
 const LONG_FILES: Record<string, number> = {
-  "shipper.ts": 1000,
-  "forwarder.ts": 1030,
-  "receiver.ts": 880,
+  "shipper.ts": 995,
+  "forwarder.ts": 1017,
+  "receiver.ts": 874,
   "monitor.ts": 795,
   "lib/page.ts": 755,
   "lib/store/sender.ts": 800,
-  "lib/tail/streams.ts": 930,
+  "lib/tail/streams.ts": 925,
 };
 
 /** What functions are called that say it in words of our own where the field has one: log, report, note, explain. */

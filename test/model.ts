@@ -33,6 +33,7 @@ import { gunzipSync, gzipSync, zstdDecompressSync } from "node:zlib";
 import { parseChunkHeaders, parseNews } from "../lib/chunk.ts";
 import { parseConfig } from "../lib/config.ts";
 import { createLog } from "../lib/service.ts";
+import { readCursor } from "../lib/tail/cursor.ts";
 import { openShipper, type Shipper, saveCursor, shipOnce } from "../shipper.ts";
 import { isChunk, Wire } from "./wire.ts";
 
@@ -531,6 +532,7 @@ async function restore(world: World): Promise<void> {
 /** The newest lines of the live file are gone after a power loss, or NULs are in their place; or somebody cut them off. */
 async function loseTail(world: World, n: number, isNul: boolean): Promise<void> {
   if (world.half.has(world.fd) || world.positions.has(world.fd)) return;
+  const unsaved = await unsavedBytes(world);
   if (isNul || n % 2 === 0) await kill(world);
   const text = contentOf(live(world));
   const at = text.lastIndexOf("\n", Math.max(0, text.length - 1 - (n % 5000))) + 1;
@@ -541,10 +543,19 @@ async function loseTail(world: World, n: number, isNul: boolean): Promise<void> 
     .split(/(?<=\n)/))
     if (line !== COMMON && !hasLine(world, line)) world.destroyed.add(line);
   world.common.destroyed += text.slice(at).split(COMMON).length - 1;
-  world.mayRepeat += Math.max(LIMIT, (text.length - at) / 2);
+  world.mayRepeat += Math.max(LIMIT, unsaved, (text.length - at) / 2);
   truncateSync(live(world), at);
   if (isNul) truncateSync(live(world), text.length);
   await pass(world);
+}
+
+/** What was shipped since the cursor was saved: on a real host, a second's chunks. */
+async function unsavedBytes(world: World): Promise<number> {
+  const found = await readCursor(stateDir(world)).catch(() => undefined);
+  const streams = found && "cursor" in found ? found.cursor.streams : [];
+  const saved = new Map(streams.map(({ id, offset }) => [id, offset]));
+  const bytes = world.shipper?.streams.list.map(({ id, offset }) => offset - (saved.get(id) ?? 0)) ?? [];
+  return bytes.reduce((sum, each) => sum + Math.max(0, each), 0);
 }
 
 function releaseOld(world: World): void {
@@ -554,7 +565,7 @@ function releaseOld(world: World): void {
   world.old = undefined;
 }
 
-/** Twice at most, of one loss: the larger of this, a second's chunks, and half of what was lost. */
+/** Twice at most, of one loss: the larger of this, what was shipped since the cursor was saved, and half of what was lost. */
 const LIMIT = 64 * 1024 + 8192;
 
 /** As logrotate does it; the writer stands still meanwhile, so that nothing is destroyed by the truncation. */

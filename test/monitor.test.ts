@@ -652,6 +652,34 @@ test("180 senders that fall silent together are one mail, with the cause when it
   expect(`${mail?.html}`.length).toBeLessThan(20_000);
 });
 
+test("a receiver's restart ends no alarm of silence and repeats none: its senders are waited for", async () => {
+  const { dir, config, received } = await setUp({
+    expected: ["10.0.0.1"],
+    silentMinutes: 5,
+    summaryMinute: 40,
+  });
+  const receiver = (startedAt: number, at: number) =>
+    writeFile(
+      join(dir, ".receiver-5001.json"),
+      JSON.stringify({ version: 1, at, startedAt, ports: [5001], refused: [], pressed: [] }),
+    );
+  const subjects = async () => (await received()).map(({ subject }) => subject);
+  await writeLedger(dir, "10.0.0.1", heard(NOON));
+  await receiver(NOON - HOUR, NOON + 6 * MINUTE);
+  await runAt(config, NOON + 6 * MINUTE);
+  const alarm = [expect.stringMatching(/^10\.0\.0\.1 silent since /)];
+  expect(await subjects()).toEqual(alarm);
+  for (const minute of [7, 11, 13]) {
+    await receiver(NOON + 7 * MINUTE, NOON + minute * MINUTE); // 13: it might have been heard by now
+    await runAt(config, NOON + minute * MINUTE);
+    expect(await subjects()).toEqual(alarm);
+  }
+  await writeLedger(dir, "10.0.0.1", heard(NOON + 14 * MINUTE));
+  await receiver(NOON + 7 * MINUTE, NOON + 14 * MINUTE);
+  await runAt(config, NOON + 14 * MINUTE);
+  expect((await subjects())[1]).toMatch(/^10\.0\.0\.1 back after /);
+});
+
 test("the middle server's own absence is told as the cause, and its senders are waited for", async () => {
   const { dir, config, received } = await setUp();
   await writeLedger(dir, "10.0.0.1", heard(NOON + 15 * MINUTE));

@@ -138,6 +138,7 @@ test("the page, the mail, --status and the metrics say the same of one folder, a
     expect(metrics).toContain(
       `log_rt_sync_receiver_problem{key=${quoted(key)},leg=${quoted(leg)},title=${quoted(title)}} 1\n`,
     );
+  expect(page).not.toContain("no section monitor");
   for (const text of [page, mail, metrics, words, status.output, receiver.output, run.output])
     expect(text).not.toContain("what-a-line-says");
   await receiver.stop();

@@ -308,6 +308,7 @@ describe.skipIf(noBrowser)("the status page of a receiver", () => {
     await look(async (page) => /1 since \d\d:\d\d/.test((await row(page, "127.0.0.2").textContent()) ?? ""));
     await visit(url, { httpCredentials }, async (page) => {
       expect(await page.title()).toStartWith("Everything arrives, no forwarder has run here yet · ");
+      expect(await page.getByText("no section monitor: judged by its defaults").count()).toBe(1);
     });
 
     const proxy = serve({ ...LOOPBACK, fetch: (request) => forward(request, port) });

@@ -88,8 +88,10 @@ describe("renderPage()", () => {
     expect(policy).not.toContain("unsafe");
   });
 
-  test("tells each state in a word, with full times behind the relative ones", () => {
+  test("tells each state in a word, with full times behind the relative ones, and of when a number is", () => {
     const page = renderPage(samples.trouble);
+    expect(page).toMatch(/<dt>Lines per minute since \d\d:47<\/dt>/); // the clock of NOW, five minutes before
+    expectText(page, "<dt>Lag of 4 senders</dt>");
     for (const word of ["silent", "never seen", "gone", "quiet", "ok"]) expectText(page, `</svg>${word}<`);
     expect(page).toMatch(
       /<time datetime="2026-11-22T10:12:31\.000Z" title="22 Nov 2026[^"]+">40m ago<\/time>/,

@@ -1,9 +1,11 @@
 /** What the receiver says of its config when it starts, and what `--forget` refuses. */
 import { describe, expect, test } from "bun:test";
 import { existsSync } from "node:fs";
-import { writeFile } from "node:fs/promises";
+import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { formatNews, HEADER, STREAMS_PATH } from "../lib/chunk.ts";
 import { moveDurably } from "../lib/durable.ts";
+import { formatRecord, readLedger } from "../lib/ledger.ts";
 import { post } from "./sending.ts";
 import {
   accessLine,
@@ -13,6 +15,7 @@ import {
   selfSigned,
   startScript,
   tempFolder,
+  until,
   writeConfig,
 } from "./support.ts";
 
@@ -57,7 +60,7 @@ test("warns of an ambiguous logFormat with its remedy, of timestampPattern, and 
   expect(await running.stop()).toBe(0);
 });
 
-test("--forget refuses a host that is not known, has batches, or was heard in the last hour; else it leaves a mark", async () => {
+test("--forget refuses a host that is not known, has batches, or was heard in the last hour", async () => {
   const { folder, port, receiver } = await section({ sealAfterSeconds: 0 });
   const config = await writeConfig(folder, { receiver });
   const running = startScript("receiver", config);
@@ -76,6 +79,32 @@ test("--forget refuses a host that is not known, has batches, or was heard in th
     output: expect.stringContaining("less than an hour"),
   });
   expect(existsSync(join(receiver.dir, "10.0.0.1", ".forget"))).toBe(false);
+});
+
+test("--forget leaves a mark, which is taken once: the host may come back, and one that did is not forgotten", async () => {
+  const { folder, port, receiver } = await section();
+  const config = await writeConfig(folder, { receiver });
+  const heardAt = Date.now() - 7_200_000;
+  for (const host of ["10.0.0.1", "10.0.0.2"]) {
+    await mkdir(join(receiver.dir, host), { recursive: true });
+    const streams = { "stream-0001": { offset: 5, at: heardAt } };
+    await writeFile(join(receiver.dir, host, ".ledger"), formatRecord({ v: 2, heardAt, streams }));
+    expect((await runScriptOnce("receiver", config, ["--forget", host])).code).toBe(0);
+  }
+  const ledger = async (host: string) => readLedger(join(receiver.dir, host));
+  const marks = () => ["10.0.0.1", "10.0.0.2"].map((host) => existsSync(join(receiver.dir, host, ".forget")));
+  await writeFile(join(receiver.dir, "10.0.0.2", ".ledger"), formatRecord({ v: 2, heardAt: Date.now() }));
+  const running = startScript("receiver", config);
+  await running.says("host forgotten host=10.0.0.1");
+  await running.says('host not forgotten host=10.0.0.2 reason="it was heard in the last hour"');
+  await until("both marks are taken", () => !marks().includes(true));
+  expect((await ledger("10.0.0.1"))?.streams.size).toBe(0);
+  const news = { [HEADER.host]: "10.0.0.1", ...formatNews({ shipper: "shipper-of-this-test", lag: 7 }) };
+  const asked = await fetch(`http://127.0.0.1:${port}${STREAMS_PATH}`, { method: "POST", headers: news });
+  expect(await asked.json()).toEqual({ host: "10.0.0.1", streams: [] });
+  expect(await running.stop()).toBe(0);
+  expect((await ledger("10.0.0.1"))?.facts).toMatchObject({ lag: 7 });
+  expect((await ledger("10.0.0.1"))?.facts).not.toHaveProperty("forgotten");
 });
 
 test("SIGHUP takes up senders and tokens; a faulty config is told and the old one stays, as what needs a restart", async () => {

@@ -4,6 +4,8 @@ import { mkdir } from "node:fs/promises";
 import { join } from "node:path";
 import { formatMark, formatNews, HEADER, STREAMS_PATH } from "../lib/chunk.ts";
 import { parseConfig } from "../lib/config.ts";
+import { DEFAULT_THRESHOLDS } from "../lib/look.ts";
+import { observe } from "../lib/status.ts";
 import { createApp, createReceiver } from "../receiver.ts";
 import { type Post, post, quiet } from "./sending.ts";
 import { accessLine, onCleanup, tempFolder } from "./support.ts";
@@ -23,7 +25,7 @@ async function open(options: object = {}) {
   await receiver.store.start(() => true);
   onCleanup(() => receiver.store.close());
   const app = createApp(receiver);
-  const fetch = async (request: Request) => app.fetch(request, { peer: "127.0.0.1", group: 0 });
+  const fetch = async (request: Request, peer = "127.0.0.1") => app.fetch(request, { peer, group: 0 });
   /** Bytes `[from, to)` of LINES as a chunk, with its marks. */
   const chunk = (from: number, to: number, headers: Record<string, string> = {}, request: Post = {}) => {
     const mark = (end: number) => formatMark(Buffer.from(LINES.slice(Math.max(0, end - 1024), end)));
@@ -36,7 +38,7 @@ async function open(options: object = {}) {
       }),
     );
   };
-  const ask = (body?: string, headers: Record<string, string> = {}) =>
+  const ask = (body?: string, headers: Record<string, string> = {}, peer?: string) =>
     fetch(
       new Request(`http://x${STREAMS_PATH}`, {
         method: "POST",
@@ -47,6 +49,7 @@ async function open(options: object = {}) {
           ...headers,
         },
       }),
+      peer,
     );
   const streams = async (body?: string) =>
     (await (await ask(body)).json()).streams as Record<string, unknown>[];
@@ -123,6 +126,23 @@ describe("POST /streams", () => {
     const ledger = receiver.store.senders.get(HOST)?.ledger;
     expect(ledger?.facts).toMatchObject({ agent: "test/2", lag: 42 });
     expect(ledger?.heardAt).toBeGreaterThanOrEqual(now - 1000);
+  });
+
+  test("two shippers that alternate under one name are told with both addresses, one that took its place is not", async () => {
+    const { ask, chunk, receiver } = await open();
+    await chunk(0, END, BEGIN);
+    const from = (peer: string) =>
+      ask(undefined, formatNews({ shipper: `shipper-at-${peer.replaceAll(".", "-")}` }), peer);
+    const { store, config } = receiver;
+    const told = async () => {
+      const ledgerOf = (host: string) => store.ledgerOf(host);
+      const { problems } = await observe(config.dir, DEFAULT_THRESHOLDS, { now: Date.now(), ledgerOf });
+      return problems.filter(({ key }) => key === "contested").map(({ text }) => text);
+    };
+    for (const peer of ["10.9.9.1", "10.9.9.1", "10.9.9.2", "10.9.9.2"]) await from(peer);
+    expect(await told()).toEqual([]);
+    await from("10.9.9.1");
+    expect(await told()).toEqual([`${HOST}: from 10.9.9.2 and 10.9.9.1`]);
   });
 
   test("in a folder that was lost, how far a sender was counts only when it has heard what is missing", async () => {

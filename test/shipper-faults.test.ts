@@ -30,6 +30,7 @@ import {
   type RealReceiver,
   type Script,
   type Sender,
+  shiftNames,
   startRealReceiver,
   startStub,
   startWrapped,
@@ -230,6 +231,32 @@ describe("a damaged cursor", () => {
     expect(stub.asked.map(({ method }) => method).slice(0, 3)).toEqual(["streams", "streams", "streams"]);
     expect(stub.asked.find(({ method }) => method === "POST")?.offset).toBe(lines("a", 1, 10).length);
     expect(stub.text()).toBe(lines("a", 1, 20));
+  });
+
+  test("is asked about: of a file that vanishes before the answer, what the receiver lacks is told as lost", async () => {
+    const stub = startStub();
+    const sender = await createSender(stub.url, { rotateWaitSeconds: 0.3, pollSeconds: 0.2 });
+    sender.write(lines("shipped", 1, 10));
+    await sender.once();
+    for (const tag of ["unread", "live"]) {
+      shiftNames(sender);
+      sender.rotate();
+      sender.write(lines(tag, 1, 20));
+    }
+    for (const name of ["cursor.json", "cursor.json.previous"])
+      writeFileSync(join(sender.stateDir, name), "");
+    let isAway = true;
+    stub.script = () => (isAway ? new Response(null, { status: 503 }) : undefined);
+    const shipper = sender.start();
+    const rotated = [1, 2].map((n) => join(sender.logs, `access.log.${n}`));
+    for (const path of rotated) await shipper.says(`following path=${path} `);
+    for (const path of rotated) unlinkSync(path);
+    isAway = false;
+    await until("the live log is shipped", () => stub.text().includes("/live/20 "));
+    await shipper.says("bytes lost");
+    expect(await shipper.stop()).toBe(0);
+    const lost = [...shipper.output.matchAll(/bytes lost.* bytes=(\d+)/g)].map(([, bytes]) => Number(bytes));
+    expect(lost).toEqual([lines("unread", 1, 20).length]);
   });
 });
 

@@ -80,6 +80,18 @@ describe("observe(): senders", () => {
     expect(states(await look(dir))).toEqual({ "10-0-0-7": "gone", "10.0.0.2": "gone" });
   });
 
+  test("a sender that was forgotten is not seen, unless it is expected or batches of it are left", async () => {
+    const facts = { forgotten: NOW - MINUTE };
+    const dir = await folderWith([
+      ...["10.0.0.1", "10.0.0.2", "10.0.0.3"].map((host) => heard(host, 120, { facts })),
+      "10.0.0.2/accessLog_26112010_00-19_10-0-0-2.log",
+    ]);
+    expect(states(await look(dir, { expected: ["10.0.0.3"] }))).toEqual({
+      "10.0.0.2": "silent",
+      "10.0.0.3": "silent",
+    });
+  });
+
   test("who was not heard since its receiver started is waited for, neither well nor silent", async () => {
     const dir = await folderWith([
       heard("10.0.0.1", 3 * 24 * 60),
@@ -261,6 +273,26 @@ describe("observe(): delivery", () => {
     await utimes(file, new Date(NOW + 9e9), new Date(NOW + 9e9));
     expect(problem(await look(dir), "late")).toBeDefined();
     expect(problem(await look(dir, { deliveryMinutes: 32 }), "late")).toBeUndefined();
+  });
+
+  test("the oldest is the one that waits longest, also beside one that was sent back and one of the future", async () => {
+    const name = (minute: string) => `accessLog_26112209_${minute}_10-0-0-1.log`;
+    const at = { "00-19": NOW - 90 * MINUTE, "20-39": NOW - 50 * MINUTE, "40-59": NOW + 9e9 };
+    const sealed = Object.fromEntries(
+      Object.entries(at).map(([minute, time]) => [
+        name(minute),
+        { name: name(minute), bytes: 1, lines: 1, at: time },
+      ]),
+    );
+    const files = Object.keys(sealed).map((file) => `10.0.0.1/${file}`);
+    const dir = await folderWith([heard("10.0.0.1", 0, { sealed }), ...files]);
+    const touch = (minute: string, time: number) =>
+      utimes(join(dir, "10.0.0.1", name(minute)), new Date(time), new Date(time));
+    await touch("00-19", NOW - 10 * MINUTE); // sent back by --resend
+    await touch("20-39", NOW - 55 * MINUTE);
+    await touch("40-59", NOW + 9e9);
+    const [host] = (await look(dir)).hosts;
+    expect([host?.oldest, host?.waitingSince]).toEqual([name("20-39"), NOW - 50 * MINUTE]);
   });
 
   test("tells that no forwarder is running, by the time of its state file", async () => {

@@ -172,6 +172,27 @@ test.skipIf(absent)("a line goes through services of five users; none reads what
   expect(await receiver.stop()).toBe(0);
 });
 
+test.skipIf(absent || missing({ unshare: "util-linux", runuser: "util-linux" }))(
+  "the command that --check gives to root looks as the unit's user, from any folder",
+  async () => {
+    const { home, scripts, config, dir } = await makePlace();
+    await writeFile(
+      join(home, "passwd"),
+      `root:x:0:0::/:/bin/sh\nlog-rt-sync-housekeep:x:${UID.housekeep}:${GROUP}::/:\n`,
+    );
+    await writeFile(join(home, "group"), `root:x:0:\nlog-rt-sync:x:${GROUP}:\n`);
+    await chmod(dir, 0o700); // the receiver's alone
+    const asRoot = `${process.execPath} --no-env-file run ${scripts}/housekeep.js --check`;
+    const script = `cd ${home} && mount --bind passwd /etc/passwd && mount --bind group /etc/group &&
+      LOG_RT_SYNC_CONFIG=config.json ${asRoot} > seen; echo "root $?"
+      cd / && sh -c "$(sed -n 's/.*as that one: //p' ${home}/seen)"; echo "its user $?"`;
+    const { stdout } = spawnSync("unshare", ["-m", "sh", "-c", script], { encoding: "utf8" });
+    expect(stdout).toStartWith("root 0\n");
+    expect(stdout).toContain(`FAULT ${config}: housekeep.dir: ${dir}: expected a folder that can be written`);
+    expect(stdout).toEndWith("its user 1\n");
+  },
+);
+
 /** Every folder below is the group's to write in, every file the group's to read and write. */
 async function expectShared(dir: string): Promise<void> {
   for (const name of [".", ...(await readdir(dir, { recursive: true }))]) {

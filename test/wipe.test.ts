@@ -6,7 +6,7 @@ import { formatVerdict, isFine, runWipe } from "./wipe.ts";
 const SEEDS = [4, 6];
 
 test.each(SEEDS)(
-  "seed %d: three hosts, rotations and gzip, a client that is away, and the folder is gone at any moment",
+  "seed %d: three hosts, two receivers, rotations and gzip, a client that is away, and the folder is gone at any moment",
   async (seed) => {
     const verdict = await runWipe(seed, { steps: 8 });
     if (!isFine(verdict)) throw new Error(formatVerdict(verdict));

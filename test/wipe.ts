@@ -1,7 +1,7 @@
 /**
- * The middle server burns, over seeds: three hosts with rotations and gzip, a client whose server is away for a while, and
- * at random moments receiver and forwarder are killed and everything they had is removed. Then everything settles and it is
- * checked what lies at the client.
+ * The middle server burns, over seeds: three hosts with rotations and gzip, two receivers on one folder between which hosts
+ * move, a client whose server is away for a while, and at random moments receivers and forwarder are killed and everything
+ * they had is removed. Then everything settles and it is checked what lies at the client.
  *
  *   bun run test/wipe.ts --from 1 --seeds 50     a seed that fails is told with its story; its folder is kept
  */
@@ -92,7 +92,10 @@ interface World {
   random: Random;
   logs: LogWriter[];
   shippers: Supervised[];
-  receiver: Supervised;
+  receivers: Supervised[];
+  /** The number of the receiver that a host ships to. */
+  receiverOf: number[];
+  ports: number[];
   forwarder: Supervised;
   clock: number;
   /** When each line was seen at the client, each time; by log and number. */
@@ -100,7 +103,7 @@ interface World {
   /** What lies or lay at the client. */
   names: Map<string, string>;
   wipes: number[];
-  /** When the receiver (-1) or the shipper of a host was down: there was no heartbeat. */
+  /** When a receiver (-1) or the shipper of a host was down: there was no heartbeat. */
   outages: { host: number; from: number; to: number }[];
   isAway: boolean;
   conflicts: number;
@@ -117,19 +120,21 @@ async function createWorld(seed: number): Promise<World> {
   const folder = mkdtempSync(join(tmpdir(), "log-rt-sync-wipe-"));
   const at = (...names: string[]) => join(folder, ...names);
   for (const name of ["server", "client", "taken", "output"]) mkdirSync(at(name));
-  const port = await freePort();
+  const ports = [await freePort(), await freePort()];
   const dir = at("server", "batches");
-  const server = {
-    receiver: {
-      ...{ groups: [{ port, senders: ["*"] }], dir, windowMinutes: 2, sealAfterSeconds: 0.3 },
-      sealLatestSeconds: 4,
-    },
-    forwarder: {
-      ...{ dir, target: `file://${at("client")}`, intervalSeconds: 0.2, retryDelaySeconds: 0.1 },
-      report: at("server", "report.log"),
-    },
-  };
-  writeFileSync(at("server.json"), JSON.stringify(server));
+  for (const [number, port] of ports.entries()) {
+    const server = {
+      receiver: {
+        ...{ groups: [{ port, senders: ["*"] }], dir, windowMinutes: 2, sealAfterSeconds: 0.3 },
+        sealLatestSeconds: 4,
+      },
+      forwarder: {
+        ...{ dir, target: `file://${at("client")}`, intervalSeconds: 0.2, retryDelaySeconds: 0.1 },
+        report: at("server", "report.log"),
+      },
+    };
+    writeFileSync(at(`server${number}.json`), JSON.stringify(server));
+  }
   const script = (name: string, label: string, config: string) =>
     supervise(label, process.execPath, ["run", join(ROOT, `${name}.ts`), "--config", config], {
       log: at("output", `${label}.log`),
@@ -149,23 +154,30 @@ async function createWorld(seed: number): Promise<World> {
       times: [],
     };
   });
-  const shippers = HOSTS.map((host, i) => {
-    const shipper = {
-      files: logs.filter(({ w }) => LOGS[w] === i).map(({ path }) => path),
-      ...{ receiver: `http://127.0.0.1:${port}`, host, stateDir: at(`host${i}`, "state"), flushMs: 20 },
-      ...{ chunkBytes: [4096, 16_384, 1_048_576][i], compression: ["zstd", "gzip", "none"][i] },
-      ...{ heartbeatSeconds: HEARTBEAT_SECONDS, pollSeconds: 0.2, rotateWaitSeconds: 0.3, timeoutSeconds: 3 },
-    };
-    writeFileSync(at(`shipper${i}.json`), JSON.stringify({ shipper }));
-    return script("shipper", `shipper${i}`, at(`shipper${i}.json`));
-  });
-  return {
-    ...{ folder, random: createRandom(seed), logs, shippers, clock: Date.UTC(2026, 10, 22, 6), wipes: [] },
-    receiver: script("receiver", "receiver", at("server.json")),
-    forwarder: script("forwarder", "forwarder", at("server.json")),
+  const world: World = {
+    ...{ folder, random: createRandom(seed), logs, clock: Date.UTC(2026, 10, 22, 6), wipes: [] },
+    ...{ ports, receiverOf: [0, 1, 0], shippers: [] },
+    receivers: ports.map((_, i) => script("receiver", `receiver${i}`, at(`server${i}.json`))),
+    forwarder: script("forwarder", "forwarder", at("server0.json")),
     seen: LOGS.map(() => []),
     ...{ outages: [], names: new Map(), isAway: false, conflicts: 0, damaged: 0, history: [] },
   };
+  for (const i of HOSTS.keys()) {
+    configureShipper(world, i);
+    world.shippers.push(script("shipper", `shipper${i}`, at(`shipper${i}.json`)));
+  }
+  return world;
+}
+
+function configureShipper({ folder, logs, ports, receiverOf }: World, i: number): void {
+  const shipper = {
+    files: logs.filter(({ w }) => LOGS[w] === i).map(({ path }) => path),
+    ...{ receiver: `http://127.0.0.1:${ports[receiverOf[i] ?? 0]}`, host: HOSTS[i], flushMs: 20 },
+    stateDir: join(folder, `host${i}`, "state"),
+    ...{ chunkBytes: [4096, 16_384, 1_048_576][i], compression: ["zstd", "gzip", "none"][i] },
+    ...{ heartbeatSeconds: HEARTBEAT_SECONDS, pollSeconds: 0.2, rotateWaitSeconds: 0.3, timeoutSeconds: 3 },
+  };
+  writeFileSync(join(folder, `shipper${i}.json`), JSON.stringify({ shipper }));
 }
 
 // ---- the hosts
@@ -298,24 +310,26 @@ function toggleClient(world: World): void {
 
 // ---- the loss
 
-/** Receiver and forwarder are killed, everything of theirs is removed, and they start again. */
+/** Receivers and forwarder are killed, everything of theirs is removed, and they start again. */
 async function wipe(world: World, removes?: LogWriter): Promise<void> {
-  const { random, folder, receiver, forwarder } = world;
-  if (receiver.pid === undefined || forwarder.pid === undefined) return;
+  const { random, folder } = world;
+  const victims = [...world.receivers, world.forwarder];
+  if (victims.some(({ pid }) => pid === undefined)) return;
   const isWhole = random.chance(0.5);
   world.wipes.push(Date.now());
   note(world, `wiped ${isWhole ? "with its folder" : "but for its folder"}`);
-  const both = [Promise.withResolvers<void>(), Promise.withResolvers<void>()] as const;
   const isEmpty = Promise.withResolvers<void>();
-  const meanwhile = (i: 0 | 1) => () => {
-    both[i].resolve();
-    return isEmpty.promise;
-  };
-  const back = [
-    receiver.kill(random.between(0, 1200), meanwhile(0)),
-    forwarder.kill(random.between(0, 1200), meanwhile(1)),
-  ];
-  await Promise.all(both.map(({ promise }) => promise));
+  const back: Promise<void>[] = [];
+  const dead = victims.map((victim) => {
+    const isDead = Promise.withResolvers<void>();
+    const meanwhile = () => {
+      isDead.resolve();
+      return isEmpty.promise;
+    };
+    back.push(victim.kill(random.between(0, 1200), meanwhile));
+    return isDead.promise;
+  });
+  await Promise.all(dead);
   lookAtClient(world);
   for (const name of readdirSync(join(folder, "server")))
     rmSync(join(folder, "server", name), { recursive: true });
@@ -331,7 +345,7 @@ async function wipe(world: World, removes?: LogWriter): Promise<void> {
 export async function runWipe(seed: number, { steps = 12, canDelete = true } = {}): Promise<Verdict> {
   const started = Date.now();
   const world = await createWorld(seed);
-  const all = [...world.shippers, world.receiver, world.forwarder];
+  const all = [...world.shippers, ...world.receivers, world.forwarder];
   let last = Date.now();
   let isOver = false;
   const writing = (async () => {
@@ -386,22 +400,31 @@ async function trouble(world: World, steps: number, canDelete: boolean): Promise
     await sleep(random.between(50, 900));
     const log = random.pick(world.logs);
     if (wipeAt.has(step)) busy.push(wipe(world, canDelete && random.chance(0.2) ? log : undefined));
-    const what = random.between(0, 11);
+    const what = random.between(0, 12);
     if (what < 5) await rotate(world, log, random.chance(0.5));
     else if (what < (world.isAway ? 8 : 6)) toggleClient(world);
     else if (what < 8) lookAtClient(world, true);
     else if (what < 9) busy.push(kill(world, random.between(0, HOSTS.length - 1), random.between(0, 800)));
     else if (what < 10) busy.push(kill(world, -1, random.between(0, 800)));
     else if (what < 11) busy.push(world.forwarder.kill(random.between(0, 800)));
+    else if (what < 12) busy.push(move(world, random.between(0, HOSTS.length - 1)));
   }
   await Promise.all(busy);
 }
 
-/** Kills the shipper of a host, or the receiver (-1), for a while. */
+/** A host goes on with the other receiver. */
+async function move(world: World, host: number): Promise<void> {
+  world.receiverOf[host] = 1 - (world.receiverOf[host] ?? 0);
+  configureShipper(world, host);
+  note(world, `${HOSTS[host]} moves to receiver ${world.receiverOf[host]}`);
+  await kill(world, host, 0);
+}
+
+/** Kills the shipper of a host, or one of the receivers (-1), for a while. */
 async function kill(world: World, host: number, ms: number): Promise<void> {
   const outage = { host, from: Date.now(), to: Number.POSITIVE_INFINITY };
   world.outages.push(outage);
-  await (world.shippers[host] ?? world.receiver).kill(ms);
+  await (world.shippers[host] ?? world.random.pick(world.receivers)).kill(ms);
   outage.to = Date.now();
 }
 

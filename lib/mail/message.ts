@@ -6,7 +6,16 @@
  */
 import { hostname } from "node:os";
 import { html } from "hono/html";
-import { DAY, formatBytes, formatDuration, formatLocalTime, HOUR, MINUTE, VERSION } from "../service.ts";
+import {
+  commandOf,
+  DAY,
+  formatBytes,
+  formatDuration,
+  formatLocalTime,
+  HOUR,
+  MINUTE,
+  VERSION,
+} from "../service.ts";
 import type { Mute } from "../signs.ts";
 import { count, formatClock, sentence } from "../status.ts";
 import type { HourRow, HourSummary } from "./summary.ts";
@@ -85,7 +94,7 @@ export function renderAlert(alert: Alert, around: Around = {}): MailText {
   const groups = groupFacts(facts).slice(0, FACTS);
   const told = groups.reduce((sum, group) => sum + group.length, 0);
   const more =
-    facts.length > told ? `and ${facts.length - told} more changes: bun run monitor.ts --status` : "";
+    facts.length > told ? `and ${facts.length - told} more changes: ${commandOf("monitor")} --status` : "";
   const states = Object.entries(counts).map(([status, n]) => `${n} ${STATUS_TEXT[status as Status]}`);
   const rest = [
     states.length > 0 ? `Senders now: ${states.join(", ")}.` : "",
@@ -294,7 +303,7 @@ export function renderSummary(summary: HourSummary, around: SummaryAround): Mail
   const body = html`${heading("Lines")}${figures(summary)}
 ${heading("Lines per hour, last 24 hours")}${curve(summary, around.zone)}
 ${heading("Senders, delivered of received")}<table width="100%" cellpadding="0" cellspacing="0" role="presentation">${shown.map((row) => hostRow(row))}</table>
-${[others, ...facts].filter((text) => text !== "").map(paragraph)}${nextBlock(troubles.length > 0 ? ["bun run monitor.ts --status"] : [], around)}`;
+${[others, ...facts].filter((text) => text !== "").map(paragraph)}${nextBlock(troubles.length > 0 ? [`${commandOf("monitor")} --status`] : [], around)}`;
   return {
     subject: `${hour} ${formatCount(total.received.lines)} lines, ${troubles.length > 0 ? troubles.join(", ") : isEmpty ? "none from any sender" : "all delivered"}`,
     html: frame(title, `${day}, ${hour} ${zoneName(around.zone)}`, color, body),

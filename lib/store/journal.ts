@@ -409,3 +409,26 @@ async function findMagic(file: FileHandle, from: number, size: number): Promise<
   }
   return size;
 }
+
+// ---- what a disk refuses
+
+/** A chunk that cannot be taken now; `status` as in the wire contract. */
+export class StoreError extends Error {
+  readonly status: 403 | 503 | 507;
+  constructor(status: 403 | 503 | 507, message: string, cause?: unknown) {
+    super(message, { cause });
+    this.status = status;
+  }
+}
+
+/** What a fault of the disk is answered with. */
+export function storeError(error: unknown): StoreError {
+  if (error instanceof StoreError) return error;
+  const { code } = error as NodeJS.ErrnoException;
+  const isFull = code === "ENOSPC" || code === "EDQUOT";
+  return new StoreError(
+    isFull ? 507 : 503,
+    isFull ? "no space left on the disk" : "the disk does not take it; see the log",
+    error,
+  );
+}

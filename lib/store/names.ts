@@ -14,9 +14,7 @@ import {
   withState,
 } from "../batch.ts";
 import type { Ledger } from "../ledger.ts";
-
-const DAY = 86_400_000;
-const HOUR = 3_600_000;
+import { DAY, HOUR } from "../service.ts";
 
 export class BatchNames {
   readonly #host: string;

@@ -177,7 +177,10 @@ export function noteEntry(ledger: Ledger, entry: Entry, journal: string): void {
   for (const run of entry.runs) {
     if (isUsedUp(ledger, run.batch)) continue;
     const batch: OpenBatch = ledger.open.get(run.batch) ?? {
-      ...{ bytes: 0, lines: 0, endsAt: 0, at: 0 },
+      bytes: 0,
+      lines: 0,
+      endsAt: 0,
+      at: 0,
       firstAt: entry.at,
       lowest: {},
     };

@@ -26,8 +26,8 @@ import {
   writeDurably,
 } from "../durable.ts";
 import { formatRecord, type Ledger, noteSealed, type StreamRecord, snapshot, useUpName } from "../ledger.ts";
-import type { Log } from "../service.ts";
-import type { Entry, Journal, Run } from "./journal.ts";
+import { DAY, HOUR, type Log } from "../service.ts";
+import { type Entry, type Journal, type Run, StoreError, storeError } from "./journal.ts";
 import { BatchNames } from "./names.ts";
 import {
   GIVE_WAY_MS,
@@ -77,18 +77,7 @@ export interface Outcome {
   mark?: string;
 }
 
-/** A chunk that cannot be taken now; `status` as in the wire contract. */
-export class StoreError extends Error {
-  readonly status: 403 | 503 | 507;
-  constructor(status: 403 | 503 | 507, message: string, cause?: unknown) {
-    super(message, { cause });
-    this.status = status;
-  }
-}
-
 const LF = 0x0a;
-const DAY = 86_400_000;
-const HOUR = 3_600_000;
 /** Half lines that a sender may have at once. */
 const MAX_PIECES = 16;
 const MAX_SHIPPERS = 8;
@@ -262,10 +251,20 @@ export class Sender implements Place {
     if (mark !== undefined) state.mark = mark;
     if (head !== undefined) state.head = head;
     const draft: Draft = {
-      ...{ chunk, now, state, runs: [], from: state.pieceFrom ?? offset, lines: 0, untimed: 0, ahead: 0 },
-      ...{ again: state.again || chunk.begin === "again" ? end - offset : 0 },
-      ...{ lengths: new Map(), begun: new Map(), windows: new Set() },
-      ...{ givenWayAt: performance.now(), epoch: this.#epoch },
+      chunk,
+      now,
+      state,
+      runs: [],
+      from: state.pieceFrom ?? offset,
+      lines: 0,
+      untimed: 0,
+      ahead: 0,
+      again: state.again || chunk.begin === "again" ? end - offset : 0,
+      lengths: new Map(),
+      begun: new Map(),
+      windows: new Set(),
+      givenWayAt: performance.now(),
+      epoch: this.#epoch,
     };
     if (chunk.begin === "again") delete this.ledger.facts.through; // said before it was known to be lost
     if (chunk.begin === "again" || this.#isUnsure(chunk, offset)) this.#names.doubt(now);
@@ -416,15 +415,19 @@ export class Sender implements Place {
     const { chunk, state, runs, piece, lines, untimed, ahead, again, zone, now } = draft;
     const { encoding, bytes } = chunk.encoded ?? { encoding: "identity" as const, bytes: chunk.body };
     const entry: Entry = {
-      ...{ seq: 0, synced: [0, 0], at: now, host: this.host, stream: chunk.stream, from: draft.from, state },
-      ...{
-        runs,
-        encoding,
-        length: chunk.body.length,
-        lines,
-        lost: this.ledger.lost,
-        unsure: this.ledger.unsure,
-      },
+      seq: 0,
+      synced: [0, 0],
+      at: now,
+      host: this.host,
+      stream: chunk.stream,
+      from: draft.from,
+      state,
+      runs,
+      encoding,
+      length: chunk.body.length,
+      lines,
+      lost: this.ledger.lost,
+      unsure: this.ledger.unsure,
       ...(piece && { piece }),
       ...(chunk.skipped && { skipped: chunk.skipped }),
       ...(untimed > 0 && { untimed }),
@@ -515,6 +518,7 @@ export class Sender implements Place {
     this.isDirty = true;
     facts.peer = peer;
     facts.forgetAfterDays = this.options.forgetAfterDays;
+    delete facts.forgotten;
     if (news.agent !== undefined) facts.agent = news.agent;
     if (news.lag !== undefined) facts.lag = news.lag;
     // In a folder that was lost, it was noted before the sender hears what is missing here.
@@ -536,8 +540,11 @@ export class Sender implements Place {
     if (known && shippers.at(-1) !== known && now - known.heardAt < ALTERNATE_MS) {
       if ((facts.contestedUntil ?? 0) < now) {
         this.options.log.error("two shippers claim one name", {
-          ...{ host: this.host, peer, shipper: id },
-          ...{ otherPeer: shippers.at(-1)?.peer, otherShipper: shippers.at(-1)?.id },
+          host: this.host,
+          peer,
+          shipper: id,
+          otherPeer: shippers.at(-1)?.peer,
+          otherShipper: shippers.at(-1)?.id,
         });
       }
       facts.contestedUntil = now + HOUR;
@@ -561,7 +568,8 @@ export class Sender implements Place {
       const { offset, head, mark } = stream;
       const delivered = waiting && Math.min(offset, stream.pieceFrom ?? offset, waiting.get(name) ?? offset);
       told.push({
-        ...{ stream: name, offset },
+        stream: name,
+        offset,
         ...(head !== undefined && { head }),
         ...(mark !== undefined && { mark }),
         ...(delivered !== undefined && { delivered }),
@@ -725,21 +733,20 @@ export class Sender implements Place {
     this.isDirty = true;
   }
 
-  /** Forgets all streams and names of a host that is gone. Throws a StoreError when something of it still waits. */
-  async forget(): Promise<void> {
+  /** Forgets all streams and names of a host that is gone. Gives the reason when it is not. */
+  async forget(): Promise<string | undefined> {
     await this.turn(() => this.#settle());
     this.#waiting();
     const waits = [...this.ledger.sealed.values()].some((batch) => batch.waits);
-    if (waits || this.ledger.open.size > 0)
-      throw new StoreError(503, `host ${this.host} cannot be forgotten: batches of it wait`);
-    if (this.options.now() - this.ledger.heardAt < HOUR)
-      throw new StoreError(503, `host ${this.host} cannot be forgotten: it was heard in the last hour`);
+    if (waits || this.ledger.open.size > 0) return "batches of it wait";
+    if (this.options.now() - this.ledger.heardAt < HOUR) return "it was heard in the last hour";
     this.#names.doubt(Math.min(this.options.now(), this.ledger.heardAt));
     this.ledger.streams.clear();
     this.ledger.used.clear();
     this.ledger.sealed.clear();
     this.ledger.facts = { forgotten: this.options.now() };
     await this.checkpoint();
+    return undefined;
   }
 
   /** Written again from the journal: what could not be written or synced is. */
@@ -785,16 +792,4 @@ function windowOf({ window, windowEnd = 0 }: StreamRecord): Window | undefined {
 /** Whether nothing was ever heard of a host in this folder. */
 function isUnheard({ facts, streams, used }: Ledger): boolean {
   return facts.shippers === undefined && streams.size === 0 && used.size === 0;
-}
-
-/** What a fault of the disk is answered with. */
-export function storeError(error: unknown): StoreError {
-  if (error instanceof StoreError) return error;
-  const { code } = error as NodeJS.ErrnoException;
-  const isFull = code === "ENOSPC" || code === "EDQUOT";
-  return new StoreError(
-    isFull ? 507 : 503,
-    isFull ? "no space left on the disk" : "the disk does not take it; see the log",
-    error,
-  );
 }

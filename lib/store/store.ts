@@ -12,9 +12,9 @@ import { exists, holdLock, makeFolder, removeDurably, writeDurably } from "../du
 import { formatRecord, type Ledger, readLedger, snapshot } from "../ledger.ts";
 import { NameLocks } from "../runtime.ts";
 import { createFaultLog, errorMessage, type FaultLog, OperatorError } from "../service.ts";
-import { Journal, journalLock, readJournal } from "./journal.ts";
+import { Journal, journalLock, readJournal, StoreError, storeError } from "./journal.ts";
 import { decodeBody, lockSender, Parts, recoverSender, replayJournals, writeAgain } from "./recover.ts";
-import { type Chunk, type Outcome, Sender, StoreError, type StoreOptions, storeError } from "./sender.ts";
+import { type Chunk, type Outcome, Sender, type StoreOptions } from "./sender.ts";
 
 /** A chunk that starts ahead waits so long for what is before it; all that wait hold so many bytes at most. */
 const AHEAD_MS = 2_000;
@@ -34,8 +34,8 @@ const SENDERS_AT_ONCE = 4;
  */
 const RESERVE = { bytes: 64 * 1_048_576, share: 1 / 32 };
 
+export { StoreError } from "./journal.ts";
 export type { Outcome } from "./sender.ts";
-export { StoreError } from "./sender.ts";
 
 interface Options extends StoreOptions {
   /** Whether the config names this host itself. */
@@ -367,10 +367,20 @@ export class Store {
     await Promise.all(Array.from({ length: SENDERS_AT_ONCE }, worker));
   }
 
-  /** Forgets a host that is gone. Throws a StoreError while batches of it wait or it was heard in the last hour. */
-  async forget(host: string): Promise<void> {
-    const sender = this.senders.get(host) ?? (await this.#open(host));
-    await sender.forget();
+  /** Forgets the hosts with this mark in their folder, once: a mark that stayed would forget one that came back. */
+  async forgetMarked(mark: string): Promise<void> {
+    const { dir, log } = this.#options;
+    for (const [host, sender] of this.senders) {
+      const path = join(dir, host, mark);
+      try {
+        if (!(await exists(path))) continue;
+        const reason = await sender.forget();
+        await removeDurably(path);
+        log.info(reason === undefined ? "host forgotten" : "host not forgotten", { host, reason });
+      } catch (error) {
+        this.#faults.failed(`forget ${host}`, "host not forgotten", { host, error: errorMessage(error) });
+      }
+    }
   }
 
   /** The ledger of a sender that is open here. */

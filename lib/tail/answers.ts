@@ -1,10 +1,11 @@
 /**
- * What the receiver says of a stream, and what follows for it: it stands elsewhere (a 409), it is delivered up to a byte, or
- * the receiver has lost it. Nothing is believed that the file does not bear out.
+ * What the receiver says of a stream, and what follows for it: it is known from there alone, it stands elsewhere (a 409), it
+ * is delivered up to a byte, or the receiver has lost it. Nothing is believed that the file does not bear out.
  */
 import type { StreamStatus } from "../chunk.ts";
-import { drawName, type Stream } from "./cursor.ts";
-import { endOfLines, type LogFile, readMark, wireMark } from "./file.ts";
+import { OperatorError } from "../service.ts";
+import { drawName, type Stream, type StreamState } from "./cursor.ts";
+import { endOfLines, type LogFile, markAt, readMark, wireMark } from "./file.ts";
 import { fitOf } from "./identify.ts";
 import { Changed } from "./reader.ts";
 import type { Streams } from "./streams.ts";
@@ -45,6 +46,52 @@ export async function moveTo(
   log.warn("receiver has other bytes than this file: a new stream begins", fields);
   streams.succeed(stream, stream.offset > 0 ? await endOfLines(file, stream.offset) : 0);
   return false;
+}
+
+/**
+ * What the receiver knows of this host when no cursor says it: each stream looks for its file like those of a cursor. Throws
+ * when nothing in it can be compared.
+ */
+export function takeFirstAnswer(streams: Streams, told: StreamStatus[]): void {
+  const isOld = told.length > 0 && told.every(({ mark, offset }) => !mark && offset > 0);
+  if (streams.found === "damaged" && isOld) {
+    throw new OperatorError(
+      "The cursor is damaged, and the receiver's streams are of version 1.0: start version 1.0 once more",
+    );
+  }
+  streams.asked = true;
+  streams.isChanged = true;
+  if (told.length === 0) return;
+  for (const stream of streams.list) {
+    void stream.file?.close().catch(() => {});
+    stream.file = undefined;
+    const same = told.find(({ head }) => head !== undefined && stream.head && head === wireMark(stream.head));
+    stream.offset = Math.min(stream.size, Math.max(stream.offset, same?.offset ?? 0));
+  }
+  // what vanished before the answer: what the receiver lacks of it is lost, and told
+  const lost = streams.list.filter(({ phase, size, offset }) => phase.is === "gone" && size > offset);
+  streams.adopt(told.map(toStream), lost);
+}
+
+function toStream({ stream: id, offset, head, mark, delivered }: StreamStatus): StreamState {
+  const marks = [markAt(offset, mark)].filter((each) => each !== undefined);
+  const length = Number(head?.split(":")[0] ?? 0);
+  const first = markAt(length, head);
+  return {
+    id,
+    from: 0,
+    offset,
+    size: offset,
+    log: "",
+    path: "",
+    key: "",
+    copies: [],
+    mtimeMs: 0,
+    marks,
+    ...(first && { head: first }),
+    ...(delivered !== undefined && { delivered }),
+    phase: { is: "gone" },
+  };
 }
 
 /**

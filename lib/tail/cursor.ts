@@ -177,7 +177,14 @@ function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string
       const [key = "", ...others] = keys.toReversed();
       streams.push({
         ...(id !== undefined && { id, isOld: true, delivered: offset }),
-        ...{ from: 0, offset, log, path, key, size, mtimeMs: 0, marks: signature.marks },
+        from: 0,
+        offset,
+        log,
+        path,
+        key,
+        size,
+        mtimeMs: 0,
+        marks: signature.marks,
         copies: others.map((other) => ({ key: other, size: -1 })),
         ...(signature.head && { head: signature.head }),
         phase: done ? { is: "ended", size: -1 } : { is: "reading" },

@@ -28,7 +28,6 @@ import {
   contentStart,
   endOfLines,
   LogFile,
-  markAt,
   readHead,
   readMark,
   UnfinishedFile,
@@ -424,7 +423,11 @@ export class Streams {
   #goOnBehind(stream: Stream, at: number, key: string, size: number): Stream {
     const { path, offset, id, log: own, isLive, mtimeMs } = stream;
     this.context.log.warn("file has other bytes behind what it kept: a new stream begins there", {
-      ...{ path, stream: id, shipped: offset, from: at, again: offset - at },
+      path,
+      stream: id,
+      shipped: offset,
+      from: at,
+      again: offset - at,
     });
     const next = this.#begin({ path, key, size, mtimeMs, log: own, isLive, isReadable: true }, at);
     next.head = stream.head;
@@ -634,7 +637,15 @@ export class Streams {
     const { path, key, size, mtimeMs, log, isLive } = found;
     const isPacked = compressionOf(path) !== undefined;
     const state: StreamState = {
-      ...{ from: offset, offset, log, path, key, copies: [], marks: [], mtimeMs, phase: { is: "reading" } },
+      from: offset,
+      offset,
+      log,
+      path,
+      key,
+      copies: [],
+      marks: [],
+      mtimeMs,
+      phase: { is: "reading" },
       size: isPacked ? offset : size,
     };
     const stream: Stream = { ...withFile(state, this.context.mono()), isLive };
@@ -840,24 +851,9 @@ export class Streams {
 
   // ---- the receiver's answer
 
-  /** What the receiver knows of this host, when there was no cursor: each stream looks for its file like those of a cursor. */
-  takeAnswer(told: StreamStatus[]): void {
-    this.asked = true;
-    this.isChanged = true;
-    if (told.length === 0) return;
-    for (const { file } of this.list) void file?.close().catch(() => {});
-    this.list = told.map(({ stream: id, offset, head, mark, delivered }) => {
-      const marks = [markAt(offset, mark)].filter((each) => each !== undefined);
-      const length = Number(head?.split(":")[0] ?? 0);
-      const first = markAt(length, head);
-      const state: StreamState = {
-        ...{ id, from: 0, offset, size: offset, log: "", path: "", key: "", copies: [], mtimeMs: 0, marks },
-        ...(first && { head: first }),
-        ...(delivered !== undefined && { delivered }),
-        phase: { is: "gone" },
-      };
-      return withFile(state, this.context.mono());
-    });
+  /** Takes up what the receiver knows of this host when there is no cursor, beside those of the list that stay. */
+  adopt(known: StreamState[], kept: Stream[]): void {
+    this.list = [...kept, ...known.map((state) => withFile(state, this.context.mono()))];
     this.#since.clear();
     this.#byLog = undefined;
   }

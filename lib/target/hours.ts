@@ -5,7 +5,8 @@
 import { dashedHost, parseBatchName } from "../batch.ts";
 import { findMissing, formatHour, type HostsSeen, observeHosts, readList, readRecord } from "../digest.ts";
 import { type ReportLine, readReportTail } from "../report.ts";
-import { EXIT, HOUR, OperatorError } from "../service.ts";
+import { EXIT, formatBytes, HOUR, OperatorError } from "../service.ts";
+import { formatTable } from "../table.ts";
 
 /** How much of the report's end tells of an hour without digests. */
 const REPORT_BYTES = 32 * 1024 * 1024;
@@ -37,6 +38,9 @@ export interface MatrixRow {
   hour: string;
   host: string;
   batches: number;
+  /** Lines that its log had, as far as they are here: delivered, left out, and not delivered yet. */
+  read: number;
+  /** Lines delivered. */
   lines: number;
   /** Lines left out by rules, as the hour's digests tell. */
   skipped?: number;
@@ -89,7 +93,7 @@ async function readHour(
   const names = new Map(seen.hosts.map(({ host }) => [dashedHost(host), host]));
   const rows = new Map<string, MatrixRow>();
   const rowOf = (host: string) => {
-    const row = rows.get(host) ?? { hour, host, batches: 0, lines: 0, late: 0, source, missing: [] };
+    const row = rows.get(host) ?? { hour, host, batches: 0, read: 0, lines: 0, late: 0, source, missing: [] };
     rows.set(host, row);
     return row;
   };
@@ -106,10 +110,36 @@ async function readHour(
   }
   for (const { host, reason } of findMissing(seen, hour, now, record.lossAt))
     rowOf(host).missing.push(reason);
-  const isKnown = delivered.size > 0 || told.complete !== undefined;
+  for (const { host, unsent = [], lag, heardAt = 0 } of seen.hosts) {
+    const row = rowOf(host);
+    for (const [name, lines] of unsent)
+      if (parseBatchName(name)?.window.startsWith(hour) && !delivered.has(name)) row.read += lines;
+    if (row.missing.length > 0 && lag)
+      row.missing.push(`${formatBytes(lag)} to ship when last heard, ${new Date(heardAt).toISOString()}`);
+  }
+  for (const row of rows.values()) row.read += row.lines + (row.skipped ?? 0);
+  const isKnown =
+    told.complete !== undefined || [...rows.values()].some(({ batches, read }) => batches + read > 0);
   if (!isKnown && (rows.size === 0 || began === undefined || hour < localHour(began)))
     rowOf("-").missing.push("nothing is known of this hour, neither by a digest nor by the report");
   return [...rows.values()].sort((a, b) => (a.host < b.host ? -1 : 1));
+}
+
+/** The rows as a table for a terminal. */
+export function formatHours(rows: MatrixRow[]): string {
+  const cells = rows.map((row) => [
+    `20${row.hour.slice(0, 2)}-${row.hour.slice(2, 4)}-${row.hour.slice(4, 6)}T${row.hour.slice(6)}`,
+    row.host,
+    String(row.batches),
+    String(row.read),
+    row.skipped === undefined ? "-" : String(row.skipped),
+    String(row.lines),
+    String(row.late),
+    row.source,
+    row.missing.length === 0 ? "complete" : row.missing.join("; "),
+  ]);
+  const heads = ["hour", "host", "batches", "read", "skipped", "delivered", "late parts", "by", "state"];
+  return formatTable(heads, cells, [2, 3, 4, 5, 6]);
 }
 
 /** The hour of a time on this machine's wall clock. */
