@@ -924,7 +924,7 @@ async function resend({ config }: Service<"forwarder">, text: string): Promise<n
     process.stdout.write(`${name}: ${reason ?? "back in the queue"}\n`);
   }
   if (found.length === 0) process.stdout.write(`nothing in ${all.sent} has "${text}" in its name\n`);
-  else process.stdout.write(`now by the running forwarder, or by: ${commandOf("forwarder")} --once\n`);
+  else process.stdout.write(`sent in the next cycle; if none runs: ${commandOf("forwarder")} --once\n`);
   return found.length > left && left === 0 ? EXIT.done : EXIT.failed;
 }
 

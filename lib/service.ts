@@ -3,7 +3,7 @@
  * each reads alike: `if (import.meta.main) await runScript(spec, main)`.
  */
 import { readFileSync } from "node:fs";
-import { resolve } from "node:path";
+import { extname, resolve } from "node:path";
 import packageJson from "../package.json" with { type: "json" };
 import { asUnitUser, Checks, findDangers, findLeaks, findZone } from "./check.ts";
 import {
@@ -246,7 +246,8 @@ function parseFlags<S extends Section>(spec: ScriptSpec<S>, argv: string[]): Ser
 export function commandOf(name: Section): string {
   const [, script = ""] = process.argv;
   if (isExecutable(script) || script.startsWith("/usr/lib/log-rt-sync-")) return `log-rt-sync-${name}`;
-  return script.startsWith("/opt/log-rt-sync/") ? `log-rt-sync ${name}` : `bun run ${name}.ts`;
+  if (script.startsWith("/opt/log-rt-sync/")) return `log-rt-sync ${name}`;
+  return `bun run ${name}${extname(script) || ".ts"}`;
 }
 
 /** Where Bun keeps the script within an executable that was made of it. */
@@ -275,9 +276,10 @@ async function lookAround<S extends Section>(spec: ScriptSpec<S>, service: Servi
     const given = Object.entries<unknown>({ ...flags, config: resolve(configFile) });
     const args = given.flatMap(([flag, value]) => [`--${flag}`, ...(value === true ? [] : [String(value)])]);
     const command = asUnitUser(spec.name, readFileSync("/etc/passwd", "utf8"), [...start, ...args]);
-    const copies = "a secret that root alone may read is no fault there: the unit is given a copy";
+    const copies = " (a secret that root alone may read is no fault there: the unit is given a copy)";
+    const note = listSecrets(config).some(({ ref }) => "file" in ref) ? copies : "";
     if (command)
-      checks.warn(`this is root, who may do more than the unit's user; as that one (${copies}): ${command}`);
+      checks.warn(`this is root, who may do more than the unit's user; as that one${note}: ${command}`);
   }
   const { zone, warning } = findZone(now());
   checks.ok(`time zone: ${zone}`);

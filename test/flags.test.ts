@@ -182,6 +182,7 @@ test.each([
   ["/usr/lib/log-rt-sync-middle/receiver.js", "log-rt-sync-monitor"],
   ["/$bunfs/root/log-rt-sync-receiver", "log-rt-sync-monitor"],
   ["/home/me/checkout/receiver.ts", "bun run monitor.ts"],
+  ["/home/me/dist/receiver.js", "bun run monitor.js"],
 ])("of %s the next command is %s", (script, command) => {
   const [, own = ""] = process.argv;
   process.argv[1] = script;

@@ -328,6 +328,13 @@ describe("flags", () => {
     const ledger = formatRecord({ v: LEDGER_VERSION, heardAt: Date.now(), facts });
     await writeFile(join(site.dir, HOST, ".ledger"), ledger);
     expect((await once(site, "--hour", "2026-11-01T14")).code).toBe(0);
+    const early = site.seal(HOST, 13, "x\n"); // before the record, and waiting
+    const sealed = { [early]: { name: early, bytes: 2, lines: 1, at: Date.now() } };
+    const waits = formatRecord({ v: LEDGER_VERSION, heardAt: Date.now(), facts, sealed });
+    await writeFile(join(site.dir, HOST, ".ledger"), waits);
+    const waiting = await once(site, "--hour", "2026-11-01T13");
+    expect(waiting.output).not.toContain("nothing is known");
+    expect(waiting.output).toEndWith("1 batch is not delivered\nnot complete\n");
     const before = await once(site, "--hour", "2026-10-31T14", "--json"); // the record is younger
     expect(JSON.parse(before.output)).toMatchObject({
       complete: false,

@@ -178,7 +178,8 @@ describe("summariseHour()", () => {
       ...{ differs: 1, late: 1, since: { skipped: 4, untimed: 2, ahead: 0, lost: 2048 } },
     });
     expect(summary.curve.slice(-2)).toEqual([99, 66]);
-    const { subject, text } = renderSummary(summary, AROUND);
+    const { subject, text, html } = renderSummary(summary, AROUND);
+    expect(html).toContain('<td width="53%"'); // of its bar: 35 of 66 lines delivered
     expect(subject).toBe(
       "06:00–07:00 66 lines, 2.0 KiB lost, 1 failed, 1 missing, 1 with other counts, 1 silent, 1 incomplete",
     );

@@ -118,7 +118,8 @@ async function readHour(
       row.missing.push(`${formatBytes(lag)} to ship when last heard, ${new Date(heardAt).toISOString()}`);
   }
   for (const row of rows.values()) row.read += row.lines + (row.skipped ?? 0);
-  const isKnown = delivered.size > 0 || told.complete !== undefined;
+  const isKnown =
+    told.complete !== undefined || [...rows.values()].some(({ batches, read }) => batches + read > 0);
   if (!isKnown && (rows.size === 0 || began === undefined || hour < localHour(began)))
     rowOf("-").missing.push("nothing is known of this hour, neither by a digest nor by the report");
   return [...rows.values()].sort((a, b) => (a.host < b.host ? -1 : 1));
