@@ -33,7 +33,9 @@ const LINE = lines("a", 1000, 1000).length;
 /** Twice at most, of one stream: the larger of this and half of what was lost. */
 const LIMIT = 64 * 1024;
 
-async function createHost(options: object = {}): Promise<{ stub: StubReceiver; sender: Sender }> {
+async function createHost(
+  options: Parameters<typeof createSender>[1] = {},
+): Promise<{ stub: StubReceiver; sender: Sender }> {
   const stub = startStub();
   return { stub, sender: await createSender(stub.url, options) };
 }
@@ -245,6 +247,48 @@ describe("files that begin alike", () => {
       }
     }
   }
+
+  test.each(["rename", "gzip", "copytruncate"])(
+    "stopped, %s: a header of a kilobyte that was shipped before its lines, the last time without a save",
+    async (how) => {
+      const { stub, sender } = await createHost();
+      const expected: string[] = [];
+      await sender.once();
+      for (let day = 1; day <= 3; day++) {
+        sender.write(HEAD);
+        await sender.once();
+        sender.write(lines(`d${day}`, 1, 5));
+        expected.push(lines(`d${day}`, 1, 5));
+        if (how === "copytruncate") {
+          await sender.once();
+          copyFileSync(sender.live, `${sender.live}-2026112${day}`);
+          truncateSync(sender.live, 0);
+          continue;
+        }
+        const killed = sender.start(["--once"], { LOG_RT_SYNC_STOP_AT: "shipper:answered" });
+        expect(await killed.ended).toBe("SIGKILL");
+        sender.rotate(`access.log-2026112${day}`);
+        if (how === "gzip") execFileSync("gzip", [`${sender.live}-2026112${day}`]);
+      }
+      sender.write(HEAD + lines("d4", 1, 5));
+      await sender.once();
+      expect(twice(stub, [...expected, lines("d4", 1, 5)])).toBe(0);
+      expect(stub.text().split(HEAD).length - 1).toBe(4);
+    },
+  );
+
+  test("two logs whose first kilobyte is the same, at the first start: both are whole", async () => {
+    for (const names of [["a.log", "b.log"], ["*.log"]]) {
+      const { stub, sender } = await createHost((logs) => ({
+        files: names.map((name) => join(logs, name)),
+      }));
+      for (const name of ["a", "b"])
+        writeFileSync(join(sender.logs, `${name}.log`), HEAD + lines(name, 1, 5));
+      await sender.once();
+      expect(twice(stub, [lines("a", 1, 5), lines("b", 1, 5)])).toBe(0);
+      expect(stub.text().split(HEAD).length - 1).toBe(2);
+    }
+  });
 
   test("without a cursor: the receiver knows each of them", async () => {
     const { stub, sender } = await createHost();

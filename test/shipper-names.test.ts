@@ -22,6 +22,7 @@ import {
 } from "node:fs";
 import { dirname, join } from "node:path";
 import { gzipSync } from "node:zlib";
+import { possibleBases } from "../lib/tail/paths.ts";
 import {
   createSender,
   expectTags,
@@ -139,6 +140,12 @@ describe("names that differ by a number", () => {
     expect(output).toMatch(/not followed.*a\.log\.4711/);
     host.expects({ a: 25, b: 5, late: 3 });
   });
+});
+
+test("possibleBases() knows logrotate's dateformat -%s", () => {
+  for (const name of ["access.log-1763791200", "access.log-1763791200.gz", "access-1763791200.log"])
+    expect(possibleBases(name)).toContainEqual({ base: "access.log" });
+  expect(possibleBases("access.log-3763791200")).toEqual([]);
 });
 
 describe("what lies beside a log", () => {

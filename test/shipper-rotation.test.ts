@@ -597,7 +597,7 @@ describe("what is gone", () => {
   });
 
   test("a rotated file that was removed while it is open loses nothing", async () => {
-    const sender = await shippedTen();
+    const sender = await shippedTen({ rotateWaitSeconds: 30 });
     const shipper = await startShipper(sender);
     sender.write(lines("a", 11, 20));
     await expectArrives(receiver, sender);

@@ -13,10 +13,11 @@
  */
 import { constants as fs } from "node:fs";
 import { open } from "node:fs/promises";
+import { basename } from "node:path";
 import { MARK_BYTES } from "../chunk.ts";
 import type { Stream } from "./cursor.ts";
 import { commonLength, contentStart, endOfLines, holds, LogFile, type Mark, markBefore } from "./file.ts";
-import type { FoundFile } from "./paths.ts";
+import { type FoundFile, possibleBases } from "./paths.ts";
 
 /** What a file is. `at`: where a stream that goes on begins. */
 export type Identity =
@@ -119,7 +120,7 @@ async function compareWithKnown(
 ): Promise<Identity> {
   let best: { stream: Stream; common: number; fits: boolean } | undefined;
   for (const stream of known) {
-    if (found.isLive && isPassedOver(stream)) continue;
+    if (found.isLive && (isPassedOver(stream) || isRotationOf(found, stream))) continue;
     const isHere = stream.phase.is !== "gone"; // the look saw its file there: whatever else is there now came since
     const own = await LogFile.open(stream.path).catch((error: NodeJS.ErrnoException) => error);
     if (!(own instanceof LogFile)) {
@@ -133,7 +134,8 @@ async function compareWithKnown(
       }
       const common = await commonLength(file, own, length);
       if (common <= (best?.common ?? 0)) continue;
-      best = { stream, common, fits: common >= length || (await fitOf(file, stream)).is !== "none" };
+      const isShipped = stream.offset > 0 && (await fitOf(file, stream)).is !== "none";
+      best = { stream, common, fits: common >= length || isShipped };
     } finally {
       await own.close();
     }
@@ -148,6 +150,12 @@ async function compareWithKnown(
 /** A rotated file of before the first sight of its log is not shipped; a live one that has the same bytes is. */
 function isPassedOver({ id, phase }: Stream): boolean {
   return id === undefined && phase.is === "ended";
+}
+
+/** The file before the live one of a log, not its original: they may begin alike, with more than 1,024 bytes each day. */
+function isRotationOf({ log }: FoundFile, stream: Stream): boolean {
+  const name = basename(stream.path);
+  return stream.log === log && possibleBases(name).some(({ base }) => base === basename(log));
 }
 
 /**

@@ -316,7 +316,7 @@ function keyOf(folder: string): string | undefined {
  * logrotate's dateformat makes may begin with the year, right behind the name.
  */
 const DATE =
-  /(?:[-._]|(?<=[A-Za-z]))(?:(\d{4})-?(\d\d)-?(\d\d)|(\d\d)-?(\d\d)-?(\d{4}))(?:[-._T]?[\d:.+-]*\d)?Z?(?=\.|$)|[-._](1\d{9})(?=\.|$)/g;
+  /[-._](1\d{9})(?=\.|$)|(?:[-._]|(?<=[A-Za-z]))(?:(\d{4})-?(\d\d)-?(\d\d)|(\d\d)-?(\d\d)-?(\d{4}))(?:[-._T]?[\d:.+-]*\d)?Z?(?=\.|$)/g;
 
 /** The names of logs of which a name may be a rotation; `number` is that of a numbered one. */
 export function possibleBases(name: string): { base: string; number?: number }[] {
@@ -334,7 +334,7 @@ export function possibleBases(name: string): { base: string; number?: number }[]
     add(match.index, match.index + match[0].length, Number(match[1]));
   }
   for (const match of plain.matchAll(DATE)) {
-    const [, y1, m1, d1, d2, m2, y2, seconds] = match.map((text) =>
+    const [, seconds, y1, m1, d1, d2, m2, y2] = match.map((text) =>
       text === undefined ? Number.NaN : Number(text),
     );
     const isDate = seconds || isDay(y1, m1, d1) || isDay(y2, m2, d2) || isDay(y2, d2, m2);

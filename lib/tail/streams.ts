@@ -391,8 +391,8 @@ export class Streams {
   }
 
   /**
-   * Of a file whose bytes may be others now: true when the stream goes on in it, or a new one behind the newest mark that
-   * fits. Else the stream has no file any more: its bytes may be in a copy, and the file is another log.
+   * Of a file whose bytes may be others now: true when the stream goes on in it. Else the stream has no file any more: its
+   * bytes may be in a copy, and what the file is says the next look.
    */
   async rebase(stream: Stream, file: LogFile, size: number): Promise<boolean> {
     const { log } = this.context;
@@ -407,11 +407,6 @@ export class Streams {
     const own = stream.file;
     stream.file = undefined;
     if (own !== file) await own?.close().catch(() => {});
-    if (fit.is === "behind") {
-      if (stream.size > stream.offset) this.lose(stream.size - stream.offset, stream);
-      this.#goOnBehind(stream, fit.at, stream.key, size);
-      return true;
-    }
     const { path, id, offset } = stream;
     log.info("file was cut and written anew", { path, stream: id, offset });
     this.#cut.add(stream.key);
@@ -479,16 +474,16 @@ export class Streams {
     for (const each of this.#unknown.keys()) if (!seen.has(each)) this.#unknown.delete(each);
     const inOrder = unknown.toSorted((a, b) => Number(a.isLive) - Number(b.isLive));
     const parts: { file: FoundFile; at: number }[] = [];
+    const isHeld = (file: FoundFile) => waiting.some(({ log }) => log === file.log);
     for (const file of inOrder) {
       if (this.#ignored.has(asSeen(file))) continue;
-      const told = await this.#identifyOne(file);
+      const told = await this.#identifyOne(file, isHeld(file));
       if (typeof told === "number") parts.push({ file, at: told });
       else if (!told) waiting.push(file);
     }
     // What has only a part of a stream is where it goes on when no other file turns out to have all of it.
     for (const { file } of parts.sort((a, b) => b.at - a.at)) {
-      const isHeld = waiting.some(({ log }) => log === file.log);
-      if (isHeld || !(await this.#identifyOne(file, true))) waiting.push(file);
+      if (!(await this.#identifyOne(file, isHeld(file), true))) waiting.push(file);
     }
     return waiting;
   }
@@ -516,8 +511,11 @@ export class Streams {
     }
   }
 
-  /** False when it can't be told yet what a file is; a number when it has a stream up to there only, and `isAll` is not said. */
-  async #identifyOne(found: FoundFile, isAll = false): Promise<boolean | number> {
+  /**
+   * False when it can't be told yet what a file is; a number when it has a stream up to there only, and `isAll` is not said.
+   * `isHeld`: a rotated file of its log is not settled, in which a stream may go on rather than in this one.
+   */
+  async #identifyOne(found: FoundFile, isHeld: boolean, isAll = false): Promise<boolean | number> {
     const { faults, mono, now } = this.context;
     const name = asSeen(found);
     const since = this.#since.get(found.log);
@@ -543,8 +541,10 @@ export class Streams {
       let what = await identify(file, found, this.list, (stream) => this.#hasHome(stream));
       const isOwn =
         found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
-      if (what.is === "copy" && isOwn) what = { is: "new", at: 0 }; // a path named in full is a log of its own
+      // a path named in full is a log of its own
+      if (isOwn && (what.is === "copy" || what.is === "new")) what = { is: "new", at: 0 };
       if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
+      if (isHeld && (what.is === "behind" || (what.is === "stream" && found.isLive))) return false;
       if (what.is === "behind" && !isAll) return what.at;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
       if (what.is === "new" && !found.isLive) await file.contentLength(); // one that is still being compressed waits
@@ -592,18 +592,18 @@ export class Streams {
       stream.copies.push({ key: found.key, size: found.size });
       return undefined;
     }
-    if (what.is === "behind") {
-      const { path, isLive, log: own } = found;
-      Object.assign(stream, { path, isLive, log: own });
-      this.#goOnBehind(stream, what.at, found.key, found.size);
-      return undefined;
-    }
-    log.info("file is a copy of a known one", fields);
     const { path, key, mtimeMs, isLive, log: own } = found;
     for (const other of this.list) {
       if (other.until !== undefined && other.key === stream.key)
         Object.assign(other, { path, key, log: own });
     }
+    if (what.is === "behind") {
+      if (stream.size > stream.offset) this.lose(stream.size - stream.offset, stream);
+      Object.assign(stream, { path, isLive, log: own });
+      this.#goOnBehind(stream, what.at, key, found.size);
+      return undefined;
+    }
+    log.info("file is a copy of a known one", fields);
     void stream.file?.close().catch(() => {});
     stream.file = undefined;
     Object.assign(stream, { path, key, mtimeMs, isLive, log: own, endedAs: "" });
