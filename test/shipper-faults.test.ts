@@ -20,6 +20,7 @@ import {
 } from "node:fs";
 import { connect, createServer, type Socket } from "node:net";
 import { dirname, join } from "node:path";
+import { listBatches } from "../lib/batch.ts";
 import {
   type Asked,
   createSender,
@@ -231,6 +232,22 @@ describe("a damaged cursor", () => {
     expect(stub.asked.map(({ method }) => method).slice(0, 3)).toEqual(["streams", "streams", "streams"]);
     expect(stub.asked.find(({ method }) => method === "POST")?.offset).toBe(lines("a", 1, 10).length);
     expect(stub.text()).toBe(lines("a", 1, 20));
+  });
+
+  test("and a receiver that knows nothing either: what comes takes no name that may have been used", async () => {
+    const sender = await createSender(startStub().url);
+    sender.write(lines("a", 1, 10));
+    await sender.once();
+    for (const name of ["cursor.json", "cursor.json.previous"])
+      writeFileSync(join(sender.stateDir, name), "");
+    const own = await startRealReceiver();
+    const config = readFileSync(sender.config, "utf8");
+    writeFileSync(sender.config, config.replace(/"http:[^"]*"/, JSON.stringify(own.url)));
+    await sender.once();
+    expect(own.stored(sender.host).toString()).toBe(lines("a", 1, 10));
+    expect(await listBatches(join(own.dir, sender.host), "open")).toEqual([
+      expect.stringMatching(/\.\d{10}\.log\.part$/),
+    ]);
   });
 
   test("is asked about: of a file that vanishes before the answer, what the receiver lacks is told as lost", async () => {

@@ -61,7 +61,11 @@ export function takeFirstAnswer(streams: Streams, told: StreamStatus[]): void {
   }
   streams.asked = true;
   streams.isChanged = true;
-  if (told.length === 0) return;
+  if (told.length === 0) {
+    // It has shipped before, and the receiver knows nothing of it: names may have been used that nobody remembers.
+    if (streams.found === "damaged") for (const each of streams.list) beginAs(each, "again", each.offset);
+    return;
+  }
   for (const stream of streams.list) {
     void stream.file?.close().catch(() => {});
     stream.file = undefined;
