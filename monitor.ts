@@ -253,7 +253,11 @@ function evaluate(state: MonitorState, run: Run): void {
   const up = now - upSince({ ...context, now: () => now });
   run.id = `alert-${state.instance}-${now}`;
   noteAway(state, run, up);
-  if (wasSet(state, now, up)) state.clockSetAt = now;
+  if (wasSet(state, now, up)) {
+    const leftOut = Math.floor((now - state.at - (up - state.uptime)) / HOUR) - 1;
+    if (leftOut > 0) state.summarisedUntil += leftOut * HOUR; // hours that never were
+    state.clockSetAt = now;
+  }
   Object.assign(state, { at: now, uptime: up });
   const isDown = snapshot.problems.some(({ key }) => key.startsWith("receiver http"));
   if (context.config.receivers.length > 0) noteUnnamed(state, isDown, now);

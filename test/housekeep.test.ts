@@ -9,7 +9,9 @@ import {
   readdir,
   readFile,
   stat,
+  statfs,
   symlink,
+  truncate,
   utimes,
   writeFile,
 } from "node:fs/promises";
@@ -357,6 +359,35 @@ test("housekeepOnce() warns of a failed/ of 1,000 files", async () => {
   expect((await run(config)).log).toContain("failed/ grows: look why the client refuses");
   rmSync(join(dir, "failed", batch(1)));
   expect((await run(config)).log).not.toContain("failed/ grows");
+});
+
+test("housekeepOnce() warns of a failed/ with a tenth of the disk", async () => {
+  const { dir, config } = await setUp();
+  await mkdir(join(dir, "failed"));
+  const { blocks, bsize } = await statfs(dir);
+  const file = join(dir, "failed", batch(1));
+  await writeFile(file, "");
+  await truncate(file, Math.ceil((blocks * bsize) / 10)); // a hole: it takes no room
+  expect((await run(config)).log).toContain("failed/ grows: look why the client refuses");
+  await truncate(file, Math.floor((blocks * bsize) / 11));
+  expect((await run(config)).log).not.toContain("failed/ grows");
+});
+
+test("housekeepOnce() leaves what has a time of the future, in sent/ and in the report", async () => {
+  const { sent, config } = await setUp();
+  await deliver(sent, batch(1), -240, content(1));
+  await deliver(sent, batch(2), 5, content(2));
+  const line = (hours: number, n: number) => ({
+    at: NOW - hours * HOUR,
+    batch: batch(n),
+    lines: 1,
+    status: "Sent" as const,
+  });
+  const lines = [line(-240, 1), line(91 * 24, 2), line(1, 3)];
+  await appendReport(config.report, lines);
+  await run(config);
+  expect(await readdir(sent)).toEqual([batch(1)]);
+  expect((await readReportTail(config.report)).map(({ batch: name }) => name)).toEqual([batch(1), batch(3)]);
 });
 
 test("housekeepOnce() keeps digests for reportDays, the newest and what waits for longer", async () => {

@@ -123,7 +123,7 @@ describe.skipIf(noBrowser)("the mails in a browser", () => {
     async (name) => {
       const mail = MAILS[name]?.html ?? "";
       expect(mail.length).toBeLessThan(61_440);
-      for (const width of [360, 800]) {
+      for (const width of [360, 800, 1400]) {
         await visit("about:blank", { viewport: { width, height: 800 } }, async (page) => {
           await page.setContent(mail);
           if (width === 360) expect(await findViolations(page)).toEqual([]);

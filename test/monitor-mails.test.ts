@@ -275,9 +275,10 @@ describe("summariseHour()", () => {
       mutes: { "10.0.0.1": mute, "*": { ...mute, reason: undefined } },
       digest: { name: "accessLog_26112206.sha256", sha256: "ab12" },
     });
-    expect(text).toContain("Wrong now: 2 senders are silent.");
-    expect(text).toMatch(/Muted until \S+: 10\.0\.0\.1, by root: new kernel\./);
-    expect(text).toMatch(/Muted until \S+: all senders, by root\./);
+    expect(text).toContain("2026-11-22 06:00–07:00 +06:00: ");
+    expect(text).toContain("Wrong now, times in UTC: 2 senders are silent."); // this server's, not the senders'
+    expect(text).toContain("Muted until 2026-11-22 02:00 UTC: 10.0.0.1, by root: new kernel.");
+    expect(text).toContain("Muted until 2026-11-22 02:00 UTC: all senders, by root.");
     expect(text).toContain("Newest digest: accessLog_26112206.sha256, sha256 ab12.");
     expect(text).toContain("https://logs.example.com/");
   });

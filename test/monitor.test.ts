@@ -60,11 +60,11 @@ async function writeLedger(dir: string, host: string, record: LedgerRecord) {
 type Config = Parameters<typeof checkOnce>[0]["config"];
 
 /** One run at a time of the day; the second look comes at once. */
-async function runAt(config: Config, at: number, secondLook = async () => {}) {
+async function runAt(config: Config, at: number, secondLook = async () => {}, passed = at - NOON) {
   const signal = new AbortController().signal;
   const logged: string[] = [];
   const log = createLog((line) => logged.push(line));
-  const uptime = () => at - NOON + 240 * HOUR;
+  const uptime = () => passed + 240 * HOUR;
   const healthy = await checkOnce({ config, log, signal, now: () => at, uptime, secondLook });
   return { healthy, log: logged.join("") };
 }
@@ -526,6 +526,43 @@ test("a chat that refuses one post for good gets the later ones in order, and th
   );
 });
 
+test("a chat that does not answer for an hour is given up, and that is told by mail", async () => {
+  const { config, received } = await setUp({ expected: ["10.0.0.1"], webhook: "http://127.0.0.1:9/secret" });
+  await runAt(config, NOON);
+  expect(JSON.parse(await readFile(config.stateFile, "utf8")).queue).toMatchObject([{ post: { tries: 0 } }]);
+  const { log } = await runAt(config, NOON + HOUR + MINUTE);
+  expect(log).toContain("posts given up");
+  await runAt(config, NOON + HOUR + 2 * MINUTE);
+  const [, ...later] = await received();
+  const told = later.map(({ text = "" }) => text).find((text) => text.includes("refused for good"));
+  expect(told).toContain("did not answer for an hour");
+  expect(told).not.toContain("secret");
+});
+
+test("a batch that vanished from the queue after its hour's mail is told once, in the next one", async () => {
+  const { dir, config, received } = await setUp();
+  const name = "accessLog_26112212_00-19_10-0-0-1.log";
+  const sealed = { [name]: { name, bytes: 10, lines: 1, at: NOON + 20 * MINUTE } };
+  const at = async (time: number) => {
+    const record = heard(time, 0, { sealed, facts: { zone: 0, through: time } });
+    await writeLedger(dir, "10.0.0.1", record);
+    await runAt(config, time);
+  };
+  await at(NOON + 16 * MINUTE);
+  await writeFile(join(dir, "10.0.0.1", name), "0123456789");
+  await at(NOON + 76 * MINUTE);
+  await rm(join(dir, "10.0.0.1", name));
+  await at(NOON + 136 * MINUTE);
+  await at(NOON + 196 * MINUTE);
+  const summaries = (await received()).filter(({ subject = "" }) => /^\d\d:00/.test(subject));
+  expect(summaries.map(({ subject }) => subject)).toEqual([
+    "12:00–13:00 1 line, 1 waiting",
+    expect.stringMatching(/^13:00–14:00 0 lines, 1 missing/),
+    "14:00–15:00 0 lines, none from any sender",
+  ]);
+  expect(summaries[1]?.text).toContain(`neither here nor delivered: ${name} (1 line)`);
+});
+
 test("a run that finds another one waiting for a mail server looks and queues, and sends nothing", async () => {
   const { mails, mail } = await startSmtp();
   const { config } = await setUp({ expected: ["10.0.0.1"], mail });
@@ -582,16 +619,27 @@ test("a dead sender is told while another receiver does not run", async () => {
   expect(mail?.text).not.toContain("10.0.0.1");
 });
 
-test("a clock that was ten days ahead for a while stops no summary", async () => {
-  const { dir, config, received } = await setUp();
-  const at = (time: number) => writeLedger(dir, "10.0.0.1", heard(time, 0, { facts: { zone: 0 } }));
-  for (const time of [NOON, NOON + 240 * HOUR, NOON + HOUR, NOON + 2 * HOUR + 16 * MINUTE]) {
-    await at(time);
-    await runAt(config, time);
-  }
-  const subjects = (await received()).map(({ subject = "" }) => subject);
-  expect(subjects.some((subject) => subject.startsWith("13:00–14:00"))).toBe(true);
-});
+test.each([1, 10])(
+  "a clock that was %d days ahead for a while stops no summary, and makes none of hours that never were",
+  async (days) => {
+    const { dir, config, received } = await setUp();
+    const begin = NOON + 16 * MINUTE;
+    for (const [hours, ahead] of [
+      [0, 0],
+      [0.5, days * 24 * HOUR],
+      [1, 0],
+      [2, 0],
+      [3, 0],
+    ] as const) {
+      const passed = begin - NOON + hours * HOUR;
+      const time = NOON + passed + ahead;
+      await writeLedger(dir, "10.0.0.1", heard(time, 0, { facts: { zone: 0 } }));
+      await runAt(config, time, undefined, passed);
+    }
+    const hours = (await received()).map(({ subject = "" }) => subject.slice(0, 11));
+    expect(hours.sort()).toEqual(["11:00–12:00", "13:00–14:00", "14:00–15:00"]);
+  },
+);
 
 test("a fresh monitor on an old folder tells no losses of the past as new", async () => {
   const { dir, config, received } = await setUp();
@@ -698,11 +746,15 @@ test("the middle server's own absence is told as the cause, and its senders are 
   expect(mail?.subject).toMatch(/^This server \(.+\) was away from \d\d:\d\d to \d\d:\d\d$/);
 });
 
-test("a receiver behind a certificate of one's own CA is asked with monitor.ca", async () => {
+test("a receiver and a webhook behind a certificate of one's own CA are asked with monitor.ca", async () => {
   const { cert, key, both } = await selfSigned();
+  const asked: string[] = [];
   const server = createHttpsServer(
     { cert: await readFile(cert), key: await readFile(key), ca: await readFile(cert), requestCert: true },
-    (_request, response) => response.end("ok"),
+    ({ method, url }, response) => {
+      asked.push(`${method} ${url}`);
+      response.end("ok");
+    },
   );
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
   onCleanup(() => server.close());
@@ -710,9 +762,12 @@ test("a receiver behind a certificate of one's own CA is asked with monitor.ca",
   const without = await setUp({ receivers });
   await runAt(without.config, NOON);
   expect((await without.received())[0]?.text).toContain("set monitor.ca to the PEM file of its CA");
-  const { config, received } = await setUp({ receivers, ca: cert, cert: both, key });
-  await runAt(config, NOON);
-  expect(await received()).toEqual([]);
+  const hook = { webhook: `${receivers[0]}/hook`, expected: ["10.0.0.1"] };
+  const { config, received } = await setUp({ receivers, ca: cert, cert: both, key, ...hook });
+  const { log } = await runAt(config, NOON);
+  expect((await received()).map(({ subject }) => subject)).toEqual(["10.0.0.1 never seen"]);
+  expect(log).not.toContain("webhook");
+  expect(asked.at(-1)).toBe("POST /hook");
 });
 
 test("a monitor goes on from the state of version 1.0", async () => {

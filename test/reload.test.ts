@@ -80,6 +80,32 @@ test("housekeep --watch: the next pass goes by the new hours; the schedule stays
   expect(await running.stop()).toBe(0);
 });
 
+test("monitor --watch: recipients and thresholds are taken up; schedule and state stay, and are named; a faulty one is told", async () => {
+  const { home, path, report } = await setUp();
+  const mailTo = (folder: string) => ({
+    smtp: `file://${path(folder)}`,
+    from: "a@b.example",
+    to: ["c@d.example"],
+  });
+  const monitor = {
+    ...{ dir: path("dir"), report, stateFile: path("state.json"), minFreePercent: 0, expected: ["10.0.0.8"] },
+    ...{
+      mail: mailTo("old"),
+      schedule: "* * * * * *",
+      summaryMinute: (new Date().getUTCMinutes() + 40) % 60,
+    },
+  };
+  const running = startScript("monitor", await writeConfig(home, { monitor }), ["--watch"]);
+  await until("a mail to the old place", async () => (await readdir(path("old"))).length === 1);
+  await reload(running, home, { monitor: { ...monitor, remindMinute: 1 } }, "config not taken up");
+  const kept = { schedule: "0 0 * * *", stateFile: path("other.json") };
+  const next = { ...monitor, ...kept, expected: ["10.0.0.8", "10.0.0.9"], mail: mailTo("new") };
+  await reload(running, home, { monitor: next }, 'needRestart="schedule, stateFile"');
+  await until("a mail to the new place", async () => (await readdir(path("new"))).length === 1);
+  expect(await running.stop()).toBe(0);
+  expect(await readdir(home)).not.toContain("other.json");
+});
+
 test("shipper: files, rules and receiver are taken up, what was unread of a log that is out is told; the host stays", async () => {
   const { home, path } = await setUp();
   const [first, second] = [await startRealReceiver(), await startRealReceiver()];

@@ -305,7 +305,7 @@ ${heading("Lines per hour, last 24 hours")}${curve(summary, around.zone)}
 ${heading("Senders, delivered of received")}<table width="100%" cellpadding="0" cellspacing="0" role="presentation">${shown.map((row) => hostRow(row))}</table>
 ${[others, ...facts].filter((text) => text !== "").map(paragraph)}${nextBlock(troubles.length > 0 ? [`${commandOf("monitor")} --status`] : [], around)}`;
   return {
-    subject: `${hour} ${formatCount(total.received.lines)} lines, ${troubles.length > 0 ? troubles.join(", ") : isEmpty ? "none from any sender" : "all delivered"}`,
+    subject: `${hour} ${count(total.received.lines, "line", "lines")}, ${troubles.length > 0 ? troubles.join(", ") : isEmpty ? "none from any sender" : "all delivered"}`,
     html: frame(title, `${day}, ${hour} ${zoneName(around.zone)}`, color, body),
     text: `${day} ${hour} ${zoneName(around.zone)}: ${title}\n\n${textTable(shown)}${others && `\n${others}`}\n\n${facts.join("\n")}\n${pageLine(around)}${footer()}\n`,
     ...(rows.length > shown.length && {
@@ -354,7 +354,7 @@ function curve({ curve: hours, hourEnd }: HourSummary, zone: number): Html {
     return html`<td colspan="6" style="padding:2px 1px;font-size:11px;color:${COLOR.faint}">${hour.slice(0, 5)}</td>`;
   });
   return html`<div style="padding:0 14px"><table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="table-layout:fixed"><tr>${bars}</tr><tr>${labels}</tr></table>
-<div style="font-size:11px;color:${COLOR.faint}">tallest bar: ${formatCount(most)} lines</div></div>`;
+<div style="font-size:11px;color:${COLOR.faint}">tallest bar: ${count(most, "line", "lines")}</div></div>`;
 }
 
 function hostRow(row: HourRow): Html {
@@ -369,7 +369,7 @@ function hostRow(row: HourRow): Html {
   return html`<tr><td style="padding:9px 14px;border-bottom:1px solid ${COLOR.line}">
 <table width="100%" cellpadding="0" cellspacing="0" role="presentation"><tr>
 <td style="font-size:${row.host.length > 24 ? 12 : 14}px;color:${COLOR.ink};font-weight:bold;overflow-wrap:anywhere">${row.host}</td>
-<td align="right" style="color:${COLOR.ink};white-space:nowrap">${formatCount(received.lines)} lines</td></tr>
+<td align="right" style="color:${COLOR.ink};white-space:nowrap">${count(received.lines, "line", "lines")}</td></tr>
 <tr><td style="font-size:12px;color:${color}">${text}</td>
 <td align="right" style="font-size:12px;color:${COLOR.faint};white-space:nowrap">${count(received.files, "file", "files")} · ${formatBytes(received.bytes)}</td></tr></table>
 <table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="margin-top:6px"><tr>${part(done, COLOR.good)}${part(waits, COLOR.warn)}${part(100 - done - waits, isEmpty ? COLOR.line : COLOR.bad)}</tr></table></td></tr>`;
@@ -422,17 +422,19 @@ function reconciliation({ total }: HourSummary): string {
   if (missing.files > 0) parts.push(`${n(missing.lines)} missing`);
   const more =
     open.files > 0
-      ? ` ${n(open.lines)} lines are in batches that still take lines: they are in a later account.`
+      ? ` ${count(open.lines, "line is", "lines are")} in batches that still take lines: in a later account.`
       : "";
-  return `${n(received.lines + since.skipped)} lines read = ${parts.join(" + ")}.${more}`;
+  return `${count(received.lines + since.skipped, "line", "lines")} read = ${parts.join(" + ")}.${more}`;
 }
 
 function remarks(
   { total, vanished, unreadable, hourEnd }: HourSummary,
-  { problems, mutes, digest }: SummaryAround,
+  { problems, mutes, digest, zone }: SummaryAround,
 ): string[] {
   const { late, since } = total;
-  const gone = vanished.map(({ name, lines }) => `${name} (${formatCount(lines)} lines)`);
+  const here = zoneName(-new Date(hourEnd).getTimezoneOffset());
+  const times = here === zoneName(zone) ? "" : `, times in ${here}`;
+  const gone = vanished.map(({ name, lines }) => `${name} (${count(lines, "line", "lines")})`);
   return [
     late > 0 ? `${count(late, "of the files is a late part", "of the files are late parts")}.` : "",
     since.untimed > 0 ? `${count(since.untimed, "line has", "lines have")} no timestamp.` : "",
@@ -441,10 +443,10 @@ function remarks(
       ? `Missing since an earlier account, neither here nor delivered: ${listNames(gone, NAMES_IN_TEXT)}.`
       : "",
     unreadable.length > 0 ? `Not read: ${listNames(unreadable, NAMES)}.` : "",
-    problems.length > 0 ? `Wrong now: ${listNames(problems, NAMES_IN_TEXT)}.` : "",
+    problems.length > 0 ? `Wrong now${times}: ${listNames(problems, NAMES_IN_TEXT)}.` : "",
     ...Object.entries(mutes).map(
       ([host, { until, by, reason: why }]) =>
-        `Muted until ${formatClock(until, hourEnd)}: ${host === "*" ? "all senders" : host}, by ${by}${why ? `: ${why}` : ""}.`,
+        `Muted until ${formatTime(until)}: ${host === "*" ? "all senders" : host}, by ${by}${why ? `: ${why}` : ""}.`,
     ),
     digest ? `Newest digest: ${digest.name}, sha256 ${digest.sha256}.` : "",
   ].filter((text) => text !== "");

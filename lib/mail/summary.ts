@@ -13,6 +13,7 @@ import { exists, ifMissing } from "../durable.ts";
 import { type Ledger, readLedger, type SealedBatch } from "../ledger.ts";
 import { compareAsPeopleCount } from "../look.ts";
 import { parseReportLine, readDelivered } from "../report.ts";
+import { collectGarbage } from "../runtime.ts";
 import { errorMessage, formatLocalTime, HOUR } from "../service.ts";
 
 /** Hours of the curve. */
@@ -22,6 +23,8 @@ const MISSING_MS = 48 * HOUR;
 /** How much of the report's end is read, in bytes: some 150,000 deliveries. */
 const REPORT_BYTES = 16 * 1024 * 1024;
 const REPORT_STEP = 64 * 1024;
+/** After so many ledgers what was read of them is collected. */
+const COLLECT_HOSTS = 25;
 /** Names of vanished batches in one account. */
 const MOST_MISSING = 1000;
 
@@ -120,7 +123,9 @@ export async function summariseHour(
     report: await attempt(report, () => readDeliveries(report, span.to - MISSING_MS, sent), UNKNOWN),
   };
   const present = await attempt(dir, () => listHosts(dir), []);
-  for (const host of [...new Set([...expected, ...present])].sort(compareAsPeopleCount)) {
+  const hosts = [...new Set([...expected, ...present])].sort(compareAsPeopleCount);
+  for (const [i, host] of hosts.entries()) {
+    if (i % COLLECT_HOSTS === 0) collectGarbage();
     const account = { dir, host, span, places, isExpected: expected.includes(host) };
     await attempt(folders(dir).host(host), () => addHost(summary, account), undefined);
   }
