@@ -277,7 +277,7 @@ describe("files that begin alike", () => {
     },
   );
 
-  test("two logs whose first kilobyte is the same, at the first start: both are whole", async () => {
+  test("two logs whose first kilobyte is the same, at the first start and after a rotation: both are whole", async () => {
     for (const names of [["a.log", "b.log"], ["*.log"]]) {
       const { stub, sender } = await createHost((logs) => ({
         files: names.map((name) => join(logs, name)),
@@ -285,8 +285,13 @@ describe("files that begin alike", () => {
       for (const name of ["a", "b"])
         writeFileSync(join(sender.logs, `${name}.log`), HEAD + lines(name, 1, 5));
       await sender.once();
+      for (const name of ["a", "b"]) {
+        renameSync(join(sender.logs, `${name}.log`), join(sender.logs, `${name}.log.1`));
+        writeFileSync(join(sender.logs, `${name}.log`), HEAD);
+      }
+      await sender.once();
       expect(twice(stub, [lines("a", 1, 5), lines("b", 1, 5)])).toBe(0);
-      expect(stub.text().split(HEAD).length - 1).toBe(2);
+      expect(stub.text().split(HEAD).length - 1).toBe(4);
     }
   });
 

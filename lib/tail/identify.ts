@@ -88,6 +88,7 @@ export async function identify(
     if (fit.is === "behind" && fit.at > (behind?.at ?? 0)) behind = { stream, at: fit.at };
   }
   if (behind) return { is: "behind", ...behind };
+  if (found.isLive && isSuccessor(found, streams)) return { is: "new", at: 0 };
   return compareWithKnown(file, found, alike.filter(hasHome), length);
 }
 
@@ -120,7 +121,7 @@ async function compareWithKnown(
 ): Promise<Identity> {
   let best: { stream: Stream; common: number; fits: boolean } | undefined;
   for (const stream of known) {
-    if (found.isLive && (isPassedOver(stream) || isRotationOf(found, stream))) continue;
+    if (found.isLive && isPassedOver(stream)) continue;
     const isHere = stream.phase.is !== "gone"; // the look saw its file there: whatever else is there now came since
     const own = await LogFile.open(stream.path).catch((error: NodeJS.ErrnoException) => error);
     if (!(own instanceof LogFile)) {
@@ -152,10 +153,12 @@ function isPassedOver({ id, phase }: Stream): boolean {
   return id === undefined && phase.is === "ended";
 }
 
-/** The file before the live one of a log, not its original: they may begin alike, with more than 1,024 bytes each day. */
-function isRotationOf({ log }: FoundFile, stream: Stream): boolean {
-  const name = basename(stream.path);
-  return stream.log === log && possibleBases(name).some(({ base }) => base === basename(log));
+/** All that is known of its log was rotated: it is the next file, and no copy; logs may begin alike, with a kilobyte each day. */
+function isSuccessor({ log }: FoundFile, streams: Stream[]): boolean {
+  const own = streams.filter((stream) => stream.log === log);
+  const isRotated = ({ path }: Stream) =>
+    possibleBases(basename(path)).some(({ base }) => base === basename(log));
+  return own.length > 0 && own.every(isRotated);
 }
 
 /**
