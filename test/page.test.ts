@@ -169,3 +169,15 @@ test("renderPage() does not say that the disk has room while chunks are refused 
   expect(page).not.toContain("Disk has room");
   expectText(page, "The receiver on port 5001 can&#39;t store lines");
 });
+
+test("renderPage() shows a mute with until when, who and why", () => {
+  const mute = { until: NOW + 3_600_000, at: NOW, by: "anna" };
+  const page = renderPage(
+    status([
+      host("10.0.0.1", "silent", { muted: { ...mute, reason: "new kernel" } }),
+      host("10.0.0.2", "silent", { muted: mute }),
+    ]),
+  );
+  const shown = [...page.matchAll(/<small>(muted until [^<]*)<\/small>/g)].map((match) => match[1]);
+  expect(shown).toEqual(["muted until 11:52 by anna: new kernel", "muted until 11:52 by anna"]);
+});
