@@ -7,8 +7,11 @@ import { zstdDecompressSync } from "node:zlib";
 import { parseBatchName } from "../lib/batch.ts";
 import { type ChunkHeaders, HEADER, parseChunkHeaders, parseNews, type StreamStatus } from "../lib/chunk.ts";
 import { readLedger } from "../lib/ledger.ts";
+import { createFaultLog } from "../lib/service.ts";
 import { createStore } from "../lib/store/store.ts";
 import { createWindowFinder } from "../lib/store/window.ts";
+import { takeStatus, takeWayBack } from "../lib/tail/answers.ts";
+import { Streams } from "../lib/tail/streams.ts";
 import { createSender, expectArrives, lines, type RealReceiver, startRealReceiver } from "./pipeline.ts";
 import { post, quiet } from "./sending.ts";
 import { expectSameLines, onCleanup, runScriptOnce, tempFolder, until, writeConfig } from "./support.ts";
@@ -303,6 +306,24 @@ test("a stream that begins while the question is on its way is no loss", async (
   expect(middle.begun.map(({ begin }) => begin)).toEqual(["new", "new"]);
   expectSameLines(middle.text, Buffer.concat(sender.written));
   expect(await shipper.stop()).toBe(0);
+});
+
+test("a file that is just being ended when the loss is noticed is read again", () => {
+  const context = { ...{ log: quiet, faults: createFaultLog(quiet) }, now: Date.now, mono: performance.now };
+  const config = {
+    files: [],
+    stateDir: "",
+    startAt: "beginning",
+    rotateWaitSeconds: 1,
+    pollSeconds: 1,
+  } as const;
+  const streams = new Streams({ ...config, files: [] }, { ...context, signal: new AbortController().signal });
+  const ended = { is: "ended", size: 100 } as const;
+  const stream = { id: "a", path: "/log", from: 0, offset: 100, size: 100, marks: [], phase: ended } as never;
+  takeStatus(streams, stream, undefined, 100);
+  Object.assign(stream, { phase: ended }); // the finish was waiting for the disk when the answer came
+  takeWayBack(streams, stream);
+  expect(stream).toMatchObject({ begin: "again", offset: 0, phase: { is: "reading" } });
 });
 
 test("a 409 below what was answered is sent again under the same name, and nothing falls back", async () => {

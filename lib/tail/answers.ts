@@ -162,5 +162,5 @@ export function takeWayBack(streams: Streams, stream: Stream): void {
     streams.context.log.warn(message, { path, stream: id, from, bytes: offset - from, deliveredAsOf });
   }
   beginAs(stream, from < offset ? "again" : "new", from);
-  streams.isChanged = true;
+  streams.reopen(stream); // a finish that was under way when the answer came may have ended it meanwhile
 }
