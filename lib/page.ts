@@ -59,7 +59,7 @@ const STATES: Record<HostState, { text: string; meaning: string; mark: string }>
   never: { text: "never seen", meaning: "expected, has not sent yet", mark: "ask" },
   waiting: {
     text: "waiting",
-    meaning: "not heard since its receiver started, or while that is down",
+    meaning: "its receiver is down, or it was not heard since that started",
     mark: "ask",
   },
   gone: { text: "gone", meaning: "silent for a day and not expected, or only batches are left", mark: "off" },
@@ -406,7 +406,7 @@ function renderAbout({ version, startedAt, now, dir, hosts, byDefaults }: Snapsh
   const names = behind.slice(0, MAX_LINKS).join(", ");
   const more = behind.length > MAX_LINKS && ` and ${number(behind.length - MAX_LINKS)} more`;
   return html`<section class="about" aria-label="About this page">
-<ul>${states.map((state) => html`<li class="${STATES[state].mark}">${symbol(STATES[state].mark)}${STATES[state].text}: ${STATES[state].meaning}</li>`)}</ul>
+<ul>${states.map((state) => html`<li class="${STATES[state].mark}">${symbol(STATES[state].mark)}${STATES[state].text}: ${STATES[state].meaning}${state === "waiting" && startedAt > 0 && ` (${formatDuration(now - startedAt)} ago)`}</li>`)}</ul>
 ${told.length > 0 && html`<p>Senders run ${told.join(", ")}.${behind.length > 0 && html` Behind: ${names}${more}.`}</p>`}
 <p>Receiver ${version}${startedAt > 0 && `, up ${formatDuration(now - startedAt)}`}, folder ${dir}. Times are in ${timeZone}, windows in the sender's own. Refreshed every ${REFRESH_SECONDS} seconds.${byDefaults && " The config has no section monitor: judged by its defaults."}</p>
 </section>`;

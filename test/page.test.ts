@@ -101,6 +101,11 @@ describe("renderPage()", () => {
     expect(page).toMatch(/aria-label="Lines per minute: now [\d,]+, peak [\d,]+"/);
   });
 
+  test("says how long ago the receiver started since which a sender was not heard", () => {
+    const page = renderPage(status([host("a", "waiting")], { startedAt: NOW - 17_000 }));
+    expectText(page, "waiting: its receiver is down, or it was not heard since that started (17s ago)");
+  });
+
   test("puts the worst first, and hosts in the order in which people count", () => {
     const page = renderPage(status([host("10.0.0.9"), host("10.0.0.10"), host("10.0.0.11", "silent")]));
     const rows = [...page.matchAll(/<tr role="row" id="host-([^"]+)"/g)].map((match) => match[1]);
