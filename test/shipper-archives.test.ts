@@ -286,6 +286,27 @@ test("an archive whose original is removed between the look and the comparison i
   await archive.close();
 });
 
+test("a file that was compressed before a byte of it was read is that file, when no other is", async () => {
+  const path = join(await tempFolder(), "access.log");
+  const text = lines("a", 1, 20);
+  writeFileSync(`${path}.1.gz`, gzipSync(text));
+  const found = lookAt(`${path}.1.gz`, path, false, true, new Map()) as FoundFile;
+  const archive = await LogFile.open(found.path);
+  const gone = { log: path, offset: 0, size: text.length, marks: [], phase: { is: "gone" }, mtimeMs: 0 };
+  const judge = (...streams: object[]) => identify(archive, found, streams as never, () => false);
+  expect(await judge(gone)).toMatchObject({ is: "stream", stream: gone, isDone: false });
+  expect(await judge({ ...gone, isBusy: true })).toEqual({ is: "busy" });
+  const others = [
+    { size: text.length + 1 },
+    { log: `${path}2` },
+    { offset: 1 },
+    { phase: { is: "reading" } },
+    { mtimeMs: found.mtimeMs + 5000 },
+  ];
+  for (const other of others) expect(await judge({ ...gone, ...other })).toEqual({ is: "new", at: 0 });
+  await archive.close();
+});
+
 describe("what vanishes while the receiver is away is told to the byte", () => {
   for (const how of ["cut", "removed"]) {
     for (const when of ["running", "stopped"]) {

@@ -67,6 +67,19 @@ export async function identify(
   streams: Stream[],
   hasHome: (stream: Stream) => boolean,
 ): Promise<Identity> {
+  const what = await identifyByBytes(file, found, streams, hasHome);
+  if (what.is !== "new" || what.at > 0) return what;
+  const unread = streams.find((stream) => !hasHome(stream) && isUnread(stream, found));
+  if (!unread || (await file.contentLength()) < unread.size) return what;
+  return unread.isBusy ? { is: "busy" } : { is: "stream", stream: unread, isDone: false };
+}
+
+async function identifyByBytes(
+  file: LogFile,
+  found: FoundFile,
+  streams: Stream[],
+  hasHome: (stream: Stream) => boolean,
+): Promise<Identity> {
   const start = await contentStart(file, true);
   const bytes = new Uint8Array(MARK_BYTES);
   const view = bytes.subarray(0, await file.read(bytes, start));
@@ -100,6 +113,12 @@ function isAlike({ head, marks, offset }: Stream, view: Uint8Array, hashes: Map<
   const hash = hashes.get(length) ?? markBefore(view.subarray(0, length), length).hash;
   hashes.set(length, hash);
   return head.hash === hash;
+}
+
+/** A file that went before a byte of it was read has no head; the next new rotation of its log is it, and is shipped from 0. */
+function isUnread({ head, offset, size, phase, log, mtimeMs }: Stream, found: FoundFile): boolean {
+  if (head || offset > 0 || size === 0 || phase.is !== "gone") return false;
+  return !found.isLive && found.log === log && found.mtimeMs >= mtimeMs - 1000;
 }
 
 /** Whether what fits is enough to be sure; below 1,024 bytes a file must have all that was seen. */
