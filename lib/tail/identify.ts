@@ -7,6 +7,7 @@
  *   nothing that the file of a stream lacks                         → a copy of it, never shipped
  *   a copy that differs somewhere                                   → a log of its own, from where they part
  *   none of it                                                      → a log of its own, from its first byte
+ *   none of it, and a file of its log went before it was read       → a new rotation is that one
  *
  * Below, a live file is nobody's (but when it was copied with its times), a rotated one is a stream's when the stream's own
  * file is nowhere and all of its bytes are there. Candidates from the cursor and from the receiver's answer are alike.
