@@ -374,7 +374,8 @@ const ACTIONS = {
     const name = rotatedNames(world).find((candidate) => !candidate.endsWith(".gz"));
     if (!name || world.old !== undefined) return;
     const path = join(world.folder, "logs", name);
-    const { mtime } = statSync(path);
+    const { mtime, nlink, size } = statSync(path);
+    if (nlink > 1 && size < 1024) return; // as in compressOldest()
     const packed = gzipSync(readFileSync(path));
     writeFileSync(`${path}.gz`, packed.subarray(0, packed.length >> 1));
     remove(path);
