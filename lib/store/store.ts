@@ -377,6 +377,7 @@ export class Store {
         const reason = await sender.forget();
         await removeDurably(path);
         log.info(reason === undefined ? "host forgotten" : "host not forgotten", { host, reason });
+        this.#faults.recovered(`forget ${host}`, "the mark of --forget is taken", { host });
       } catch (error) {
         this.#faults.failed(`forget ${host}`, "host not forgotten", { host, error: errorMessage(error) });
       }
