@@ -22,6 +22,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { gzipSync } from "node:zlib";
+import { readCursor } from "../lib/tail/cursor.ts";
 import { HOST, reachable, runScript, sleep, stopAll } from "./contestant.ts";
 import { freePort } from "./pipeline.ts";
 import { sample } from "./sample.ts";
@@ -109,8 +110,8 @@ async function measureRotations(count: number, keep: number, everyMs: number): P
     const lines = [...sent, ...open.map((name) => join(ends.dir, HOST, name))].flatMap((path) =>
       readFileSync(path, "latin1").split("\n").slice(0, -1),
     );
-    const cursor = readFileSync(join(ends.folder, "state", "cursor.json"), "utf8");
-    const lost = JSON.parse(cursor.slice(cursor.indexOf("{"))).lost; // what was removed before it could be read
+    const found = await readCursor(join(ends.folder, "state"));
+    const lost = "cursor" in found ? found.cursor.lost : "?"; // what was removed before it could be read
     const told = `${lost} bytes told as lost, ${count * 3 - new Set(lines).size} lines are`;
     process.stdout.write(
       `${lines.length} lines of ${count * 3}, ${new Set(lines).size} different; ${told}\n`,
