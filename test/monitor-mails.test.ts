@@ -220,6 +220,24 @@ describe("summariseHour()", () => {
     expect((await summariseHour(config, span())).vanished).toEqual([]);
   });
 
+  test.each([
+    ["beside older times of a clock that was set back", 7, [120]],
+    ["and was sealed longer ago than it is looked for", 60, [58, 30]],
+  ])("a batch that a long report tells as delivered, %s, is not missing", async (_, age, others) => {
+    const { config, write, span, report } = await account();
+    const old = batch("01_00-19", "10.0.0.1", 8, CUT - age * HOUR);
+    await write("10.0.0.1", { heardAt: CUT }, [old]);
+    const line = (name: string, at: number) => ({ at, batch: name, lines: 8, status: "Sent" as const });
+    await appendReport(report, [
+      line(old.name, old.at + MINUTE),
+      ...others.flatMap((hours) =>
+        Array.from({ length: 4000 }, () => line("accessLog_x", CUT - hours * HOUR)),
+      ),
+      line("accessLog_last", CUT),
+    ]);
+    expect((await summariseHour(config, span())).vanished).toEqual([]);
+  });
+
   test("counts each batch once in 25 hours of a day whose clock is set back", async () => {
     const { config, write, span } = await account();
     const start = Date.UTC(2026, 9, 25, 22) - DAY_MS;
