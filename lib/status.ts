@@ -7,6 +7,7 @@ import { createLedgerReader } from "./ledger.ts";
 import {
   type HostState,
   type HostStatus,
+  isLate,
   type LookOptions,
   type Seen,
   seeFolder,
@@ -294,11 +295,6 @@ function queueProblems({ hosts, now, forwarder, dir, failed }: Seen, thresholds:
     );
   }
   return problems;
-}
-
-/** Whether a sender's oldest sealed batch waits for longer than a forwarder takes. */
-function isLate({ waitingSince }: HostStatus, now: number, { deliveryMinutes }: Thresholds): boolean {
-  return waitingSince !== undefined && now - waitingSince > deliveryMinutes * MINUTE;
 }
 
 function diskProblems({ disk, dir }: Seen, { minFreePercent }: Thresholds): Problem[] {
