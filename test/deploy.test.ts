@@ -106,6 +106,18 @@ describe.skipIf(missing({ "systemd-analyze": "systemd" }))("systemd units", () =
     expect(seconds).toBeGreaterThan(3 * 600); // RFC 5321 section 4.5.3.2.6, several mails one behind the other
   });
 
+  test("shipper and monitor run with a small heap, the monitor by cron as well", async () => {
+    const units = ["shipper", "monitor"].map((script) => join(folder, `log-rt-sync-${script}.service`));
+    const [shipper, monitor] = await Promise.all(
+      units.map(
+        async (unit) => /^Environment=(BUN_JSC_\S+ BUN_JSC_\S+)$/m.exec(await readFile(unit, "utf8"))?.[1],
+      ),
+    );
+    expect(monitor).toMatch(/^BUN_JSC_useBaselineJIT=0 BUN_JSC_forceRAMSize=\d+$/);
+    expect(shipper).toBe(monitor);
+    expect(await readFile(join(DEPLOY, "log-rt-sync.cron"), "utf8")).toContain(`&& ${monitor} bun --smol `);
+  });
+
   test("each service starts a script that is there, with a flag that it knows", async () => {
     for (const service of services) {
       const text = await readFile(join(folder, service), "utf8");

@@ -82,6 +82,7 @@ const COLOR = {
   ink: "#1c2128",
   faint: "#57606a",
   line: "#e3e8ed",
+  curve: "#2f6fb3",
 };
 
 // ---- what changed
@@ -387,7 +388,7 @@ function curve({ curve: hours, hourEnd }: HourSummary, zone: number): Html {
   const most = Math.max(1, tallest);
   const bars = hours.map((lines, i) => {
     const height = lines > 0 ? Math.max(2, Math.round((CURVE_PX * lines) / most)) : 1;
-    const color = lines === 0 ? COLOR.line : i === hours.length - 1 ? COLOR.ink : "#8c959f";
+    const color = lines === 0 ? COLOR.line : i === hours.length - 1 ? COLOR.curve : "#8c959f";
     return html`<td valign="bottom" style="padding:0 1px;height:${CURVE_PX}px;vertical-align:bottom"><div style="height:${height}px;line-height:1px;font-size:1px;background:${color}">&nbsp;</div></td>`;
   });
   const labels = [0, 6, 12, 18].map((i) => {
@@ -412,7 +413,7 @@ function hostRow(row: HourRow): Html {
 <td style="font-size:${row.host.length > 24 ? 12 : 14}px;color:${COLOR.ink};font-weight:bold;overflow-wrap:anywhere">${row.host}</td>
 <td align="right" style="color:${COLOR.ink};white-space:nowrap">${count(received.lines, "line", "lines")}</td></tr>
 <tr><td style="font-size:12px;color:${color}">${text}</td>
-<td align="right" style="font-size:12px;color:${COLOR.faint};white-space:nowrap">${count(received.files, "file", "files")} · ${formatBytes(received.bytes)}</td></tr></table>
+<td align="right" style="padding-left:10px;font-size:12px;color:${COLOR.faint};white-space:nowrap">${count(received.files, "file", "files")} · ${formatBytes(received.bytes)}</td></tr></table>
 <table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="margin-top:6px"><tr>${part(done, COLOR.good)}${part(waits, COLOR.warn)}${part(100 - done - waits, isEmpty ? COLOR.line : COLOR.bad)}</tr></table></td></tr>`;
 }
 
@@ -485,7 +486,7 @@ function remarks(
       ? `Missing since an earlier account, neither here nor delivered: ${listNames(gone, NAMES_IN_TEXT)}.`
       : "",
     unreadable.length > 0 ? `Not read: ${listNames(unreadable, NAMES)}.` : "",
-    problems.length > 0 ? `Wrong now${times}: ${listNames(problems, NAMES_IN_TEXT)}.` : "",
+    problems.length > 0 ? `Wrong now${times}: ${problems.slice(0, NAMES_IN_TEXT).join("; ")}.` : "",
     ...Object.entries(mutes).map(
       ([host, { until, by, reason: why }]) =>
         `Muted until ${formatTime(until)}: ${host === "*" ? "all senders" : host}, by ${by}${why ? `: ${why}` : ""}.`,
