@@ -18,7 +18,7 @@ import type { Config } from "./lib/config.ts";
 import { failpoint } from "./lib/durable.ts";
 import { ofHost, parseHost } from "./lib/host.ts";
 import { type HostStatus, sortBySeverity } from "./lib/look.ts";
-import { type Change, isGood, renderAlert, type Status } from "./lib/mail/message.ts";
+import { type Change, isGood, listNames, renderAlert, type Status } from "./lib/mail/message.ts";
 import {
   callHeartbeat,
   clientOf,
@@ -429,9 +429,8 @@ function forgetHosts(state: MonitorState, { hosts, problems }: Snapshot): void {
   const isGone = (host: string) => !present.has(host) && !unreadable.has(host);
   for (const key of Object.keys(state.incidents))
     if (key.startsWith("host ") && isGone(key.slice(5))) delete state.incidents[key];
-  for (const host of Object.keys(state.lost)) if (isGone(host)) delete state.lost[host];
-  for (const host of Object.keys(state.again)) if (isGone(host)) delete state.again[host];
-  for (const host of Object.keys(state.totals)) if (isGone(host)) delete state.totals[host];
+  for (const told of [state.lost, state.again, state.totals])
+    for (const host of Object.keys(told)) if (isGone(host)) delete told[host];
 }
 
 function incidentOf(state: MonitorState, key: string, title: string): Incident {
@@ -498,15 +497,16 @@ function whatToTell(incident: Incident, now: number, remindMinutes: number): Cha
 function enqueueAlert(state: MonitorState, { context, snapshot, id, changes, references }: Run): void {
   if (changes.length === 0) return;
   const counts: Partial<Record<Status, number>> = {};
-  const standing: string[] = [];
+  const [standing, silent]: [string[], string[]] = [[], []];
   const isTold = new Set(changes.map(({ title }) => title));
+  const waiting = new Set(snapshot.hosts.filter((host) => host.state === "waiting").map(({ host }) => host));
   for (const [key, { status, title }] of Object.entries(state.incidents)) {
-    if (key.startsWith("host ")) counts[status] = (counts[status] ?? 0) + 1;
+    const seen = status === "ok" && waiting.has(title) ? "waiting" : status;
+    if (key.startsWith("host ")) counts[seen] = (counts[seen] ?? 0) + 1;
     else if (status === "fault" && !isTold.has(title)) standing.push(title);
+    if (status === "silent" || status === "never") silent.push(title);
   }
-  const silent = (counts.silent ?? 0) + (counts.never ?? 0);
-  if (changes.every(isGood) && silent > 0)
-    standing.push(`${count(silent, "sender", "senders")} silent or never seen`);
+  if (changes.every(isGood) && silent.length > 0) standing.push(`${listNames(silent)} silent or never seen`);
   const last = state.queue.at(-1);
   if (last?.kind === "alert" && last.recipients.length > 0 && state.queue.length >= QUEUE_LIMIT) {
     last.changes.push(...changes);
@@ -644,7 +644,8 @@ async function printStatus(service: Service<"monitor">): Promise<number> {
   const snapshot = await lookOnce(state, service);
   const isWanted = ({ host }: HostStatus) =>
     flags.host === undefined || host === parseHost(String(flags.host));
-  const hosts = sortBySeverity(snapshot.hosts.filter(isWanted));
+  const late = new Set(snapshot.problems.find(({ key }) => key === "late")?.hosts);
+  const hosts = sortBySeverity(snapshot.hosts.filter(isWanted), late);
   const problems = snapshot.problems.filter(
     ({ hosts: of }) => flags.host === undefined || hosts.some(({ host }) => of.includes(host)),
   );

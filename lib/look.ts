@@ -291,10 +291,22 @@ export function compareAsPeopleCount(a: string, b: string): number {
   return natural.compare(a, b);
 }
 
+/** Whether a sender's oldest sealed batch waits for longer than a forwarder takes. */
+export function isLate({ waitingSince }: HostStatus, now: number, { deliveryMinutes }: Thresholds): boolean {
+  return waitingSince !== undefined && now - waitingSince > deliveryMinutes * MINUTE;
+}
+
+/** Whether there is more to say of a sender than its state: `late` are those whose batches wait for too long. */
+export function isTroubled(
+  { host, failed, lost, gone, contested, muted }: HostStatus,
+  late: Set<string>,
+): boolean {
+  return failed + lost + gone > 0 || contested !== undefined || muted !== undefined || late.has(host);
+}
+
 /** Those in trouble first, in the order of their states; else as they stand. */
-export function sortBySeverity(hosts: HostStatus[]): HostStatus[] {
-  const rank = ({ state, failed, lost, gone, contested }: HostStatus) =>
-    2 * HOST_STATES.indexOf(state) + Number(failed + lost + gone === 0 && !contested);
+export function sortBySeverity(hosts: HostStatus[], late: Set<string>): HostStatus[] {
+  const rank = (host: HostStatus) => 2 * HOST_STATES.indexOf(host.state) + Number(!isTroubled(host, late));
   return hosts.toSorted((a, b) => rank(a) - rank(b));
 }
 
@@ -436,7 +448,7 @@ async function listening(
 // ---- details
 
 /** Curves and batches of the first senders, and the curve of all. */
-async function addDetails({ seen, ledgers, now }: Look, most: number): Promise<void> {
+async function addDetails({ seen, ledgers, now, thresholds }: Look, most: number): Promise<void> {
   const first = Math.floor(now / MINUTE) - HISTORY_MINUTES;
   const total: number[] = new Array(HISTORY_MINUTES).fill(0);
   // not for … of, which makes an object of each of a million entries
@@ -446,7 +458,8 @@ async function addDetails({ seen, ledgers, now }: Look, most: number): Promise<v
       if (i >= 0 && i < HISTORY_MINUTES) total[i] = (total[i] ?? 0) + lines;
     });
   seen.linesPerMinute = total;
-  for (const status of sortBySeverity(seen.hosts).slice(0, most)) {
+  const late = seen.hosts.filter((host) => isLate(host, now, thresholds)).map(({ host }) => host);
+  for (const status of sortBySeverity(seen.hosts, new Set(late)).slice(0, most)) {
     const ledger = ledgers.get(status.host) ?? emptyLedger();
     const { minutes } = ledger;
     status.linesPerMinute = total.map((_, i) => minutes.get(first + i) ?? 0);

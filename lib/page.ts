@@ -18,6 +18,7 @@ import {
   HOST_STATES,
   type HostState,
   type HostStatus,
+  isTroubled,
   sortBySeverity,
 } from "./look.ts";
 import { formatBytes, formatDuration, MINUTE } from "./service.ts";
@@ -187,7 +188,7 @@ function figure(name: string, value: string): Html {
 // ---- senders
 
 const HEADS =
-  "Sender,State,Last line,Last heard,Lines per minute 4 h,Batches 24 h,Delivered to,Lag,Waiting,Failed,Lost";
+  "Sender,State,Last line,Last heard,Lines per minute (4 h),Batches (24 h),Delivered to,Lag,Waiting,Failed,Lost";
 
 /** What all rows share. */
 interface Table {
@@ -206,7 +207,7 @@ function renderHosts({ hosts, now, problems }: Snapshot): Html {
   }
   const late = new Set(problems.find(({ key }) => key === "late")?.hosts);
   const newest = countAgents(hosts)[0]?.[0];
-  const sorted = sortBySeverity(hosts);
+  const sorted = sortBySeverity(hosts, late);
   const table: Table = { now, late, newest, ...shapeOf(sorted) };
   const rows: Html[] = [];
   let length = 0;
@@ -267,7 +268,6 @@ function shapeOf(hosts: HostStatus[]): Pick<Table, "windowMinutes" | "prefix"> {
 function renderHost(host: HostStatus, table: Table): Html {
   const { now } = table;
   const { text, mark } = STATES[host.state];
-  const isLate = table.late.has(host.host);
   const cell = (content: Html | string, kind = "") =>
     html`<td role="cell"${kind && html` class="${kind}"`}>${content}</td>`;
   const amount = (n: number, shown: Html | string, bad = false) =>
@@ -283,7 +283,7 @@ function renderHost(host: HostStatus, table: Table): Html {
   const again =
     host.again &&
     html` <small>${formatBytes(host.again)} of ${count(host.againFiles ?? 0, "file", "files")} shipped again</small>`;
-  const isWell = host.state === "ok" && !isLate && host.failed + lost === 0 && !twice && !muted;
+  const isWell = host.state === "ok" && !isTroubled(host, table.late);
   const kinds = [isWell && "well", behind && "b"].filter(Boolean).join(" ");
   return html`<tr role="row" id="${anchor(host.host)}" data-s="${host.state}"${kinds && html` class="${kinds}"`}><th role="rowheader" scope="row">${breakable(host.host)}${behind && html` <small>${host.agent}</small>`}${twice}</th>${[
     cell(html`${symbol(mark)}${text}${muted}`, `s ${mark}`),
@@ -291,11 +291,12 @@ function renderHost(host: HostStatus, table: Table): Html {
     cell(clock(host.heardAt, now)),
     cell(
       html`${curve(host.linesPerMinute, { kind: "c", height: 24, points: ROW_POINTS, label: "Lines per minute" })}${number(latest(host.linesPerMinute))}`,
+      host.linesPerMinute.some((lines) => lines > 0) ? "" : "z",
     ),
     cell(renderDay(host, table), host.batches.length === 0 ? "z" : ""),
     renderDelivered(host, now),
     host.lag === undefined ? cell("unknown", "z") : amount(host.lag, html`${formatBytes(host.lag)}${again}`),
-    amount(host.waiting, html`${number(host.waiting)}${since}`, isLate),
+    amount(host.waiting, html`${number(host.waiting)}${since}`, table.late.has(host.host)),
     amount(host.failed, number(host.failed), true),
     amount(lost, formatBytes(lost), true),
   ]}</tr>`;
@@ -408,7 +409,7 @@ function renderAbout({ version, startedAt, now, dir, hosts, byDefaults }: Snapsh
   return html`<section class="about" aria-label="About this page">
 <ul>${states.map((state) => html`<li class="${STATES[state].mark}">${symbol(STATES[state].mark)}${STATES[state].text}: ${STATES[state].meaning}${state === "waiting" && startedAt > 0 && ` (${formatDuration(now - startedAt)} ago)`}</li>`)}</ul>
 ${told.length > 0 && html`<p>Senders run ${told.join(", ")}.${behind.length > 0 && html` Behind: ${names}${more}.`}</p>`}
-<p>Receiver ${version}${startedAt > 0 && `, up ${formatDuration(now - startedAt)}`}, folder ${dir}. Times are in ${timeZone}, windows in the sender's own. Refreshed every ${REFRESH_SECONDS} seconds.${byDefaults && " The config has no section monitor: judged by its defaults."}</p>
+<p>Receiver ${version}${startedAt > 0 && `, up ${formatDuration(now - startedAt)}`}, folder ${dir}. Lag is what senders still have to ship; an open batch still takes lines. Times are in ${timeZone}, windows in the sender's own. Refreshed every ${REFRESH_SECONDS} seconds.${byDefaults && " The config has no section monitor: judged by its defaults."}</p>
 </section>`;
 }
 
@@ -527,9 +528,8 @@ a { color: inherit; text-underline-offset: .15em; }
 .verdict.ok { background: var(--ok-ground); } .verdict.bad { background: var(--bad-ground); }
 h1 { font-size: clamp(1.3rem, 1rem + 1.6vw, 2rem); line-height: 1.2; font-weight: 680; text-wrap: balance;
   overflow-wrap: anywhere; }
-.verdict ul { list-style: none; padding: 0; margin-top: .6rem; }
-.verdict li { overflow-wrap: anywhere; } .verdict b { font-weight: 600; }
-.verdict code { display: block; font-size: .87em; margin: .1rem 0 .35rem; } code span { display: inline-block; max-width: 100%; }
+.verdict ul { list-style: none; padding: 0; margin-top: .6rem; } .verdict li { overflow-wrap: anywhere; } .verdict b { font-weight: 600; }
+.verdict code { display: block; font-size: .87em; margin: .1rem 0 .35rem; } .verdict code::before { content: "Next: "; } code span { display: inline-block; max-width: 100%; }
 .at, .hint { color: var(--soft); } .at { margin-top: .4rem; }
 .ok > .at, .bad > .at, .off > .at { color: var(--text); }
 
@@ -568,9 +568,8 @@ th:first-child, td:first-child { padding-left: 1.1rem; } td:last-child, thead th
 .js .filter { display: flex; }
 .filter button, input { padding: .2rem .6rem; min-height: 1.9rem; }
 input { font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--soft); border-radius: .4rem; width: 14rem; max-width: 100%; }
-.names { padding: .2rem 1.1rem .6rem; border-top: 1px solid var(--line); font-size: .87rem; }
-.names h3 { font-size: 1em; font-weight: 600; margin-top: .5rem; }
-.names ul { list-style: none; padding: 0; margin-top: .2rem; columns: 9rem auto; column-gap: 1rem; color: var(--soft); overflow-wrap: anywhere; }
+.names { padding: .2rem 1.1rem .6rem; border-top: 1px solid var(--line); font-size: .87rem; } .names h3 { font-size: 1em; font-weight: 600; margin-top: .5rem; }
+.names ul { list-style: none; padding: 0; margin-top: .2rem; columns: 7.5rem auto; column-gap: 1rem; color: var(--soft); overflow-wrap: anywhere; }
 #files { position: fixed; inset: auto 0 0; background: var(--text); color: var(--card); padding: .7rem 1.1rem; overflow-wrap: anywhere; max-height: 40vh; overflow-y: auto; white-space: pre-line; z-index: 1; }
 [data-show=silent] [data-s]:not([data-s=silent]), [data-show=never] [data-s]:not([data-s=never]),
 [data-show=waiting] [data-s]:not([data-s=waiting]), [data-show=gone] [data-s]:not([data-s=gone]),
@@ -599,11 +598,12 @@ input { font: inherit; color: inherit; background: var(--ground); border: 1px so
   tbody tr > * { padding: 0 !important; min-width: 0; }
   tbody th { grid-column: span 2; } .s { grid-column: span 2; justify-self: end; }
   td:nth-child(3), td:nth-child(4), td:nth-child(7), td:nth-child(9) { grid-column: span 2; }
-  td:nth-child(5), td:nth-child(6) { grid-column: 1 / -1; display: flex; align-items: end; padding-block: .2rem !important; }
-  td:nth-child(5) .c, td:nth-child(6) .w { width: auto; flex: 1; min-width: 0; height: 1.6rem; }
+  td:nth-child(5), td:nth-child(6) { grid-column: 1 / -1; display: flex; flex-wrap: wrap; align-items: end; padding-block: .2rem !important; }
+  td:nth-child(5) .c, td:nth-child(6) .w { width: auto; flex: 1 1 50%; min-width: 0; height: 1.6rem; }
   td.z { display: none; }
-  td::before { display: block; color: var(--soft); font-size: .8rem; font-weight: 400; }
+  td::before { display: block; width: 100%; color: var(--soft); font-size: .8rem; font-weight: 400; }
   td:nth-child(3)::before { content: "Last line"; } td:nth-child(4)::before { content: "Last heard"; }
+  td:nth-child(5)::before { content: "Lines per minute, 4 hours"; } td:nth-child(6)::before { content: "Batches, 24 hours"; }
   td:nth-child(7)::before { content: "Delivered to"; } td:nth-child(8)::before { content: "Lag"; }
   td:nth-child(9)::before { content: "Waiting"; } td:nth-child(10)::before { content: "Failed"; }
   td:nth-child(11)::before { content: "Lost"; }
@@ -613,10 +613,12 @@ input { font: inherit; color: inherit; background: var(--ground); border: 1px so
   tr.well td:nth-child(3) { order: 2; font-size: .87rem; color: var(--soft); white-space: nowrap; }
   tr.well td::before { content: none !important; } tr.well td:nth-child(6) .w { height: 1.1rem; } tr.well small { display: none; }
 }
-/* In between, where two lines fit beside each other: a card takes the whole width, so that none leaves a hole. */
+/* In between, where two lines fit beside each other: a card takes the whole width, its numbers side by side above the pictures. */
 @media (min-width: 44rem) and (max-width: 73.99rem) {
-  tbody tr:not(.well) { grid-column: 1 / -1; grid-template-columns: repeat(8, 1fr); }
-  td:nth-child(5), td:nth-child(6) { grid-column: span 4; } .s { justify-self: start; }
+  tbody tr:not(.well) { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .15rem 1rem; }
+  tr:not(.well) th { flex: 0 0 10rem; } tr:not(.well) .s { flex: 0 0 8.8rem; } tr:not(.well) td { flex: 1 0 4.6rem; }
+  tr:not(.well) td:nth-child(5), tr:not(.well) td:nth-child(6) { order: 1; flex-basis: calc(50% - .5rem); }
+  tr:not(.well) td:nth-child(n+8) { order: 2; flex: 0 0 7rem; white-space: nowrap; }
 }
 `;
 

@@ -108,25 +108,38 @@ const BEHIND_LINES = Buffer.from(" | status=Sent");
 const TIME_BYTES = 19;
 
 /**
- * Hands over each delivery that a report tells from a place in it on: where its name stands in a block of bytes, and its
- * lines. No text is made of it: of a report of many thousand lines that would be the most of the memory.
+ * Hands over each delivery that a report tells behind a place in it, from the first line of `since` (`2026-11-22 06`) or
+ * later on: where its name stands in a block of bytes, and its lines. Older times may stand behind that line, of a clock
+ * that was set back: they are handed over, too. Gives the time of that line. No text is made of the others: of a report
+ * of many thousand lines that would be the most of the memory.
  */
 export async function readDelivered(
   path: string,
-  start: number,
+  { start, since }: { start: number; since: string },
   take: (block: Buffer, from: number, to: number, lines: number) => void,
-): Promise<void> {
+): Promise<number | undefined> {
   const block = Buffer.alloc(BLOCK);
+  const oldest = Buffer.from(since);
+  let first: number | undefined;
+  const takeLine = (from: number, end: number) => {
+    const time = from + oldest.length;
+    if (first === undefined && time <= end && block.compare(oldest, 0, oldest.length, from, time) >= 0)
+      first = parseReportLine(block.toString("latin1", from, end).trimEnd())?.at;
+    if (first !== undefined) takeDelivered(block, from, end, take);
+  };
   const file = await open(path);
   try {
     for (let at = start, kept = 0; ; ) {
       const { bytesRead } = await file.read(block, kept, BLOCK - kept, at);
-      if (bytesRead === 0) return takeDelivered(block, 0, kept, take);
+      if (bytesRead === 0) {
+        takeLine(0, kept);
+        return first;
+      }
       at += bytesRead;
       const length = kept + bytesRead;
       let from = 0;
       for (let end = block.indexOf(0x0a); end >= 0 && end < length; end = block.indexOf(0x0a, from)) {
-        takeDelivered(block, from, end, take);
+        takeLine(from, end);
         from = end + 1;
       }
       kept = from === 0 && length === BLOCK ? 0 : length - from; // a line as long as a block is none of ours

@@ -7,6 +7,7 @@ import { createLedgerReader } from "./ledger.ts";
 import {
   type HostState,
   type HostStatus,
+  isLate,
   type LookOptions,
   type Seen,
   seeFolder,
@@ -118,7 +119,7 @@ function receiverProblems({ receivers, now }: Seen): Problem[] {
     const unit = `log-rt-sync-receiver@${ports[0]}`;
     const about = { next: [`systemctl status ${unit}`, `journalctl -u ${unit} -n 50`], sudden: true };
     if (!runs) {
-      const text = `Nothing listens on ${port}: ${lastSign(at, now)}`;
+      const text = `${sentence(lastSign(at, now))}; its senders keep their lines meanwhile`;
       const title = `no receiver is running on ${port}`;
       return [problem(`no receiver ${ports[0]}`, "arrival", title, text, about)];
     }
@@ -282,10 +283,10 @@ function queueProblems({ hosts, now, forwarder, dir, failed }: Seen, thresholds:
   }
   if (failed.length > 0) {
     const title = count(failed.length, "batch is refused by the client", "batches are refused by the client");
-    const text = list(
-      failed,
-      (name) => `${name}: ${forwarder?.failed[name]?.reason ?? "moved there by hand"}`,
-    );
+    const text = list(failed, (name) => {
+      const reason = forwarder?.failed[name]?.reason ?? "moved there by hand";
+      return `${name}: ${reason.replace(`"${name}"`, "it")}`;
+    });
     problems.push(
       problem("failed", "delivery", title, text, {
         hosts: hosts.filter((host) => host.failed > 0).map(({ host }) => host),
@@ -296,16 +297,11 @@ function queueProblems({ hosts, now, forwarder, dir, failed }: Seen, thresholds:
   return problems;
 }
 
-/** Whether a sender's oldest sealed batch waits for longer than a forwarder takes. */
-function isLate({ waitingSince }: HostStatus, now: number, { deliveryMinutes }: Thresholds): boolean {
-  return waitingSince !== undefined && now - waitingSince > deliveryMinutes * MINUTE;
-}
-
 function diskProblems({ disk, dir }: Seen, { minFreePercent }: Thresholds): Problem[] {
   const percent = disk ? (100 * disk.free) / disk.total : 100;
   if (!disk || percent >= minFreePercent) return [];
   const title = `the disk has ${percent.toFixed(percent < 10 ? 1 : 0)} % left`;
-  const text = `${formatBytes(disk.free)} of ${formatBytes(disk.total)} are free, expected ${minFreePercent} %`;
+  const text = `${formatBytes(disk.free)} of ${formatBytes(disk.total)} are free, expected at least ${minFreePercent} %`;
   return [problem("disk", "disk", title, text, { next: [`df -h ${dir}`, `du -sh ${dir}/*`], sudden: true })];
 }
 

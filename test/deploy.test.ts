@@ -100,6 +100,12 @@ describe.skipIf(missing({ "systemd-analyze": "systemd" }))("systemd units", () =
     expect(shared).not.toMatch(/^User=/m);
   });
 
+  test("the monitor's unit waits for longer than a mail server may take for its answer to a mail", async () => {
+    const text = await readFile(join(folder, "log-rt-sync-monitor.service"), "utf8");
+    const seconds = Number(/^TimeoutStartSec=(\d+)$/m.exec(text)?.[1]);
+    expect(seconds).toBeGreaterThan(3 * 600); // RFC 5321 section 4.5.3.2.6, several mails one behind the other
+  });
+
   test("each service starts a script that is there, with a flag that it knows", async () => {
     for (const service of services) {
       const text = await readFile(join(folder, service), "utf8");

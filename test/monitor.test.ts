@@ -556,8 +556,8 @@ test("a batch that vanished from the queue after its hour's mail is told once, i
   await at(NOON + 196 * MINUTE);
   const summaries = (await received()).filter(({ subject = "" }) => /^\d\d:00/.test(subject));
   expect(summaries.map(({ subject }) => subject)).toEqual([
-    "12:00–13:00 1 line, 1 waiting",
-    expect.stringMatching(/^13:00–14:00 0 lines, 1 missing/),
+    "12:00–13:00 1 line, 1 file waiting",
+    expect.stringMatching(/^13:00–14:00 0 lines, 1 file missing/),
     "14:00–15:00 0 lines, none from any sender",
   ]);
   expect(summaries[1]?.text).toContain(`neither here nor delivered: ${name} (1 line)`);
@@ -698,6 +698,34 @@ test("180 senders that fall silent together are one mail, with the cause when it
   expect(more).toEqual([]);
   expect(mail?.subject).toBe("All 180 senders silent: receiver or network down?");
   expect(`${mail?.html}`.length).toBeLessThan(20_000);
+});
+
+test("while a receiver is away its senders are counted as waiting, and a recovery names who is still silent", async () => {
+  const { dir, config, received } = await setUp({ silentMinutes: 5, summaryMinute: 40 });
+  const look = async (minute: number, receiver: number, ...hosts: number[]) => {
+    const state = { version: 1, at: NOON + receiver * MINUTE, startedAt: NOON - HOUR, ports: [5001] };
+    await writeFile(join(dir, ".receiver-5001.json"), JSON.stringify({ ...state, refused: [], pressed: [] }));
+    for (const [i, heardMinute] of hosts.entries())
+      await writeLedger(dir, `10.0.0.${i + 1}`, heard(NOON + heardMinute * MINUTE));
+    await runAt(config, NOON + minute * MINUTE);
+  };
+  await look(0, 0, 0, 0);
+  await look(6, 0, 0, 0);
+  await look(10, 10, 10, 10);
+  await look(16, 16, 10, 10);
+  await look(17, 17, 17, 10);
+  const mails = await received();
+  expect(mails.map(({ subject = "" }) => subject.slice(0, 30))).toEqual([
+    "No receiver is running on port",
+    "Over: no receiver is running o",
+    "All 2 senders silent: receiver",
+    "10.0.0.1 back after 7m 0s",
+  ]);
+  expect(mails[0]?.text).toContain("Senders now: 2 waiting (their receiver is down or has just started).");
+  expect(mails[3]?.text).toContain(
+    "Senders now: 1 silent, 1 ok.\nAlso wrong: 10.0.0.2 silent or never seen.",
+  );
+  expect(mails[3]?.text).toMatch(/What to do now:\n {2}.*monitor.* --status\n/);
 });
 
 test("a receiver's restart ends no alarm of silence and repeats none: its senders are waited for", async () => {

@@ -121,7 +121,7 @@ test("the page, the mail, --status and the metrics say the same of one folder, a
         timeless(`${problem.title}\n  ${problem.text}`).toLowerCase(),
       );
   }
-  expect(mail).toContain("Senders now: 1 ok, 1 silent, 1 never seen.");
+  expect(mail).toContain("Senders now: 1 silent, 1 never seen, 1 ok.");
 
   const metrics = await see("metrics");
   const metric = (what: string, host: string) =>

@@ -183,7 +183,10 @@ describe.skipIf(noBrowser)("the status page in a browser", () => {
       expect(await table.getByRole("img", { name: /^Batches of 24 hours: 7\d delivered/ }).count()).toBe(3);
       expect(await table.getByRole("img", { name: /^Lines per minute: now .*, peak / }).count()).toBe(1);
       const height = `document.getElementById("host-10.10.21.181").getBoundingClientRect().height`;
-      expect(await page.evaluate(height)).toBeLessThan(40);
+      for (const width of [360, 800, 1100]) {
+        await page.setViewportSize({ width, height: 800 });
+        expect(await page.evaluate(height)).toBeLessThan(40);
+      }
     });
   });
 

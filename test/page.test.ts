@@ -110,6 +110,12 @@ describe("renderPage()", () => {
     const page = renderPage(status([host("10.0.0.9"), host("10.0.0.10"), host("10.0.0.11", "silent")]));
     const rows = [...page.matchAll(/<tr role="row" id="host-([^"]+)"/g)].map((match) => match[1]);
     expect(rows).toEqual(["10.0.0.11", "10.0.0.9", "10.0.0.10"]);
+    const late = host("10.0.0.12", "ok", { waiting: 1, waitingSince: NOW - 3_600_000, oldest: "x" });
+    const muted = host("10.0.0.11", "ok", { muted: { until: NOW + 60_000, at: NOW, by: "root" } });
+    const troubled = renderPage(status([host("10.0.0.9"), host("10.0.0.10"), muted, late]));
+    expect([...troubled.matchAll(/id="host-10\.0\.0\.(\d+)"/g)].map((match) => match[1]).join()).toBe(
+      "11,12,9,10",
+    );
   });
 
   test("is light with 200 senders, and bounded with thousands", () => {

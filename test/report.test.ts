@@ -88,12 +88,27 @@ test("readDelivered() takes the deliveries that parseReportLine() takes, across 
   const text = [...whole, ...odd, formatReportLine(line({ lines: 7 })).trimEnd()].join("");
   await writeFile(path, text);
   const found: [string, number][] = [];
-  await readDelivered(path, 0, (block, from, to, lines) => {
+  const place = { start: 0, since: "2026-11-22 06" };
+  const first = await readDelivered(path, place, (block, from, to, lines) => {
     found.push([block.toString("latin1", from, to), lines]);
   });
+  expect(first).toBe(at);
   const lines = text.split(/\r?\n/).map(parseReportLine);
   expect(found).toEqual(lines.flatMap((one) => (one?.status === "Sent" ? [[one.batch, one.lines]] : [])));
   expect(found.length).toBe(3002);
+});
+
+test("readDelivered() begins at the first line of a time, and takes older times behind that", async () => {
+  const path = join(await tempFolder(), "report.log");
+  const hours = [-3, -1, 0, -50, 2, -60].map((hour) =>
+    line({ at: at + hour * 3_600_000, lines: hour + 100 }),
+  );
+  await writeFile(path, hours.map(formatReportLine).join(""));
+  const found: number[] = [];
+  const place = { start: 0, since: "2026-11-22 06" };
+  expect(await readDelivered(path, place, (...[, , , lines]) => found.push(lines))).toBe(at);
+  expect(found).toEqual([100, 50, 102, 40]);
+  expect(await readDelivered(path, { ...place, since: "2026-11-23" }, () => {})).toBeUndefined();
 });
 
 test("readForwarderState() tells absent from damaged", async () => {

@@ -20,8 +20,8 @@ import type { Mute } from "../signs.ts";
 import { count, formatClock, sentence } from "../status.ts";
 import type { HourRow, HourSummary } from "./summary.ts";
 
-/** How a subject is: of a sender as the page has it, `fault` for what is no sender's. */
-export const STATUSES = ["ok", "quiet", "silent", "never", "gone", "fault"] as const;
+/** How a subject is: of a sender as the page has it, the worst first; `fault` for what is no sender's. */
+export const STATUSES = ["fault", "silent", "never", "waiting", "gone", "quiet", "ok"] as const;
 export type Status = (typeof STATUSES)[number];
 
 /** One fact of an alert. `lasted` is the length of the outage in milliseconds. */
@@ -95,19 +95,22 @@ export function renderAlert(alert: Alert, around: Around = {}): MailText {
   const told = groups.reduce((sum, group) => sum + group.length, 0);
   const more =
     facts.length > told ? `and ${facts.length - told} more changes: ${commandOf("monitor")} --status` : "";
-  const states = Object.entries(counts).map(([status, n]) => `${n} ${STATUS_TEXT[status as Status]}`);
+  const states = STATUSES.flatMap((status) =>
+    counts[status] ? `${counts[status]} ${STATUS_TEXT[status]}` : [],
+  );
   const rest = [
     states.length > 0 ? `Senders now: ${states.join(", ")}.` : "",
     standing.length > 0 ? `Also wrong: ${standing.join("; ")}.` : "",
   ].filter((text) => text !== "");
-  const next = [...new Set(facts.flatMap((fact) => (isGood(fact) ? [] : (fact.next ?? []))))].slice(0, NAMES);
+  const next = nextOf(facts);
+  if (next.length === 0 && standing.length > 0) next.push(`${commandOf("monitor")} --status`);
   const allGood = facts.every(isGood);
   const color = !allGood ? COLOR.bad : standing.length > 0 ? COLOR.warn : COLOR.good;
   const rows = groups.map((group) => {
     const [first] = group as [Change];
     const flaps = first.kind === "flapping" || stillFlaps(first);
     return factRow(
-      groupTitle(group, at),
+      groups.length > 1 && groupTitle(group, at), // one alone is the mail's title
       groupText(group, at),
       isGood(first) ? COLOR.good : flaps ? COLOR.warn : COLOR.bad,
     );
@@ -115,13 +118,19 @@ export function renderAlert(alert: Alert, around: Around = {}): MailText {
   const body = html`<table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="table-layout:fixed;overflow-wrap:anywhere">${rows}</table>
 ${[...(more ? [more] : []), ...rest].map(paragraph)}${nextBlock(next, around)}`;
   const lines = groups.map((group) => `* ${groupTitle(group, at)}\n  ${groupText(group, at)}`);
-  const what =
-    next.length > 0 ? `\nWhat to do now:\n${next.map((command) => `  ${command}`).join("\n")}\n` : "";
+  const [only = [], ...others] = groups;
   return {
     subject,
-    html: frame(subject, formatTime(at), color, body),
-    text: `${[...lines, ...(more ? [more] : [])].join("\n")}\n\n${rest.join("\n")}\n${what}\n${pageLine(around)}${formatTime(at)}\n${footer()}\n`,
+    html: frame(others.length > 0 ? subject : groupTitle(only, at), formatTime(at), color, body),
+    text: `${[...lines, ...(more ? [more] : [])].join("\n")}\n\n${rest.join("\n")}\n${nextText(next)}\n${pageLine(around)}${formatTime(at)}\n${footer()}\n`,
   };
+}
+
+/** Commands that fit what is told: the first one of each fact before the second ones. */
+function nextOf(facts: Change[]): string[] {
+  const all = facts.map((fact) => (isGood(fact) && fact.kind !== "note" ? [] : (fact.next ?? [])));
+  const inTurn = Array.from({ length: NAMES }, (_, i) => all.flatMap((next) => next[i] ?? [])).flat();
+  return [...new Set(inTurn)].slice(0, NAMES);
 }
 
 const STATUS_TEXT: Record<Status, string> = {
@@ -129,6 +138,7 @@ const STATUS_TEXT: Record<Status, string> = {
   quiet: "quiet",
   silent: "silent",
   never: "never seen",
+  waiting: "waiting (their receiver is down or has just started)",
   gone: "gone",
   fault: "at fault",
 };
@@ -161,6 +171,7 @@ function groupTitle(group: Change[], at: number): string {
 function groupText(group: Change[], at: number): string {
   const [first] = group as [Change];
   if (group.length === 1) return detailsOf(first, at);
+  const text = group.every((one) => one.text === first.text) ? first.text : "";
   const times = group.map(({ since }) => since);
   const [from, to] = [Math.min(...times), Math.max(...times)];
   const when =
@@ -172,7 +183,7 @@ function groupText(group: Change[], at: number): string {
   return `${listNames(
     group.map(({ title }) => title),
     NAMES_IN_TEXT,
-  )}.${first.kind === "over" ? "" : when} ${reason(first)}`.trim();
+  )}.${first.kind === "over" ? "" : when} ${reason({ ...first, text }, 1)}`.trim();
 }
 
 function alertSubject(facts: Change[], counts: Partial<Record<Status, number>>): string {
@@ -242,17 +253,14 @@ function stillFlaps({ kind, status }: Change): boolean {
 }
 
 function detailsOf(change: Change, at: number): string {
-  const { kind, status, sender, since, text, lasted = 0 } = change;
+  const { kind, status, sender, since, text } = change;
   const ago =
     at - since < MINUTE ? formatTime(since) : `${formatTime(since)}, ${formatDuration(at - since)} ago`;
   if (kind === "lost") return text;
   if (kind === "flapping" || stillFlaps(change))
     return "It keeps changing. No mail for each change until it has been steady for half an hour.";
   if (kind === "note") return text;
-  if (!sender)
-    return kind === "over"
-      ? `It began ${formatTime(since)} and lasted ${formatDuration(lasted)}.`
-      : `${text}. Noticed ${ago}.`;
+  if (!sender) return kind === "over" ? `It began ${formatTime(since)}.` : `${text}. Noticed ${ago}.`;
   if (kind === "over") return reason(change);
   if (kind === "steady") return `No change for half an hour. Since ${ago}.`;
   if (status === "silent") return `Nothing was heard from its shipper since ${ago}. ${reason(change)}`;
@@ -261,15 +269,35 @@ function detailsOf(change: Change, at: number): string {
   return `Last heard ${ago}. ${reason(change)}`;
 }
 
-/** What it means, and what is behind it. */
-function reason({ kind, status, text }: Change): string {
-  const known = text === "" ? "" : ` ${sentence(text)}.`;
-  if (kind === "over") return "Its shipper is heard again; what it kept meanwhile is on its way.";
-  if (status === "silent")
-    return `${text === "" ? "Its shipper, its host or the network is down." : known.trim()} Nothing is lost while its log files stay.`;
-  if (status === "never") return `It is expected, and its shipper never reached the receiver.${known}`;
-  if (status === "gone") return "It is not watched any more; when it comes back, that is told.";
-  return known.trim();
+/** What it means, of one sender and of several. */
+const MEANINGS = {
+  over: [
+    "Its shipper is heard again; what it kept meanwhile is on its way.",
+    "Their shippers are heard again; what they kept meanwhile is on its way.",
+  ],
+  silent: [
+    "Its shipper, its host or the network is down.",
+    "Their shippers, their hosts or the network are down.",
+  ],
+  kept: ["Nothing is lost while its log files stay.", "Nothing is lost while their log files stay."],
+  never: [
+    "It is expected, and its shipper never reached the receiver.",
+    "They are expected, and their shippers never reached the receiver.",
+  ],
+  gone: [
+    "It is not watched any more; when it comes back, that is told.",
+    "They are not watched any more; when one comes back, that is told.",
+  ],
+} as const;
+
+/** What it means, and what is behind it; `of` is 1 for several senders. */
+function reason({ kind, status, text }: Change, of: 0 | 1 = 0): string {
+  const known = text === "" ? "" : `${sentence(text)}.`;
+  if (kind === "over") return MEANINGS.over[of];
+  if (status === "silent") return `${known || MEANINGS.silent[of]} ${MEANINGS.kept[of]}`;
+  if (status === "never") return `${MEANINGS.never[of]} ${known}`.trim();
+  if (status === "gone") return MEANINGS.gone[of];
+  return known;
 }
 
 // ---- the account of an hour
@@ -277,7 +305,9 @@ function reason({ kind, status, text }: Change): string {
 /** What a summary says beside its numbers. `zone`: of its hour's name, minutes east of UTC. */
 export interface SummaryAround extends Around {
   zone: number;
+  /** What is wrong now, and commands that fit it. */
   problems: string[];
+  next?: string[];
   mutes: Record<string, Mute>;
   digest?: { name: string; sha256: string } | undefined;
 }
@@ -298,16 +328,18 @@ export function renderSummary(summary: HourSummary, around: SummaryAround): Mail
   const color = bad ? COLOR.bad : troubles.length > 0 || isEmpty ? COLOR.warn : COLOR.good;
   const sorted = [...rows].sort((a, b) => rank(a) - rank(b)); // what is wrong first
   const shown = rows.length <= ROWS ? sorted : sorted.filter((row) => rank(row) < 2).slice(0, ROWS);
-  const others = othersText(sorted.slice(shown.length));
+  const others = othersText(sorted.slice(shown.length), rows.length);
+  const isWell = troubles.length + around.problems.length === 0 && !isEmpty;
+  const next = isWell ? [] : [...(around.next ?? []).slice(0, NAMES - 1), `${commandOf("monitor")} --status`];
   const facts = [reconciliation(summary), ...remarks(summary, around)];
   const body = html`${heading("Lines")}${figures(summary)}
 ${heading("Lines per hour, last 24 hours")}${curve(summary, around.zone)}
-${heading("Senders, delivered of received")}<table width="100%" cellpadding="0" cellspacing="0" role="presentation">${shown.map((row) => hostRow(row))}</table>
-${[others, ...facts].filter((text) => text !== "").map(paragraph)}${nextBlock(troubles.length > 0 ? [`${commandOf("monitor")} --status`] : [], around)}`;
+${heading(shown.length > 0 ? "Senders, delivered of received" : "Senders")}<table width="100%" cellpadding="0" cellspacing="0" role="presentation">${shown.map((row) => hostRow(row))}</table>
+${[others, ...facts].filter((text) => text !== "").map(paragraph)}${nextBlock(next, around)}`;
   return {
     subject: `${hour} ${count(total.received.lines, "line", "lines")}, ${troubles.length > 0 ? troubles.join(", ") : isEmpty ? "none from any sender" : "all delivered"}`,
     html: frame(title, `${day}, ${hour} ${zoneName(around.zone)}`, color, body),
-    text: `${day} ${hour} ${zoneName(around.zone)}: ${title}\n\n${textTable(shown)}${others && `\n${others}`}\n\n${facts.join("\n")}\n${pageLine(around)}${footer()}\n`,
+    text: `${day} ${hour} ${zoneName(around.zone)}: ${title}\n\n${[...textTable(shown), ...(others ? [others] : [])].join("\n")}\n\n${facts.join("\n")}\n${nextText(next)}\n${pageLine(around)}${footer()}\n`,
     ...(rows.length > shown.length && {
       attachment: { filename: `senders-${day}-${hour.slice(0, 2)}.csv`, content: csvOf(sorted) },
     }),
@@ -316,17 +348,25 @@ ${[others, ...facts].filter((text) => text !== "").map(paragraph)}${nextBlock(tr
 
 function summaryTroubles({ total, rows, vanished, unreadable }: HourSummary): string[] {
   const inState = (state: HourRow["state"]) => rows.filter((row) => row.state === state).length;
-  const troubles: [number, string][] = [
+  const tell = (one: string, many: string, troubles: [number, string][]) =>
+    troubles
+      .filter(([n]) => n > 0)
+      .map(([n, what], i) => `${i === 0 ? count(n, one, many) : formatCount(n)} ${what}`);
+  const files: [number, string][] = [
     [total.failed.files, "failed"],
     [total.missing.files + vanished.length, "missing"],
     [total.differs, "with other counts"],
     [total.waiting.files, "waiting"],
-    [inState("silent"), "silent"],
-    [inState("incomplete"), "incomplete"],
-    [unreadable.length, "unreadable"],
   ];
-  const lost = total.since.lost > 0 ? [`${formatBytes(total.since.lost)} lost`] : [];
-  return [...lost, ...troubles.flatMap(([n, what]) => (n > 0 ? `${n} ${what}` : []))];
+  return [
+    ...(total.since.lost > 0 ? [`${formatBytes(total.since.lost)} lost`] : []),
+    ...tell("file", "files", files),
+    ...tell("sender", "senders", [
+      [inState("silent"), "silent"],
+      [inState("incomplete"), "incomplete"],
+    ]),
+    ...tell("file or folder", "files or folders", [[unreadable.length, "unreadable"]]),
+  ];
 }
 
 function figures({ total }: HourSummary): Html {
@@ -343,7 +383,8 @@ function figures({ total }: HourSummary): Html {
 }
 
 function curve({ curve: hours, hourEnd }: HourSummary, zone: number): Html {
-  const most = Math.max(1, ...hours);
+  const tallest = Math.max(0, ...hours);
+  const most = Math.max(1, tallest);
   const bars = hours.map((lines, i) => {
     const height = lines > 0 ? Math.max(2, Math.round((CURVE_PX * lines) / most)) : 1;
     const color = lines === 0 ? COLOR.line : i === hours.length - 1 ? COLOR.ink : "#8c959f";
@@ -354,7 +395,7 @@ function curve({ curve: hours, hourEnd }: HourSummary, zone: number): Html {
     return html`<td colspan="6" style="padding:2px 1px;font-size:11px;color:${COLOR.faint}">${hour.slice(0, 5)}</td>`;
   });
   return html`<div style="padding:0 14px"><table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="table-layout:fixed"><tr>${bars}</tr><tr>${labels}</tr></table>
-<div style="font-size:11px;color:${COLOR.faint}">tallest bar: ${count(most, "line", "lines")}</div></div>`;
+<div style="font-size:11px;color:${COLOR.faint}">tallest bar: ${count(tallest, "line", "lines")}</div></div>`;
 }
 
 function hostRow(row: HourRow): Html {
@@ -384,28 +425,29 @@ function rank(row: HourRow): number {
 function hostState(row: HourRow): { text: string; color: string } {
   const parts: string[] = [];
   if (row.since.lost > 0) parts.push(`${formatBytes(row.since.lost)} lost`);
-  if (row.failed.files > 0) parts.push(`${row.failed.files} failed`);
-  if (row.missing.files > 0) parts.push(`${row.missing.files} missing`);
-  if (row.differs > 0) parts.push(`${row.differs} with another count`);
+  const files = (n: number, what: string) => n > 0 && parts.push(`${count(n, "file", "files")} ${what}`);
+  files(row.failed.files, "failed");
+  files(row.missing.files, "missing");
+  files(row.differs, "with another count");
   const bad = parts.length > 0;
-  if (row.waiting.files > 0) parts.push(`${row.waiting.files} waiting`);
+  files(row.waiting.files, "waiting");
   if (row.state !== "complete") parts.push(row.state);
   const warn = parts.length > 0;
   if (!warn) parts.push(row.received.files > 0 ? "complete, delivered" : "complete, no lines");
-  if (row.late > 0) parts.push(`${row.late} late`);
-  if (row.since.skipped > 0) parts.push(`${formatCount(row.since.skipped)} skipped`);
+  if (row.late > 0) parts.push(count(row.late, "late part", "late parts"));
+  if (row.since.skipped > 0) parts.push(`${count(row.since.skipped, "line", "lines")} skipped`);
   return { text: parts.join(" · "), color: bad ? COLOR.bad : warn ? COLOR.warn : COLOR.good };
 }
 
 /** Senders that are not shown one by one. */
-function othersText(rows: HourRow[]): string {
+function othersText(rows: HourRow[], all: number): string {
   if (rows.length === 0) return "";
   const good = rows.filter((row) => rank(row) === 2);
   const rest = rows.length - good.length;
   const lines = formatCount(good.reduce((sum, { received }) => sum + received.lines, 0));
   const more = rest > 0 ? `${count(rest, "more sender has", "more senders have")} trouble, and ` : "";
   return sentence(
-    `${more}${count(good.length, "sender is", "senders are")} well with ${lines} lines: all in the attached table.`,
+    `${more}${count(good.length, "sender is", "senders are")} well with ${lines} lines. All ${formatCount(all)} senders are in the attached table.`,
   );
 }
 
@@ -452,7 +494,8 @@ function remarks(
   ].filter((text) => text !== "");
 }
 
-function textTable(rows: HourRow[]): string {
+function textTable(rows: HourRow[]): string[] {
+  if (rows.length === 0) return [];
   const width = Math.max(6, ...rows.map(({ host }) => host.length));
   const line = (host: string, lines: string, files: string, bytes: string, text: string) =>
     `${host.padEnd(width)}  ${lines.padStart(12)}  ${files.padStart(5)}  ${bytes.padStart(10)}  ${text}`;
@@ -460,7 +503,7 @@ function textTable(rows: HourRow[]): string {
     const { lines, files, bytes } = row.received;
     return line(row.host, formatCount(lines), String(files), formatBytes(bytes), hostState(row).text);
   });
-  return [line("sender", "lines", "files", "bytes", "state"), ...body].join("\n");
+  return [line("sender", "lines", "files", "bytes", "state"), ...body];
 }
 
 /** All senders, for a spreadsheet; names and words hold no separators. */
@@ -498,10 +541,10 @@ function frame(title: string, subtitle: string, color: string, body: Html): stri
 `);
 }
 
-function factRow(title: string, text: string, color: string): Html {
+function factRow(title: string | false, text: string, color: string): Html {
   return html`<tr><td style="padding:12px 14px;border-left:4px solid ${color};border-bottom:1px solid ${COLOR.line}">
-<div style="font-size:16px;font-weight:bold;color:${COLOR.ink}">${title}</div>
-<div style="padding-top:3px;color:${COLOR.faint}">${text}</div></td></tr>`;
+${title && html`<div style="padding-bottom:3px;font-size:16px;font-weight:bold;color:${COLOR.ink}">${title}</div>`}
+<div style="color:${COLOR.faint}">${text}</div></td></tr>`;
 }
 
 function heading(text: string): Html {
@@ -515,8 +558,12 @@ function paragraph(text: string): Html {
 /** What to do now, and where to look. */
 function nextBlock(next: string[], { page }: Around): Html {
   const command = (text: string) =>
-    html`<div style="margin-top:4px;padding:6px 8px;background:#f2f5f7;color:${COLOR.ink};font-family:Menlo,Consolas,monospace;font-size:12px;overflow-wrap:anywhere">${text}</div>`;
+    html`<div style="margin-top:4px;padding:6px 8px;background:#f2f5f7;color:${COLOR.ink};font-family:Menlo,Consolas,monospace;font-size:12px;overflow-wrap:anywhere">${text.split(" ").map((word) => html`<span style="display:inline-block;max-width:100%">${word}</span> `)}</div>`; // none breaks at a hyphen
   return html`${next.length > 0 && html`${heading("What to do now")}<div style="padding:0 14px">${next.map(command)}</div>`}${page && html`<p style="margin:12px 14px 0"><a href="${page}" style="color:#0b5cad">${page}</a></p>`}`;
+}
+
+function nextText(next: string[]): string {
+  return next.length > 0 ? `\nWhat to do now:\n${next.map((command) => `  ${command}`).join("\n")}\n` : "";
 }
 
 function pageLine({ page }: Around): string {
@@ -527,9 +574,10 @@ function footer(): string {
   return `Log-RT-Sync ${VERSION} on ${hostname()}`;
 }
 
-function listNames(names: string[], most: number): string {
+/** `a, b, c and 7 more`. */
+export function listNames(names: string[], most = NAMES): string {
   const more = names.length - most;
-  return names.slice(0, most).join(", ") + (more > 0 ? ` +${more}` : "");
+  return names.slice(0, most).join(", ") + (more > 0 ? ` and ${formatCount(more)} more` : "");
 }
 
 /** `2026-11-22 06:12 +01:00` of this machine's clock. */

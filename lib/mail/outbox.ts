@@ -313,7 +313,8 @@ async function render(
   if (notification.kind === "alert") return { text: renderAlert(notification, { page }), missing: [] };
   const summary = await summariseHour(config, { ...notification, missingFrom: begunAt, missingTold });
   const titles = problems.map(({ title }) => title);
-  const around = { page, zone: notification.zone, problems: titles, mutes, digest };
+  const next = problems.flatMap((problem) => problem.next?.[0] ?? []);
+  const around = { page, zone: notification.zone, problems: titles, next: [...new Set(next)], mutes, digest };
   const missing = [...summary.missing, ...summary.vanished.map(({ name }) => name)];
   return { text: renderSummary(summary, around), missing };
 }

@@ -6,13 +6,13 @@
  *
  * It reads one ledger at a time and keeps only what has to be looked up: the memory does not grow with the senders' days.
  */
-import { open, readdir, stat } from "node:fs/promises";
+import { readdir, stat } from "node:fs/promises";
 import { folders, listBatches, listHosts, parseBatchName } from "../batch.ts";
 import type { Config } from "../config.ts";
 import { exists, ifMissing } from "../durable.ts";
 import { type Ledger, readLedger, type SealedBatch } from "../ledger.ts";
 import { compareAsPeopleCount } from "../look.ts";
-import { parseReportLine, readDelivered } from "../report.ts";
+import { readDelivered } from "../report.ts";
 import { collectGarbage } from "../runtime.ts";
 import { errorMessage, formatLocalTime, HOUR } from "../service.ts";
 
@@ -22,7 +22,6 @@ const CURVE_HOURS = 24;
 const MISSING_MS = 48 * HOUR;
 /** How much of the report's end is read, in bytes: some 150,000 deliveries. */
 const REPORT_BYTES = 16 * 1024 * 1024;
-const REPORT_STEP = 64 * 1024;
 /** After so many ledgers what was read of them is collected. */
 const COLLECT_HOSTS = 25;
 /** Names of vanished batches in one account. */
@@ -248,7 +247,7 @@ function hashOf(name: string): number {
   return hashName(ofName, 0, ofName.write(name, "latin1"));
 }
 
-/** Of a report that tells nothing. */
+/** Of a report that is not there to tell. */
 const UNKNOWN: Places["report"] = { lines: new Map(), from: Number.POSITIVE_INFINITY };
 
 /** What the report's end says was delivered, and from when on it tells that. */
@@ -256,38 +255,14 @@ async function readDeliveries(path: string, oldest: number, sent: string): Promi
   const lines = new Map<number, number>();
   const size = (await ifMissing(stat(path)))?.size;
   // What was delivered and cleared away stands in the report alone: without one nothing can be said of it.
-  if (size === undefined) return (await exists(sent)) ? UNKNOWN : { lines, from: 0 };
-  const tail = Math.max(0, size - REPORT_BYTES);
-  const hour = formatLocalTime(oldest - 2 * HOUR).slice(0, 13);
-  const { start, at = Infinity } = await findHour(path, { from: tail, to: size, hour });
-  await readDelivered(path, start, (block, from, to, count) => lines.set(hashName(block, from, to), count));
-  return { lines, from: tail === 0 ? 0 : at + HOUR }; // its clock may have been set back by an hour
-}
-
-/** A place in the report before which only earlier hours are, and its time: most of a long one is not read. */
-async function findHour(
-  path: string,
-  { from, to, hour }: { from: number; to: number; hour: string },
-): Promise<{ start: number; at?: number | undefined }> {
-  const bytes = Buffer.alloc(4096);
-  const file = await open(path);
-  const linesAt = async (position: number) => {
-    const { bytesRead } = await file.read(bytes, 0, bytes.length, position);
-    return bytes.toString("latin1", 0, bytesRead).split("\n").slice(1);
-  };
-  try {
-    let [low, high] = [from, to];
-    while (high - low > REPORT_STEP) {
-      const middle = Math.floor((low + high) / 2);
-      const [line = ""] = await linesAt(middle);
-      if (line.slice(0, hour.length) < hour) low = middle;
-      else high = middle;
-    }
-    const first = (await linesAt(low)).map(parseReportLine).find((line) => line !== undefined);
-    return { start: low, at: first?.at };
-  } finally {
-    await file.close();
-  }
+  if (size === undefined) return (await exists(sent)) ? UNKNOWN : { lines, from: oldest };
+  const start = Math.max(0, size - REPORT_BYTES);
+  const since = formatLocalTime(oldest - 2 * HOUR).slice(0, 13);
+  const first = await readDelivered(path, { start, since }, (block, from, to, count) =>
+    lines.set(hashName(block, from, to), count),
+  );
+  if (start === 0) return { lines, from: oldest };
+  return { lines, from: Math.max(oldest, (first ?? Infinity) + HOUR) }; // its clock may have been set back by an hour
 }
 
 function emptyAmount(): Amount {
