@@ -80,15 +80,18 @@ export function ours(
   };
 }
 
-/** As in the shipper's unit, where the reasons stand; a value in the environment wins. */
-const SHIPPER_MEMORY = { BUN_JSC_useBaselineJIT: "0", BUN_JSC_forceRAMSize: "67108864" };
+/** As in the units, where the reasons stand; a value in the environment wins. */
+const ENVIRONMENT: Record<string, Record<string, string>> = {
+  shipper: { BUN_JSC_useBaselineJIT: "0", BUN_JSC_forceRAMSize: "67108864" },
+  receiver: { UV_THREADPOOL_SIZE: "16" },
+};
 
 /** Starts one of the five scripts as the units in deploy/ do. */
 export function runScript(folder: string, name: string, config: string, flags: string[] = []): ChildProcess {
   const runtime = name === "receiver" ? [] : ["--smol"];
   const profile = process.env.BENCH_PROFILE === name ? ["--cpu-prof-md", `--cpu-prof-dir=${folder}`] : [];
   const args = [...runtime, ...profile, "run", join(ROOT, `${name}.ts`), "--config", config, ...flags];
-  return run(folder, name, process.execPath, args, name === "shipper" ? SHIPPER_MEMORY : {});
+  return run(folder, name, process.execPath, args, ENVIRONMENT[name] ?? {});
 }
 
 /** Starts a program; what it says goes to a file of its name in `folder`. */

@@ -2,6 +2,7 @@
 import { describe, expect, test } from "bun:test";
 import { readdirSync } from "node:fs";
 import { readFile, writeFile } from "node:fs/promises";
+import { crc32 } from "node:zlib";
 import { type Entry, Journal, listJournals, readJournal } from "../lib/store/journal.ts";
 import { tempFolder } from "./support.ts";
 
@@ -30,6 +31,14 @@ async function createJournal(groups: number[]) {
   const [path = ""] = journal.paths;
   await journal.close();
   return { dir, path, bytes: await readFile(path), count: number };
+}
+
+/** A record with this entry and no body, as anyone can make one. */
+function forgedRecord(entry: string): string {
+  const head = Buffer.from("LRTJ\0\0\0\0\0\0\0\0\0\0\0\0");
+  head.writeUInt32LE(entry.length, 4);
+  head.writeUInt32LE(crc32(entry, crc32(head.subarray(4, 12))), 12);
+  return head.toString("latin1") + entry;
 }
 
 /** The numbers of the records that can be read, and how often damage is told. */
@@ -84,6 +93,22 @@ describe("a journal", () => {
         expect(found.numbers).toEqual(upTo(count).filter((number) => number !== hit));
         expect(found.damaged).toBe(1);
       }
+    }
+  });
+
+  test("a record that a sender has put into a body is none, whatever is damaged before it", async () => {
+    const forged = await createJournal([1]);
+    for (const text of [forged.bytes.toString("latin1"), forgedRecord("null"), forgedRecord("{")]) {
+      const dir = await tempFolder();
+      const journal = new Journal(dir, "def");
+      await journal.append(entryOf(0), Buffer.from(text, "latin1"), () => {});
+      await journal.append(entryOf(1), bodyOf(1), () => {});
+      await journal.close();
+      const [path = ""] = journal.paths;
+      const bytes = await readFile(path);
+      bytes[5] = (bytes[5] ?? 0) ^ 1; // the length of the first entry
+      await writeFile(path, bytes);
+      expect(await read(path)).toEqual({ numbers: [1], damaged: 1 });
     }
   });
 

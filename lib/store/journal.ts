@@ -8,7 +8,8 @@
  * came. All that waits is appended with one write and synced once (rule: one sync serves all chunks that came meanwhile).
  * Each entry says up to where the journal was synced when it was written. So a damaged record is the end of the journal,
  * unless one behind it says that it had been synced: that is damage, and told. A record that could not be synced is cut
- * off and the cut synced before another is written: until then nothing is taken.
+ * off and the cut synced before another is written: until then nothing is taken. Each entry names its journal, which no
+ * sender knows: what looks like a record inside a body, where damage makes one search, is none.
  */
 import { close, closeSync, fdatasync, ftruncateSync, open, readdirSync, writev } from "node:fs";
 import { type FileHandle, open as openFile } from "node:fs/promises";
@@ -48,6 +49,8 @@ export interface Run {
 /** What one chunk does. Lengths and offsets are absolute: to do it twice is the same as once. */
 export interface Entry {
   seq: number;
+  /** The id of its journal. */
+  journal?: string;
   synced: Position;
   at: number;
   host: string;
@@ -186,7 +189,8 @@ export class Journal {
     if (this.#fd < 0 || (this.#segments.at(-1)?.length ?? 0) >= SEGMENT_BYTES) await this.#beginSegment();
     const segment = this.#segments.at(-1) as Segment;
     const parts: Uint8Array[] = [];
-    for (const { entry, body } of group) parts.push(...encode({ ...entry, synced: this.#synced }, body));
+    for (const { entry, body } of group)
+      parts.push(...encode({ ...entry, journal: this.id, synced: this.#synced }, body));
     const size = parts.reduce((sum, part) => sum + part.length, 0);
     await writeAll(this.#fd, parts, segment.length);
     failpoint("journal:written");
@@ -355,14 +359,15 @@ export async function* readJournal(
 }
 
 async function scanSegment(path: string, places: Place[], bad: Bad[]): Promise<void> {
-  const n = Number(path.slice(-8));
+  const [, id = "", digits] = /\.journal-([a-z0-9]+)-(\d{8})$/.exec(path) ?? [];
+  const n = Number(digits);
   const file = await openFile(path, "r");
   try {
     const { size } = await file.stat();
     let isBad = false;
     for (let at = 0; at < size; ) {
       const record = await readRecord(file, at, size);
-      if (record) {
+      if (record && isOf(id, record.entry)) {
         places.push({ path, start: [n, at], end: [n, at + record.size], synced: record.entry.synced });
         at += record.size;
         isBad = false;
@@ -376,6 +381,11 @@ async function scanSegment(path: string, places: Place[], bad: Bad[]): Promise<v
   } finally {
     await file.close();
   }
+}
+
+/** Whether an entry was written by this journal: others may be anything that is JSON. */
+function isOf(id: string, entry: Entry | null): boolean {
+  return entry?.journal === id;
 }
 
 async function readRecord(
@@ -397,7 +407,11 @@ async function readRecord(
   }
   const [text, body] = [rest.subarray(0, textLength), rest.subarray(textLength)];
   if (checksum(head, text, body) !== head.readUInt32LE(12)) return undefined;
-  return { entry: JSON.parse(text.toString()) as Entry, body, size: length };
+  try {
+    return { entry: JSON.parse(text.toString()) as Entry, body, size: length };
+  } catch {
+    return undefined; // nothing that was written here
+  }
 }
 
 async function findMagic(file: FileHandle, from: number, size: number): Promise<number> {

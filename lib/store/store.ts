@@ -262,7 +262,8 @@ export class Store {
     const dashed = dashedHost(host);
     if (!this.#dashes.has(dashed)) {
       for (const known of await listHosts(dir)) {
-        if (await exists(join(dir, known, LEDGER))) this.#dashes.set(dashedHost(known), known);
+        const isKnown = this.#dashes.has(dashedHost(known));
+        if (!isKnown && (await exists(join(dir, known, LEDGER)))) this.#dashes.set(dashedHost(known), known);
       }
     }
     const owner = this.#dashes.get(dashed) ?? host;
