@@ -111,7 +111,7 @@ ${renderAbout(status)}
 
 function renderHeadline({ now }: Snapshot, title: string, mark: Mark, problems: Problem[]): Html {
   return html`<section class="verdict ${mark}" aria-label="Verdict">
-<div role="status"><h1>${symbol(mark)}${title}</h1></div>
+<div role="status"><h1>${symbol(mark)}${title.replace(/(?<=\d) (?=\p{L})/gu, "\u00a0")}</h1></div>
 ${problems.length > 0 && html`<ul>${problems.map((problem) => renderProblem(problem, problems.length))}</ul>`}
 <p class="at">State of <time datetime="${new Date(now).toISOString()}">${FULL_TIME.format(now)}</time></p>
 </section>`;
@@ -188,7 +188,7 @@ function figure(name: string, value: string): Html {
 // ---- senders
 
 const HEADS =
-  "Sender,State,Last line,Last heard,Lines per minute (4 h),Batches (24 h),Delivered to,Lag,Waiting,Failed,Lost";
+  "Sender,State,Last line,Last heard,Lines per minute (4 h),Batches (24 h),Delivered to,Lag,Waiting,Failed,Lost";
 
 /** What all rows share. */
 interface Table {
@@ -223,6 +223,7 @@ ${hosts.length > 1 && renderFilter(hosts, newest)}
 <table role="table" aria-labelledby="senders"><thead role="rowgroup"><tr role="row">${HEADS.split(",").map((head) => html`<th role="columnheader" scope="col">${head}</th>`)}</tr></thead>
 <tbody role="rowgroup">${rows}</tbody></table>
 ${rows.length < sorted.length && renderNames(sorted.slice(rows.length), newest)}
+<p class="hint" id="none" role="status" hidden>No sender matches.</p>
 <p class="hint key">${KEY} A click names the files.</p>
 </section>`;
 }
@@ -251,7 +252,7 @@ function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
     const more = all.length > named.length && html`<li>and ${number(all.length - named.length)} more`;
     return (
       all.length > 0 &&
-      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}, ${number(all.length)} more</h3><ul>${named.map(name)}${more}</ul></div>`
+      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}<span>, ${number(all.length)} more</span></h3><ul>${named.map(name)}${more}</ul></div>`
     );
   });
   return html`<div class="names">${groups}</div>`;
@@ -530,14 +531,12 @@ h1 { font-size: clamp(1.3rem, 1rem + 1.6vw, 2rem); line-height: 1.2; font-weight
   overflow-wrap: anywhere; }
 .verdict ul { list-style: none; padding: 0; margin-top: .6rem; } .verdict li { overflow-wrap: anywhere; } .verdict b { font-weight: 600; }
 .verdict code { display: block; font-size: .87em; margin: .1rem 0 .35rem; } .verdict code::before { content: "Next: "; } code span { display: inline-block; max-width: 100%; }
-.at, .hint { color: var(--soft); } .at { margin-top: .4rem; }
-.ok > .at, .bad > .at, .off > .at { color: var(--text); }
+.at, .hint { color: var(--soft); } .at { margin-top: .4rem; } .ok > .at, .bad > .at, .off > .at { color: var(--text); }
 
 .legs { display: grid; gap: .75rem; margin-block: .75rem; grid-template-columns: 1fr; }
 .leg { background: var(--card); border: 1px solid var(--line); border-radius: .8rem; padding: .9rem 1.1rem; min-width: 0; }
 h2 { font-size: 1.05rem; font-weight: 650; }
-dl { display: flex; flex-wrap: wrap; gap: .5rem 1.4rem; margin-top: .5rem; }
-dt { color: var(--soft); font-size: .87rem; } dd { font-size: 1.2rem; font-weight: 600; }
+dl { display: flex; flex-wrap: wrap; gap: .5rem 1.4rem; margin-top: .5rem; } dt { color: var(--soft); font-size: .87rem; } dd { font-size: 1.2rem; font-weight: 600; }
 .leg p { margin-top: .5rem; overflow-wrap: anywhere; }
 .curve { display: block; width: 100%; height: 4rem; margin-top: .6rem; }
 .curve path, .c path { fill: color-mix(in srgb, var(--curve) 22%, transparent); stroke: var(--curve); stroke-width: 1.25;
@@ -571,14 +570,10 @@ input { font: inherit; color: inherit; background: var(--ground); border: 1px so
 .names { padding: .2rem 1.1rem .6rem; border-top: 1px solid var(--line); font-size: .87rem; } .names h3 { font-size: 1em; font-weight: 600; margin-top: .5rem; }
 .names ul { list-style: none; padding: 0; margin-top: .2rem; columns: 7.5rem auto; column-gap: 1rem; color: var(--soft); overflow-wrap: anywhere; }
 #files { position: fixed; inset: auto 0 0; background: var(--text); color: var(--card); padding: .7rem 1.1rem; overflow-wrap: anywhere; max-height: 40vh; overflow-y: auto; white-space: pre-line; z-index: 1; }
-[data-show=silent] [data-s]:not([data-s=silent]), [data-show=never] [data-s]:not([data-s=never]),
-[data-show=waiting] [data-s]:not([data-s=waiting]), [data-show=gone] [data-s]:not([data-s=gone]),
-[data-show=quiet] [data-s]:not([data-s=quiet]), [data-show=ok] [data-s]:not([data-s=ok]),
-[data-show=behind] tbody tr:not(.b), [data-show=behind] .names li:not(.b) { display: none !important; }
+.some .names h3 span { display: none; } .hosts > #none { padding-top: .9rem; }
 .z { color: var(--soft); } td small { display: block; }
 .about { color: var(--soft); margin-top: 1rem; font-size: .87rem; }
-.about ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; margin-bottom: .5rem; }
-.about p { overflow-wrap: anywhere; }
+.about ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; margin-bottom: .5rem; } .about p { overflow-wrap: anywhere; }
 
 @media (min-width: 48rem) { .legs { grid-template-columns: 1fr 1fr; } .leg:first-child { grid-column: 1 / -1; } }
 @media (min-width: 62rem) { .legs { grid-template-columns: 5fr 4fr 3fr; } .leg:first-child { grid-column: auto; } }
@@ -635,16 +630,21 @@ let timer, show = "";
 root.className = "js";
 
 function filter() {
-  root.dataset.show = show;
   for (const chip of all("[data-show][aria-pressed]")) {
     const pressed = String(chip.dataset.show === show);
     if (chip.ariaPressed !== pressed) chip.ariaPressed = pressed;
   }
   const query = find("#q")?.value.trim().toLowerCase() ?? "";
-  for (const item of all("tbody tr, .names li")) {
-    const hidden = query !== "" && !(item.id.slice(5) || item.textContent).toLowerCase().includes(query);
-    if (item.hidden !== hidden) item.hidden = hidden;
+  root.classList.toggle("some", query !== "" || show === "behind");
+  const hide = (item, hidden) => { if (item && item.hidden !== hidden) item.hidden = hidden; return !hidden; };
+  let found = 0;
+  for (const group of all("tbody, .names ul")) {
+    const isShown = (item) => (show === "" || show === (item.dataset.s ?? group.parentNode.dataset.s) || (show === "behind" && item.matches(".b"))) && (item.id.slice(5) || item.textContent).toLowerCase().includes(query);
+    const shown = [...group.children].filter((item) => hide(item, !isShown(item))).length;
+    hide(group.parentNode, shown === 0);
+    found += shown;
   }
+  hide(find("#none"), found > 0);
 }
 
 const WORDS = { d: "delivered", o: "open: still takes lines", w: "waiting", f: "failed" };

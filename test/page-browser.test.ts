@@ -167,7 +167,9 @@ describe.skipIf(noBrowser)("the status page in a browser", () => {
     shown = samples.trouble;
     await visitPage({ javaScriptEnabled: false, viewport: { width: 360, height: 800 } }, async (page) => {
       expect(await page.locator('meta[http-equiv="refresh"]').getAttribute("content")).toBe("30");
-      expect(await page.getByRole("heading", { level: 1 }).textContent()).toStartWith("2 senders are silent");
+      expect(await page.getByRole("heading", { level: 1 }).textContent()).toStartWith(
+        "2\u00a0senders are silent",
+      );
       expect(await page.getByRole("row").count()).toBe(9);
       expect(await page.getByRole("button").count()).toBe(0);
     });
@@ -210,6 +212,10 @@ describe.skipIf(noBrowser)("the status page in a browser", () => {
       await refresh(page);
       await until("the new fleet is shown", async () => (await page.getByText("all 4,998").count()) === 1);
       expect((await visible()).sort()).toEqual(found.filter((name) => !name.endsWith("249")).sort());
+      expect(await page.locator("thead").isVisible()).toBe(false);
+      expect(await page.locator(".names h3:visible").allInnerTexts()).toEqual(["ok"]);
+      await page.getByRole("searchbox", { name: "Find a sender" }).fill("nobody");
+      expect(await page.locator("#none").textContent()).toBe("No sender matches.");
     });
   });
 
