@@ -366,10 +366,11 @@ function noteLost(state: MonitorState, { snapshot, changes }: Run, host: HostSta
   if (host.gone < told.gone) told.gone = 0;
   const [lost, gone] = [host.lost - told.lost, host.gone - told.gone];
   if (lost + gone === 0 || now - told.toldAt < LOST_AGAIN_MS) return;
+  const file = host.lostIn === undefined ? "" : `, the last of ${host.lostIn}`;
   const since = told.toldAt > 0 ? ` since ${formatClock(told.toldAt, now)}` : "";
   const texts = [
     lost > 0
-      ? `${formatBytes(lost)} vanished from its disk unread${since}: deleted or truncated, with no copy left. Its own log names the files.`
+      ? `${formatBytes(lost)} vanished from its disk unread${since}${file}: deleted or truncated, with no copy left. Its own log names each file.`
       : "",
     gone > 0
       ? `${formatBytes(gone)} that were stored vanished from ${join(snapshot.dir, host.host)}${since}. The receiver's log names the files.`

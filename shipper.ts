@@ -15,7 +15,7 @@
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { whatIsMissing } from "./lib/check.ts";
-import { MARK_BYTES, NO_LOG } from "./lib/chunk.ts";
+import { formatAgent, MARK_BYTES } from "./lib/chunk.ts";
 import type { Config } from "./lib/config.ts";
 import { failpoint, holdLock, LockedError, makeFolder, moveDurably } from "./lib/durable.ts";
 import { type Metric, writeMetrics } from "./lib/metrics.ts";
@@ -40,7 +40,7 @@ import {
   takeStatus,
   takeWayBack,
 } from "./lib/tail/answers.ts";
-import type { Stream } from "./lib/tail/cursor.ts";
+import { isAtEnd, placeOf, type Stream } from "./lib/tail/cursor.ts";
 import {
   addMark,
   compressionOf,
@@ -55,7 +55,7 @@ import {
 import { isGlob, lookAt, Paths, Watch, whyNotFollowed } from "./lib/tail/paths.ts";
 import { Buffers, Changed, readPortion } from "./lib/tail/reader.ts";
 import { showDelivered, showStatus } from "./lib/tail/status.ts";
-import { type FollowedLog, isAtEnd, type Look, placeOf, Streams } from "./lib/tail/streams.ts";
+import { type FollowedLog, type Look, Streams } from "./lib/tail/streams.ts";
 import { type Answer, type EncodedChunk, encodeBody, Unanswered, Uploader } from "./lib/tail/upload.ts";
 
 /** Pause after the receiver could not be asked. */
@@ -106,6 +106,8 @@ export interface Shipper {
   askNow: boolean;
   /** Heartbeats in a row at which a path of `files` matched nothing: one may fall into a rotation. */
   lacking: number;
+  /** When paths of `files` that match nothing are told of next. */
+  missingAt: number;
   unknown: Set<Stream>;
   /** Streams without a file, of which the receiver may have more than the cursor says. */
   orphans: Stream[];
@@ -204,6 +206,7 @@ export async function openShipper(
     answeredAt: 0,
     askNow: false,
     lacking: 0,
+    missingAt: 0,
     unknown: new Set(),
     orphans: [],
     askAt: 0,
@@ -313,6 +316,7 @@ async function lookOnce(shipper: Shipper): Promise<Look> {
   shipper.orphans = look.orphans;
   if (look.orphans.length > 0 || !shipper.streams.asked) shipper.askNow = true;
   shipper.asking.ring();
+  if (shipper.mono() >= shipper.missingAt) await noteMissing(shipper);
   return look;
 }
 
@@ -328,17 +332,12 @@ async function followAll(shipper: Shipper): Promise<void> {
   const loops = new Map<FollowedLog, Promise<void>>();
   const failed = new AbortController(); // a bug in one loop ends them all, and the script
   const either = AbortSignal.any([signal, failed.signal]);
-  let missingAt = mono();
   while (!either.aborted) {
     for (const stream of streams.list) if (touched.has(stream.path)) refresh(shipper, stream);
     touched.clear();
     if (mono() >= shipper.lookAt) {
       await lookOnce(shipper);
       await saveFirst(shipper);
-      if (mono() >= missingAt) {
-        await noteMissing(shipper);
-        missingAt = mono() + MISSING_EVERY_MS;
-      }
       watch.update(streams.paths.folders);
       for (const [folder, error] of watch.faults)
         faults.failed(`watch ${folder}`, "no events of this folder: it is looked at every pollSeconds", {
@@ -362,7 +361,9 @@ async function followAll(shipper: Shipper): Promise<void> {
 }
 
 /** At the start and each hour: of a slip in `files` nothing else would ever be heard. */
-async function noteMissing({ log, streams }: Shipper): Promise<void> {
+async function noteMissing(shipper: Shipper): Promise<void> {
+  const { log, mono, streams } = shipper;
+  shipper.missingAt = mono() + MISSING_EVERY_MS;
   for (const path of streams.paths.missing()) {
     const { text } = (await whatIsMissing(path).catch(() => undefined)) ?? {};
     log.warn("no file matches yet", { files: path, hint: isGlob(path) ? undefined : text });
@@ -710,7 +711,8 @@ async function send(shipper: Shipper, chunk: EncodedChunk): Promise<Answer> {
 function news(shipper: Shipper, ahead = 0) {
   const { streams } = shipper;
   const lag = Math.max(0, lagOf(shipper) - ahead);
-  const agent = `log-rt-sync/${VERSION}${shipper.lacking > 1 ? NO_LOG : ""}`;
+  const name = `log-rt-sync/${VERSION}`;
+  const agent = formatAgent({ name, lacksLog: shipper.lacking > 1, lostIn: streams.lostIn });
   return { lag, lost: streams.lost, shipper: streams.shipper, agent };
 }
 

@@ -7,6 +7,9 @@
 import { createHash } from "node:crypto";
 import { parseHost } from "./host.ts";
 
+/** So much of `Log-Agent` is kept. */
+const AGENT_BYTES = 64;
+
 export const UPLOAD_PATH = "/upload";
 export const STREAMS_PATH = "/streams";
 
@@ -187,7 +190,7 @@ export function parseNews(headers: Headers): SenderNews {
   const agent = headers
     .get(HEADER.agent)
     ?.replace(/[^\x20-\x7e]/g, "?")
-    .slice(0, 64);
+    .slice(0, AGENT_BYTES);
   return {
     ...(lag !== undefined && { lag }),
     ...(lost !== undefined && { lost }),
@@ -197,8 +200,28 @@ export function parseNews(headers: Headers): SenderNews {
   };
 }
 
-/** Behind the program in `Log-Agent`, as a comment: a path of `files` has matched nothing for a while. */
-export const NO_LOG = " (no log)";
+/** What a sender's program is, and what it says of itself in comments behind its name (RFC 9110 section 5.6.5). */
+export interface Agent {
+  name: string;
+  /** A path of `files` has matched nothing for a while. */
+  lacksLog: boolean;
+  /** The file of which bytes were lost last, without its folder. */
+  lostIn?: string | undefined;
+}
+
+/** As it stands in `Log-Agent`, which the receiver keeps 64 bytes of. */
+export function formatAgent({ name, lacksLog, lostIn }: Agent): string {
+  const file = lostIn?.replace(/[^\x21-\x7e]|[()\\]/g, "?");
+  const agent = `${name}${lacksLog ? " (no log)" : ""}`;
+  return file === undefined ? agent : `${agent} (lost ${file.slice(0, AGENT_BYTES - agent.length - 8)})`;
+}
+
+/** Takes the comments from the name. */
+export function parseAgent(text: string): Agent {
+  const [name = "", ...comments] = text.split(/ (?=\()/);
+  const lostIn = comments.flatMap((comment) => /^\(lost (.+)\)$/.exec(comment)?.[1] ?? [])[0];
+  return { name, lacksLog: comments.includes("(no log)"), lostIn };
+}
 
 function parseThrough(text: string | null): number | undefined {
   if (text === null) return undefined;

@@ -9,7 +9,7 @@ import { readdir, stat, statfs } from "node:fs/promises";
 import { hostname } from "node:os";
 import { join } from "node:path";
 import { dashedHost, folders, LEDGER, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
-import { NO_LOG } from "./chunk.ts";
+import { parseAgent } from "./chunk.ts";
 import { type Config, sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
@@ -93,6 +93,8 @@ export interface HostStatus {
   agent?: string;
   /** A path of its config matches no file. */
   lacksLog?: boolean;
+  /** The file of which bytes were lost last, without its folder. */
+  lostIn?: string;
   peer?: string;
   muted?: Mute;
   /** The two addresses, when two shippers claim its name. */
@@ -359,6 +361,7 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
   const { now, expected, mutes } = look;
   const { facts, streams, open } = ledger;
   const oldLag = [...streams.values()].reduce((sum, { lag = 0 }) => sum + lag, 0);
+  const agent = facts.agent === undefined ? undefined : parseAgent(facts.agent);
   const mute = [ofHost(mutes, host), mutes["*"]].find((window) => window && window.until > now);
   const claims = (facts.contestedUntil ?? 0) > now ? (facts.shippers ?? []).slice(-2) : [];
   return {
@@ -382,8 +385,9 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
     ahead: facts.ahead ?? 0,
     ...(facts.through !== undefined && { through: Math.min(facts.through, now) }),
     ...(facts.zone !== undefined && { zone: facts.zone }),
-    ...(facts.agent !== undefined && { agent: facts.agent.replace(NO_LOG, "") }),
-    ...(facts.agent?.endsWith(NO_LOG) && { lacksLog: true }),
+    ...(agent && { agent: agent.name }),
+    ...(agent?.lacksLog && { lacksLog: true }),
+    ...(agent?.lostIn !== undefined && { lostIn: agent.lostIn }),
     ...(facts.peer !== undefined && { peer: facts.peer }),
     ...(mute && { muted: mute }),
     ...(claims.length > 0 && { contested: claims.map(({ peer }) => peer) }),

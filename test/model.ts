@@ -262,6 +262,7 @@ async function pass(world: World): Promise<boolean> {
 async function kill(world: World): Promise<void> {
   world.kills++;
   for (const stream of world.shipper?.streams.list ?? []) await stream.file?.close();
+  await world.shipper?.streams.held.close();
   world.shipper = undefined;
 }
 

@@ -350,9 +350,11 @@ test("a host that is called constructor is neither silent nor lossy by that, and
   await writeLedger(dir, "constructor", heard(now));
   for (const minute of [0, 1, 2]) await runAt(config, now + minute * MINUTE);
   expect(await told()).toEqual([]);
-  await writeLedger(dir, "constructor", heard(now + 3 * MINUTE, 0, { lost: 4096 }));
+  const facts = { agent: "log-rt-sync/2.0.0 (lost access.log.2)" };
+  await writeLedger(dir, "constructor", heard(now + 3 * MINUTE, 0, { lost: 4096, facts }));
   for (const minute of [3, 4, 5]) await runAt(config, now + minute * MINUTE);
   expect(await told()).toEqual(["constructor lost 4.0 KiB"]);
+  expect((await received())[0]?.text).toContain("vanished from its disk unread, the last of access.log.2:");
 });
 
 test("monitor --check names what is missing on this host", async () => {

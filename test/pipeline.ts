@@ -299,8 +299,8 @@ export function startWrapped(command: string, args: string[], sender: Sender, fl
   return start(command, [...args, process.execPath, "run", script, "--config", sender.config, ...flags]);
 }
 
-/** How many files of the log's folder the process has open. */
-export function openLogs(shipper: Running): number {
+/** The files of the log's folder that the process has open. */
+export function openPaths(shipper: Running): string[] {
   const folder = `/proc/${shipper.process.pid}/fd`;
   const targetOf = (fd: string) => {
     try {
@@ -309,7 +309,14 @@ export function openLogs(shipper: Running): number {
       return ""; // closed meanwhile
     }
   };
-  return readdirSync(folder).filter((fd) => targetOf(fd).includes("/logs/access.log")).length;
+  return readdirSync(folder)
+    .map(targetOf)
+    .filter((path) => path.includes("/logs/access.log"));
+}
+
+/** How many files of the log's folder the process has open. */
+export function openLogs(shipper: Running): number {
+  return openPaths(shipper).length;
 }
 
 /** The lines of each tag. */

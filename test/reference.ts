@@ -68,7 +68,7 @@ export function formatDeno(): string {
 /** The made parts: document, marker of the beginning, marker of the end, what stands between them. */
 export const PARTS: [file: string, begin: string, end: string, make: () => string][] = [
   ["docs/config.md", "<!-- options: made by npm run schema -->\n", "<!-- /options -->", formatOptions],
-  ["README.md", "<!-- deno: made by npm run schema -->\n", "<!-- /deno -->", formatDeno],
+  ["docs/install.md", "<!-- deno: made by npm run schema -->\n", "<!-- /deno -->", formatDeno],
 ];
 
 /** What stands between the markers of a document; undefined when there are no markers. */

@@ -315,20 +315,31 @@ describe("files that begin alike", () => {
 });
 
 describe("moved and restored", () => {
-  test.each([3, 300])("the log folder moves to a new disk while it is stopped (%i lines)", async (count) => {
-    const { stub, sender } = await createHost();
-    sender.write(lines("a", 1, count));
-    await sender.once();
-    const next = `${sender.logs}.new`;
-    execFileSync("cp", ["-a", sender.logs, next]);
-    renameSync(sender.logs, `${sender.logs}.old`);
-    renameSync(next, sender.logs);
-    sender.reopen();
-    await sender.once();
-    sender.write(lines("a", count + 1, count + 20));
-    await sender.once();
-    expectTags(Buffer.from(stub.text()), { a: lines("a", 1, count + 20) });
-  });
+  test.each([
+    [3, "no line"],
+    [300, "no line"],
+    [3, "a tail"],
+    [300, "a tail"],
+    [3, "lines of the new disk"],
+  ])(
+    "the log folder moves to a new disk while it is stopped (%i lines, %s unread)",
+    async (count, unread) => {
+      const { stub, sender } = await createHost();
+      sender.write(lines("a", 1, count));
+      await sender.once();
+      if (unread === "a tail") sender.write(lines("a", ++count, count));
+      const next = `${sender.logs}.new`;
+      execFileSync("cp", ["-a", sender.logs, next]);
+      renameSync(sender.logs, `${sender.logs}.old`);
+      renameSync(next, sender.logs);
+      sender.reopen();
+      if (unread === "lines of the new disk") sender.write(lines("a", ++count, count));
+      await sender.once();
+      sender.write(lines("a", count + 1, count + 20));
+      await sender.once();
+      expectTags(Buffer.from(stub.text()), { a: lines("a", 1, count + 20) });
+    },
+  );
 
   test("the log folder is a mount that comes late: nothing is told as lost", async () => {
     const { stub, sender } = await createHost();

@@ -21,12 +21,14 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { gzipSync, zstdCompressSync } from "node:zlib";
+import { readLedger } from "../lib/ledger.ts";
 import {
   createSender,
   expectArrives,
   expectTags,
   lines,
   openLogs,
+  openPaths,
   type RealReceiver,
   type Sender,
   shiftNames,
@@ -594,6 +596,26 @@ describe("what is gone", () => {
     expect(receiver.stored(sender.host).toString()).toBe(lines("a", 1, 10) + lines("b", 1, 10));
     expect(output).toContain("bytes lost: they were gone before they could be read");
     expect(await lostBytes(sender)).toBe(gone.length);
+    const facts = async () => (await readLedger(join(receiver.dir, sender.host)))?.facts;
+    await until("it is said which file", async () => (await facts())?.agent?.endsWith(" (lost access.log)"));
+  });
+
+  test.each([".1", ".1.gz"])("first seen as %s, and removed before it was known: shipped", async (ending) => {
+    const sender = await shippedTen({ rotateWaitSeconds: 30 });
+    const shipper = await startShipper(sender);
+    shipper.process.kill("SIGSTOP");
+    sender.rotate("access.log.2");
+    sender.write(lines("b", 1, 10));
+    sender.rotate("access.log.1");
+    if (ending === ".1.gz") gzip(`${sender.live}.1`);
+    sender.write(lines("c", 1, 10));
+    shipper.process.kill("SIGCONT");
+    const gone = `${sender.live}${ending}`;
+    await until("it waits to be known", () => openPaths(shipper).includes(gone));
+    unlinkSync(gone);
+    await expectArrives(receiver, sender, undefined, shipper);
+    await finish(sender, shipper);
+    expect(await lostBytes(sender)).toBe(0);
   });
 
   test("a rotated file that was removed while it is open loses nothing", async () => {

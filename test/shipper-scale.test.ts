@@ -43,7 +43,10 @@ function keep(shipper: Running): Running {
 const { open } = LogFile;
 const opened: Shipper[] = [];
 afterEach(async () => {
-  for (const { streams } of opened.splice(0)) for (const { file } of streams.list) await file?.close();
+  for (const { streams } of opened.splice(0)) {
+    for (const { file } of streams.list) await file?.close();
+    await streams.held.close();
+  }
 });
 
 /** A shipper within this process, on clocks of the test. */
@@ -121,6 +124,28 @@ describe("many logs", () => {
     expect(most).toBeLessThan(70);
     await shipOnce(shipper);
     expect(countLines(stub)).toBe(800);
+  });
+
+  test("a path that matches nothing is told at the start and each hour, until it is there", async () => {
+    const stub = startStub();
+    const absent = (logs: string) => join(logs, "acess.log");
+    const sender = await createSender(stub.url, (logs) => ({
+      files: [join(logs, "access.log"), absent(logs)],
+    }));
+    const clock = { now: Date.now(), mono: 1e6 };
+    const output: string[] = [];
+    const shipper = await openOn(sender, clock, output);
+    const told = async (minutes: number) => {
+      clock.mono += minutes * 60_000;
+      await shipOnce(shipper);
+      return output.filter((line) => line.includes("no file matches yet")).length;
+    };
+    expect(await told(0)).toBe(1);
+    expect(await told(59)).toBe(1);
+    expect(await told(1)).toBe(2);
+    expect(await told(60)).toBe(3);
+    writeFileSync(absent(sender.logs), lines("a", 1, 1));
+    expect(await told(60)).toBe(3);
   });
 
   test("1,000 that are quiet: a look lists their folder once, asks for each once, and opens none", async () => {

@@ -2,6 +2,7 @@
 import { describe, expect, test } from "bun:test";
 import { chmod, link, mkdir, stat, utimes, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { formatAgent, parseAgent } from "../lib/chunk.ts";
 import { emptyLedger, formatRecord, type Ledger, type LedgerRecord } from "../lib/ledger.ts";
 import { DEFAULT_THRESHOLDS, type Thresholds } from "../lib/look.ts";
 import type { ReceiverState } from "../lib/signs.ts";
@@ -243,6 +244,29 @@ describe("observe(): senders", () => {
     expect(host?.linesPerMinute).toHaveLength(240);
     expect([host?.linesPerMinute.at(0), host?.linesPerMinute.at(-1)]).toEqual([3, 7]);
     expect((await look(dir)).hosts[0]?.linesPerMinute).toEqual([]);
+  });
+});
+
+test("what a sender's program says of itself goes there and back, whatever the file's name", () => {
+  const name = "log-rt-sync/2.0.0";
+  for (const agent of [
+    { name, lacksLog: false, lostIn: undefined },
+    { name, lacksLog: true, lostIn: undefined },
+    { name, lacksLog: false, lostIn: "access.log.2.gz" },
+    { name, lacksLog: true, lostIn: "a" },
+  ])
+    expect(parseAgent(formatAgent(agent))).toEqual(agent);
+  const odd = formatAgent({ name, lacksLog: true, lostIn: `caf\u00e9 (no log)\n${"x".repeat(300)}` });
+  expect(odd).toMatch(/^[\x20-\x7e]{64}$/);
+  expect(parseAgent(odd)).toMatchObject({
+    name,
+    lacksLog: true,
+    lostIn: expect.stringContaining("caf???no?log??xxx"),
+  });
+  expect(parseAgent("vector/0.1 (linux) (lost")).toEqual({
+    name: "vector/0.1",
+    lacksLog: false,
+    lostIn: undefined,
   });
 });
 

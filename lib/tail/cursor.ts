@@ -124,6 +124,48 @@ export interface Stream extends StreamState {
   wayBack?: number | undefined;
 }
 
+/** A stream as it is at a start: its file is not open, and nothing was looked at. `time` is of the monotonic clock. */
+export function withFile(state: StreamState, time: number, isLive = false): Stream {
+  return {
+    ...state,
+    checkedSize: state.size,
+    isLive,
+    isBusy: false,
+    phaseAt: time,
+    endedAs: "",
+    grewAt: Number.NEGATIVE_INFINITY,
+    isNamed: true,
+  };
+}
+
+/** Size and time of writing of a stream's file as it was seen last. */
+export function placeOf({ size, mtimeMs }: Stream): string {
+  return `${size} ${mtimeMs}`;
+}
+
+/** Whether the end of a stream's file was reached as it was seen last. */
+export function isAtEnd(stream: Stream): boolean {
+  return stream.endedAs === placeOf(stream) || stream.offset >= (stream.until ?? Number.POSITIVE_INFINITY);
+}
+
+/** Saves, one after the other; those who ask meanwhile share the next one. */
+export class Saves {
+  #last: Promise<void> = Promise.resolve();
+  #next: Promise<void> | undefined;
+
+  /** Gives the save that begins after this call. */
+  run(save: () => Promise<void>): Promise<void> {
+    if (this.#next) return this.#next;
+    const next = this.#last.then(() => {
+      this.#next = undefined;
+      return save();
+    });
+    this.#next = next;
+    this.#last = next.catch(() => {});
+    return next;
+  }
+}
+
 /**
  * What was found in the state folder. `absent` is a first run; `damaged` is not: the receiver is to be asked where each
  * stream stands. `older` says that the newest save is damaged and the one before it was taken. `since`: a cursor of

@@ -9,8 +9,8 @@
  *   none of it                                                      → a log of its own, from its first byte
  *   none of it, and a file of its log went before it was read       → a new rotation is that one
  *
- * Below, a live file is nobody's (but when it was copied with its times), a rotated one is a stream's when the stream's own
- * file is nowhere and all of its bytes are there. Candidates from the cursor and from the receiver's answer are alike.
+ * Below, a live file is nobody's (but when it was copied with its times, or its folder was), a rotated one is a stream's when
+ * the stream's own file is nowhere and all of its bytes are there. Candidates from the cursor and from the receiver's answer are alike.
  */
 import { constants as fs } from "node:fs";
 import { open } from "node:fs/promises";
@@ -61,14 +61,18 @@ async function endsLine(file: LogFile, end: number): Promise<boolean> {
   return (await file.read(last, end - 1)) === 1 && last[0] === 0x0a;
 }
 
-/** Says what an open file is. `hasHome` tells whether a stream's own file is there. Throws UnfinishedFile. */
+/**
+ * Says what an open file is. `hasHome` tells whether a stream's own file is there, `isCopied` whether a live file lies in
+ * another folder than its log did. Throws UnfinishedFile.
+ */
 export async function identify(
   file: LogFile,
   found: FoundFile,
   streams: Stream[],
   hasHome: (stream: Stream) => boolean,
+  isCopied = false,
 ): Promise<Identity> {
-  const what = await identifyByBytes(file, found, streams, hasHome);
+  const what = await identifyByBytes(file, found, streams, hasHome, isCopied);
   if (what.is !== "new" || what.at > 0) return what;
   const unread = streams.find((stream) => !hasHome(stream) && isUnread(stream, found));
   if (!unread || (await file.contentLength()) < unread.size) return what;
@@ -80,6 +84,7 @@ async function identifyByBytes(
   found: FoundFile,
   streams: Stream[],
   hasHome: (stream: Stream) => boolean,
+  isCopied: boolean,
 ): Promise<Identity> {
   const start = await contentStart(file, true);
   const bytes = new Uint8Array(MARK_BYTES);
@@ -97,7 +102,7 @@ async function identifyByBytes(
   let behind: { stream: Stream; at: number } | undefined;
   for (const stream of orphans) {
     const fit = await fitOf(file, stream, true);
-    if (fit.is === "all" && isEnough(stream, found, length))
+    if (fit.is === "all" && isEnough(stream, found, length, isCopied))
       return { is: "stream", stream, isDone: file.compression !== undefined && length === stream.offset };
     if (fit.is === "behind" && fit.at > (behind?.at ?? 0)) behind = { stream, at: fit.at };
   }
@@ -123,11 +128,11 @@ function isUnread({ head, offset, size, phase, log, mtimeMs }: Stream, found: Fo
 }
 
 /** Whether what fits is enough to be sure; below 1,024 bytes a file must have all that was seen. */
-function isEnough(stream: Stream, found: FoundFile, length: number): boolean {
+function isEnough(stream: Stream, found: FoundFile, length: number, isCopied: boolean): boolean {
   const known = Math.max(stream.marks.at(-1)?.length ?? 0, stream.head?.length ?? 0);
   if (known >= MARK_BYTES) return true;
   if (length < stream.size) return false;
-  if (!found.isLive || stream.key === "") return true;
+  if (!found.isLive || isCopied || stream.key === "") return true;
   const isSameTime = Math.floor(found.mtimeMs / 1000) === Math.floor(stream.mtimeMs / 1000);
   return length === stream.size && isSameTime; // copied with its times, as to a new disk
 }

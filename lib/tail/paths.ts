@@ -33,6 +33,11 @@ export interface FoundFile {
   isReadable: boolean;
 }
 
+/** Another one of its kind is another file, or the same after a change. */
+export function asSeen({ key, size, mtimeMs }: FoundFile): string {
+  return `${key} ${size} ${mtimeMs}`;
+}
+
 /** What one look at all folders found. */
 export interface Survey {
   /** One for each inode, rotated ones by the time of their last write. */

@@ -9,17 +9,21 @@
  * A stream is `reading`, or `ended` (a rotated file that was read to its end and was quiet since), or `gone`. Files that
  * somebody else still writes (copied, compressed) are left for the next look.
  */
+import { basename } from "node:path";
 import { MARK_BYTES, type StreamStatus } from "../chunk.ts";
 import { errorMessage, type FaultLog, type Log } from "../service.ts";
 import {
   type Cursor,
   type CursorFound,
   drawName,
+  isAtEnd,
   type Phase,
   readCursor,
+  Saves,
   type Stream,
   type StreamState,
   toState,
+  withFile,
   writeCursor,
 } from "./cursor.ts";
 import {
@@ -32,8 +36,9 @@ import {
   readMark,
   UnfinishedFile,
 } from "./file.ts";
+import { HeldFiles } from "./held.ts";
 import { fitOf, type Identity, identify } from "./identify.ts";
-import { type FoundFile, Paths, type Survey } from "./paths.ts";
+import { asSeen, type FoundFile, Paths, type Survey } from "./paths.ts";
 
 /** An archive without an end that was not written to for so long (ms) is damaged, not unfinished. */
 const UNFINISHED_MS = 60_000;
@@ -60,6 +65,8 @@ export interface FollowedLog {
   path: string;
   /** Key of its folder: while another one lies in its place, a file is away and not gone. */
   folder: string | undefined;
+  /** That folder lies in another one's place, and what its files are is not settled: they may have been copied there. */
+  isElsewhere: boolean;
   /** Until then the live file waits for rotated ones that are not settled; 0 before the first look. */
   heldUntil: number;
   isHeld: boolean;
@@ -76,6 +83,9 @@ export interface Look {
   /** Streams without a file, for so long that it does not come back. */
   orphans: Stream[];
 }
+
+/** An identity that is final. */
+type Settled = Exclude<Identity, { is: "small" | "busy" }>;
 
 export interface TailConfig {
   files: string[];
@@ -104,6 +114,8 @@ export class Streams {
   #byLog: Map<string, Stream[]> | undefined;
   /** Bytes lost since the cursor began. */
   lost = 0;
+  /** The file of which bytes were lost last, without its folder; undefined since the start. */
+  lostIn: string | undefined;
   /** Names the cursor. */
   shipper = drawName();
   /** What the receiver told last of all streams. */
@@ -127,12 +139,13 @@ export class Streams {
   #unknown = new Map<string, number>();
   #ignored = new Set<string>();
   #leftOut = new Set<string>();
+  /** Files that wait to be known. */
+  readonly held = new HeldFiles();
   /** Keys of files that were cut and written anew. */
   #cut = new Set<string>();
   /** Streams whose files are open, the one that was read last at the end. */
   readonly #open = new Set<Stream>();
-  #saving: Promise<void> = Promise.resolve();
-  #nextSave: Promise<void> | undefined;
+  readonly #saves = new Saves();
 
   constructor(config: TailConfig, context: TailContext) {
     this.#config = config;
@@ -157,14 +170,12 @@ export class Streams {
       log.warn("cursor is damaged", { stateDir, instead });
     }
     if (!("cursor" in found)) return;
-    const { cursor } = found;
-    this.lost = cursor.lost;
-    this.shipper = cursor.shipper;
-    this.asked = cursor.asked;
+    const { lost, shipper, asked, streams, folders, files } = found.cursor;
+    Object.assign(this, { lost, shipper, asked });
     this.#since = found.since ?? new Map();
-    this.list = cursor.streams.map((state) => withFile(state, mono()));
-    for (const [path, folder] of Object.entries(cursor.folders)) this.#logOf(path).folder = folder;
-    if (!found.since) this.#startAdded(cursor.files);
+    this.list = streams.map((state) => withFile(state, mono()));
+    for (const [path, folder] of Object.entries(folders)) this.#logOf(path).folder = folder;
+    if (!found.since) this.#startAdded(files);
   }
 
   /** Another config while running: what it names for the first time is looked for, what it does not name is left. */
@@ -195,7 +206,14 @@ export class Streams {
   #logOf(path: string): FollowedLog {
     const known = this.logs.get(path);
     if (known) return known;
-    const log = { path, folder: undefined, heldUntil: 0, isHeld: false, isRunning: false };
+    const log = {
+      path,
+      folder: undefined,
+      isElsewhere: false,
+      heldUntil: 0,
+      isHeld: false,
+      isRunning: false,
+    };
     this.logs.set(path, log);
     return log;
   }
@@ -211,7 +229,9 @@ export class Streams {
     const there = new Set(survey.files.flatMap(({ isLive, log }) => (isLive ? log : [])));
     for (const [path, { folder }] of survey.logs) {
       const log = this.#logOf(path);
-      if (there.has(path)) log.folder = folder;
+      if (!there.has(path)) continue;
+      log.isElsewhere ||= log.folder !== undefined && log.folder !== folder;
+      log.folder = folder;
     }
     if (this.found === "absent" && !this.asked && this.list.length === 0)
       this.#since = new Map([...survey.logs.keys()].map((path) => [path, now()]));
@@ -219,6 +239,7 @@ export class Streams {
     const unknown = await this.#locate(survey);
     this.#byLog = undefined;
     const waiting = await this.#identifyAll(unknown, survey);
+    await this.held.hold(waiting, survey.files, (found, file) => this.#takeVanished(found, file));
     if (waiting.length === 0) await this.#findUnderOtherNames(survey);
     this.#reportFaults(survey);
     const unsettled = new Set(waiting.map(({ log }) => log));
@@ -280,10 +301,9 @@ export class Streams {
       const message = logs.has(path) ? "cannot follow log file" : "cannot look for log file";
       this.context.faults.failed(`look ${path}`, message, { path, error });
     }
-    for (const path of this.#lastFaults.keys()) {
+    for (const path of this.#lastFaults.keys())
       if (!faults.has(path))
         this.context.faults.recovered(`look ${path}`, "log file can be looked at again", { path });
-    }
     this.#lastFaults = faults;
     for (const { path, key, size: bytes } of leftOut) {
       if (this.#leftOut.has(path) || this.list.some((stream) => stream.key === key)) continue;
@@ -488,6 +508,20 @@ export class Streams {
     return waiting;
   }
 
+  /** Takes up a file that has no name any more; false when it can't be told yet what it is. Closes it when it is of no use. */
+  async #takeVanished(found: FoundFile, file: LogFile): Promise<boolean> {
+    const { size } = await file.stat();
+    const what = await this.#identify(file, { ...found, size, isLive: false });
+    if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
+    if (what.is === "new") await file.contentLength(); // throws when it has no end
+    if (what.is !== "small" && what.is !== "copy")
+      await this.#settleOpen({ ...found, size, isLive: false }, file, what);
+    const stream = this.list.find(({ key, phase }) => key === found.key && phase.is === "reading");
+    if (!stream || stream.file) await file.close();
+    else this.#open.add(Object.assign(stream, { file }));
+    return true;
+  }
+
   /** A stream without a file is looked for in files that no rule knows as rotations, too: there its bytes are needed as proof. */
   async #findUnderOtherNames({ leftOut }: Survey): Promise<void> {
     const orphaned = this.list.filter(
@@ -538,7 +572,7 @@ export class Streams {
     try {
       if (file.key !== found.key) return false; // renamed between the look and the opening
       found.size = (await file.stat()).size; // it may have been cut since
-      let what = await identify(file, found, this.list, (stream) => this.#hasHome(stream));
+      let what = await this.#identify(file, found);
       const isOwn =
         found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
       // a path named in full is a log of its own
@@ -548,17 +582,7 @@ export class Streams {
       if (what.is === "behind" && !isAll) return what.at;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
       if (what.is === "new" && !found.isLive) await file.contentLength(); // one that is still being compressed waits
-      const isTold = what.is === "stream" && what.stream.key === "";
-      const stream = this.#settle(found, what.is === "small" ? { is: "new", at: 0 } : what);
-      if (what.is === "stream" && isTold && what.stream.head) {
-        const { length } = what.stream.head; // an answer does not say how large the hole before it is
-        what.stream.head.end = (await contentStart(file, true)) + length;
-      }
-      if (stream && !stream.head) stream.head = await readHead(file, await contentStart(file, stream.isCut));
-      if (stream && stream.offset > 0) {
-        const mark = await readMark(file, stream.offset); // it begins within the file: known by what stands before it
-        if (mark) stream.marks = [mark];
-      }
+      await this.#settleOpen(found, file, what.is === "small" ? { is: "new", at: 0 } : what);
       return true;
     } catch (error) {
       if (!(error instanceof UnfinishedFile)) throw error;
@@ -576,12 +600,32 @@ export class Streams {
     }
   }
 
+  #identify(file: LogFile, found: FoundFile): Promise<Identity> {
+    const isCopied = found.isLive && this.#logOf(found.log).isElsewhere;
+    return identify(file, found, this.list, (stream) => this.#hasHome(stream), isCopied);
+  }
+
   /** Whether a stream's own file is there, if only under a name that nobody knows. */
   #hasHome({ phase, file }: Stream): boolean {
     return phase.is !== "gone" || (file !== undefined && !file.isUnlinked);
   }
 
-  #settle(found: FoundFile, what: Exclude<Identity, { is: "small" | "busy" }>): Stream | undefined {
+  /** Takes up what an open file turned out to be. */
+  async #settleOpen(found: FoundFile, file: LogFile, what: Settled): Promise<void> {
+    const isTold = what.is === "stream" && what.stream.key === "";
+    const stream = this.#settle(found, what);
+    if (what.is === "stream" && isTold && what.stream.head) {
+      const { length } = what.stream.head; // an answer does not say how large the hole before it is
+      what.stream.head.end = (await contentStart(file, true)) + length;
+    }
+    if (stream && !stream.head) stream.head = await readHead(file, await contentStart(file, stream.isCut));
+    if (stream && stream.offset > 0) {
+      const mark = await readMark(file, stream.offset); // it begins within the file: known by what stands before it
+      if (mark) stream.marks = [mark];
+    }
+  }
+
+  #settle(found: FoundFile, what: Settled): Stream | undefined {
     const { log } = this.context;
     this.isChanged = true;
     if (what.is === "new") return this.#begin(found, what.at);
@@ -636,20 +680,9 @@ export class Streams {
   /** Adds a stream for a file. */
   #begin(found: Omit<FoundFile, "dev">, offset: number, isQuiet = false): Stream {
     const { path, key, size, mtimeMs, log, isLive } = found;
-    const isPacked = compressionOf(path) !== undefined;
-    const state: StreamState = {
-      from: offset,
-      offset,
-      log,
-      path,
-      key,
-      copies: [],
-      marks: [],
-      mtimeMs,
-      phase: { is: "reading" },
-      size: isPacked ? offset : size,
-    };
-    const stream: Stream = { ...withFile(state, this.context.mono()), isLive };
+    const state = { from: offset, offset, log, path, key, copies: [], marks: [], mtimeMs };
+    const seen = compressionOf(path) ? offset : size;
+    const stream = withFile({ ...state, phase: { is: "reading" }, size: seen }, this.context.mono(), isLive);
     if (this.#cut.delete(key)) stream.isCut = true;
     this.list.push(stream);
     this.#byLog = undefined;
@@ -713,6 +746,7 @@ export class Streams {
     const bytes = gone - (blank?.to === size ? size - blank.from : 0);
     if (bytes <= 0) return;
     this.lost += bytes;
+    this.lostIn = basename(path);
     this.isMoved = true;
     const fields = { path, stream: id, bytes };
     this.context.log.error("bytes lost: they were gone before they could be read", fields);
@@ -724,6 +758,7 @@ export class Streams {
     for (const log of this.logs.values()) {
       if (log.heldUntil === 0) log.heldUntil = time + this.#config.rotateWaitSeconds * 1000;
       log.isHeld = waiting.has(log.path) && time < log.heldUntil;
+      log.isElsewhere &&= waiting.has(log.path);
     }
   }
 
@@ -867,15 +902,7 @@ export class Streams {
 
   /** Saves the cursor, one save after the other; those who ask meanwhile share the next one. Throws the system's error. */
   save(): Promise<void> {
-    if (!this.#nextSave) {
-      const next = this.#saving.then(() => {
-        this.#nextSave = undefined;
-        return this.#saveNow();
-      });
-      this.#nextSave = next;
-      this.#saving = next.catch(() => {});
-    }
-    return this.#nextSave;
+    return this.#saves.run(() => this.#saveNow());
   }
 
   async #saveNow(): Promise<void> {
@@ -900,31 +927,4 @@ export class Streams {
       throw error;
     }
   }
-}
-
-function withFile(state: StreamState, time: number): Stream {
-  return {
-    ...state,
-    checkedSize: state.size,
-    isLive: false,
-    isBusy: false,
-    phaseAt: time,
-    endedAs: "",
-    grewAt: Number.NEGATIVE_INFINITY,
-    isNamed: true,
-  };
-}
-
-/** Size and time of writing of a stream's file as it was seen last. */
-export function placeOf({ size, mtimeMs }: Stream): string {
-  return `${size} ${mtimeMs}`;
-}
-
-/** Whether the end of a stream's file was reached as it was seen last. */
-export function isAtEnd(stream: Stream): boolean {
-  return stream.endedAs === placeOf(stream) || stream.offset >= (stream.until ?? Number.POSITIVE_INFINITY);
-}
-
-function asSeen({ key, size, mtimeMs }: FoundFile): string {
-  return `${key} ${size} ${mtimeMs}`;
 }
