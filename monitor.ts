@@ -329,15 +329,10 @@ function evaluateHost(state: MonitorState, run: Run, host: HostStatus): void {
   const isQuiet = host.state === "quiet" && context.config.alertWhenQuiet;
   const status: Status = host.state === "quiet" ? (isQuiet ? "quiet" : "ok") : host.state;
   incident.text = isBad ? causeOf(snapshot, host) : "";
-  const sinceOf = {
-    ok: host.heardAt,
-    quiet: host.lineAt || host.heardAt,
-    silent: host.heardAt,
-    gone: host.heardAt,
-    never: snapshot.now,
-  };
+  const heard = (status === "quiet" && host.lineAt) || host.heardAt;
+  const since = status === "never" ? snapshot.now : heard;
   if (isBad) incident.next = snapshot.problems.find(({ key }) => key === host.state)?.next;
-  follow(state, run, incident, { status, since: sinceOf[status as keyof typeof sinceOf], sender: true });
+  follow(state, run, incident, { status, since, sender: true });
 }
 
 /** What else is known that explains a sender's silence. */

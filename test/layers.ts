@@ -49,7 +49,7 @@ const LONG_FILES: Record<string, number> = {
   "shipper.ts": 995,
   "forwarder.ts": 1017,
   "receiver.ts": 874,
-  "monitor.ts": 795,
+  "monitor.ts": 791,
   "lib/page.ts": 755,
   "lib/store/sender.ts": 800,
   "lib/tail/streams.ts": 930,
