@@ -357,8 +357,7 @@ function noteLost(state: MonitorState, { snapshot, changes }: Run, host: HostSta
   const told = kept ?? { lost: 0, gone: 0, toldAt: 0 };
   state.lost[host.host] = told;
   if (!kept && state.begunAt >= now - MINUTE) Object.assign(told, { lost: host.lost, gone: host.gone });
-  if (host.lost < told.lost) told.lost = 0; // a new ledger counts anew
-  if (host.gone < told.gone) told.gone = 0;
+  for (const key of ["lost", "gone"] as const) if (host[key] < told[key]) told[key] = 0; // a new ledger counts anew
   const [lost, gone] = [host.lost - told.lost, host.gone - told.gone];
   if (lost + gone === 0 || now - told.toldAt < LOST_AGAIN_MS) return;
   const file = host.lostIn === undefined ? "" : `, the last of ${host.lostIn}`;
