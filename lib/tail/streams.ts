@@ -206,14 +206,8 @@ export class Streams {
   #logOf(path: string): FollowedLog {
     const known = this.logs.get(path);
     if (known) return known;
-    const log = {
-      path,
-      folder: undefined,
-      isElsewhere: false,
-      heldUntil: 0,
-      isHeld: false,
-      isRunning: false,
-    };
+    const flags = { isElsewhere: false, isHeld: false, isRunning: false };
+    const log = { path, folder: undefined, heldUntil: 0, ...flags };
     this.logs.set(path, log);
     return log;
   }
@@ -509,7 +503,9 @@ export class Streams {
   }
 
   /** Takes up a file that has no name any more; false when it can't be told yet what it is. Closes it when it is of no use. */
-  async #takeVanished(found: FoundFile, file: LogFile): Promise<boolean> {
+  async #takeVanished(found: FoundFile, file: LogFile | undefined): Promise<boolean> {
+    if (!file && !compressionOf(found.path)) this.lose(found.size, found); // of an archive its stream tells
+    if (!file) return true;
     const { size } = await file.stat();
     const what = await this.#identify(file, { ...found, size, isLive: false });
     if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
@@ -601,8 +597,8 @@ export class Streams {
   }
 
   #identify(file: LogFile, found: FoundFile): Promise<Identity> {
-    const isCopied = found.isLive && this.#logOf(found.log).isElsewhere;
-    return identify(file, found, this.list, (stream) => this.#hasHome(stream), isCopied);
+    const { isElsewhere } = this.#logOf(found.log);
+    return identify(file, found, this.list, (stream) => this.#hasHome(stream), isElsewhere);
   }
 
   /** Whether a stream's own file is there, if only under a name that nobody knows. */
@@ -742,7 +738,7 @@ export class Streams {
   }
 
   /** Counts bytes that can't be read any more, the last ones of what was seen; those that nobody has written are none. */
-  lose(gone: number, { path, id, size, blank }: Stream): void {
+  lose(gone: number, { path, id, size, blank }: Pick<Stream, "path" | "size"> & Partial<Stream>): void {
     const bytes = gone - (blank?.to === size ? size - blank.from : 0);
     if (bytes <= 0) return;
     this.lost += bytes;
