@@ -509,11 +509,13 @@ test("a mail that is refused for good is tried five times in an hour, then the r
 
 test("a chat that refuses one post for good gets the later ones in order, and that is told by mail", async () => {
   const posted: string[] = [];
+  let refused = 0;
   const webhook = await startHttp((_request, body, response) => {
     const { subject } = JSON.parse(body);
-    if (subject === "10.0.0.1 never seen") return response.writeHead(400).end();
-    posted.push(subject);
-    response.end();
+    const isRefused = subject === "10.0.0.1 never seen";
+    if (isRefused) refused++;
+    else posted.push(subject);
+    response.writeHead(isRefused ? 400 : 200).end();
   });
   const { dir, config, received } = await setUp({ expected: ["10.0.0.1"], webhook });
   await runAt(config, NOON);
@@ -526,6 +528,7 @@ test("a chat that refuses one post for good gets the later ones in order, and th
   expect((await received()).at(-1)?.subject).toStartWith(
     '1 mail or post was refused for good: "10.0.0.1 never seen" to the',
   );
+  expect(refused).toBe(3);
 });
 
 test("a chat that does not answer for an hour is given up, and that is told by mail", async () => {
