@@ -343,6 +343,28 @@ test.each([
   }
 });
 
+test.each<[string, (run: number) => number, number[]]>([
+  ["two zones at once", (run) => [0, 330][run % 2] ?? 0, [2, 6, 6, 6, 6, 6]],
+  ["another zone from the third hour on", (run) => (run < 25 ? 0 : 330), [2, 6, 6, 6, 3, 6, 6]],
+])(
+  "a host whose logs have %s, half an hour apart, has a summary an hour, and each line in one",
+  async (_, zoneOf, lines) => {
+    const { dir, config, received } = await setUp();
+    const sealed: LedgerRecord["sealed"] = {};
+    for (let run = 0; run <= 35; run++) {
+      const at = NOON + run * 10 * MINUTE;
+      const name = `accessLog_26112212_00-19_10-0-0-1.${run + 2}.log`;
+      sealed[name] = { name, bytes: 1, lines: 1, at: at - MINUTE };
+      await writeLedger(dir, "10.0.0.1", heard(at, 0, { sealed, facts: { zone: zoneOf(run) } }));
+      await runAt(config, at);
+    }
+    const told = (await received()).map(({ subject = "" }) =>
+      Number(/ (\d+) lines?,/.exec(subject)?.[1] ?? -1),
+    );
+    expect(told.filter((n) => n >= 0)).toEqual(lines);
+  },
+);
+
 test("a host that is called constructor is neither silent nor lossy by that, and its loss is told once", async () => {
   const { dir, config, received } = await setUp({ silentMinutes: 5, ...FAR_SUMMARY });
   const now = Date.now();
