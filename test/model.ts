@@ -553,6 +553,7 @@ async function loseTail(world: World, n: number, isNul: boolean): Promise<void> 
   if (isNul || n % 2 === 0) await kill(world);
   const text = contentOf(live(world));
   const at = text.lastIndexOf("\n", Math.max(0, text.length - 1 - (n % 5000))) + 1;
+  world.mayRepeat += unsaved; // a copytruncate may have come before the kill
   if (at >= text.length) return;
   for (const line of text
     .slice(at)

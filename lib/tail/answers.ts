@@ -114,8 +114,11 @@ export function takeStatus(
       if (found.delivered !== stream.delivered) streams.isMoved = true;
       Object.assign(stream, { delivered: found.delivered, deliveredAt: streams.context.now() });
     }
-    if (stream.phase.is === "gone" && !stream.file)
-      stream.offset = Math.max(stream.offset, Math.min(found.offset, stream.size));
+    const most = Math.min(found.offset, stream.size);
+    if (stream.phase.is === "gone" && !stream.file && most > stream.offset) {
+      stream.offset = most;
+      delete stream.begin; // an older cursor's word: behind it a folder that is lost now would count as delivered
+    }
     return;
   }
   if (committed === undefined || stream.begin) return; // its first chunk was or is on its way
