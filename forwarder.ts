@@ -870,7 +870,7 @@ async function readStatus({ config, flags, now }: Service<"forwarder">) {
   const fault = state?.fault;
   const waits = now() - (hosts[0]?.since ?? now()) > Math.max(STANDSTILL_MS, 2000 * config.intervalSeconds);
   const running = findHolder(join(config.dir, ".forwarder.lock")) !== undefined;
-  const ok = failed.length === 0 && !fault && (running || !waits);
+  const ok = failed.length === 0 && !fault && (running || !(waits || state?.stays));
   return { ok, running, hosts, failed, lastSent, lastHour, fault };
 }
 
@@ -912,20 +912,20 @@ async function resend({ config }: Service<"forwarder">, text: string): Promise<n
   for (const name of found) {
     const host = hosts.get(parseBatchName(name)?.host ?? "");
     const to = host && join(all.host(host), name);
-    const waits =
-      to && ((await exists(to)) || (await exists(join(all.host(host), withState(name, "sealed")))));
-    const reason = !to
-      ? "its host has no folder any more"
-      : waits
-        ? "it waits in the queue already"
-        : undefined;
+    const plain = withState(name, "sealed");
+    const waits = to && ((await exists(to)) || (await exists(join(all.host(host), plain))));
+    const twice = await exists(join(all.sent, name === plain ? withState(name, "compressed") : plain));
+    const reason =
+      (!to && "its host has no folder any more") ||
+      (waits && "it waits in the queue already") ||
+      (twice && "sent/ has it plain and compressed, of which housekeeping removes one: then again");
     if (to && !reason) await moveDurably(join(all.sent, name), to);
     if (reason) left++;
-    process.stdout.write(`${name}: ${reason ?? "back in the queue"}\n`);
+    process.stdout.write(`${name}: ${reason || "back in the queue"}\n`);
   }
   if (found.length === 0) process.stdout.write(`nothing in ${all.sent} has "${text}" in its name\n`);
   else process.stdout.write(`sent in the next cycle; if none runs: ${commandOf("forwarder")} --once\n`);
-  return found.length > left && left === 0 ? EXIT.done : EXIT.failed;
+  return found.length > 0 && left === 0 ? EXIT.done : EXIT.failed;
 }
 
 /** `--test-file`: puts one file there, marked, for the client to see. */

@@ -444,9 +444,13 @@ async function writeGzip(
   }
 }
 
-/** Throws when an open file is not as it was, or not all of it was read: what came to it is in no `.gz`. */
+/**
+ * Throws when an open file is not as it was, has lost its name (which another file may have now), or not all of it was
+ * read: what came to it is in no `.gz`.
+ */
 async function refuseChanged(file: FileHandle, before: Stats, read = before.size): Promise<void> {
-  const { size, mtimeMs } = await file.stat();
+  const { size, mtimeMs, nlink } = await file.stat();
+  if (nlink < before.nlink) throw new Error("Cannot compress: it was removed or replaced meanwhile");
   if (size !== before.size || mtimeMs !== before.mtimeMs || read !== before.size)
     throw new Error(`Cannot compress: it changed meanwhile (${before.size} bytes at first, then ${size})`);
 }

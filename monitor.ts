@@ -535,7 +535,7 @@ function queueSummaries(state: MonitorState, { context, snapshot }: Run): void {
     });
     Object.assign(state, { summarisedUntil: oldest, accountedUntil: oldest + cut });
   }
-  while (state.summarisedUntil + HOUR <= due + HOUR / 2) {
+  while (state.summarisedUntil + HOUR <= due) {
     const behind = Math.round((due - state.summarisedUntil) / HOUR) - 1;
     const hourEnd = due - Math.max(0, behind) * HOUR; // aligned anew when the zone changed
     const to = hourEnd + cut;

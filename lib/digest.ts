@@ -492,13 +492,17 @@ export class Digests {
     let seen: HostsSeen | undefined;
     for (;;) {
       const hour = state.next ?? this.#firstHour(state);
-      if (hour === undefined || now < hourSpan(hour, this.#lastZone ?? 14 * 60).end) return;
+      if (hour === undefined) return;
+      const first = hourSpan(hour, this.#lastZone ?? 14 * 60);
+      const wasSetBack = first.start > now; // the clock: hours that had their digest too early go on
+      if (now < first.end && !(wasSetBack && this.#news.size > 0)) return;
       if (!seen) {
         seen = await observe(this.#dir, now);
         const zones = seen.hosts.map(({ zone }) => zone);
         this.#lastZone = zones.length > 0 ? Math.min(...zones) : ownZone(now);
         this.#findLosses(state, seen, now);
       }
+      if (wasSetBack) return this.#writeLate(state, seen, formatHour(now - HOUR, this.#lastZone ?? 0), now);
       const { end } = hourSpan(hour, this.#lastZone ?? 0);
       if (now < end) return;
       const missing = this.#missing(state, seen, hour, now);

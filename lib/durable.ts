@@ -55,8 +55,9 @@ export async function writeDurably(
   const file = await open(temp, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
   try {
     const old = lstatSync(path, { throwIfNoEntry: false });
-    if (old) fchmodSync(file.fd, old.mode & 0o777);
-    giveTo(file.fd, dirname(path), old && path);
+    const isFile = old?.isFile() === true; // the mode of a link is everybody's
+    if (isFile) fchmodSync(file.fd, old.mode & 0o777);
+    giveTo(file.fd, dirname(path), isFile ? path : undefined);
     if (typeof data === "string" || data instanceof Uint8Array) await file.writeFile(data);
     else await writeAll(file, data);
     await file.sync();

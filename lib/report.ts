@@ -9,8 +9,8 @@
  * so that no line falls between reading the old file and renaming the new one over it.
  */
 import { createReadStream } from "node:fs";
-import { open } from "node:fs/promises";
-import { appendDurably, exists, waitForLock, writeDurably } from "./durable.ts";
+import { open, realpath } from "node:fs/promises";
+import { appendDurably, ifMissing, waitForLock, writeDurably } from "./durable.ts";
 import { formatLocalTime } from "./service.ts";
 
 /** The outcome of one attempt. */
@@ -67,13 +67,14 @@ export async function appendReport(path: string, lines: ReportLine[]): Promise<v
 export async function trimReport(path: string, keepFrom: number, { dryRun = false } = {}) {
   return underLock(path, async () => {
     const old = { lines: 0, bytes: 0 };
-    if (!(await exists(path))) return old;
-    for await (const line of readLines(path)) {
+    const file = await ifMissing(realpath(path)); // a link stays one: who appends follows it, too
+    if (file === undefined) return old;
+    for await (const line of readLines(file)) {
       if (!isOlder(line, keepFrom)) continue;
       old.lines++;
       old.bytes += line.length;
     }
-    if (old.lines > 0 && !dryRun) await writeDurably(path, newerLines(path, keepFrom));
+    if (old.lines > 0 && !dryRun) await writeDurably(file, newerLines(file, keepFrom));
     return old;
   });
 }

@@ -194,7 +194,8 @@ function exitCodeOf(error: unknown, log: Log): number {
     return error.exitCode;
   }
   log.error("stopped by an error", { error: errorMessage(error) });
-  if (error instanceof Error && error.stack) process.stderr.write(`${error.stack}\n`);
+  const isSystems = error instanceof Error && "path" in error; // it says itself which file is in the way
+  if (error instanceof Error && error.stack && !isSystems) process.stderr.write(`${error.stack}\n`);
   return EXIT.failed;
 }
 

@@ -230,6 +230,23 @@ describe("Digests", () => {
     expect(await record.kinds()).toEqual([]);
   });
 
+  test("a clock that was a day ahead and is set back: what is delivered comes an hour after its hour's end", async () => {
+    const record = await makeRecord();
+    await record.deliver(batchName("26112205"), SIX - HOUR / 2);
+    await record.write(SIX + 24 * HOUR, seen({ through: SIX + 500 })); // digests of empty hours
+    await record.deliver(batchName("26112206"), SIX + HOUR / 2);
+    await record.restart();
+    const shown = seen({ through: SIX + 3 * HOUR });
+    expect(await record.write(SIX + 2 * HOUR - 1, shown)).toEqual([]);
+    const names = await record.write(SIX + 2 * HOUR, shown);
+    expect(names).toContain("accessLog_26112206.2.sha256");
+    expect(await record.text("accessLog_26112206.2.sha256")).toContain("\n# complete yes\n");
+    expect(await record.write(SIX + 2 * HOUR + 1, shown)).toEqual([]);
+    await record.deliver(batchName("26112207"), SIX + 2 * HOUR);
+    expect(await record.write(SIX + 3 * HOUR, shown)).toEqual(["accessLog_26112207.2.sha256"]);
+    expect((await record.kinds()).filter((kind) => !kind.startsWith("incomplete"))).toEqual([]);
+  });
+
   test("a process that ends between the digest's file and the state: the next one takes it as it is", async () => {
     const record = await makeRecord();
     const state = join(record.dir, ".digest", "state.json");

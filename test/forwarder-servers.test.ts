@@ -373,6 +373,11 @@ describe("flags", () => {
     expect(await site.list("sent")).toEqual([name]);
     expect(await site.report()).toHaveLength(2);
     expect((await once(site, "--resend", "nothing like it")).code).toBe(1);
+    execFileSync("gzip", ["-k", join(site.dir, "sent", name)]); // housekeeping was killed between the two
+    const both = await once(site, "--resend", "26110101");
+    expect(both.code, both.output).toBe(1);
+    expect(both.output.match(/: sent\/ has it plain and compressed/g)).toHaveLength(2);
+    expect(await site.list(HOST)).toEqual([]);
   });
 });
 

@@ -3,6 +3,7 @@ import { mkdir, readdir, rename, rm, stat, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { readForwarderState } from "../lib/signs.ts";
+import { Intents } from "../lib/target/intents.ts";
 import { BACKENDS, type Backend, makeSite, remoteFiles, type Site, takeAway } from "./backends.ts";
 import { accessLine, runScriptOnce, startScript, tempFolder, until } from "./support.ts";
 
@@ -288,6 +289,44 @@ describe("forwarder", () => {
     const running = startScript("forwarder", site.configFile);
     await running.says("forwarder started");
     expect(await running.stop()).toBe(0);
+  });
+
+  test("--status is 1 without the forwarder that stayed, also with nothing to send; one that cron starts may be away", async () => {
+    const site = await makeSite(await toFolder());
+    await once(site);
+    expect((await runScriptOnce("forwarder", site.configFile, ["--status"])).code).toBe(0);
+    const running = startScript("forwarder", site.configFile);
+    await until("it says that it stays", async () => (await readForwarderState(site.dir))?.stays);
+    expect((await runScriptOnce("forwarder", site.configFile, ["--status"])).code).toBe(0);
+    await running.stop();
+    const { code, output } = await runScriptOnce("forwarder", site.configFile, ["--status"]);
+    expect([code, output.split("\n")[0]]).toEqual([
+      1,
+      "no forwarder is running: systemctl status log-rt-sync-forwarder",
+    ]);
+  });
+
+  test("an intention that can't be saved ends the next pass before anything is uploaded again", async () => {
+    const dir = await tempFolder();
+    const intents = await Intents.load(dir, () => {});
+    const one = { batch: "a.log", remote: "a.log", bytes: 1, lines: 1, sha256: "" };
+    const obstacle = join(dir, ".forwarder-intents.json.tmp");
+    await mkdir(obstacle);
+    expect(intents.add([one], 1)).rejects.toThrow(obstacle);
+    expect(intents.keepOnly(new Set(["a.log"]))).rejects.toThrow(obstacle);
+    await rm(obstacle, { recursive: true });
+    await intents.keepOnly(new Set(["a.log"]));
+    expect((await Intents.load(dir, () => {})).get("a.log")).toMatchObject({ remote: "a.log" });
+  });
+
+  test("a file in the place of a folder of ours is named, without a stack", async () => {
+    const site = await makeSite(await toFolder(), { digest: true });
+    site.seal(HOST, 1, "x\n");
+    await writeFile(join(site.dir, ".digest"), "");
+    const { code, output } = await once(site);
+    expect(code).toBe(1);
+    expect(output).toContain(join(site.dir, ".digest"));
+    expect(output).not.toContain(" at ");
   });
 
   test("--status shows the queue by host, what failed and why, the last success and the rate", async () => {

@@ -50,7 +50,7 @@ const LONG_FILES: Record<string, number> = {
   "forwarder.ts": 1017,
   "receiver.ts": 874,
   "monitor.ts": 791,
-  "lib/page.ts": 755,
+  "lib/page.ts": 754,
   "lib/store/sender.ts": 800,
   "lib/tail/streams.ts": 928,
 };

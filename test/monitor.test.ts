@@ -343,6 +343,28 @@ test.each([
   }
 });
 
+test.each<[string, (run: number) => number, number[]]>([
+  ["two zones at once", (run) => [0, 330][run % 2] ?? 0, [2, 6, 6, 6, 6, 6]],
+  ["another zone from the third hour on", (run) => (run < 25 ? 0 : 330), [2, 6, 6, 6, 3, 6, 6]],
+])(
+  "a host whose logs have %s, half an hour apart, has a summary an hour, and each line in one",
+  async (_, zoneOf, lines) => {
+    const { dir, config, received } = await setUp();
+    const sealed: LedgerRecord["sealed"] = {};
+    for (let run = 0; run <= 35; run++) {
+      const at = NOON + run * 10 * MINUTE;
+      const name = `accessLog_26112212_00-19_10-0-0-1.${run + 2}.log`;
+      sealed[name] = { name, bytes: 1, lines: 1, at: at - MINUTE };
+      await writeLedger(dir, "10.0.0.1", heard(at, 0, { sealed, facts: { zone: zoneOf(run) } }));
+      await runAt(config, at);
+    }
+    const told = (await received()).map(({ subject = "" }) =>
+      Number(/ (\d+) lines?,/.exec(subject)?.[1] ?? -1),
+    );
+    expect(told.filter((n) => n >= 0)).toEqual(lines);
+  },
+);
+
 test("a host that is called constructor is neither silent nor lossy by that, and its loss is told once", async () => {
   const { dir, config, received } = await setUp({ silentMinutes: 5, ...FAR_SUMMARY });
   const now = Date.now();
@@ -509,11 +531,13 @@ test("a mail that is refused for good is tried five times in an hour, then the r
 
 test("a chat that refuses one post for good gets the later ones in order, and that is told by mail", async () => {
   const posted: string[] = [];
+  let refused = 0;
   const webhook = await startHttp((_request, body, response) => {
     const { subject } = JSON.parse(body);
-    if (subject === "10.0.0.1 never seen") return response.writeHead(400).end();
-    posted.push(subject);
-    response.end();
+    const isRefused = subject === "10.0.0.1 never seen";
+    if (isRefused) refused++;
+    else posted.push(subject);
+    response.writeHead(isRefused ? 400 : 200).end();
   });
   const { dir, config, received } = await setUp({ expected: ["10.0.0.1"], webhook });
   await runAt(config, NOON);
@@ -526,6 +550,7 @@ test("a chat that refuses one post for good gets the later ones in order, and th
   expect((await received()).at(-1)?.subject).toStartWith(
     '1 mail or post was refused for good: "10.0.0.1 never seen" to the',
   );
+  expect(refused).toBe(3);
 });
 
 test("a chat that does not answer for an hour is given up, and that is told by mail", async () => {

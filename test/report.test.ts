@@ -1,6 +1,6 @@
 import { expect, test } from "bun:test";
-import { chmodSync, chownSync, statSync } from "node:fs";
-import { readFile, writeFile } from "node:fs/promises";
+import { chmodSync, chownSync, lstatSync, statSync } from "node:fs";
+import { readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import {
   appendReport,
@@ -131,6 +131,18 @@ test("trimReport() drops what is known to be old, and nothing else", async () =>
   await writeFile(path, old + foreign + old);
   expect((await trimReport(path, at)).lines).toBe(2);
   expect(await readFile(path, "utf8")).toBe(foreign);
+});
+
+test("trimReport() trims what a link leads to, and leaves the link", async () => {
+  const path = join(await tempFolder(), "report.log");
+  const real = join(await tempFolder(), "elsewhere.log");
+  await symlink(real, path);
+  await appendReport(path, [line({ at: at - 10_000 }), line()]);
+  expect((await trimReport(path, at)).lines).toBe(1);
+  expect([lstatSync(path).isSymbolicLink(), lstatSync(real).mode & 0o777]).toEqual([true, 0o640]);
+  expect(await readReportTail(path)).toHaveLength(1);
+  await rm(real);
+  expect((await trimReport(path, at)).lines).toBe(0);
 });
 
 test.skipIf(process.getuid?.() !== 0)(

@@ -326,6 +326,19 @@ test("a file that is just being ended when the loss is noticed is read again", (
   expect(stream).toMatchObject({ begin: "again", offset: 0, phase: { is: "reading" } });
 });
 
+test("a file without a name, of which the receiver has more than an older cursor: all of it comes again when that is lost", () => {
+  const context = { ...{ log: quiet, faults: createFaultLog(quiet) }, now: Date.now, mono: performance.now };
+  const config = { stateDir: "", startAt: "beginning", rotateWaitSeconds: 1, pollSeconds: 1 } as const;
+  const streams = new Streams({ ...config, files: [] }, { ...context, signal: new AbortController().signal });
+  const [begin, phase] = ["new", { is: "gone" }];
+  const stream = { id: "a", path: "/log", from: 0, offset: 0, size: 100, marks: [], begin, phase } as never;
+  const committed = ({ begin, offset }: { begin?: string; offset: number }) => (begin ? undefined : offset);
+  takeStatus(streams, stream, { stream: "a", offset: 60, mark: "", head: "" } as never, committed(stream));
+  expect(stream).toMatchObject({ offset: 60 });
+  takeStatus(streams, stream, undefined, committed(stream)); // by then the folder is another one
+  expect(stream).toMatchObject({ begin: "again", offset: 0 });
+});
+
 test("a 409 below what was answered is sent again under the same name, and nothing falls back", async () => {
   const middle = new Middle();
   const sender = await createSender(middle.url, { ...QUICK, chunkBytes: 4096, inFlight: 1 });

@@ -285,7 +285,7 @@ export async function deliver(store: StateStore, snapshot: Snapshot): Promise<bo
     if (signal.aborted || !notification) continue;
     const due = down.mail ? [] : notification.recipients.filter(({ nextAt }) => nextAt <= now());
     const isPostDue = notification.post !== undefined && !down.hook;
-    if (due.length === 0 && !isPostDue && config.webhook !== undefined) continue;
+    if (due.length === 0 && !isPostDue) continue;
     const rendered = await render(notification, state, config, snapshot).catch((error) =>
       log.error("cannot make the account of an hour", { id, error: errorMessage(error) }),
     );

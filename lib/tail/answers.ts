@@ -63,7 +63,8 @@ export function takeFirstAnswer(streams: Streams, told: StreamStatus[]): void {
   streams.isChanged = true;
   if (told.length === 0) {
     // It has shipped before, and the receiver knows nothing of it: names may have been used that nobody remembers.
-    if (streams.found === "damaged") for (const each of streams.list) beginAs(each, "again", each.offset);
+    // They are named when they have something to ship: on disk with the name stands the head by which a copy is known.
+    if (streams.found === "damaged") for (const each of streams.list) each.begin = "again";
     return;
   }
   for (const stream of streams.list) {
@@ -114,8 +115,11 @@ export function takeStatus(
       if (found.delivered !== stream.delivered) streams.isMoved = true;
       Object.assign(stream, { delivered: found.delivered, deliveredAt: streams.context.now() });
     }
-    if (stream.phase.is === "gone" && !stream.file)
-      stream.offset = Math.max(stream.offset, Math.min(found.offset, stream.size));
+    const most = Math.min(found.offset, stream.size);
+    if (stream.phase.is === "gone" && !stream.file && most > stream.offset) {
+      stream.offset = most;
+      delete stream.begin; // an older cursor's word: behind it a folder that is lost now would count as delivered
+    }
     return;
   }
   if (committed === undefined || stream.begin) return; // its first chunk was or is on its way

@@ -13,7 +13,7 @@ const REPORT_BYTES = 32 * 1024 * 1024;
 
 /** `2026-11-27T14` or `2026-11-27T14/2026-11-27T18` (the second one exclusive) as `yyMMddHH` each. */
 export function parseHours(span: string): string[] {
-  const [from = "", to] = span.split("/").map((text) => {
+  const [from = "", to, more] = span.split("/").map((text) => {
     const [, day] = /^(20\d\d-\d\d-\d\d)T\d\d$/.exec(text) ?? [];
     const at = Date.parse(`${text}:00Z`);
     const isDay = day && new Date(Date.parse(day) || 0).toISOString().startsWith(day); // 30 February is no 2 March
@@ -26,7 +26,7 @@ export function parseHours(span: string): string[] {
   });
   const first = Number(from);
   const end = to ?? first + HOUR;
-  if (end <= first || end - first > 31 * 24 * HOUR)
+  if (more !== undefined || end <= first || end - first > 31 * 24 * HOUR)
     throw new OperatorError(
       `--hour ${span}: expected an end behind the beginning, 31 days at most`,
       EXIT.usage,

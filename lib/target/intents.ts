@@ -84,6 +84,7 @@ export class Intents {
   /** One at a time: uploads that run side by side save, too. */
   #save(): Promise<void> {
     const save = async () => {
+      this.#stale = true; // until it is written: where it can't be, the next pass ends before anything is uploaded
       await writeState(this.#path, { version: 1, intents: Object.fromEntries(this.#open) });
       this.#stale = false;
     };
