@@ -675,9 +675,9 @@ async function prepare(
 async function nameStreams(shipper: Shipper, stream: Stream, offset: number): Promise<void> {
   const { streams } = shipper;
   if (stream.id === undefined) {
-    beginAs(stream, "new", offset);
+    beginAs(stream, stream.begin ?? "new", offset);
     for (const each of streams.list)
-      if (each.id === undefined && each.size > each.offset) beginAs(each, "new", each.offset);
+      if (each.id === undefined && each.size > each.offset) beginAs(each, each.begin ?? "new", each.offset);
   }
   if (stream.isNamed) return;
   streams.isChanged = true; // the name is to be in both saves

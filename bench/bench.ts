@@ -7,6 +7,7 @@
  */
 import { type ChildProcess, execFileSync } from "node:child_process";
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { open } from "node:fs/promises";
 import { cpus, release, tmpdir, totalmem } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
@@ -21,7 +22,7 @@ import { type Latencies, runLatency } from "./latency.ts";
 import { installedPeers } from "./peers.ts";
 import { findProgram, freePort } from "./pipeline.ts";
 import { createFarProxy } from "./proxy.ts";
-import { median, sample } from "./sample.ts";
+import { median, percentile, sample } from "./sample.ts";
 import { type Input, runLimit, runTransfer, type Transfer } from "./transfer.ts";
 
 /** Everything that was measured; parts that were left out are absent. */
@@ -30,7 +31,8 @@ interface Results {
   /** Per number of lines: the contestants' medians in the order of the table. */
   transfers: { lines: number; bytes: number; rows: Map<string, Transfer> }[];
   latencies: Map<string, Latencies>;
-  fleets: { name: string; most: number; runs: Fleet[] }[];
+  /** `bareP99Ms`: of a write of one answer's size with its fdatasync by a program that does nothing else. */
+  fleets: { name: string; most: number; runs: Fleet[]; bareP99Ms: number }[];
   /** MiB/s over a far link, by chunks in flight. */
   far?: { roundTripMs: number; one: number; four: number };
   idle?: { shipperMiB: number; receiverMiB: number };
@@ -56,6 +58,7 @@ const OURS = ours("none");
 const OURS_ZSTD = ours("zstd");
 const FLEET = { senders: 200, rate: 500 };
 const FLEET_RUNS = 3;
+const BARE_MS = 10_000;
 const FAR = { roundTripMs: 50, lines: 200_000 };
 
 async function main(): Promise<number> {
@@ -217,7 +220,9 @@ async function benchFleets(results: Results, root: string, seconds: number): Pro
     { name: "beside a writer of 1 GB to the same disk", most: 100, isBeside: true },
   ]) {
     const runs: Fleet[] = [];
-    results.fleets.push({ name, most, runs });
+    const bareP99Ms = await measureBareSync(freshFolder(root, "bare"), isBeside);
+    say(`a bare write and fdatasync, ${name}: p99 ${ms(bareP99Ms)}`);
+    results.fleets.push({ name, most, runs, bareP99Ms });
     for (let i = 0; i < FLEET_RUNS; i++) {
       const run = await benchFleet(root, seconds, isBeside);
       say(`fleet of ${FLEET.senders}, ${name}: p99 ${ms(run.p99Ms)}, worst ${ms(run.worstMs)}`);
@@ -250,6 +255,27 @@ async function benchFleet(root: string, seconds: number, isBeside: boolean): Pro
     await stopAll(writer ? [server, writer] : [server]);
     rmSync(folder, { recursive: true, force: true });
   }
+}
+
+/** What the disk alone makes of it: no answer that is synced can be faster. */
+async function measureBareSync(folder: string, isBeside: boolean): Promise<number> {
+  const writer = isBeside ? writeAgainAndAgain(folder) : undefined;
+  const file = await open(join(folder, "bare"), "w");
+  const block = Buffer.alloc(24 * 1024, "x");
+  const latencies: number[] = [];
+  try {
+    for (const ending = performance.now() + BARE_MS; performance.now() < ending; await sleep(3)) {
+      const started = performance.now();
+      await file.write(block);
+      await file.datasync();
+      latencies.push(performance.now() - started);
+    }
+  } finally {
+    await file.close();
+    if (writer) await stopAll([writer]);
+    rmSync(folder, { recursive: true, force: true });
+  }
+  return percentile(latencies, 99);
 }
 
 /** Writes 1 GB, synced, to a file of the folder, until it is stopped. */
@@ -325,7 +351,7 @@ function formatMarkdown(results: Results): string {
     }
     lines.push("");
   }
-  for (const { name, runs } of results.fleets) lines.push(...formatFleet(name, runs));
+  for (const fleet of results.fleets) lines.push(...formatFleet(fleet));
   if (results.history) lines.push(...formatHistory(results.history));
   if (results.growth) lines.push(...formatGrowth(results.growth));
   lines.push(...results.sections);
@@ -335,7 +361,7 @@ function formatMarkdown(results: Results): string {
   return `${lines.join("\n")}\n`;
 }
 
-function formatFleet(name: string, runs: Fleet[]): string[] {
+function formatFleet({ name, runs, bareP99Ms }: Results["fleets"][number]): string[] {
   const rows = runs.map(
     (run) =>
       `| ${Math.round(run.acknowledged / run.seconds).toLocaleString("en")} | ${run.acknowledged.toLocaleString("en")} of ${run.due.toLocaleString("en")} | ${ms(run.medianMs)} | ${ms(run.p99Ms)} | ${ms(run.worstMs)} | ${run.peakMiB.toFixed(0)} MiB | ${run.cpuSeconds.toFixed(1)} s |`,
@@ -346,6 +372,8 @@ function formatFleet(name: string, runs: Fleet[]): string[] {
     "| lines/s | acknowledged | answer: median | p99 | worst | receiver: peak | CPU |",
     "|---:|---:|---:|---:|---:|---:|---:|",
     ...rows,
+    "",
+    `A bare write of 24 KiB and its fdatasync, ${name}: p99 ${ms(bareP99Ms)}.`,
     "",
   ];
 }

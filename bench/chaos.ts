@@ -251,7 +251,7 @@ export function checkMails(mails: Mail[], outages: Outage[], monitorKills: numbe
 
 /** Whether one of a mail's facts says this of a host. */
 function saysOf({ subject, text }: Mail, host: string, what: string): boolean {
-  const told = [...subject.split("; "), ...text.split(/^\* /m)];
+  const told = [...subject.split("; "), ...text.split(/^\* |\n\n/m)];
   return told.some((part) => part.includes(host) && part.includes(what));
 }
 

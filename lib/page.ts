@@ -587,12 +587,11 @@ input { font: inherit; color: inherit; background: var(--ground); border: 1px so
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1px;
     border-top: 1px solid var(--line); }
-  tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); align-content: start; gap: .15rem .6rem;
+  tbody tr { display: grid; grid-template-columns: 1fr 1fr; align-content: start; gap: .15rem .6rem;
     padding: .6rem 1.1rem; box-shadow: 0 0 0 1px var(--line); }
   tbody tr + tr > * { border: 0; }
   tbody tr > * { padding: 0 !important; min-width: 0; }
-  tbody th { grid-column: span 2; } .s { grid-column: span 2; justify-self: end; }
-  td:nth-child(3), td:nth-child(4), td:nth-child(7), td:nth-child(9) { grid-column: span 2; }
+  .s { justify-self: end; }
   td:nth-child(5), td:nth-child(6) { grid-column: 1 / -1; display: flex; flex-wrap: wrap; align-items: end; padding-block: .2rem !important; }
   td:nth-child(5) .c, td:nth-child(6) .w { width: auto; flex: 1 1 50%; min-width: 0; height: 1.6rem; }
   td.z { display: none; }

@@ -205,6 +205,10 @@ describe("checkMails()", () => {
     expect(checkMails([mail(5500, "is silent"), ...back], [outage, next], 0)).toMatchObject({ missing: 1 });
   });
   test("takes a host for told that was told to be silent before, and not to be back", () => {
+    const standing =
+      "* 10.1.0.2 back after 5m\n  Its shipper is heard again.\n\nAlso wrong: 10.1.0.1 silent or never seen.\n";
+    const other = { at: 950, subject: "10.1.0.2 back after 5m", text: standing };
+    expect(checkMails([other, mail(2500, "is back")], [outage], 0)).toMatchObject({ missing: 0 });
     const mails = [mail(900, "is silent"), mail(2500, "is back")];
     expect(checkMails(mails, [outage], 0)).toMatchObject({ missing: 0, twice: 0 });
     expect(checkMails([mail(900, "is silent"), mail(950, "is back")], [outage], 0)).toMatchObject({

@@ -5,6 +5,7 @@
 import { afterEach, describe, expect, test } from "bun:test";
 import { execFileSync } from "node:child_process";
 import {
+  appendFileSync,
   closeSync,
   copyFileSync,
   cpSync,
@@ -338,6 +339,44 @@ describe("moved and restored", () => {
       sender.write(lines("a", count + 1, count + 20));
       await sender.once();
       expectTags(Buffer.from(stub.text()), { a: lines("a", 1, count + 20) });
+    },
+  );
+
+  test("the log folder moves while it is followed: small files go on in their copies", async () => {
+    const { stub, sender } = await createHost((logs) => ({ files: [join(logs, "*.log")] }));
+    const other = join(sender.logs, "other.log");
+    sender.write(lines("a", 1, 3));
+    writeFileSync(other, lines("b", 1, 4));
+    startShipper(sender);
+    await arrives(stub, "a", 3);
+    await arrives(stub, "b", 4);
+    execFileSync("cp", ["-a", sender.logs, `${sender.logs}.new`]);
+    renameSync(sender.logs, `${sender.logs}.old`);
+    renameSync(`${sender.logs}.new`, sender.logs);
+    sender.reopen();
+    sender.write(lines("a", 4, 5));
+    appendFileSync(other, lines("b", 5, 5));
+    await arrives(stub, "a", 5);
+    await arrives(stub, "b", 5);
+    expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 5), b: lines("b", 1, 5) });
+  });
+
+  test.each(["running", "stopped"])(
+    "a log that is begun with a copy of its last one goes on behind it (%s)",
+    async (when) => {
+      const { stub, sender } = await createHost();
+      sender.write(lines("a", 1, 30));
+      const shipper = when === "running" ? startShipper(sender) : undefined;
+      if (shipper) await arrives(stub, "a", 30);
+      else await sender.once();
+      renameSync(sender.live, `${sender.live}.1`);
+      copyFileSync(`${sender.live}.1`, sender.live);
+      sender.reopen();
+      sender.write(lines("a", 31, 33));
+      if (shipper) await arrives(stub, "a", 33);
+      await shipper?.stop();
+      await sender.once();
+      expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 33) });
     },
   );
 

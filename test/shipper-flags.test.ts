@@ -1,6 +1,6 @@
 /** What an operator does with the shipper: its flags, where it begins, which files it takes, and how it ends. */
 import { afterEach, beforeAll, describe, expect, test } from "bun:test";
-import { appendFileSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { appendFileSync, existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { readLedger } from "../lib/ledger.ts";
@@ -232,6 +232,35 @@ describe("a slip in files", () => {
     expect(stub.text()).toContain("/a/20 ");
     expect(stub.text()).not.toContain("/out/11 ");
   });
+
+  test.each(["running", "stopped"])(
+    "named again it goes on where it was, also in its rotation (%s)",
+    async (when) => {
+      const stub = startStub();
+      const sender = await createSender(stub.url);
+      const other = join(sender.logs, "other.log");
+      const take = async (files: string[]) => {
+        configure(sender, { files });
+        if (shipper) shipper.process.kill("SIGHUP");
+        else await sender.once();
+      };
+      configure(sender, { files: [sender.live, other] });
+      writeFileSync(other, lines("b", 1, 30));
+      const shipper = when === "running" ? startShipper(sender) : undefined;
+      if (!shipper) await sender.once();
+      await until("it is shipped", () => stub.text() === lines("b", 1, 30));
+      await take([sender.live]);
+      if (shipper) await shipper.says("log is not followed any more");
+      appendFileSync(other, lines("b", 31, 40));
+      renameSync(other, `${other}.1`);
+      appendFileSync(other, lines("b", 41, 50));
+      await take([sender.live, other]);
+      await until("the rest is shipped", () => stub.text().length >= lines("b", 1, 50).length);
+      await shipper?.stop();
+      await sender.once();
+      expectTags(Buffer.from(stub.text()), { b: lines("b", 1, 50) });
+    },
+  );
 });
 
 describe("several files", () => {

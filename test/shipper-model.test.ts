@@ -56,6 +56,17 @@ test("a copy of a part of a log stays known when the log has gone on, was rotate
   expect(failure).toBeUndefined();
 });
 
+test("without a cursor, beside a receiver that knows nothing, killed and copied: an empty file has no name yet", async () => {
+  const failure = await runActions([
+    { name: "loseState", n: 375_731 },
+    { name: "write", n: 578_333 },
+    { name: "ship", n: 490_563 },
+    { name: "copytruncateWithHole", n: 578_677 },
+    { name: "kill", n: 349_307 },
+  ]);
+  expect(failure).toBeUndefined();
+});
+
 test("what may be in an archive that is not complete yet is not told as lost", async () => {
   const failure = await runActions([
     { name: "write", n: 3 },

@@ -618,6 +618,27 @@ describe("what is gone", () => {
     expect(await lostBytes(sender)).toBe(0);
   });
 
+  test("more of them than are held open, removed before they were known: shipped, or told to the byte", async () => {
+    const sender = await shippedTen({ rotateWaitSeconds: 600 });
+    const gone: string[] = [];
+    for (let n = 1; n <= 40; n++) {
+      const day = `${sender.live}-2026${n > 20 ? 10 : 11}${(n % 20) + 10}`;
+      writeFileSync(day, lines(`d${n}`, 1, 3));
+      gone.push(day);
+    }
+    const shipper = await startShipper(sender);
+    await until(
+      "as many wait as may",
+      () => openPaths(shipper).filter((path) => gone.includes(path)).length >= 32,
+    );
+    for (const path of gone) unlinkSync(path);
+    const total = () => receiver.stored(sender.host).length - sender.written.join("").length;
+    const all = gone.map((_, i) => lines(`d${i + 1}`, 1, 3).length).reduce((sum, bytes) => sum + bytes);
+    await until("all is shipped, or told", async () => total() + (await lostBytes(sender)) >= all);
+    expect(total() + (await lostBytes(sender))).toBe(all);
+    expect(await shipper.stop()).toBe(0);
+  });
+
   test("a rotated file that was removed while it is open loses nothing", async () => {
     const sender = await shippedTen({ rotateWaitSeconds: 30 });
     const shipper = await startShipper(sender);

@@ -3,7 +3,7 @@ import { expect, test } from "bun:test";
 import { execFileSync } from "node:child_process";
 import { mkdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
-import { createSender, lines, type Sender, shiftNames, startStub } from "./pipeline.ts";
+import { createSender, expectTags, lines, type Sender, shiftNames, startStub } from "./pipeline.ts";
 import { notRoot, onCleanup, until } from "./support.ts";
 
 async function shippedTen(url: string, options: object = {}): Promise<Sender> {
@@ -72,6 +72,29 @@ test("a first start ships nothing of files that were rotated before it", async (
   await sender.once();
   expect(stub.text()).toBe(lines("live", 1, 10));
 });
+
+test.each(["waits", "is killed"])(
+  "what comes when nothing was there at the first start is new, though no receiver answers yet (it %s)",
+  async (what) => {
+    const stub = startStub(() => (isAway ? new Response("", { status: 503 }) : undefined));
+    let isAway = true;
+    const sender = await createSender(stub.url, { startAt: "end" });
+    rmSync(sender.live);
+    const shipper = sender.start();
+    await shipper.says("receiver does not take chunks");
+    if (what === "is killed") await shipper.stop("SIGKILL");
+    sender.reopen();
+    sender.write(lines("a", 1, 10));
+    if (what === "waits") await shipper.says("following");
+    sender.rotate();
+    sender.write(lines("b", 1, 10));
+    isAway = false;
+    if (what === "waits") await until("all is there", () => stub.text().includes("/b/10 "));
+    await shipper.stop();
+    await sender.once();
+    expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 10), b: lines("b", 1, 10) });
+  },
+);
 
 test("no sign of life is sent beside the first chunk", async () => {
   const stub = startStub();

@@ -63,7 +63,8 @@ export function takeFirstAnswer(streams: Streams, told: StreamStatus[]): void {
   streams.isChanged = true;
   if (told.length === 0) {
     // It has shipped before, and the receiver knows nothing of it: names may have been used that nobody remembers.
-    if (streams.found === "damaged") for (const each of streams.list) beginAs(each, "again", each.offset);
+    // They are named when they have something to ship: on disk with the name stands the head by which a copy is known.
+    if (streams.found === "damaged") for (const each of streams.list) each.begin = "again";
     return;
   }
   for (const stream of streams.list) {

@@ -73,6 +73,8 @@ const cursor = z.object({
   files: z.array(z.string()),
   folders: z.record(z.string(), z.string()).default({}),
   streams: z.array(stream),
+  /** Streams of logs that `files` does not name any more: they go on when it does again. */
+  left: z.array(stream).default([]),
 });
 
 const oldStream = z.object({
@@ -234,7 +236,7 @@ function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string
     }
   }
   const files = Object.keys(families);
-  return { cursor: { version: 2, shipper, lost, asked: true, files, folders: {}, streams }, since };
+  return { cursor: { version: 2, shipper, lost, asked: true, files, folders: {}, streams, left: [] }, since };
 }
 
 /** What the cursor keeps of a stream. */

@@ -6,6 +6,7 @@
  *   only an older mark                                              → a new stream goes on behind that mark
  *   nothing that the file of a stream lacks                         → a copy of it, never shipped
  *   a copy that differs somewhere                                   → a log of its own, from where they part
+ *   the next file of a log that was rotated                         → the same, but only with all that the last one has
  *   none of it                                                      → a log of its own, from its first byte
  *   none of it, and a file of its log went before it was read       → a new rotation is that one
  *
@@ -62,7 +63,7 @@ async function endsLine(file: LogFile, end: number): Promise<boolean> {
 }
 
 /**
- * Says what an open file is. `hasHome` tells whether a stream's own file is there, `isCopied` whether a live file lies in
+ * Says what an open file is. `hasHome` tells whether a stream's own file is there, `isCopied` whether the file lies in
  * another folder than its log did. Throws UnfinishedFile.
  */
 export async function identify(
@@ -107,8 +108,8 @@ async function identifyByBytes(
     if (fit.is === "behind" && fit.at > (behind?.at ?? 0)) behind = { stream, at: fit.at };
   }
   if (behind) return { is: "behind", ...behind };
-  if (found.isLive && isSuccessor(found, streams)) return { is: "new", at: 0 };
-  return compareWithKnown(file, found, alike.filter(hasHome), length);
+  const isNext = found.isLive && isSuccessor(found, streams);
+  return compareWithKnown(file, found, alike.filter(hasHome), { length, isCopied, isNext });
 }
 
 /** Whether a stream's head is the one of the file, as far as both go. */
@@ -142,35 +143,52 @@ async function compareWithKnown(
   file: LogFile,
   found: FoundFile,
   known: Stream[],
-  length: number,
+  { length, isCopied, isNext }: { length: number; isCopied: boolean; isNext: boolean },
 ): Promise<Identity> {
-  let best: { stream: Stream; common: number; fits: boolean } | undefined;
+  let best: { stream: Stream; common: number; fits: boolean; least: number } | undefined;
   for (const stream of known) {
     if (found.isLive && isPassedOver(stream)) continue;
-    const isHere = stream.phase.is !== "gone"; // the look saw its file there: whatever else is there now came since
-    const own = await LogFile.open(stream.path).catch((error: NodeJS.ErrnoException) => error);
-    if (!(own instanceof LogFile)) {
-      if (isHere && own.code === "ENOENT") return { is: "busy" }; // gzip, whose archive this may be, has removed it
-      continue;
-    }
+    if (stream.isBusy) return { is: "busy" };
+    const own = await openKnown(stream);
+    if (own === "changed") return { is: "busy" };
+    if (!own) continue;
+    const isOpen = own === stream.file;
+    stream.isBusy ||= isOpen; // moved out of sight: nobody closes it meanwhile
     try {
-      if (own.key !== stream.key) {
-        if (isHere) return { is: "busy" };
-        continue;
-      }
       const common = await commonLength(file, own, length);
-      if (common <= (best?.common ?? 0)) continue;
+      const isWhole = common >= stream.size;
+      if (common <= (best?.common ?? 0) || (isNext && !isNextCopy(stream, found, common))) continue;
       const isShipped = stream.offset > 0 && (await fitOf(file, stream)).is !== "none";
-      best = { stream, common, fits: common >= length || isShipped };
+      const least = isCopied && isWhole ? 1 : MARK_BYTES;
+      best = { stream, common, fits: common >= length || isShipped, least };
     } finally {
-      await own.close();
+      if (isOpen) stream.isBusy = false;
+      else await own.close();
     }
   }
   if (!best) return { is: "new", at: 0 };
   if (best.common >= length && length >= MARK_BYTES) return { is: "copy", stream: best.stream };
-  if (best.common >= length) return found.isLive ? { is: "new", at: 0 } : { is: "small" };
-  if (!best.fits || best.common < MARK_BYTES) return { is: "new", at: 0 };
+  if (best.common >= length && best.least > 1) return found.isLive ? { is: "new", at: 0 } : { is: "small" };
+  if (!best.fits || best.common < best.least) return { is: "new", at: 0 };
   return { is: "new", at: await endOfLines(file, best.common) };
+}
+
+/**
+ * The file of a stream: as it is open when it was moved out of sight; "changed" when another one lies in its place since the
+ * look saw it there (gzip, whose archive is looked at, has removed it).
+ */
+async function openKnown({ path, key, phase, file }: Stream): Promise<LogFile | "changed" | undefined> {
+  if (phase.is === "gone") return file;
+  const own = await LogFile.open(path).catch((error: NodeJS.ErrnoException) => error);
+  if (!(own instanceof LogFile)) return own.code === "ENOENT" ? "changed" : undefined;
+  if (own.key === key) return own;
+  await own.close();
+  return "changed";
+}
+
+/** The next file of a log is a copy of the last one when it has all of that, and more than a long header, as each day's has. */
+function isNextCopy({ log, size }: Stream, found: FoundFile, common: number): boolean {
+  return log === found.log && common >= size && common >= 2 * MARK_BYTES;
 }
 
 /** A rotated file of before the first sight of its log is not shipped; a live one that has the same bytes is. */

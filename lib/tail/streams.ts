@@ -110,7 +110,9 @@ export class Streams {
   readonly logs = new Map<string, FollowedLog>();
   paths: Paths;
   list: Stream[] = [];
-  /** The same by their logs, until that changes. */
+  /** Streams of logs that the config does not name now. */
+  #left: Stream[] = [];
+  /** Those of the list by their logs, until that changes. */
   #byLog: Map<string, Stream[]> | undefined;
   /** Bytes lost since the cursor began. */
   lost = 0;
@@ -163,17 +165,16 @@ export class Streams {
     });
     this.found = found.state;
     if (found.state === "damaged" || found.state === "older") {
-      const instead =
-        found.state === "older"
-          ? "the one before it is taken"
-          : "the receiver is asked where each file stands";
+      const other = "the receiver is asked where each file stands";
+      const instead = found.state === "older" ? "the one before it is taken" : other;
       log.warn("cursor is damaged", { stateDir, instead });
     }
     if (!("cursor" in found)) return;
-    const { lost, shipper, asked, streams, folders, files } = found.cursor;
+    const { lost, shipper, asked, streams, left, folders, files } = found.cursor;
     Object.assign(this, { lost, shipper, asked });
     this.#since = found.since ?? new Map();
     this.list = streams.map((state) => withFile(state, mono()));
+    this.#left = left.map((state) => withFile(state, mono()));
     for (const [path, folder] of Object.entries(folders)) this.#logOf(path).folder = folder;
     if (!found.since) this.#startAdded(files);
   }
@@ -187,13 +188,17 @@ export class Streams {
     this.isChanged = true;
   }
 
-  /** What is named for the first time starts as at the very first start: its old rotations are not ours. */
+  /** What is named for the first time starts as at the very first start: its old rotations are not ours. What is named again goes on. */
   #startAdded(before: string[]): void {
     const { files, olddir } = this.#config;
+    this.list.push(...this.#left.filter(({ log }) => this.paths.names(log)));
+    this.#left = this.#left.filter(({ log }) => !this.paths.names(log));
+    this.#byLog = undefined;
     const known = new Set(new Paths(before, olddir).livePaths());
     const added = files.filter((pattern) => !before.includes(pattern));
     for (const path of new Paths(added, olddir).livePaths()) {
-      if (!known.has(path) && !this.logs.has(path)) this.#since.set(path, this.context.now());
+      const isNew = !known.has(path) && !this.logs.has(path) && this.ofLog(path).length === 0;
+      if (isNew) this.#since.set(path, this.context.now());
     }
   }
 
@@ -206,14 +211,8 @@ export class Streams {
   #logOf(path: string): FollowedLog {
     const known = this.logs.get(path);
     if (known) return known;
-    const log = {
-      path,
-      folder: undefined,
-      isElsewhere: false,
-      heldUntil: 0,
-      isHeld: false,
-      isRunning: false,
-    };
+    const flags = { isElsewhere: false, isHeld: false, isRunning: false };
+    const log = { path, folder: undefined, heldUntil: 0, ...flags };
     this.logs.set(path, log);
     return log;
   }
@@ -233,8 +232,10 @@ export class Streams {
       log.isElsewhere ||= log.folder !== undefined && log.folder !== folder;
       log.folder = folder;
     }
-    if (this.found === "absent" && !this.asked && this.list.length === 0)
+    if (this.found === "absent" && !this.asked && this.seenAt === 0) {
       this.#since = new Map([...survey.logs.keys()].map((path) => [path, now()]));
+      this.isChanged = true; // what comes from now on is new, also after a restart
+    }
 
     const unknown = await this.#locate(survey);
     this.#byLog = undefined;
@@ -268,9 +269,8 @@ export class Streams {
       const missing = this.list.filter(({ key, phase, size, offset }) => {
         return key !== "" && !keys.has(key) && (phase.is !== "gone" || size > offset);
       });
-      for (const file of this.paths.seek(
-        missing.map((each) => ({ ...each, isSought: each.phase.is === "gone" })),
-      )) {
+      const sought = missing.map((each) => ({ ...each, isSought: each.phase.is === "gone" }));
+      for (const file of this.paths.seek(sought)) {
         if (!keys.has(file.key)) survey.files.unshift(file);
         keys.add(file.key);
       }
@@ -443,13 +443,8 @@ export class Streams {
   /** A new stream in the same file, behind the newest mark that it still holds. */
   #goOnBehind(stream: Stream, at: number, key: string, size: number): Stream {
     const { path, offset, id, log: own, isLive, mtimeMs } = stream;
-    this.context.log.warn("file has other bytes behind what it kept: a new stream begins there", {
-      path,
-      stream: id,
-      shipped: offset,
-      from: at,
-      again: offset - at,
-    });
+    const fields = { path, stream: id, shipped: offset, from: at, again: offset - at };
+    this.context.log.warn("file has other bytes behind what it kept: a new stream begins there", fields);
     const next = this.#begin({ path, key, size, mtimeMs, log: own, isLive, isReadable: true }, at);
     next.head = stream.head;
     next.marks = stream.marks.filter(({ end }) => end <= at);
@@ -509,7 +504,9 @@ export class Streams {
   }
 
   /** Takes up a file that has no name any more; false when it can't be told yet what it is. Closes it when it is of no use. */
-  async #takeVanished(found: FoundFile, file: LogFile): Promise<boolean> {
+  async #takeVanished(found: FoundFile, file: LogFile | undefined): Promise<boolean> {
+    if (!file && !compressionOf(found.path)) this.lose(found.size, found); // of an archive its stream tells
+    if (!file) return true;
     const { size } = await file.stat();
     const what = await this.#identify(file, { ...found, size, isLive: false });
     if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
@@ -601,8 +598,8 @@ export class Streams {
   }
 
   #identify(file: LogFile, found: FoundFile): Promise<Identity> {
-    const isCopied = found.isLive && this.#logOf(found.log).isElsewhere;
-    return identify(file, found, this.list, (stream) => this.#hasHome(stream), isCopied);
+    const { isElsewhere } = this.#logOf(found.log);
+    return identify(file, found, this.list, (stream) => this.#hasHome(stream), isElsewhere);
   }
 
   /** Whether a stream's own file is there, if only under a name that nobody knows. */
@@ -742,7 +739,7 @@ export class Streams {
   }
 
   /** Counts bytes that can't be read any more, the last ones of what was seen; those that nobody has written are none. */
-  lose(gone: number, { path, id, size, blank }: Stream): void {
+  lose(gone: number, { path, id, size, blank }: Pick<Stream, "path" | "size"> & Partial<Stream>): void {
     const bytes = gone - (blank?.to === size ? size - blank.from : 0);
     if (bytes <= 0) return;
     this.lost += bytes;
@@ -785,6 +782,8 @@ export class Streams {
       if ((!isOver && !isOut) || isBusy) kept.push(stream);
       else {
         this.isChanged = true;
+        stream.file = undefined;
+        if (!isOver && phase.is !== "gone") this.#left.push(stream);
         await file?.close();
       }
     }
@@ -863,6 +862,8 @@ export class Streams {
 
   /** Ends rotated files at whose end we are; gives when the next one may be quiet. */
   async #finishQuiet(): Promise<number> {
+    const { mono } = this.context;
+    const waitMs = this.#config.rotateWaitSeconds * 1000;
     let next = Number.POSITIVE_INFINITY;
     for (const stream of this.list) {
       if (stream.isLive || stream.isBusy || !isAtEnd(stream)) continue;
@@ -872,11 +873,7 @@ export class Streams {
         await this.finish(stream);
       });
       const isOpen = stream.file !== undefined && stream.phase.is === "reading";
-      if (isOpen)
-        next = Math.min(
-          next,
-          Math.max(stream.grewAt, this.context.mono()) + this.#config.rotateWaitSeconds * 1000,
-        );
+      if (isOpen) next = Math.min(next, Math.max(stream.grewAt, mono()) + waitMs);
     }
     return next;
   }
@@ -913,11 +910,12 @@ export class Streams {
     for (const { path, folder } of this.logs.values()) if (folder !== undefined) folders[path] = folder;
     const { shipper, lost, asked } = this;
     const streams = this.list.map(toState);
+    const left = this.#left.map(toState);
     const named = this.list.filter(({ isNamed, id }) => !isNamed && id !== undefined);
     try {
       await writeCursor(
         this.#config.stateDir,
-        { version: 2, shipper, lost, asked, files: this.#config.files, folders, streams },
+        { version: 2, shipper, lost, asked, files: this.#config.files, folders, streams, left },
         keep,
       );
       for (const stream of named) stream.isNamed = true;
