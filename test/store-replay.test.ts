@@ -42,12 +42,12 @@ function chunk(i: number): Chunk {
   };
 }
 
-async function open(dir: string): Promise<{ store: Store; output: string[] }> {
+async function open(dir: string, now = () => NOW): Promise<{ store: Store; output: string[] }> {
   const output: string[] = [];
   const store = createStore({
     ...{ dir, prefix: "accessLog", windowMinutes: 20, sealAfterSeconds: 120, sealLatestSeconds: 900 },
     ...{ forgetAfterDays: 30, maxHosts: 100, maxStreamsPerHost: 100, maxWindowsPerHost: 100 },
-    ...{ maxNamesPerHour: 100_000, findWindow: createWindowFinder(20), now: () => NOW },
+    ...{ maxNamesPerHour: 100_000, findWindow: createWindowFinder(20), now },
     log: createLog((text) => output.push(text)),
   });
   await store.start(() => true);
@@ -157,3 +157,27 @@ test("a bit that flipped anywhere: one record is gone, told in bytes, and the ot
     });
   }
 }, 900_000);
+
+test("a file that somebody put under a batch's name keeps that one alone from being sealed, and is told", async () => {
+  const dir = await tempFolder();
+  let now = NOW;
+  const { store, output } = await open(dir, () => now);
+  for (const i of TEXTS.keys()) await store.commit(chunk(i));
+  const names = async () =>
+    (await readdir(join(dir, HOST))).filter((name) => name.startsWith("accessLog")).sort();
+  const [part = "", ...others] = await names();
+  const inTheWay = join(dir, HOST, part.replace(".part", ""));
+  expect(others).not.toEqual([]);
+  await writeFile(inTheWay, "by hand\n");
+  now += 7_200_000;
+  await store.seal();
+  await store.seal();
+  expect(await names()).toEqual([part, ...[part, ...others].map((name) => name.replace(".part", ""))].sort());
+  expect(output.join("")).toContain("a file of that name is there");
+  expect(await readFile(inTheWay, "utf8")).toBe("by hand\n");
+  await rm(inTheWay);
+  await store.seal();
+  expect(await names()).toEqual([part, ...others].map((name) => name.replace(".part", "")));
+  expect(await storedText(dir)).toBe(TEXTS.join(""));
+  await store.close();
+});

@@ -694,8 +694,12 @@ export class Sender implements Place {
   }
 
   async #finish(): Promise<{ name: string; lines: number; bytes: number }[]> {
-    const names = [...this.#finishing];
     const there = (name: string) => existsSync(join(this.folder, name));
+    // What somebody put there under a batch's name keeps that one alone from being sealed.
+    const isFree = (name: string) => !there(name) || !there(withState(name, "open"));
+    const names = [...this.#finishing].filter(isFree);
+    const [taken] = this.#finishing;
+    if (names.length === 0 && taken) throw new Error(`Cannot seal "${taken}": a file of that name is there`);
     const moves: { from: string; to: string }[] = [];
     for (const name of names) {
       const part = withState(name, "open");
