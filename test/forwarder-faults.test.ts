@@ -26,7 +26,7 @@ setDefaultTimeout(process.env.FORWARD_RATE ? 600_000 : 120_000);
 /**
  * How rough it gets: so many batches, and a cut each so many ms, of which every fourth is a SIGKILL, too. With
  * `FORWARD_AWAY=1` the client's storage is away after every fourth cut, as a mount that is late. In full:
- * `FORWARD_BATCHES=300 FORWARD_CUT_MS=1000 FORWARD_RATE=1500000 FORWARD_AWAY=1 bun test --timeout 600000 test/forwarder-faults.test.ts -t "again and again"`
+ * `FORWARD_BATCHES=300 FORWARD_CUT_MS=1000 FORWARD_RATE=4000000 FORWARD_AWAY=1 bun test --timeout 600000 test/forwarder-faults.test.ts -t "again and again"`
  */
 const BATCHES = Number(process.env.FORWARD_BATCHES ?? 50);
 const CUT_MS = Number(process.env.FORWARD_CUT_MS ?? 300);
