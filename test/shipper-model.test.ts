@@ -67,6 +67,17 @@ test("without a cursor, beside a receiver that knows nothing, killed and copied:
   expect(failure).toBeUndefined();
 });
 
+test("an archive of an empty file that vanishes while it is open loses nothing", async () => {
+  const failure = await runActions([
+    { name: "swapRotated", n: 874_708 },
+    { name: "copytruncate", n: 808_426 },
+    { name: "lateGzip", n: 830_719 },
+    { name: "loseState", n: 565_234 },
+    { name: "remove", n: 382_768 },
+  ]);
+  expect(failure).toBeUndefined();
+});
+
 test("what may be in an archive that is not complete yet is not told as lost", async () => {
   const failure = await runActions([
     { name: "write", n: 3 },

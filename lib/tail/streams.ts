@@ -356,7 +356,7 @@ export class Streams {
   /** Takes note of a file that has no name any more, or none that is known. */
   async #lookAtOpen(stream: Stream, file: LogFile): Promise<void> {
     const { size, mtimeMs } = await file.stat();
-    Object.assign(stream, { size: Math.max(size, stream.size), mtimeMs });
+    Object.assign(stream, { size: Math.max(file.compression ? 0 : size, stream.size), mtimeMs }); // an archive's is another
     if ((stream.head?.length ?? 0) < MARK_BYTES) await this.#readHead(stream);
   }
 
