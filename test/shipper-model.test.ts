@@ -19,22 +19,6 @@ test(`every line arrives once over ${SEEDS} seeds of writing, rotating, copying,
   expect(ran).toBeGreaterThanOrEqual(ENOUGH);
 }, 240_000);
 
-test("a file that is cut below the place where its stream begins is settled once", async () => {
-  const failure = await runActions([
-    { name: "burst", n: 511_309 },
-    { name: "sedInPlace", n: 882_355 },
-    { name: "forget", n: 955_265 },
-    { name: "away", n: 0 },
-    { name: "write", n: 850_341 },
-    { name: "link", n: 817_247 },
-    { name: "write", n: 720_312 },
-    { name: "write", n: 147_553 },
-    { name: "sedInPlace", n: 774_987 },
-    { name: "cutTail", n: 872_027 },
-  ]);
-  expect(failure).toBeUndefined();
-});
-
 test("a copy of a part of a log stays known when the log has gone on, was rotated and removed", async () => {
   const grown = Array.from({ length: 40 }, (): Action[] => [
     { name: "burst", n: 199 },
@@ -56,41 +40,30 @@ test("a copy of a part of a log stays known when the log has gone on, was rotate
   expect(failure).toBeUndefined();
 });
 
-test("without a cursor, beside a receiver that knows nothing, killed and copied: an empty file has no name yet", async () => {
-  const failure = await runActions([
-    { name: "loseState", n: 375_731 },
-    { name: "write", n: 578_333 },
-    { name: "ship", n: 490_563 },
-    { name: "copytruncateWithHole", n: 578_677 },
-    { name: "kill", n: 349_307 },
-  ]);
-  expect(failure).toBeUndefined();
-});
+/** What made a shipper fail once: actions as model.ts prints them. */
+const FOUND: [title: string, actions: string][] = [
+  [
+    "a file that is cut below the place where its stream begins is settled once",
+    "burst 511309, sedInPlace 882355, forget 955265, away 0, write 850341, link 817247, write 720312, write 147553, sedInPlace 774987, cutTail 872027",
+  ],
+  [
+    "without a cursor, beside a receiver that knows nothing, killed and copied: an empty file has no name yet",
+    "loseState 375731, write 578333, ship 490563, copytruncateWithHole 578677, kill 349307",
+  ],
+  [
+    "an archive of an empty file that vanishes while it is open loses nothing",
+    "swapRotated 874708, copytruncate 808426, lateGzip 830719, loseState 565234, remove 382768",
+  ],
+  [
+    "what may be in an archive that is not complete yet is not told as lost",
+    "write 3, ship 0, away 0, write 3, ship 0, restart 0, rotate 0, releaseOld 0, here 0, lateGzip 0, wait 2",
+  ],
+];
 
-test("an archive of an empty file that vanishes while it is open loses nothing", async () => {
-  const failure = await runActions([
-    { name: "swapRotated", n: 874_708 },
-    { name: "copytruncate", n: 808_426 },
-    { name: "lateGzip", n: 830_719 },
-    { name: "loseState", n: 565_234 },
-    { name: "remove", n: 382_768 },
-  ]);
-  expect(failure).toBeUndefined();
-});
-
-test("what may be in an archive that is not complete yet is not told as lost", async () => {
-  const failure = await runActions([
-    { name: "write", n: 3 },
-    { name: "ship", n: 0 },
-    { name: "away", n: 0 },
-    { name: "write", n: 3 },
-    { name: "ship", n: 0 },
-    { name: "restart", n: 0 },
-    { name: "rotate", n: 0 },
-    { name: "releaseOld", n: 0 },
-    { name: "here", n: 0 },
-    { name: "lateGzip", n: 0 },
-    { name: "wait", n: 2 },
-  ]);
-  expect(failure).toBeUndefined();
+test.each(FOUND)("%s", async (_, text) => {
+  const actions = text.split(", ").map((action) => {
+    const [name, n] = action.split(" ");
+    return { name: name as Action["name"], n: Number(n) };
+  });
+  expect(await runActions(actions)).toBeUndefined();
 });
