@@ -84,9 +84,13 @@ export class Intents {
   /** One at a time: uploads that run side by side save, too. */
   #save(): Promise<void> {
     const save = async () => {
-      this.#stale = true; // until it is written: where it can't be, the next pass ends before anything is uploaded
-      await writeState(this.#path, { version: 1, intents: Object.fromEntries(this.#open) });
-      this.#stale = false;
+      this.#stale = false; // what is forgotten while it is being written is for the next save
+      try {
+        await writeState(this.#path, { version: 1, intents: Object.fromEntries(this.#open) });
+      } catch (error) {
+        this.#stale = true; // the next pass ends here before anything is uploaded
+        throw error;
+      }
     };
     this.#saving = this.#saving.catch(() => {}).then(save);
     return this.#saving;
