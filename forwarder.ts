@@ -23,7 +23,6 @@ import { Digests, formatVerified, verifyFolder } from "./lib/digest.ts";
 import {
   exists,
   failpoint,
-  findHolder,
   holdLock,
   makeFolder,
   moveAllDurably,
@@ -33,9 +32,8 @@ import {
   TEMP_SUFFIX,
   writeStream,
 } from "./lib/durable.ts";
-import { parseHost } from "./lib/host.ts";
 import { type Metric, writeMetrics } from "./lib/metrics.ts";
-import { appendReport, failReportPath, type ReportLine, readReportTail } from "./lib/report.ts";
+import { appendReport, failReportPath, type ReportLine } from "./lib/report.ts";
 import {
   commandOf,
   createFaultLog,
@@ -43,7 +41,6 @@ import {
   EXIT,
   errorMessage,
   type FaultLog,
-  formatDuration,
   HOUR,
   OperatorError,
   retryDelay,
@@ -53,11 +50,11 @@ import {
 } from "./lib/service.ts";
 import { FAULT_KINDS, type ForwarderState, forwarderStatePath, readForwarderState } from "./lib/signs.ts";
 import { writeState } from "./lib/state.ts";
-import { count } from "./lib/status.ts";
-import { formatTable, paint } from "./lib/table.ts";
 import { formatHours, parseHours, readHours } from "./lib/target/hours.ts";
 import { Intents } from "./lib/target/intents.ts";
-import { explainKey, openSftpTarget } from "./lib/target/sftp.ts";
+import { explainKey } from "./lib/target/login.ts";
+import { openSftpTarget } from "./lib/target/sftp.ts";
+import { formatStatus, readStatus } from "./lib/target/status.ts";
 import {
   measure,
   openContent,
@@ -832,66 +829,15 @@ async function leaveMetrics(forwarder: Forwarder, cycle: Cycle, started: number)
 
 /** `--status`; 1 when something is wrong. */
 async function printStatus(service: Service<"forwarder">): Promise<number> {
-  const status = await readStatus(service);
+  const { host } = service.flags;
+  const status = await readStatus(
+    service.config,
+    host === undefined ? undefined : String(host),
+    service.now(),
+  );
   const text = service.flags.json ? `${JSON.stringify(status)}\n` : formatStatus(status, service.now());
   process.stdout.write(text);
   return status.ok ? EXIT.done : EXIT.failed;
-}
-
-/** A queue without a forwarder is wrong when a batch waits for so long: one of `--once` comes and goes. */
-const STANDSTILL_MS = 600_000;
-
-/** The queue by host, what failed and why, the last success and the rate. */
-async function readStatus({ config, flags, now }: Service<"forwarder">) {
-  const all = folders(config.dir);
-  const state = await readForwarderState(config.dir);
-  const only = flags.host === undefined ? undefined : parseHost(String(flags.host));
-  const known = await listHosts(config.dir);
-  if (flags.host !== undefined && !known.includes(only ?? ""))
-    throw new OperatorError(`Sender ${flags.host} is not known in ${config.dir}`);
-  const hosts: { host: string; waiting: number; oldest?: string; since?: number | undefined }[] = [];
-  for (const host of known.filter((one) => only === undefined || one === only)) {
-    const [oldest, ...more] = await listBatches(all.host(host), "sealed");
-    const path = join(all.host(host), oldest ?? "");
-    const since = oldest === undefined ? undefined : lstatSync(path, { throwIfNoEntry: false })?.mtimeMs;
-    hosts.push({ host, waiting: oldest ? 1 + more.length : 0, ...(oldest && { oldest, since }) });
-  }
-  hosts.sort((a, b) => (a.since ?? now()) - (b.since ?? now()));
-  const failed = (await listBatches(all.failed, "sealed"))
-    .filter((batch) => only === undefined || parseBatchName(batch)?.host === dashedHost(only))
-    .map((batch) => ({
-      batch,
-      ...(state?.failed[batch] ?? { reason: "moved there by hand", nextAt: undefined }),
-    }));
-  const sent = (await readReportTail(config.report)).filter(({ status }) => status === "Sent");
-  const recent = sent.filter(({ at }) => at > now() - HOUR);
-  const lastHour = { batches: recent.length, lines: recent.reduce((sum, { lines }) => sum + lines, 0) };
-  const lastSent = sent.at(-1);
-  const fault = state?.fault;
-  const waits = now() - (hosts[0]?.since ?? now()) > Math.max(STANDSTILL_MS, 2000 * config.intervalSeconds);
-  const running = findHolder(join(config.dir, ".forwarder.lock")) !== undefined;
-  const ok = failed.length === 0 && !fault && (running || !(waits || state?.stays));
-  return { ok, running, hosts, failed, lastSent, lastHour, fault };
-}
-
-function formatStatus(status: Awaited<ReturnType<typeof readStatus>>, now: number): string {
-  const { ok, running, hosts, failed, lastSent, lastHour, fault } = status;
-  const rows = hosts.map(({ host, waiting, oldest = "-" }) => [host, String(waiting), oldest]);
-  const waiting = hosts.reduce((sum, host) => sum + host.waiting, 0);
-  const ago = (at: number) => formatDuration(Math.max(0, now - at));
-  const lines = [
-    ...(fault ? [paint(`held up for ${ago(fault.since)} (${fault.kind}): ${fault.text}`, true)] : []),
-    ...failed.map(({ batch, reason, nextAt }) => {
-      const again = nextAt === undefined ? "" : `, next try in ${formatDuration(Math.max(0, nextAt - now))}`;
-      return paint(`failed: ${batch}: ${reason}${again}`, true);
-    }),
-    ...(running ? [] : [paint("no forwarder is running: systemctl status log-rt-sync-forwarder", !ok)]),
-    ...(ok ? [paint(`ok, ${count(waiting, "batch waits", "batches wait")}`, false)] : []),
-    formatTable(["host", "waiting", "oldest"], rows, [1]).trimEnd(),
-    lastSent ? `last success: ${lastSent.batch}, ${ago(lastSent.at)} ago` : "last success: never",
-    `last hour: ${count(lastHour.batches, "batch", "batches")}, ${count(lastHour.lines, "line", "lines")}`,
-  ];
-  return `${lines.join("\n")}\n`;
 }
 
 /** `--hour`: what of a time was delivered, per host; 0 when all of it is. */

@@ -231,7 +231,10 @@ const forwarder = z
     intervalSeconds: seconds.default(60).describe("How often the queue is looked at"),
     retries: positiveInt.default(3).describe("Tries of a file before it goes to failed/"),
     retryDelaySeconds: secondsOrNone.default(5).describe("Wait between the tries of one pass"),
-    parallel: positiveInt.max(64).default(4).describe("Files at a time over the one connection"),
+    parallel: positiveInt
+      .max(64)
+      .default(4)
+      .describe("Files at a time over the one connection; in a long queue each on a channel of its own"),
     timeoutSeconds: seconds.default(30).describe("How long the server may take for one answer"),
     compress: z.enum(["none", "gzip"]).default("none").describe("gzip sends <batch>.log.gz"),
     upload: z

@@ -381,6 +381,56 @@ describe("flags", () => {
   });
 });
 
+describe("a long queue takes more than one channel", () => {
+  const QUEUE = 120;
+  const channelsOf = ({ asked }: HabitServer) => asked.filter((what) => what.startsWith("channel ")).length;
+  const fill = (site: Site) => Array.from({ length: QUEUE }, (_, hour) => site.seal(HOST, hour, `${hour}\n`));
+  const checkAll = async ({ server, site, names }: { server: HabitServer; site: Site; names: string[] }) => {
+    expect(namesOf(server)).toEqual(names);
+    for (const [hour, name] of names.entries())
+      expect(server.files.get(`/in/${name}`)?.toString()).toBe(`${hour}\n`);
+    expect(await site.list("sent")).toEqual(names);
+    expect(new Set(await site.report()).size).toBe(QUEUE);
+  };
+
+  const rows: [string, Habits, Record<string, unknown>, number][] = [
+    ["as many as parallel", {}, {}, 4],
+    ["one, when parallel is 1", {}, { parallel: 1 }, 1],
+    ["answers in any order", { shuffled: true }, {}, 4],
+    ["a file is known only by its name", { fstat: 2, statMissing: FAILURE }, {}, 4],
+    ["names are told to nobody", { statAlways: DENIED, list: DENIED, readable: true }, {}, 4],
+    ["written under its own name", { rename: () => UNSUPPORTED }, { upload: "direct" }, 4],
+    ["the next one is refused", { nextChannel: "refused" }, {}, 2],
+    ["the next one gives no SFTP", { nextChannel: "no subsystem" }, {}, 2],
+    ["the next one is never answered", { nextChannel: "silent" }, { timeoutSeconds: 1 }, 2],
+  ];
+  test.each(rows)("%s", async (_name, habits, more, channels) => {
+    const { server, site } = await makeHabitSite(habits, more);
+    const names = fill(site);
+    const { code, output } = await once(site);
+    expect(code, output).toBe(0);
+    await checkAll({ server, site, names });
+    expect(channelsOf(server)).toBe(channels);
+  });
+
+  test("a server that hangs up at the next one is not asked for it again", async () => {
+    const { server, site } = await makeHabitSite({ nextChannel: "cut" }, { intervalSeconds: 1 });
+    const names = fill(site);
+    const forwarder = startScript("forwarder", site.configFile);
+    const isThere = async () => (await site.list("sent")).length === QUEUE;
+    await until(`all are sent, but:\n${forwarder.output}`, isThere);
+    await checkAll({ server, site, names });
+    expect(channelsOf(server)).toBe(3); // two of the connection that was cut, one of the next
+  });
+
+  test("a short queue takes one", async () => {
+    const { server, site } = await makeHabitSite({});
+    for (let hour = 0; hour < 20; hour++) site.seal(HOST, hour, "x\n");
+    expect((await once(site)).code).toBe(0);
+    expect(channelsOf(server)).toBe(1);
+  });
+});
+
 describe("file://", () => {
   test("a sender's own folder is no target: nothing would be at the client", async () => {
     const folder = await tempFolder();

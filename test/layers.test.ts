@@ -62,7 +62,7 @@ const BREACHES: Record<string, [file: string, source: string, breach: string][]>
   "a main() has at most 40 lines": [
     ["housekeep.ts", `async function main() {\n${"  x();\n".repeat(39)}}`, "housekeep.ts main: 41"],
   ],
-  "a file has at most 760 lines": [["lib/lonely.ts", "x();\n".repeat(761), "lib/lonely.ts: 761"]],
+  "a file has at most 720 lines": [["lib/lonely.ts", "x();\n".repeat(721), "lib/lonely.ts: 721"]],
   "functions have the field's names": [
     ["lib/lonely.ts", "function tellFault() {\n}", "lib/lonely.ts tellFault"],
   ],

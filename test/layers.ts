@@ -42,12 +42,12 @@ const PLACES: [what: string, pattern: RegExp, where: RegExp][] = [
 
 const MOST_LINES_OF_A_FUNCTION = 60;
 const MOST_LINES_OF_A_MAIN = 40;
-const MOST_LINES_OF_A_FILE = 760;
+const MOST_LINES_OF_A_FILE = 720;
 
 /** Files in which too much has gathered, and what they must not grow beyond: a line goes when its file has found its nouns. */
 const LONG_FILES: Record<string, number> = {
   "shipper.ts": 995,
-  "forwarder.ts": 1017,
+  "forwarder.ts": 963,
   "receiver.ts": 874,
   "monitor.ts": 791,
   "lib/page.ts": 754,

@@ -404,6 +404,8 @@ export interface Habits {
   /** What a login needs, in this order; by default one password. */
   login?: ("publickey" | "password" | "keyboard-interactive")[];
   passwordExpired?: boolean;
+  /** What becomes of a connection's channel behind its first one. */
+  nextChannel?: "refused" | "silent" | "cut" | "no subsystem";
 }
 
 export interface HabitServer {
@@ -446,8 +448,16 @@ export async function startHabitServer(habits: Habits = {}): Promise<HabitServer
     client.on("error", () => {}).on("close", () => connections.delete(client));
     const done: string[] = [];
     client.on("authentication", (context) => authenticate(context, done, habits));
-    client.on("session", (accept) => {
-      accept().on("sftp", (acceptSftp) => serveHabits(acceptSftp(), host, () => client.end()));
+    let channels = 0;
+    client.on("session", (accept, reject) => {
+      host.asked.push(`channel ${++channels}`);
+      const habit = channels > 1 ? habits.nextChannel : undefined;
+      if (habit === "refused") reject();
+      else if (habit === "cut") client.end();
+      else if (habit !== "silent")
+        accept().on("sftp", (acceptSftp, rejectSftp) =>
+          habit ? rejectSftp() : serveHabits(acceptSftp(), host, () => client.end()),
+        );
     });
   });
   await new Promise<void>((resolve) => server.listen(port, "127.0.0.1", resolve));

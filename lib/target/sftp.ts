@@ -1,25 +1,22 @@
 /**
- * The only ssh2: logs in to a server whose key is trusted, opens one SFTP channel, and makes a Target of it. Every
- * wait ends: by an answer, by its time limit, by the signal, or with the connection.
+ * A Target of an SFTP server: one connection, whose requests all end, by an answer, by their time limit, by the signal
+ * or with the connection, and one channel or several, over which files are written.
  *
  * Servers differ, and a habit of one must not be taken for the fault of a file: sizes are asked by name after CLOSE
  * (object stores know a file only then), a missing file may be "denied", extensions may be offered and refused.
  */
-import { createHash } from "node:crypto";
-import { connect as connectTcp, type Socket } from "node:net";
+import type { Socket } from "node:net";
 import { posix } from "node:path";
-import type { AuthenticationType, Client, ConnectConfig, FileEntryWithStats, SFTPWrapper, Stats } from "ssh2";
-import ssh2 from "ssh2";
-import { type Config, readSecret } from "../config.ts";
+import type { Client, FileEntryWithStats, SFTPWrapper, Stats } from "ssh2";
+import type { Config } from "../config.ts";
 import { collectGarbage } from "../runtime.ts";
+import { logIn, plainText, type ServerAddress, serverOf } from "./login.ts";
 import { Refusal, type RemoteFile, type Target, TargetFault, tempName } from "./target.ts";
 
 /** Bytes of one file on their way at once: half of what a server of OpenSSH takes, for memory and caches. */
 const WINDOW_BYTES = 1_048_576;
 /** One read or write: every server takes it (draft-ietf-secsh-filexfer-02 section 3), and ssh2 sends it as one packet. */
 const BLOCK_BYTES = 31_952;
-/** So much is written to the socket at once, then it does not wait for more. */
-const GATHER_BYTES = 262_144;
 /** After so many bytes the packets that ssh2 made of them are collected. */
 const COLLECT_BYTES = 4_194_304;
 /** A slow disk or line: what closes, syncs or renames a file, and what is on its way, gets a second more for so many bytes. */
@@ -27,18 +24,10 @@ const SLOW_DISK = 4 * 1024 * 1024;
 const SLOW_LINE = 65_536;
 /** A connection on which bytes come but no answer is given up after so many times the limit. */
 const PATIENCE = 10;
-/** Of a server's own words so many characters are told. */
-const TOLD_CHARACTERS = 200;
+/** So many files of a connection go over its one channel before more are asked for: most passes need none. */
+const ALONE = 32;
 /** Pages of a listing that are read at most, to look for one name. */
 const LISTING_PAGES = 1000;
-
-/** Weak algorithms that ssh2 still offers; its others are taken. */
-const WEAK = {
-  kex: ["diffie-hellman-group-exchange-sha1", "diffie-hellman-group14-sha1", "diffie-hellman-group1-sha1"],
-  serverHostKey: ["ssh-dss", "ssh-rsa"],
-  cipher: ["3des-cbc", "aes128-cbc", "aes192-cbc", "aes256-cbc", "blowfish-cbc", "cast128-cbc", "arcfour"],
-  hmac: ["hmac-md5", "hmac-md5-96", "hmac-sha1-96", "hmac-ripemd160", "hmac-sha2-256-96", "hmac-sha2-512-96"],
-};
 
 const STATUS = { eof: 1, noSuchFile: 2, permissionDenied: 3, failure: 4, unsupported: 8 } as const;
 
@@ -51,15 +40,6 @@ class StatusRefusal extends Refusal {
   }
 }
 
-/** A server's words as one short line without signs of control. */
-function plainText(text: string): string {
-  const line = text
-    .slice(0, 4 * TOLD_CHARACTERS)
-    .replace(/[\p{C}\u2028\u2029]+/gu, " ")
-    .trim();
-  return line.length > TOLD_CHARACTERS ? `${line.slice(0, TOLD_CHARACTERS)}…` : line;
-}
-
 /** Logs in and opens the SFTP channel. Throws a TargetFault that says which of the steps failed. */
 export async function openSftpTarget(config: Config["forwarder"], signal: AbortSignal): Promise<Target> {
   const server = serverOf(config);
@@ -67,8 +47,8 @@ export async function openSftpTarget(config: Config["forwarder"], signal: AbortS
   const connection = new Connection(client, socket, server, signal);
   try {
     const sftp = await connection.ask<SFTPWrapper>("start SFTP", (done) => client.sftp(done));
-    sftp.on("error", connection.lost).on("close", connection.lost).on("end", connection.lost);
-    return new SftpTarget(sftp, connection, server.folder, config.upload === "direct");
+    const first = new SftpTarget(sftp, connection, config.upload === "direct");
+    return new Channels(first, connection, config.parallel);
   } catch (cause) {
     const fault =
       cause instanceof TargetFault && cause.kind !== "connection"
@@ -77,271 +57,6 @@ export async function openSftpTarget(config: Config["forwarder"], signal: AbortS
     connection.end(fault);
     throw signal.aborted ? cause : fault;
   }
-}
-
-// ---- login
-
-interface ServerAddress {
-  host: string;
-  port: number;
-  /** `host:port`, for messages. */
-  at: string;
-  folder: string;
-  timeoutMs: number;
-  hostKeys: string[];
-  login: ConnectConfig;
-  /** What we have to log in with, by the names that servers use. */
-  methods: AuthenticationType[];
-}
-
-function serverOf(config: Config["forwarder"]): ServerAddress {
-  const url = new URL(config.target);
-  const host = url.hostname.replace(/^\[|\]$/g, "");
-  const port = Number(url.port || 22);
-  const { password, privateKey, passphrase, agent, hostKey = [] } = config;
-  return {
-    host,
-    port,
-    at: `${host}:${port}`,
-    // as in curl: /~/in is in the login's home, /in at the root that the server shows
-    folder: decodeURIComponent(url.pathname).replace(/^\/~(\/|$)/, "./") || "/",
-    timeoutMs: config.timeoutSeconds * 1000,
-    hostKeys: hostKey.map((text) => text.replace(/=+$/, "")),
-    login: {
-      username: decodeURIComponent(url.username),
-      ...(password && { password: readSecret(password) }),
-      ...(privateKey && { privateKey: readSecret(privateKey) }),
-      ...(passphrase && { passphrase: readSecret(passphrase) }),
-      ...(agent && { agent }),
-    },
-    methods: [
-      ...(privateKey ? (["publickey"] as const) : []),
-      ...(agent ? (["agent"] as const) : []),
-      ...(password ? (["password", "keyboard-interactive"] as const) : []),
-    ],
-  };
-}
-
-/** `SHA256:…` as ssh-keygen -l prints it. */
-function fingerprint(key: Uint8Array): string {
-  return `SHA256:${createHash("sha256").update(key).digest("base64").replace(/=+$/, "")}`;
-}
-
-/** The type that a host key's wire form begins with, for example `ssh-ed25519`. */
-function keyType(key: Buffer): string {
-  return key.length < 4 ? "" : key.toString("latin1", 4, 4 + key.readUInt32BE(0));
-}
-
-/** What is seen of a login on its way, for the words in which it failed. */
-interface LoginTrace {
-  refusedKey?: string;
-  /** The methods that the server takes, as it said last. */
-  takes: string[];
-  partly: boolean;
-  expired: boolean;
-  /** What the server offers of each kind of algorithm. */
-  offers: string[];
-}
-
-/** One login. Listening to what the server offers slows every packet down, so it is done only to explain a failure. */
-async function logIn(
-  server: ServerAddress,
-  signal: AbortSignal,
-): Promise<{ client: Client; socket: Socket }> {
-  const trace: LoginTrace = { takes: [], partly: false, expired: false, offers: [] };
-  try {
-    return await connect(server, trace, signal, false);
-  } catch (error) {
-    if (!disagreement(error as Error)) throw loginFault(server, trace, error as Error);
-    const again = await connect(server, trace, signal, true).catch((second: Error) => second);
-    if (again instanceof Error) throw loginFault(server, trace, again);
-    return again;
-  }
-}
-
-function connect(
-  server: ServerAddress,
-  trace: LoginTrace,
-  signal: AbortSignal,
-  listen: boolean,
-): Promise<{ client: Client; socket: Socket }> {
-  const { host, port, timeoutMs, login, hostKeys } = server;
-  return new Promise((resolve, reject) => {
-    const client = new ssh2.Client();
-    const socket = connectTcp({ host, port, noDelay: true });
-    const settle = () => {
-      signal.removeEventListener("abort", onAbort);
-      clearTimeout(timer);
-      client.removeListener("close", onClose);
-    };
-    const failed = (error: Error) => {
-      settle();
-      socket.destroy();
-      reject(error);
-    };
-    const onAbort = () => failed(new Error("stopped"));
-    const onClose = () => failed(new Error("the server closed the connection"));
-    const timer = setTimeout(() => failed(new Error(whyNoLogin(socket, timeoutMs))), timeoutMs);
-    signal.addEventListener("abort", onAbort, { once: true });
-    socket.on("error", () => {}); // ssh2 tells it, unless the connection was given up before
-    gatherWrites(socket);
-    client.on("error", failed).on("close", onClose); // a late error must find a listener: it stays
-    client.on("change password", () => {
-      trace.expired = true;
-      failed(Object.assign(new Error("the password has expired"), { level: "client-authentication" }));
-    });
-    client.on("ready", () => {
-      settle();
-      resolve({ client, socket });
-    });
-    const options = {
-      sock: socket,
-      ...login,
-      readyTimeout: timeoutMs,
-      keepaliveInterval: 0, // answers and their time limits tell of life; some servers answer no keepalive
-      algorithms: Object.fromEntries(Object.entries(WEAK).map(([kind, remove]) => [kind, { remove }])),
-      authHandler: createAuthHandler(server, trace),
-      hostVerifier: (key: Buffer) => {
-        if (!hostKeys.includes(fingerprint(key))) trace.refusedKey = `${keyType(key)} ${fingerprint(key)}`;
-        return trace.refusedKey === undefined;
-      },
-      ...(listen && { debug: (text: string) => trace.offers.push(text) }),
-    };
-    if (signal.aborted) return onAbort();
-    try {
-      client.connect(options as unknown as ConnectConfig);
-    } catch (error) {
-      // thrown for a private key that cannot be read
-      failed(Object.assign(error as Error, { level: "client-authentication" }));
-    }
-  });
-}
-
-function whyNoLogin(socket: Socket, limitMs: number): string {
-  const limit = `${limitMs / 1000} s`;
-  if (socket.connecting) return `no connection within ${limit}: look at the address, at routes and firewalls`;
-  if (socket.bytesRead === 0)
-    return `connected, and not a word within ${limit}: what listens there may not be SSH; look at the port`;
-  return `no login within ${limit}`;
-}
-
-/**
- * ssh2 writes a packet in pieces: those of one turn of the event loop go to the kernel together, from a buffer that is
- * used again when they are written: fresh memory for each would cost more than all else here.
- */
-function gatherWrites(socket: Socket): void {
-  const write = socket.write.bind(socket) as (data: Uint8Array, done: () => void) => boolean;
-  const spare: Buffer[] = [];
-  let gathered: Buffer = Buffer.allocUnsafeSlow(GATHER_BYTES);
-  let bytes = 0;
-  const flush = () => {
-    if (bytes === 0) return;
-    const full = gathered;
-    write(full.subarray(0, bytes), () => spare.push(full));
-    gathered = spare.pop() ?? Buffer.allocUnsafeSlow(GATHER_BYTES);
-    bytes = 0;
-  };
-  socket.write = ((data: Uint8Array) => {
-    for (let from = 0; from < data.length; ) {
-      if (bytes === 0) setImmediate(flush);
-      const part = data.subarray(from, from + GATHER_BYTES - bytes);
-      gathered.set(part, bytes);
-      bytes += part.length;
-      from += part.length;
-      if (bytes === GATHER_BYTES) flush();
-    }
-    return true;
-  }) as typeof socket.write;
-}
-
-/**
- * The methods that we have, each once, those that the server asks for first; after a partial success (key *and*
- * password) its new list is followed. "none" is asked first: the answer to it says what the server takes.
- */
-function createAuthHandler({ methods, login }: ServerAddress, trace: LoginTrace) {
-  const left: AuthenticationType[] = [...methods];
-  let asked = false;
-  return (takes: AuthenticationType[] | null, partly: boolean | null) => {
-    if (takes && takes.length > 0) trace.takes = takes;
-    if (partly) trace.partly = true;
-    if (!asked) {
-      asked = true;
-      return "none";
-    }
-    const wireName = (method: string) => (method === "agent" ? "publickey" : method);
-    const at = left.findIndex((method) => !takes || takes.includes(wireName(method) as AuthenticationType));
-    const [method] = at < 0 ? [] : left.splice(at, 1);
-    if (method !== "keyboard-interactive") return method ?? false;
-    return {
-      type: method,
-      username: login.username,
-      prompt: (
-        ...[, , , prompts, finish]: [string, string, string, unknown[], (answers: string[]) => void]
-      ) => finish(prompts.map(() => String(login.password ?? ""))),
-    };
-  };
-}
-
-/** What could not be agreed on: `key exchange algorithm`, `C->S cipher`, … */
-function disagreement(error: Error): string | undefined {
-  return /no matching (.*)$/.exec(error.message)?.[1];
-}
-
-/** What went wrong before the login was done, in words that say whom to ask. */
-function loginFault(
-  server: ServerAddress,
-  trace: LoginTrace,
-  error: Error & { level?: string },
-): TargetFault {
-  const { at, host, port, login, methods } = server;
-  if (trace.refusedKey) {
-    const text = `Refused the host key of ${at}: it shows ${trace.refusedKey}, which hostKey does not list. See all of its keys with: ssh-keyscan -p ${port} ${host} | ssh-keygen -lf -   If the server's owner has changed the key, change the config; else someone may stand between`;
-    return new TargetFault("host key", text);
-  }
-  const who = `Cannot log in at ${at} as "${login.username}"`;
-  if (trace.expired)
-    return new TargetFault("login", `${who}: its password has expired; the server's owner sets a new one`);
-  if (error.level === "client-authentication" || error.level === "agent") {
-    const keyFault = login.privateKey && explainKey(String(login.privateKey), login.passphrase as string);
-    if (keyFault) return new TargetFault("login", `${who}: ${keyFault}`);
-    if (trace.takes.length === 0) return new TargetFault("login", who, { cause: error });
-    const offered = methods.map((method) => (method === "agent" ? "publickey (agent)" : method)).join(", ");
-    const partly = trace.partly ? "a part was accepted; for the rest " : "";
-    const key = login.privateKey
-      ? publicHalf(String(login.privateKey), login.passphrase as string | undefined)
-      : "";
-    const text = `${who}: all authentication methods failed: we have ${offered}; ${partly}the server takes ${trace.takes.map(plainText).join(", ")}${key}`;
-    return new TargetFault("login", text, error.level === "agent" ? { cause: error } : {});
-  }
-  const topic = disagreement(error);
-  if (!topic) return new TargetFault("connection", `Cannot connect to ${at}`, { cause: error });
-  // ssh2 names two of the topics otherwise in what it lists
-  const listed = topic.replace("key exchange algorithm", "KEX method").replace("host key", "Host key");
-  const offer = trace.offers
-    .find((text) => text.startsWith(`Handshake: (remote) ${listed}: `))
-    ?.split(": ")[2];
-  const text = `Cannot agree with ${at} on a ${topic}: it offers only ${plainText(offer ?? "others")}`;
-  return new TargetFault("connection", text, { cause: error });
-}
-
-/** What is wrong with a private key, without a word of it; undefined when it can be used. */
-export function explainKey(privateKey: string, passphrase: string | undefined): string | undefined {
-  const key = ssh2.utils.parseKey(privateKey, passphrase);
-  if (!(key instanceof Error))
-    return key.isPrivateKey()
-      ? undefined
-      : "it is a public key: name the private half, the file without .pub";
-  if (/no passphrase/.test(key.message)) return "the key has a passphrase: set forwarder.passphrase";
-  if (passphrase !== undefined && /passphrase|decrypt|integrity/i.test(key.message))
-    return "forwarder.passphrase does not open the key";
-  return "it is no private key in OpenSSH or PEM form";
-}
-
-/** The line that has to stand in the account's authorized_keys; it is no secret. */
-function publicHalf(privateKey: string, passphrase: string | undefined): string {
-  const key = ssh2.utils.parseKey(privateKey, passphrase);
-  if (key instanceof Error) return "";
-  return `. The line for its authorized_keys, the public half of privateKey: ${key.type} ${key.getPublicSSH().toString("base64")}`;
 }
 
 // ---- connection
@@ -357,8 +72,8 @@ interface Request {
 
 /** The connection and its requests, which all end: by their answer, or with the fault that ended the connection. */
 class Connection {
+  readonly server: ServerAddress;
   readonly #client: Client;
-  readonly #server: ServerAddress;
   readonly #signal: AbortSignal;
   readonly #inFlight = new Set<Request>();
   readonly #watch: ReturnType<typeof setInterval>;
@@ -371,7 +86,7 @@ class Connection {
 
   constructor(client: Client, socket: Socket, server: ServerAddress, signal: AbortSignal) {
     this.#client = client;
-    this.#server = server;
+    this.server = server;
     this.#signal = signal;
     this.#watch = setInterval(() => this.#checkLimits(), Math.min(1000, server.timeoutMs / 4));
     signal.addEventListener("abort", this.#onAbort, { once: true });
@@ -386,7 +101,7 @@ class Connection {
   ask<T>(what: string, send: (done: Done<T>) => unknown, slowBytes = 0): Promise<T> {
     return new Promise((resolve, reject) => {
       if (this.#over) return reject(this.#over);
-      const limitMs = this.#server.timeoutMs + (1000 * slowBytes) / SLOW_DISK;
+      const limitMs = this.server.timeoutMs + (1000 * slowBytes) / SLOW_DISK;
       const request: Request = { what, startedAt: Date.now(), limitMs, reject };
       this.#inFlight.add(request);
       const done: Done<T> = (error, value) => {
@@ -407,6 +122,17 @@ class Connection {
         if (!isMissing) reject(error);
       }
     });
+  }
+
+  /** Asks for one more channel, without a wait or a limit: `given` is called when there is one. */
+  openChannel(given: (sftp: SFTPWrapper) => void): void {
+    try {
+      this.#client.sftp((error, sftp) => {
+        if (!error && !this.#over) given(sftp);
+      });
+    } catch {
+      // thrown when the connection is over: what is asked next is told
+    }
   }
 
   /** What is on its way gets time for its bytes, and leaves garbage of several times as many behind. */
@@ -439,7 +165,7 @@ class Connection {
   /** Ends the connection because of what happened on it. */
   readonly lost = (cause?: unknown): void => {
     const options = cause instanceof Error ? { cause } : {};
-    this.end(new TargetFault("connection", `The connection to ${this.#server.at} was lost`, options));
+    this.end(new TargetFault("connection", `The connection to ${this.server.at} was lost`, options));
   };
 
   /** Ends the connection; all that is in flight, and all that comes, is rejected with the fault. */
@@ -454,6 +180,77 @@ class Connection {
   }
 }
 
+// ---- channels
+
+/** So many channels a server gives, by `host:port`: one that refused the next, hung up or said nothing is not asked again. */
+const GIVEN = new Map<string, number>();
+
+/**
+ * The files of a long queue take turns on several channels: OpenSSH serves each by a process of its own, which stands
+ * still while a file is put on its disk. What is asked about a name goes over the first one; a file is renamed over
+ * that which wrote it. Nobody waits for a channel: a server that gives no more is as fast as it was.
+ */
+class Channels implements Target {
+  readonly direct: boolean;
+  readonly #first: SftpTarget;
+  readonly #open: SftpTarget[];
+  readonly #writers = new Map<string, SftpTarget>();
+  readonly #connection: Connection;
+  readonly #most: number;
+  #uploads = 0;
+
+  constructor(first: SftpTarget, connection: Connection, most: number) {
+    this.direct = first.direct;
+    this.#first = first;
+    this.#open = [first];
+    this.#connection = connection;
+    this.#most = most;
+  }
+
+  /** One after the other, as long as they are given. */
+  #openMore(): void {
+    const { at } = this.#connection.server;
+    const most = Math.min(this.#most, GIVEN.get(at) ?? this.#most);
+    const { length } = this.#open;
+    if (length >= most) return;
+    GIVEN.set(at, length);
+    this.#connection.openChannel((sftp) => {
+      GIVEN.set(at, most);
+      this.#open.push(new SftpTarget(sftp, this.#connection, this.direct));
+      this.#openMore();
+    });
+  }
+
+  async upload(name: string, chunks: AsyncIterable<Uint8Array>, onWritten?: () => void): Promise<void> {
+    if (++this.#uploads === ALONE) this.#openMore();
+    const writer = this.#open[this.#uploads % this.#open.length] ?? this.#first;
+    await writer.upload(name, chunks, onWritten);
+    this.#writers.set(name, writer);
+  }
+
+  async publish(name: string, bytes: number): Promise<void> {
+    const writer = this.#writers.get(name) ?? this.#first;
+    this.#writers.delete(name);
+    await writer.publish(name, bytes);
+  }
+
+  stat(name: string): Promise<RemoteFile | undefined> {
+    return this.#first.stat(name);
+  }
+
+  read(name: string, most: number): AsyncIterable<Uint8Array> {
+    return this.#first.read(name, most);
+  }
+
+  remove(name: string): Promise<void> {
+    return this.#first.remove(name);
+  }
+
+  close(): void {
+    this.#first.close();
+  }
+}
+
 // ---- files
 
 class SftpTarget implements Target {
@@ -463,14 +260,17 @@ class SftpTarget implements Target {
   readonly #folder: string;
   /** The most bytes that one write may have: fewer where the server says so. */
   readonly #writeBytes: number;
+  /** A file that was closed has told its size by its name: the next ones are not asked before they are closed. */
+  #namesTell = false;
   // Until the server refuses: its config may forbid what it offers.
   #syncs = true;
   #renamesAsPosix = true;
 
-  constructor(sftp: SFTPWrapper, connection: Connection, folder: string, direct: boolean) {
+  constructor(sftp: SFTPWrapper, connection: Connection, direct: boolean) {
+    sftp.on("error", connection.lost).on("close", connection.lost).on("end", connection.lost);
     this.#sftp = sftp;
     this.#connection = connection;
-    this.#folder = folder;
+    this.#folder = connection.server.folder;
     this.direct = direct;
     const { _maxWriteLen: most = BLOCK_BYTES } = sftp as unknown as { _maxWriteLen?: number };
     this.#writeBytes = Math.max(1024, Math.min(BLOCK_BYTES, most));
@@ -489,9 +289,9 @@ class SftpTarget implements Target {
       const bytes = await this.#writeAll(path, handle, chunks);
       onWritten();
       // Not one after the other: the server keeps the order, and each answer is looked at.
-      const early = this.#ask<Stats>(`look at "${path}"`, (done) => this.#sftp.fstat(handle, done)).catch(
-        ifRefused,
-      );
+      const early = this.#namesTell
+        ? undefined
+        : this.#ask<Stats>(`look at "${path}"`, (done) => this.#sftp.fstat(handle, done)).catch(ifRefused);
       const synced = this.#sync(path, handle, bytes);
       closed = true;
       const close = this.#close(path, handle, bytes);
@@ -499,7 +299,10 @@ class SftpTarget implements Target {
         ifRefused,
       );
       const [stats, , , named] = await Promise.all([early, noRoom(synced), noRoom(close), atOnce]);
-      if (named?.size === bytes) return;
+      if (named?.size === bytes) {
+        this.#namesTell = true;
+        return;
+      }
       // Some know a file only after CLOSE. What the open file said counts only where names are told to nobody.
       const found = await this.stat(written);
       const size = found?.bytes ?? (this.#isBlind ? stats?.size : undefined);
