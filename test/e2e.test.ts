@@ -3,7 +3,6 @@
  * and are killed in mid-flow, OpenSSH serves a chrooted sftp-only account, a mail server takes the mails.
  */
 import { describe, expect, test } from "bun:test";
-import { execFileSync } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { mkdir, writeFile } from "node:fs/promises";
@@ -20,7 +19,17 @@ import {
   startSmtp,
   startSshd,
 } from "./servers.ts";
-import { freePort, missing, notRoot, ROOT, type Running, start, tempFolder, until } from "./support.ts";
+import {
+  denoPath,
+  freePort,
+  missing,
+  notRoot,
+  ROOT,
+  type Running,
+  start,
+  tempFolder,
+  until,
+} from "./support.ts";
 
 const HOST = "10.10.21.181";
 const SCRIPTS: Section[] = ["shipper", "receiver", "forwarder", "monitor", "housekeep"];
@@ -41,13 +50,6 @@ const onDeno: Runtime = (name) => {
   const [, ...args] = String(tasks[name]).split(" ");
   return { command: denoPath(), args };
 };
-
-/** Deno itself: what lies in .bin is a wrapper, whose end by kill -9 would leave Deno running. */
-function denoPath(): string {
-  const path = join(ROOT, "node_modules", "deno", "deno");
-  if (!existsSync(path)) execFileSync(join(ROOT, "node_modules", ".bin", "deno"), ["--version"]); // unpacks it
-  return path;
-}
 
 const skip = notRoot() || missing({ ...PACKAGES.nginx, ...PACKAGES.logrotate, ...PACKAGES.sshd });
 

@@ -2,7 +2,7 @@
 import { expect, test } from "bun:test";
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { missing, onCleanup, ROOT, selfSigned, start, tempFolder } from "./support.ts";
+import { denoPath, missing, onCleanup, ROOT, selfSigned, start, tempFolder } from "./support.ts";
 
 /** Runs a text as a program beside the project's own files. */
 async function run(code: string, env: Record<string, string>): Promise<string> {
@@ -33,6 +33,46 @@ test("fetchWith() follows neither proxies of the environment nor redirects, and 
   );
   expect(output).toBe(`for ${url}/\n302\nfor http://elsewhere.example/x\n`);
 });
+
+test.each([
+  ["Bun", [process.execPath, "run"]],
+  ["Deno", [denoPath(), "run", "--allow-all", "--no-lock"]],
+])(
+  "a body is copied as fetchWith()() is called, by %s: the shipper reads into its memory again",
+  async (_name, [command = "", ...args]) => {
+    const body = (size: number) => Buffer.from(Array.from({ length: size }, (_, i) => (i * 7 + size) & 0xff));
+    const sizes = [1, 5000, 65_536, 1_048_576, 4_000_000];
+    const isWhole = new Map<string, boolean>();
+    const server = Bun.serve({
+      port: 0,
+      hostname: "127.0.0.1",
+      fetch: async (request) => {
+        const got = await request.bytes();
+        isWhole.set(new URL(request.url).pathname, Buffer.compare(got, body(got.length)) === 0);
+        return new Response("taken");
+      },
+    });
+    onCleanup(() => server.stop(true));
+    const file = join(await tempFolder(), "try.ts");
+    await writeFile(
+      file,
+      `import { fetchWith } from ${JSON.stringify(join(ROOT, "lib/runtime.ts"))};
+    const memory = new Uint8Array(4_000_100);
+    for (const size of ${JSON.stringify(sizes)}) {
+      for (let i = 0; i < size; i++) memory[50 + i] = i * 7 + size;
+      const answer = fetchWith({})("http://127.0.0.1:${server.port}/" + size, {
+        method: "POST",
+        body: memory.subarray(50, 50 + size),
+      });
+      memory.fill(0xee);
+      console.log(await (await answer).text());
+    }`,
+    );
+    const program = start(command, [...args, file], { cwd: ROOT });
+    expect(await program.ended, program.output).toBe(0);
+    expect(Object.fromEntries(isWhole)).toEqual(Object.fromEntries(sizes.map((size) => [`/${size}`, true])));
+  },
+);
 
 test.skipIf(missing({ openssl: "openssl" }))(
   "fetchWith() checks certificates whatever the environment says",

@@ -141,6 +141,13 @@ export function startScript(
   });
 }
 
+/** Deno itself: what lies in .bin is a wrapper, whose end by kill -9 would leave Deno running. */
+export function denoPath(): string {
+  const path = join(ROOT, "node_modules", "deno", "deno");
+  if (!existsSync(path)) execFileSync(join(ROOT, "node_modules", ".bin", "deno"), ["--version"]); // unpacks it
+  return path;
+}
+
 /** Runs one of the scripts to its end. */
 export async function runScriptOnce(
   name: Section,

@@ -236,15 +236,15 @@ function parseStreams(text: string, host: string, names?: string[]): StreamStatu
 }
 
 /**
- * The body as it goes over the wire; small ones are not worth the work. In place, some milliseconds per MiB while the
+ * The body as it goes over the wire: a view of what was read, of which fetch() takes a copy as it is called (Fetch
+ * standard, "extract a body"), or compressed; small ones are not worth the work. In place, some milliseconds per MiB while the
  * last chunk is in flight: a thread would need memory of its own, and costs more than it saves.
  */
 export function encodeBody(
   body: Uint8Array<ArrayBuffer>,
   compression: Config["shipper"]["compression"],
 ): Pick<EncodedChunk, "body" | "encoding"> {
-  if (compression === "none" || body.length < COMPRESS_FROM)
-    return { body: new Uint8Array(body), encoding: "identity" };
+  if (compression === "none" || body.length < COMPRESS_FROM) return { body, encoding: "identity" };
   const encoded =
     compression === "gzip"
       ? gzipSync(body, { level: 1 })
@@ -257,11 +257,11 @@ export function encodeBody(
 }
 
 /**
- * Gives the memory of a body that was answered back at once: the collector would let many of them pile up. Small ones may
- * share the runtime's pool with others, and stay.
+ * Gives the memory of a compressed body that was answered back at once: the collector would let many of them pile up.
+ * Small ones may share the runtime's pool with others, and stay.
  */
-function release({ body }: EncodedChunk): void {
-  if (body.buffer.byteLength >= 65_536) body.buffer.transfer(0);
+function release({ body, encoding }: EncodedChunk): void {
+  if (encoding !== "identity" && body.buffer.byteLength >= 65_536) body.buffer.transfer(0);
 }
 
 function parseOffset(response: Response): number | undefined {
