@@ -331,6 +331,7 @@ const ACTIONS = {
     if (!existsSync(to) || world.half.has(world.fd) || world.truncated || world.old !== undefined) return;
     if (statSync(from).size < 1024) return;
     await pass(world);
+    if (statSync(to).size === 0) return; // what comes into an empty log that is followed is new (README)
     for (const line of undelivered(world, to)) world.destroyed.add(line);
     if (undelivered(world, from).length > 0) return;
     copyFileSync(from, to);
