@@ -423,6 +423,20 @@ describe("a long queue takes more than one channel", () => {
     expect(channelsOf(server)).toBe(3); // two of the connection that was cut, one of the next
   });
 
+  test("a pass that ends before the answer does not speak for the next one", async () => {
+    const { server, site } = await makeHabitSite({ nextChannel: "silent" }, { intervalSeconds: 1 });
+    const first = fill(site);
+    const forwarder = startScript("forwarder", site.configFile);
+    const areSent = (names: string[]) => async () =>
+      (await site.list("sent")).length === names.length && (await site.report()).length === names.length;
+    await until(`the first are sent, but:\n${forwarder.output}`, areSent(first));
+    expect(channelsOf(server)).toBe(2);
+    delete server.habits.nextChannel;
+    const more = Array.from({ length: QUEUE }, (_, hour) => site.seal("10.10.21.182", hour, `${hour}\n`));
+    await until(`all are sent, but:\n${forwarder.output}`, areSent([...first, ...more]));
+    expect(channelsOf(server)).toBeGreaterThan(2 + 2);
+  });
+
   test("a short queue takes one", async () => {
     const { server, site } = await makeHabitSite({});
     for (let hour = 0; hour < 20; hour++) site.seal(HOST, hour, "x\n");

@@ -124,11 +124,15 @@ class Connection {
     });
   }
 
-  /** Asks for one more channel, without a wait or a limit: `given` is called when there is one. */
-  openChannel(given: (sftp: SFTPWrapper) => void): void {
+  get isOver(): boolean {
+    return this.#over !== undefined;
+  }
+
+  /** Asks for one more channel, without a wait or a limit: `answered` is told whether there is one. */
+  openChannel(answered: (sftp: SFTPWrapper | undefined) => void): void {
     try {
       this.#client.sftp((error, sftp) => {
-        if (!error && !this.#over) given(sftp);
+        if (!this.#over) answered(error ? undefined : sftp);
       });
     } catch {
       // thrown when the connection is over: what is asked next is told
@@ -182,7 +186,7 @@ class Connection {
 
 // ---- channels
 
-/** So many channels a server gives, by `host:port`: one that refused the next, hung up or said nothing is not asked again. */
+/** So many channels a server gives, by `host:port`: one that refused the next, or hung up at it, is not asked for it again. */
 const GIVEN = new Map<string, number>();
 
 /**
@@ -198,6 +202,8 @@ class Channels implements Target {
   readonly #connection: Connection;
   readonly #most: number;
   #uploads = 0;
+  /** Takes back what is noted of a question that has no answer yet. */
+  #unask: () => unknown = () => {};
 
   constructor(first: SftpTarget, connection: Connection, most: number) {
     this.direct = first.direct;
@@ -210,12 +216,15 @@ class Channels implements Target {
   /** One after the other, as long as they are given. */
   #openMore(): void {
     const { at } = this.#connection.server;
-    const most = Math.min(this.#most, GIVEN.get(at) ?? this.#most);
+    const known = GIVEN.get(at);
     const { length } = this.#open;
-    if (length >= most) return;
-    GIVEN.set(at, length);
+    if (length >= Math.min(this.#most, known ?? this.#most)) return;
+    GIVEN.set(at, length); // should it hang up, or say no
+    this.#unask = () => (known === undefined ? GIVEN.delete(at) : GIVEN.set(at, known));
     this.#connection.openChannel((sftp) => {
-      GIVEN.set(at, most);
+      if (sftp) this.#unask();
+      this.#unask = () => {};
+      if (!sftp) return;
       this.#open.push(new SftpTarget(sftp, this.#connection, this.direct));
       this.#openMore();
     });
@@ -247,6 +256,7 @@ class Channels implements Target {
   }
 
   close(): void {
+    if (!this.#connection.isOver) this.#unask(); // it was us who did not wait
     this.#first.close();
   }
 }
