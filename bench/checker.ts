@@ -69,6 +69,8 @@ const MOST_EXAMPLES = 25;
 const UNTIMED = "  continued ";
 /** What was under way at a loss is written for so long. */
 const KILLED_MS = 2_000;
+/** For so long at most a batch is reported and not in sent/ yet: the disk is full, or the forwarder is down. */
+const STUCK_MS = 60_000;
 
 interface Batch {
   name: string;
@@ -115,7 +117,8 @@ export function checkDelivery(folder: string, writers: Written[], around: Circum
   const seen: Seen = { first, repeats: new Map(), lives: new Map(), last: new Map() };
   const lengths = new Map<string, number>();
   const told = report === undefined ? undefined : readReport(report, fault);
-  for (const batch of listDelivery(folder, told, around, fault)) {
+  const moved = readMoves(around.forwarderLog);
+  for (const batch of listDelivery(folder, told, moved, around, fault)) {
     const isJudged = batch.host !== hostile;
     const lines = checkBatch(join(folder, batch.name), batch, writers, isJudged ? seen : undefined, fault);
     lengths.set(batch.name, lines);
@@ -126,7 +129,7 @@ export function checkDelivery(folder: string, writers: Written[], around: Circum
   if (server !== undefined) noteOpen(server, seen);
   verdict.again = judgeRepeats(seen, writers, around, fault);
   for (const [w, times] of first.entries()) findMissing(w, times, fault);
-  if (told) checkReport(folder, told, lengths, around, fault);
+  if (told) checkReport(folder, told, moved, lengths, around, fault);
   return verdict;
 }
 
@@ -137,10 +140,14 @@ type Fault = (kind: FaultKind, text: string, count?: number) => void;
 function listDelivery(
   folder: string,
   told: Told | undefined,
+  moved: Map<string, number>,
   { losses = [] }: Circumstances,
   fault: Fault,
 ): Batch[] {
   const batches: Batch[] = [];
+  // Reported, but not moved to sent/ before the loss (full disk, kill): the receiver did not know it as delivered.
+  const isStuck = (name: string, at: number) =>
+    moved.size > 0 && !moved.has(name) && losses.some((loss) => loss >= at && loss <= at + STUCK_MS);
   for (const name of readdirSync(folder)) {
     if (DIGEST.test(name)) continue; // forwarder --verify looks at them
     const named = statSync(join(folder, name)).ctimeMs;
@@ -149,7 +156,9 @@ function listDelivery(
     if (window === undefined || host === undefined) fault("stray", name);
     else {
       const reported = told ? (told.get(name)?.[0]?.at ?? Number.POSITIVE_INFINITY) : 0;
-      batches.push({ name, window, host, part: Number(part ?? 1), at: Math.max(named, reported) });
+      const known = Math.max(named, reported, moved.get(name) ?? 0);
+      const at = isStuck(name, known) ? Number.POSITIVE_INFINITY : known;
+      batches.push({ name, window, host, part: Number(part ?? 1), at });
     }
   }
   const order = (a: Batch, b: Batch) =>
@@ -314,21 +323,27 @@ function readReport(report: string, fault: Fault): Told {
   return told;
 }
 
+/** When the forwarder had each batch in sent/, by its log. */
+function readMoves(forwarderLog = ""): Map<string, number> {
+  const log = existsSync(forwarderLog) ? readFileSync(forwarderLog, "utf8") : "";
+  const lines = log.matchAll(/^(\S+) info batch delivered batch=(\S+)/gm);
+  return new Map([...lines].map(([, at = "", name = ""]) => [name, Date.parse(at)]));
+}
+
 /** Every delivered batch has one line `time | name | lines=n | status=Sent`, and no other has one. */
 function checkReport(
   folder: string,
   told: Told,
+  moved: Map<string, number>,
   lengths: Map<string, number>,
-  { losses = [], forwarderLog = "" }: Circumstances,
+  { losses = [] }: Circumstances,
   fault: Fault,
 ): void {
-  const log = existsSync(forwarderLog) ? readFileSync(forwarderLog, "utf8") : "";
-  const logged = new Set([...log.matchAll(/ batch delivered batch=(\S+)/g)].map(([, name]) => name));
   for (const [name, lines] of lengths) {
     const own = told.get(name) ?? [];
     if (own.length === 1 && own[0]?.lines === lines) continue;
     const named = statSync(join(folder, name)).ctimeMs;
-    const isLost = !logged.has(name) && losses.some((loss) => named <= loss + KILLED_MS);
+    const isLost = !moved.has(name) && losses.some((loss) => named <= loss + KILLED_MS);
     if (own.length === 0 && isLost) continue;
     const counts = own.map((entry) => entry.lines).join(", ");
     fault("misreported", `${name} has ${lines} lines, told: ${counts || "nothing"}`);

@@ -170,6 +170,20 @@ describe("checkDelivery() after the loss of a folder", () => {
       twice: 2,
     });
   });
+  test("a batch that was reported, and was not in sent/ when the folder was lost, was not delivered", async () => {
+    const files: [string, string][] = [
+      [NAME, a + b],
+      [CLOCK, a + b + c + d],
+    ];
+    const forwarderLog = join(await tempFolder(), "forwarder.log");
+    const log = (name: string) =>
+      writeFileSync(forwarderLog, `2026-11-22T06:45:01.000Z info batch delivered batch=${name} lines=2\n`);
+    const loss = ([at, next]: number[]) => [between(at, next)];
+    log(CLOCK);
+    expect(await count(files, loss, { forwarderLog })).toEqual({ again: 2, ...zeros });
+    log(NAME);
+    expect(await count(files, loss, { forwarderLog })).toMatchObject({ again: 0, twice: 2 });
+  });
   test("leaves out the batches of a hostile host, and digests", async () => {
     const folder = await tempFolder();
     writeFileSync(join(folder, NAME), a + b + c + d, "latin1");
