@@ -233,7 +233,7 @@ export async function startPipeline(options: PipelineOptions): Promise<Pipeline>
 async function firstLines(folders: string[]): Promise<void> {
   const hasBatch = (folder: string) =>
     existsSync(folder) && readdirSync(folder).some((name) => name.includes(".log"));
-  for (const deadline = Date.now() + 30_000; !folders.every(hasBatch); ) {
+  for (const deadline = Date.now() + 120_000; !folders.every(hasBatch); ) {
     if (Date.now() > deadline)
       throw new Error(`The pipeline did not start: no lines in ${folders.join(", ")}`);
     await new Promise((resolve) => setTimeout(resolve, 50));
