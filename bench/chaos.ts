@@ -13,7 +13,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { type Adversary, type Outage, unleash } from "./adversary.ts";
-import { checkDelivery, type Verdict } from "./checker.ts";
+import { checkDelivery, KILLED_MS, type Verdict } from "./checker.ts";
 import type { Mail } from "./mailbox.ts";
 import { HEARTBEAT_SECONDS, type Pipeline, startPipeline, unmountDisk } from "./pipeline.ts";
 import { createRandom } from "./random.ts";
@@ -198,7 +198,7 @@ function verifyFolder(client: string, server: string, losses: number[]): string[
     if (kind !== "extra") return kind !== undefined;
     const path = join(client, name);
     const at = statSync(path).ctimeMs;
-    if (losses.some((loss) => at < loss)) return false;
+    if (losses.some((loss) => at <= loss + KILLED_MS)) return false;
     const ofHour = `${name.split("_", 2).join("_")}.`;
     const digests = files.filter((file) => file.endsWith(".sha256") && file.startsWith(ofHour));
     const made = Math.max(0, ...digests.map((file) => statSync(join(lists, file)).mtimeMs));

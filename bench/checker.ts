@@ -68,7 +68,7 @@ const MOST_EXAMPLES = 25;
 /** How a line without a timestamp begins. */
 const UNTIMED = "  continued ";
 /** What was under way at a loss is written for so long. */
-const KILLED_MS = 2_000;
+export const KILLED_MS = 2_000;
 /** For so long at most a batch is reported and not in sent/ yet: the disk is full, or the forwarder is down. */
 const STUCK_MS = 60_000;
 
