@@ -2,7 +2,9 @@ import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { execFileSync, spawnSync } from "node:child_process";
 import { mkdir, readdir, readFile, rename, stat, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { Readable } from "node:stream";
 import { formatRecord, LEDGER_VERSION } from "../lib/ledger.ts";
+import { openSftpTarget } from "../lib/target/sftp.ts";
 import { makeSite, type Site } from "./backends.ts";
 import { HABIT_PASSWORD, type HabitServer, type Habits, startHabitServer } from "./servers.ts";
 import { accessLine, missing, runScriptOnce, startScript, tempFolder, until } from "./support.ts";
@@ -421,6 +423,19 @@ describe("a long queue takes more than one channel", () => {
     await until(`all are sent, but:\n${forwarder.output}`, isThere);
     await checkAll({ server, site, names });
     expect(channelsOf(server)).toBe(3); // two of the connection that was cut, one of the next
+  });
+
+  test("more than before when parallel is raised: a server that gave all is asked for more", async () => {
+    const { server, site } = await makeHabitSite({});
+    for (const [parallel, channels] of [
+      [2, 2],
+      [4, 2 + 4],
+    ] as const) {
+      const target = await openSftpTarget({ ...site.config, parallel }, new AbortController().signal);
+      for (let i = 0; i < 32; i++) await target.upload(`${parallel}-${i}`, Readable.from([Buffer.from("x")]));
+      await until(`${channels} channels`, () => channelsOf(server) === channels);
+      target.close();
+    }
   });
 
   test("a pass that ends before the answer does not speak for the next one", async () => {

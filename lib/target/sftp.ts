@@ -216,11 +216,11 @@ class Channels implements Target {
   /** One after the other, as long as they are given. */
   #openMore(): void {
     const { at } = this.#connection.server;
-    const known = GIVEN.get(at);
+    const known = GIVEN.get(at) ?? Number.POSITIVE_INFINITY;
     const { length } = this.#open;
-    if (length >= Math.min(this.#most, known ?? this.#most)) return;
+    if (length >= Math.min(this.#most, known)) return;
     GIVEN.set(at, length); // should it hang up, or say no
-    this.#unask = () => (known === undefined ? GIVEN.delete(at) : GIVEN.set(at, known));
+    this.#unask = () => GIVEN.set(at, known);
     this.#connection.openChannel((sftp) => {
       if (sftp) this.#unask();
       this.#unask = () => {};
