@@ -671,8 +671,7 @@ export function createProbe(target: Target): () => Promise<string> {
     const name = `log-rt-sync-probe-${crypto.randomUUID().slice(0, 8)}`;
     const content = Buffer.from("log-rt-sync looks whether files are taken here; this one may be deleted\n");
     await target.upload(name, Readable.from([content]));
-    await target.publish(name, content.length).catch(async (error) => {
-      await target.remove(tempName(name)).catch(() => {});
+    await target.publish(name, content.length).catch((error) => {
       if (!(error instanceof Refusal)) throw error;
       const hint = 'A server that can\'t rename takes files with "upload": "direct"';
       throw new TargetFault("server", `The server refuses every rename. ${hint}`, { cause: error });

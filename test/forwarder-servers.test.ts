@@ -100,7 +100,8 @@ describe("one clear message, nobody's file is blamed", () => {
   test.each([DENIED, FAILURE, UNSUPPORTED])(
     "no rename (status %d): the message names the option",
     async (status) => {
-      const { output } = await held({ rename: () => status });
+      const { server, output } = await held({ rename: () => status });
+      expect(namesOf(server)).toEqual([]); // also once it is "direct" nothing of ours is left there
       expect(output).toContain("The server refuses every rename");
       expect(output).toContain('\\"upload\\": \\"direct\\"');
     },

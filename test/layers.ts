@@ -47,7 +47,7 @@ const MOST_LINES_OF_A_FILE = 720;
 /** Files in which too much has gathered, and what they must not grow beyond: a line goes when its file has found its nouns. */
 const LONG_FILES: Record<string, number> = {
   "shipper.ts": 995,
-  "forwarder.ts": 963,
+  "forwarder.ts": 962,
   "receiver.ts": 874,
   "monitor.ts": 791,
   "lib/page.ts": 754,

@@ -432,7 +432,13 @@ class SftpTarget implements Target {
 
   async publish(name: string, bytes: number): Promise<void> {
     if (this.direct) return;
-    const [from, to] = [this.#path(tempName(name)), this.#path(name)];
+    await this.#rename(this.#path(tempName(name)), this.#path(name), bytes).catch(async (error) => {
+      if (error instanceof StatusRefusal) await this.remove(tempName(name)).catch(() => {}); // some delete nothing
+      throw error;
+    });
+  }
+
+  async #rename(from: string, to: string, bytes: number): Promise<void> {
     const what = `rename "${from}" to "${to}"`;
     if (this.#renamesAsPosix) {
       try {

@@ -28,8 +28,8 @@ export interface Target {
    */
   upload(name: string, chunks: AsyncIterable<Uint8Array>, onWritten?: () => void): Promise<void>;
   /**
-   * Renames the temp file of `bytes` bytes to `name`. The caller has looked that there is no such file: some targets
-   * replace it. With `direct` there is nothing to do.
+   * Renames the temp file of `bytes` bytes to `name`; where that is refused, the temp file goes. The caller has looked that
+   * there is no such file: some targets replace it. With `direct` there is nothing to do.
    */
   publish(name: string, bytes: number): Promise<void>;
   /** The file of this name, or undefined when there is none. */
@@ -87,7 +87,13 @@ export async function openFileTarget(folder: string, { direct = false } = {}): P
     direct,
     upload: (name, chunks) => writeWhole(written(name), chunks),
     publish: async (name) => {
-      if (!direct) await wrapError(`rename to "${path(name)}"`, moveDurably(written(name), path(name)));
+      if (direct) return;
+      await wrapError(`rename to "${path(name)}"`, moveDurably(written(name), path(name))).catch(
+        async (error) => {
+          if (error instanceof Refusal) await rm(written(name), { force: true }).catch(() => {});
+          throw error;
+        },
+      );
     },
     stat: (name) => wrapError(`look at "${path(name)}"`, statFile(path(name))),
     read: (name, most) => atMost(readChunks(path(name)), most),
