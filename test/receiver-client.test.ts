@@ -35,11 +35,12 @@ test("fetchWith() follows neither proxies of the environment nor redirects, and 
 });
 
 test.each([
-  ["Bun", [process.execPath, "run"]],
-  ["Deno", [denoPath(), "run", "--allow-all", "--no-lock"]],
+  ["Bun", () => [process.execPath, "run"]],
+  ["Deno", () => [denoPath(), "run", "--allow-all", "--no-lock"]], // unpacked by its own test alone
 ])(
   "a body is copied as fetchWith()() is called, by %s: the shipper reads into its memory again",
-  async (_name, [command = "", ...args]) => {
+  async (_name, runtime) => {
+    const [command = "", ...args] = runtime();
     const body = (size: number) => Buffer.from(Array.from({ length: size }, (_, i) => (i * 7 + size) & 0xff));
     const sizes = [1, 5000, 65_536, 1_048_576, 4_000_000];
     const isWhole = new Map<string, boolean>();
