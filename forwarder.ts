@@ -200,7 +200,7 @@ export interface Delivery {
   at: number;
   /** Has its report line already. */
   reported: boolean;
-  /** Why it was refused. */
+  /** Why the last try failed. */
   error?: unknown;
 }
 
@@ -520,7 +520,7 @@ class DeliveryPass {
       if (!this.#target.direct) await each(fresh(), (one) => this.#meetExisting(one));
       // one whose line is written keeps its intention: by the time in it the line is known again
       await intents.add(
-        group.filter(({ step, reported }) => step !== "refused" && !reported),
+        group.filter(({ step, reported }) => (step === "uploaded" || step === "renamed") && !reported),
         now(),
       );
       failpoint("forward:intent");
@@ -528,8 +528,9 @@ class DeliveryPass {
         await this.#target.publish(one.remote, one.bytes);
         one.step = "renamed";
       });
-      const refused = group.filter(({ step }) => step === "refused");
-      if (refused.length > 0) await intents.cancel(...refused.map(({ batch }) => batch));
+      // The server says no, to whichever name: not renamed. Of a rename without an answer the intention stays.
+      const denied = group.filter(({ step, error }) => step !== "renamed" && error instanceof Refusal);
+      if (denied.length > 0) await intents.cancel(...denied.map(({ batch }) => batch));
       failpoint("forward:renamed");
 
       const renamed = group.filter(({ step }) => step === "renamed");
@@ -619,6 +620,8 @@ class DeliveryPass {
       this.fault ??= fault;
       if (one.step === "queued" && (fault.kind === "server" || fault.kind === "connection"))
         later[one.batch] = (later[one.batch] ?? 0) + 1;
+      // Whatever it waited for: it is not renamed in this pass. A no of a server that then went silent proves nothing.
+      Object.assign(one, { step: "queued", error: fault.kind === "server" ? error : fault });
     }
   }
 
@@ -828,12 +831,7 @@ async function leaveMetrics(forwarder: Forwarder, cycle: Cycle, started: number)
 
 /** `--status`; 1 when something is wrong. */
 async function printStatus(service: Service<"forwarder">): Promise<number> {
-  const { host } = service.flags;
-  const status = await readStatus(
-    service.config,
-    host === undefined ? undefined : String(host),
-    service.now(),
-  );
+  const status = await readStatus(service.config, service.flags.host?.toString(), service.now());
   const text = service.flags.json ? `${JSON.stringify(status)}\n` : formatStatus(status, service.now());
   process.stdout.write(text);
   return status.ok ? EXIT.done : EXIT.failed;

@@ -100,10 +100,11 @@ describe("one clear message, nobody's file is blamed", () => {
   test.each([DENIED, FAILURE, UNSUPPORTED])(
     "no rename (status %d): the message names the option",
     async (status) => {
-      const { server, output } = await held({ rename: () => status });
+      const { server, site, output } = await held({ rename: () => status });
       expect(namesOf(server)).toEqual([]); // also once it is "direct" nothing of ours is left there
       expect(output).toContain("The server refuses every rename");
       expect(output).toContain('\\"upload\\": \\"direct\\"');
+      expect((await once(site)).output).not.toContain("uploaded again"); // nothing was renamed
     },
   );
 
@@ -197,6 +198,19 @@ describe("one file alone", () => {
     const { code, output } = await once(site);
     expect(code, output).toBe(0);
     expect(await site.report()).toEqual([`${name} | lines=2000 | status=Sent`]);
+  });
+
+  test("a name that can't be compared, at a server that takes nothing more: it is not written over", async () => {
+    const create = (path: string) => (path.includes("probe") ? FAILURE : undefined);
+    const { server, site } = await makeHabitSite({ readable: false, remove: () => DENIED, create });
+    const name = site.seal(HOST, 1, text);
+    server.files.set(`/in/${name}`, Buffer.from(text.replace("GET", "PUT"))); // of the same size
+    const { code, output } = await once(site);
+    expect(code, output).toBe(1);
+    expect(output).toContain("held up");
+    expect(server.asked.filter((what) => what.startsWith("rename"))).toEqual([]);
+    expect(await site.report()).toEqual([]);
+    expect(await site.list(HOST)).toEqual([name]);
   });
 
   test("storage that is away after a cut at the rename: nothing is Sent that is not there", async () => {
