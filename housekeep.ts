@@ -45,7 +45,7 @@ import {
   ifMissing,
   moveDurably,
   removeDurably,
-  syncFile,
+  syncPath,
   TEMP_SUFFIX,
 } from "./lib/durable.ts";
 import { type Metric, writeMetrics } from "./lib/metrics.ts";
@@ -430,7 +430,7 @@ async function writeGzip(
     await keepOwner(temp, uid, gid);
     await chmod(temp, mode & 0o777);
     await utimes(temp, mtimeMs / 1000, mtimeMs / 1000);
-    await syncFile(temp);
+    await syncPath(temp);
     const inside = await readGzip(temp, signal);
     if (inside === undefined || !sameContent(inside, original)) {
       throw new Error(`Cannot write "${temp}": it reads back differently, expected ${original.bytes} bytes`);

@@ -22,7 +22,7 @@ import {
 } from "node:fs";
 import { type FileHandle, mkdir, open, readFile, rename, rm } from "node:fs/promises";
 import { dirname } from "node:path";
-import { giveTo, tryLock } from "./runtime.ts";
+import { giveTo, type Lock, tryLock } from "./runtime.ts";
 import { OperatorError, wait } from "./service.ts";
 
 /** The ending of every temp file of ours; housekeeping removes stale ones by it. */
@@ -50,9 +50,8 @@ export async function writeDurably(
   mode = 0o640,
 ): Promise<void> {
   const temp = path + TEMP_SUFFIX;
-  await rm(temp, { force: true }); // what waits there may be a link to somewhere else
-  const { O_WRONLY, O_CREAT, O_EXCL, O_NOFOLLOW } = constants;
-  const file = await open(temp, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
+  await rm(temp, { force: true });
+  const file = await open(temp, "wx", mode); // x: never through a link that waits there
   try {
     const old = lstatSync(path, { throwIfNoEntry: false });
     const isFile = old?.isFile() === true; // the mode of a link is everybody's
@@ -66,25 +65,20 @@ export async function writeDurably(
   }
   failpoint("durable:written");
   await rename(temp, path);
-  await syncFolder(dirname(path));
+  await syncPath(dirname(path));
+}
+
+/** Moves one file, as {@link moveAllDurably} does many. */
+export function moveDurably(from: string, to: string): Promise<void> {
+  return moveAllDurably([{ from, to }]);
 }
 
 /**
- * Renames `from` to `to` on the same file system and syncs both folders.
+ * Renames each `from` to its `to` on the same file system and syncs their folders, each once. All or some of the moves
+ * are done when it throws; which, the folders tell.
  *
  * Never replaces a file: rename(2) would do so silently. The check before it is enough because every folder
- * has one process that puts files into it (ledger and forwarder lock). Throws when `to` exists.
- */
-export async function moveDurably(from: string, to: string): Promise<void> {
-  if (await exists(to)) throw new Error(`Cannot move "${from}": "${to}" exists already`);
-  await rename(from, to);
-  await syncFolder(dirname(to));
-  if (dirname(from) !== dirname(to)) await syncFolder(dirname(from));
-}
-
-/**
- * The same for many files, each folder synced once. All or some of the moves are done when it throws; which,
- * the folders tell.
+ * has one process that puts files into it (ledger and forwarder lock). Throws when a `to` exists.
  */
 export async function moveAllDurably(moves: { from: string; to: string }[]): Promise<void> {
   const changed = new Set<string>();
@@ -95,14 +89,14 @@ export async function moveAllDurably(moves: { from: string; to: string }[]): Pro
       changed.add(dirname(to)).add(dirname(from));
     }
   } finally {
-    for (const folder of changed) await syncFolder(folder);
+    for (const folder of changed) await syncPath(folder);
   }
 }
 
 /** Removes a file and syncs its folder; a file that is gone already is not an error. */
 export async function removeDurably(path: string): Promise<void> {
   await rm(path, { force: true });
-  await syncFolder(dirname(path));
+  await syncPath(dirname(path));
 }
 
 /**
@@ -126,7 +120,7 @@ export async function appendDurably(path: string, lines: string): Promise<void> 
     }
     if (size === 0) {
       giveTo(file.fd, dirname(path));
-      await syncFolder(dirname(path));
+      await syncPath(dirname(path));
     }
   } finally {
     await file.close();
@@ -163,8 +157,7 @@ export async function writeStream(
   chunks: AsyncIterable<Uint8Array>,
 ): Promise<{ written: number; size: number }> {
   await rm(path, { force: true });
-  const { O_WRONLY, O_CREAT, O_EXCL, O_NOFOLLOW } = constants;
-  const file = await open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0o666);
+  const file = await open(path, "wx", 0o666);
   try {
     const written = await writeAll(file, chunks);
     await file.sync();
@@ -185,7 +178,7 @@ export async function makeFolder(path: string, mode = 0o750): Promise<void> {
   if (first === undefined) return;
   // The units' umask lets the group's bits through; where an operator's does not, they are set.
   if (isShared && (statSync(path).mode & 0o070) !== 0o070) chmodSync(path, wanted | 0o2000);
-  await syncFolder(dirname(first));
+  await syncPath(dirname(first));
 }
 
 /**
@@ -206,23 +199,13 @@ export function setTime(path: string, ms: number): void {
   }
 }
 
-/** Puts what was written to the file at `path`, content and times, on stable storage. */
-export async function syncFile(path: string): Promise<void> {
+/** Puts a file's content and times, or the names in a folder (created, renamed, removed), on stable storage. */
+export async function syncPath(path: string): Promise<void> {
   const file = await open(path, "r");
   try {
     await file.sync();
   } finally {
     await file.close();
-  }
-}
-
-/** Makes the names in a folder (created, renamed, removed) survive a power loss. */
-export async function syncFolder(path: string): Promise<void> {
-  const folder = await open(path === "" ? "." : path, "r");
-  try {
-    await folder.sync();
-  } finally {
-    await folder.close();
   }
 }
 
@@ -255,7 +238,7 @@ export class LockedError extends OperatorError {}
  * The kernel holds the lock itself, so that it ends with its process even after kill -9; the process id in the file is
  * only for people to read.
  */
-export async function holdLock(path: string, what: string): Promise<{ release: () => void }> {
+export async function holdLock(path: string, what: string): Promise<Lock> {
   const lock = await tryLock(path).catch((error) => {
     throw new OperatorError(error.message);
   });
@@ -272,7 +255,7 @@ export async function holdLock(path: string, what: string): Promise<{ release: (
 }
 
 /** Takes a lock that nobody holds for long. Throws a LockedError when that takes longer than `patienceMs`. */
-export async function waitForLock(path: string, patienceMs: number): Promise<{ release: () => void }> {
+export async function waitForLock(path: string, patienceMs: number): Promise<Lock> {
   const deadline = Date.now() + patienceMs;
   for (;;) {
     const lock = await tryLock(path);

@@ -224,6 +224,11 @@ export function giveTo(fd: number, folder: string, like = folder): void {
   if (isShared && (own.mode & 0o060) === 0o040) fchmodSync(fd, (own.mode & 0o777) | 0o020);
 }
 
+/** What its holder lets go. */
+export interface Lock {
+  release: () => void;
+}
+
 const LOCK_EXCLUSIVE_NONBLOCKING = 2 | 4; // flock(2): LOCK_EX | LOCK_NB
 
 /**
@@ -231,7 +236,7 @@ const LOCK_EXCLUSIVE_NONBLOCKING = 2 | 4; // flock(2): LOCK_EX | LOCK_NB
  * the end of the process, however that comes: nothing is left to clean up by hand.
  * Returns undefined when another process has it.
  */
-export async function tryLock(path: string): Promise<{ release: () => void } | undefined> {
+export async function tryLock(path: string): Promise<Lock | undefined> {
   if (deno) {
     const file = deno.openSync(path, { create: true, read: true, write: true });
     if (file.tryLockSync(true)) return { release: () => file.close() };
@@ -261,15 +266,15 @@ function isLocked(result: number, path: string): boolean {
   throw Object.assign(new Error(`Cannot lock ${path}: ${why}`), { code: name });
 }
 
-interface Locks {
+interface LockCalls {
   flock: (fd: number, operation: number) => number;
   fcntl: (fd: number, command: number, lock: Uint8Array) => number;
   errno: () => number;
 }
-let locks: Locks | undefined;
+let locks: LockCalls | undefined;
 
 /** flock(2) and fcntl(2) are in neither `node:fs` nor Bun's own API, so they are called in the C library. */
-async function loadLocks(): Promise<Locks> {
+async function loadLocks(): Promise<LockCalls> {
   const library = await openLibrary({
     flock: { args: ["i32", "i32"], returns: "i32" },
     fcntl: { args: ["i32", "i32", "ptr"], returns: "i32" },
@@ -277,8 +282,8 @@ async function loadLocks(): Promise<Locks> {
   });
   const { read } = await import(FFI);
   return {
-    flock: library.flock as Locks["flock"],
-    fcntl: library.fcntl as Locks["fcntl"],
+    flock: library.flock as LockCalls["flock"],
+    fcntl: library.fcntl as LockCalls["fcntl"],
     errno: () => read.i32((library[ERRNO] as () => number)()),
   };
 }
@@ -298,7 +303,7 @@ export class NameLocks {
   }
 
   /** Undefined when another process has it, or another object of this one. */
-  async take(name: string): Promise<{ release: () => void } | undefined> {
+  async take(name: string): Promise<Lock | undefined> {
     if (deno || platform() !== "linux") return tryLock(`${this.#path}-${name}`);
     locks ??= await loadLocks();
     if (this.#fd < 0) {

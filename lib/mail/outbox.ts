@@ -13,7 +13,7 @@ import { dirname, join } from "node:path";
 import { z } from "zod";
 import { type Config, readSecret } from "../config.ts";
 import { failpoint, LockedError, makeFolder, waitForLock } from "../durable.ts";
-import { fetchWith } from "../runtime.ts";
+import { fetchWith, type Lock } from "../runtime.ts";
 import { DAY, errorMessage, HOUR, type Log, MINUTE } from "../service.ts";
 import { monitorNewsSchema } from "../signs.ts";
 import { readState, writeState } from "../state.ts";
@@ -227,7 +227,7 @@ export class StateStore {
   }
 
   /** Undefined where no lock can be made: an alert that comes twice is better than none. */
-  async #lock(): Promise<{ release: () => void } | undefined> {
+  async #lock(): Promise<Lock | undefined> {
     try {
       await makeFolder(dirname(this.#path));
       return await waitForLock(`${this.#path}.lock`, LOCK_PATIENCE_MS);

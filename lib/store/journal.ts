@@ -17,7 +17,7 @@ import { join } from "node:path";
 import { promisify } from "node:util";
 import { crc32 } from "node:zlib";
 import type { Encoding } from "../chunk.ts";
-import { failpoint, removeDurably, syncFolder } from "../durable.ts";
+import { failpoint, removeDurably, syncPath } from "../durable.ts";
 import type { StreamRecord } from "../ledger.ts";
 
 const SEGMENT_BYTES = 64 * 1024 * 1024;
@@ -206,7 +206,7 @@ export class Journal {
     const path = segmentPath(this.#dir, this.id, n);
     const fd = await openInPool(path, "w", 0o660);
     try {
-      await syncFolder(this.#dir);
+      await syncPath(this.#dir);
     } catch (error) {
       closeSync(fd);
       throw error;

@@ -18,7 +18,7 @@ import {
   moveDurably,
   readIfExists,
   removeDurably,
-  syncFile,
+  syncPath,
   writeDurably,
 } from "../durable.ts";
 import {
@@ -296,7 +296,7 @@ async function replayJournal(dir: string, id: string, paths: string[], log: Log)
       noteEntry(place.ledger, entry, id);
     }
     for (const place of places.values()) {
-      for (const path of place.dirty) await ifMissing(syncFile(path));
+      for (const path of place.dirty) await ifMissing(syncPath(path));
       await writeDurably(join(place.folder, LEDGER), formatRecord(snapshot(place.ledger)));
     }
   } finally {

@@ -21,8 +21,7 @@ import {
   ifMissing,
   moveAllDurably,
   removeDurably,
-  syncFile,
-  syncFolder,
+  syncPath,
   writeDurably,
 } from "../durable.ts";
 import { formatRecord, type Ledger, noteSealed, type StreamRecord, snapshot, useUpName } from "../ledger.ts";
@@ -618,8 +617,8 @@ export class Sender implements Place {
     this.dirty.clear();
     this.isDirty = false;
     try {
-      for (const path of paths) await ifMissing(syncFile(path)); // removed by hand: told at the next line
-      if (paths.length > 0) await syncFolder(folder);
+      for (const path of paths) await ifMissing(syncPath(path)); // removed by hand: told at the next line
+      if (paths.length > 0) await syncPath(folder);
       failpoint("checkpoint:synced");
       await writeDurably(join(folder, LEDGER), text, 0o660);
     } catch (error) {
