@@ -19,6 +19,7 @@ import {
   readIfExists,
   removeDurably,
   syncPath,
+  waitForLock,
   writeDurably,
 } from "../durable.ts";
 import {
@@ -33,8 +34,8 @@ import {
   readLedger,
   snapshot,
 } from "../ledger.ts";
-import { type NameLocks, tryLock } from "../runtime.ts";
-import { type Log, OperatorError, wait } from "../service.ts";
+import { type Lock, type NameLocks, tryLock } from "../runtime.ts";
+import { type Log, OperatorError } from "../service.ts";
 import { type Entry, journalLock, listJournals, type Run, readJournal } from "./journal.ts";
 
 const PIECE = ".piece-";
@@ -103,15 +104,19 @@ function writeFull(fd: number, bytes: Uint8Array, position: number): void {
   }
 }
 
-/** What a chunk's entry is written into. */
-export interface Place {
+/** A sender's folder, and what is known of it. */
+interface SenderFolder {
+  host: string;
   folder: string;
   ledger: Ledger;
+  log: Log;
+}
+
+/** What a chunk's entry is written into. */
+export interface Place extends SenderFolder {
   parts: Parts;
   /** Paths that were written since they were synced. */
   dirty: Set<string>;
-  /** Told of acknowledged bytes that are gone. */
-  lose: (file: string, bytes: number) => void;
 }
 
 /**
@@ -127,10 +132,7 @@ export async function writeEntry(place: Place, entry: Entry, body: Uint8Array): 
       await nextTick();
       givenWayAt = performance.now();
     }
-    const path = join(place.folder, withState(run.batch, "open"));
-    const open = place.ledger.open.get(run.batch);
-    const end = await writeRun(place, path, run, open?.bytes ?? 0, entry, body);
-    if (open && end < run.at) open.bytes = Math.min(open.bytes, end);
+    await writeRun(place, run, entry, body);
   }
   if (!entry.piece) return;
   const path = join(place.folder, pieceName(entry.stream, entry.state.pieceFrom));
@@ -139,24 +141,21 @@ export async function writeEntry(place: Place, entry: Entry, body: Uint8Array): 
   writeFull(fd, body.subarray(entry.piece.from, entry.piece.to), Math.min(entry.piece.at, size));
 }
 
-/** Gives where the part ended before the run. */
-async function writeRun(
-  place: Place,
-  path: string,
-  run: Run,
-  committed: number,
-  entry: Entry,
-  body: Uint8Array,
-): Promise<number> {
+/** A batch whose part ended before the run is as long as that from now on. */
+async function writeRun(place: Place, run: Run, entry: Entry, body: Uint8Array): Promise<void> {
+  const path = join(place.folder, withState(run.batch, "open"));
   const { fd, size } = place.parts.at(path);
-  if (size < Math.min(committed, run.at)) place.lose(run.batch, Math.min(committed, run.at) - size);
+  const open = place.ledger.open.get(run.batch);
+  const committed = Math.min(open?.bytes ?? 0, run.at);
+  if (size < committed) loseBytes(place, run.batch, committed - size);
   let at = Math.min(run.at, size);
   place.dirty.add(path);
   if (run.piece) {
-    const piece = join(place.folder, pieceName(entry.stream, run.piece.from));
+    const name = pieceName(entry.stream, run.piece.from);
+    const piece = join(place.folder, name);
     const held = place.parts.at(piece).size;
     if (held < run.piece.length) {
-      place.lose(piece.slice(place.folder.length + 1), run.piece.length - held);
+      loseBytes(place, name, run.piece.length - held);
       run.piece.length = held; // as it is noted, too: the line is what is left of it, without a hole
     }
     const block = Buffer.allocUnsafe(Math.min(COPY_BYTES, run.piece.length));
@@ -169,21 +168,15 @@ async function writeRun(
     }
   }
   writeFull(run.piece ? place.parts.at(path).fd : fd, body.subarray(run.from, run.to), at);
-  return Math.min(run.at, size);
+  if (open && size < run.at) open.bytes = Math.min(open.bytes, size);
 }
 
 /** Notes an entry that was written. `journal` is the one that it stands in. */
 export function noteEntry(ledger: Ledger, entry: Entry, journal: string): void {
   for (const run of entry.runs) {
     if (isUsedUp(ledger, run.batch)) continue;
-    const batch: OpenBatch = ledger.open.get(run.batch) ?? {
-      bytes: 0,
-      lines: 0,
-      endsAt: 0,
-      at: 0,
-      firstAt: entry.at,
-      lowest: {},
-    };
+    const none: OpenBatch = { bytes: 0, lines: 0, endsAt: 0, at: 0, firstAt: entry.at, lowest: {} };
+    const batch = ledger.open.get(run.batch) ?? none;
     if (run.at === 0) Object.assign(batch, { bytes: 0, lines: 0 }); // its first lines, perhaps once more
     batch.bytes = endOfRun(run, batch);
     batch.lines += run.lines;
@@ -240,15 +233,10 @@ export function decodeBody({ encoding }: Entry, body: Uint8Array): Uint8Array {
  * Replays every journal whose process is dead, and removes it: what its records say is in synced parts and ledgers then.
  * Rule: whoever has taken a host's lock does this, under the folder's one lock, before it touches the host.
  */
-export async function replayJournals(
-  dir: string,
-  own: string,
-  log: Log,
-  signal?: AbortSignal,
-): Promise<void> {
+export async function replayJournals(dir: string, own: string, log: Log): Promise<void> {
   const others = () => [...listJournals(dir)].filter(([id]) => id !== own);
   if (others().length === 0) return;
-  const lock = await lockPatiently(join(dir, ".journal.lock"), signal);
+  const lock = await waitForLock(join(dir, ".journal.lock"), Number.POSITIVE_INFINITY);
   try {
     for (const [id, paths] of others()) {
       const dead = await tryLock(journalLock(dir, id));
@@ -262,15 +250,6 @@ export async function replayJournals(
     }
   } finally {
     lock.release();
-  }
-}
-
-async function lockPatiently(path: string, signal?: AbortSignal): Promise<{ release: () => void }> {
-  for (;;) {
-    const lock = await tryLock(path);
-    if (lock) return lock;
-    signal?.throwIfAborted();
-    await wait(50, signal);
   }
 }
 
@@ -291,7 +270,7 @@ async function replayJournal(dir: string, id: string, paths: string[], log: Log)
       const before = place.ledger.streams.get(entry.stream);
       if (before && entry.from > before.offset)
         // what is between them, and the half line before it, is damaged
-        place.lose(`stream ${entry.stream}`, entry.from - (before.pieceFrom ?? before.offset));
+        loseBytes(place, `stream ${entry.stream}`, entry.from - (before.pieceFrom ?? before.offset));
       await writeEntry(place, entry, decodeBody(entry, body));
       noteEntry(place.ledger, entry, id);
     }
@@ -314,17 +293,11 @@ async function placeOf(dir: string, host: string, parts: Parts, log: Log): Promi
   const folder = join(dir, host);
   await makeFolder(folder, 0o770); // one that was removed keeps no other host from being replayed
   const ledger = await recoverSender(host, folder, log);
-  return {
-    folder,
-    ledger,
-    parts,
-    dirty: new Set(),
-    lose: (file, bytes) => loseBytes(log, ledger, host, file, bytes),
-  };
+  return { host, folder, ledger, log, parts, dirty: new Set() };
 }
 
 /** Tells of acknowledged bytes that are gone from this disk. */
-export function loseBytes(log: Log, ledger: Ledger, host: string, file: string, bytes: number): void {
+export function loseBytes({ log, ledger, host }: SenderFolder, file: string, bytes: number): void {
   log.error("acknowledged bytes are gone from the disk", { host, file, bytes });
   ledger.facts.gone = (ledger.facts.gone ?? 0) + bytes;
   ledger.lost += bytes;
@@ -336,11 +309,7 @@ export function loseBytes(log: Log, ledger: Ledger, host: string, file: string, 
  * Takes the lock of a sender's folder, which is made by the caller, and leaves a note of who has it. One descriptor
  * serves all senders, however many. Throws an OperatorError when another process has it.
  */
-export async function lockSender(
-  locks: NameLocks,
-  host: string,
-  folder: string,
-): Promise<{ release: () => void }> {
+export async function lockSender(locks: NameLocks, host: string, folder: string): Promise<Lock> {
   const note = join(folder, `${LEDGER}-lock`);
   const lock = await locks.take(host);
   if (!lock) {
@@ -365,19 +334,15 @@ export async function recoverSender(host: string, folder: string, log: Log): Pro
   const isComplete = damaged === 0 && records.length > 0;
   const ledger = text === undefined ? emptyLedger() : ((await readLedger(folder)) ?? emptyLedger());
   if (text !== undefined && !isComplete) log.error("ledger is damaged", { host, path, damaged });
-  await recoverBatches(host, folder, ledger, isComplete, log);
-  await recoverPieces(host, folder, ledger, isComplete, log);
+  const found = { host, folder, ledger, log };
+  await recoverBatches(found, isComplete);
+  await recoverPieces(found, isComplete);
   return ledger;
 }
 
 /** Cuts, finishes or takes up every part, and closes what is open in the ledger alone. */
-async function recoverBatches(
-  host: string,
-  folder: string,
-  ledger: Ledger,
-  isComplete: boolean,
-  log: Log,
-): Promise<void> {
+async function recoverBatches(found: SenderFolder, isComplete: boolean): Promise<void> {
+  const { folder, ledger } = found;
   const names =
     (await ifMissing(listBatches(folder, "open")))?.map((part) => withState(part, "sealed")) ?? [];
   for (const name of names) {
@@ -389,15 +354,15 @@ async function recoverBatches(
       if (!(await exists(join(folder, name)))) await moveDurably(path, join(folder, name)); // its name is used up
     } else if (batch) {
       const size = await cutBack(path, batch.bytes);
-      if (size < batch.bytes) loseBytes(log, ledger, host, name, batch.bytes - size);
+      if (size < batch.bytes) loseBytes(found, name, batch.bytes - size);
       batch.bytes = size;
     } else if (isComplete)
       await rm(path); // not acknowledged, or the journal writes it again
-    else await adopt(host, path, name, ledger, log);
+    else await adopt(found, path, name);
   }
   for (const [name, { bytes }] of ledger.open) {
     if (names.includes(name)) continue;
-    if (!ledger.sealed.has(name)) loseBytes(log, ledger, host, name, bytes);
+    if (!ledger.sealed.has(name)) loseBytes(found, name, bytes);
     ledger.open.delete(name);
   }
 }
@@ -410,7 +375,7 @@ async function cutBack(path: string, committed: number): Promise<number> {
 }
 
 /** Takes up a part that no ledger knows: all of it may have been acknowledged, up to its last `\n`. */
-async function adopt(host: string, path: string, name: string, ledger: Ledger, log: Log): Promise<void> {
+async function adopt({ host, ledger, log }: SenderFolder, path: string, name: string): Promise<void> {
   const batch: OpenBatch = { bytes: 0, lines: 0, endsAt: 0, at: 0, firstAt: 0 };
   let read = 0;
   for await (const block of createReadStream(path) as AsyncIterable<Buffer>) {
@@ -430,13 +395,8 @@ async function adopt(host: string, path: string, name: string, ledger: Ledger, l
 }
 
 /** Brings every piece of a long line to its committed length; what no stream knows, the journal writes again. */
-async function recoverPieces(
-  host: string,
-  folder: string,
-  ledger: Ledger,
-  isComplete: boolean,
-  log: Log,
-): Promise<void> {
+async function recoverPieces(found: SenderFolder, isComplete: boolean): Promise<void> {
+  const { folder, ledger } = found;
   const known = new Set<string>();
   for (const [name, stream] of ledger.streams) {
     if (stream.piece === undefined) continue;
@@ -446,7 +406,7 @@ async function recoverPieces(
     known.add(file);
     const size = await ifMissing(cutBack(join(folder, file), stream.piece));
     if (size === stream.piece) continue;
-    loseBytes(log, ledger, host, file, stream.piece - (size ?? 0));
+    loseBytes(found, file, stream.piece - (size ?? 0));
     if (size === undefined) delete stream.piece;
     else stream.piece = size;
   }

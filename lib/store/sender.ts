@@ -16,15 +16,9 @@ import { join } from "node:path";
 import { promisify } from "node:util";
 import { FAILED, LEDGER, parseBatchName, withState } from "../batch.ts";
 import type { ChunkHeaders, Encoding, SenderNews, StreamStatus } from "../chunk.ts";
-import {
-  failpoint,
-  ifMissing,
-  moveAllDurably,
-  removeDurably,
-  syncPath,
-  writeDurably,
-} from "../durable.ts";
+import { failpoint, ifMissing, moveAllDurably, removeDurably, syncPath, writeDurably } from "../durable.ts";
 import { formatRecord, type Ledger, noteSealed, type StreamRecord, snapshot, useUpName } from "../ledger.ts";
+import type { Lock } from "../runtime.ts";
 import { DAY, HOUR, type Log } from "../service.ts";
 import { type Entry, type Journal, type Run, StoreError, storeError } from "./journal.ts";
 import { BatchNames } from "./names.ts";
@@ -87,21 +81,10 @@ const SEALED_MS = 2 * DAY;
 
 const nextTick = promisify(setImmediate);
 
-/** A chunk while it is filed; nothing of it counts before it is staged. */
+/** A chunk while its entry is made; nothing of it counts before it is staged. */
 interface Draft {
   chunk: Chunk;
-  now: number;
-  state: StreamRecord;
-  runs: Run[];
-  piece?: Entry["piece"];
-  /** The lowest source offset of its lines. */
-  from: number;
-  lines: number;
-  untimed: number;
-  ahead: number;
-  zone?: number;
-  /** Bytes that are shipped again. */
-  again: number;
+  entry: Entry & { untimed: number; ahead: number };
   /** Lengths of batches that it adds to, and the batches that it begins, by window. */
   lengths: Map<string, number>;
   begun: Map<string, string>;
@@ -129,7 +112,7 @@ export class Sender implements Place {
   /** The record of the journal up to which the last checkpoint speaks. */
   safeSeq = 0;
   readonly #journal: Journal;
-  readonly #lock: { release: () => void };
+  readonly #lock: Lock;
   readonly #openedAt: number;
   #isHeard = false;
   /** It was never heard in this folder, and has not asked yet. */
@@ -156,12 +139,7 @@ export class Sender implements Place {
   constructor(
     host: string,
     ledger: Ledger,
-    {
-      options,
-      journal,
-      parts,
-      lock,
-    }: { options: StoreOptions; journal: Journal; parts: Parts; lock: { release: () => void } },
+    { options, journal, parts, lock }: { options: StoreOptions; journal: Journal; parts: Parts; lock: Lock },
   ) {
     this.host = host;
     this.folder = join(options.dir, host);
@@ -181,8 +159,8 @@ export class Sender implements Place {
     }
   }
 
-  lose(file: string, bytes: number): void {
-    loseBytes(this.options.log, this.ledger, this.host, file, bytes);
+  get log(): Log {
+    return this.options.log;
   }
 
   /** Runs `work` when everything before it in this sender is done. */
@@ -249,27 +227,40 @@ export class Sender implements Place {
     delete state.lag;
     if (mark !== undefined) state.mark = mark;
     if (head !== undefined) state.head = head;
-    const draft: Draft = {
-      chunk,
-      now,
+    const isAgain = chunk.begin === "again";
+    const again = state.again || isAgain ? end - offset : 0;
+    const entry: Draft["entry"] = {
+      seq: 0,
+      synced: [0, 0],
+      at: now,
+      host: this.host,
+      stream: chunk.stream,
+      from: state.pieceFrom ?? offset,
       state,
       runs: [],
-      from: state.pieceFrom ?? offset,
+      encoding: chunk.encoded?.encoding ?? "identity",
+      length: body.length,
       lines: 0,
+      skipped: chunk.skipped ?? 0,
       untimed: 0,
       ahead: 0,
-      again: state.again || chunk.begin === "again" ? end - offset : 0,
+      again,
+      againFiles: isAgain ? 1 : 0,
+    };
+    const draft: Draft = {
+      chunk,
+      entry,
       lengths: new Map(),
       begun: new Map(),
       windows: new Set(),
       givenWayAt: performance.now(),
       epoch: this.#epoch,
     };
-    if (chunk.begin === "again") delete this.ledger.facts.through; // said before it was known to be lost
-    if (chunk.begin === "again" || this.#isUnsure(chunk, offset)) this.#names.doubt(now);
+    if (isAgain) delete this.ledger.facts.through; // said before it was known to be lost
+    if (isAgain || this.#isUnsure(chunk, offset)) this.#names.doubt(now);
     if (body.length > 0) await this.#fileLines(draft, offset);
-    if (draft.lines > 0) state.lined = true;
-    if (draft.again > 0 && (chunk.lag ?? 0) > 0) state.again = true;
+    if (entry.lines > 0) state.lined = true;
+    if (again > 0 && (chunk.lag ?? 0) > 0) state.again = true;
     else delete state.again; // nothing is left to ship: what comes now is new
     return draft;
   }
@@ -294,9 +285,10 @@ export class Sender implements Place {
   /** Files each run of lines of one window. */
   async #fileLines(draft: Draft, offset: number): Promise<void> {
     const { body } = draft.chunk;
+    const { state } = draft.entry;
     const { findWindow } = this.options;
-    let pos = draft.state.piece === undefined ? 0 : await this.#fileLongLine(draft);
-    let previous = windowOf(draft.state);
+    let pos = state.piece === undefined ? 0 : await this.#fileLongLine(draft);
+    let previous = windowOf(state);
     let run = { window: previous, from: pos, lines: 0 };
     for (let end = pos < 0 ? -1 : body.indexOf(LF, pos); end >= 0; end = body.indexOf(LF, pos)) {
       const window = this.#windowOf(draft, findWindow(body, pos, end), previous);
@@ -312,7 +304,7 @@ export class Sender implements Place {
         await this.#giveWay(draft);
     }
     if (run.lines > 0) this.#addRun(draft, run.window as Window, run.from, pos, run.lines);
-    if (previous) Object.assign(draft.state, { window: previous.name, windowEnd: previous.endsAt });
+    if (previous) Object.assign(state, { window: previous.name, windowEnd: previous.endsAt });
     if (pos >= 0 && pos < body.length) this.#holdPiece(draft, pos, offset);
   }
 
@@ -328,16 +320,16 @@ export class Sender implements Place {
   }
 
   /** A line without a timestamp goes with the line before it while that window is open, else by its arrival. */
-  #windowOf(draft: Draft, found: Window | undefined, previous: Window | undefined): Window {
+  #windowOf({ entry, windows }: Draft, found: Window | undefined, previous: Window | undefined): Window {
     const { windowMinutes } = this.options;
     if (found) {
-      if (found.endsAt - windowMinutes * 60_000 > draft.now) draft.ahead++;
-      draft.zone = found.zone;
+      if (found.endsAt - windowMinutes * 60_000 > entry.at) entry.ahead++;
+      entry.zone = found.zone;
       return found;
     }
-    draft.untimed++;
-    const isOpen = previous && (this.#batches.has(previous.name) || draft.windows.has(previous.name));
-    return isOpen ? previous : windowOfArrival(draft.now, windowMinutes);
+    entry.untimed++;
+    const isOpen = previous && (this.#batches.has(previous.name) || windows.has(previous.name));
+    return isOpen ? previous : windowOfArrival(entry.at, windowMinutes);
   }
 
   #addRun(draft: Draft, window: Window, from: number, to: number, lines: number, piece?: Run["piece"]): void {
@@ -348,25 +340,27 @@ export class Sender implements Place {
     const length = this.options.windowMinutes * 60_000;
     // A window of the future, by a clock that is ahead, has ended so long after its first line came.
     const isFirst = draft.begun.has(window.name);
-    const endsAt = window.endsAt - length <= draft.now ? window.endsAt : isFirst ? draft.now + length : 0;
-    draft.runs.push({ batch, at, from, to, lines, endsAt, ...(piece && { piece }) });
+    const { entry } = draft;
+    const endsAt = window.endsAt - length <= entry.at ? window.endsAt : isFirst ? entry.at + length : 0;
+    entry.runs.push({ batch, at, from, to, lines, endsAt, ...(piece && { piece }) });
+    entry.lines += lines;
     draft.lengths.set(batch, at + (piece?.length ?? 0) + to - from);
-    draft.lines += lines;
   }
 
   /** A chunk that was begun is taken whole: it is refused at the first new name that is too many, or not at all. */
   #beginBatch(draft: Draft, window: string): string {
     const { maxNamesPerHour } = this.options;
-    if (this.#names.begunAt(draft.now) >= maxNamesPerHour && draft.begun.size === 0)
+    const { at } = draft.entry;
+    if (this.#names.begunAt(at) >= maxNamesPerHour && draft.begun.size === 0)
       throw new StoreError(503, `host ${this.host} has begun ${maxNamesPerHour} batches this hour already`);
-    const name = this.#names.next(window, draft.now, this.#lengths.keys(), this.options);
+    const name = this.#names.next(window, at, this.#lengths.keys(), this.options);
     draft.begun.set(window, name);
     return name;
   }
 
   /** Keeps the beginning of a line whose end has not come; it is in no batch yet. */
-  #holdPiece(draft: Draft, from: number, offset: number): void {
-    const { state, chunk } = draft;
+  #holdPiece({ entry }: Draft, from: number, offset: number): void {
+    const { state, length } = entry;
     if (state.piece === undefined) {
       const names = new Set([...this.ledger.streams.keys(), ...this.#streams.keys()]);
       const held = [...names].filter((name) => this.stream(name)?.piece !== undefined).length;
@@ -376,14 +370,14 @@ export class Sender implements Place {
       state.pieceFrom = offset + from;
     }
     const at = state.piece ?? 0;
-    draft.piece = { at, from, to: chunk.body.length };
-    state.piece = at + chunk.body.length - from;
+    entry.piece = { at, from, to: length };
+    state.piece = at + length - from;
   }
 
   /** Files a line that came in pieces, if its end is here. Gives where the next line begins, -1 when none does. */
   async #fileLongLine(draft: Draft): Promise<number> {
-    const { state, chunk } = draft;
-    const { body } = chunk;
+    const { state, stream } = draft.entry;
+    const { body } = draft.chunk;
     const end = body.indexOf(LF) + 1;
     if (end === 0) {
       this.#holdPiece(draft, 0, 0);
@@ -391,7 +385,7 @@ export class Sender implements Place {
     }
     await this.#settle(); // the pieces are in their file
     const length = state.piece ?? 0;
-    const path = join(this.folder, pieceName(chunk.stream, state.pieceFrom));
+    const path = join(this.folder, pieceName(stream, state.pieceFrom));
     const head = Buffer.concat([this.#readHead(path, length), body.subarray(0, Math.min(end, STAMP_WITHIN))]);
     const window = this.#windowOf(draft, this.options.findWindow(head, 0, head.length), windowOf(state));
     this.#addRun(draft, window, 0, end, 1, { length, from: state.pieceFrom ?? 0 });
@@ -411,38 +405,18 @@ export class Sender implements Place {
   #stage(draft: Draft): Promise<Outcome> {
     this.#checkEpoch(draft);
     if (this.#journal.fault !== undefined) throw storeError(this.#journal.fault);
-    const { chunk, state, runs, piece, lines, untimed, ahead, again, zone, now } = draft;
-    const { encoding, bytes } = chunk.encoded ?? { encoding: "identity" as const, bytes: chunk.body };
-    const entry: Entry = {
-      seq: 0,
-      synced: [0, 0],
-      at: now,
-      host: this.host,
-      stream: chunk.stream,
-      from: draft.from,
-      state,
-      runs,
-      encoding,
-      length: chunk.body.length,
-      lines,
-      lost: this.ledger.lost,
-      unsure: this.ledger.unsure,
-      ...(piece && { piece }),
-      ...(chunk.skipped && { skipped: chunk.skipped }),
-      ...(untimed > 0 && { untimed }),
-      ...(ahead > 0 && { ahead }),
-      ...(zone !== undefined && { zone }),
-      ...(again > 0 && { again }),
-      ...(chunk.begin === "again" && { againFiles: 1 }),
-    };
-    this.#streams.set(chunk.stream, state);
+    const { chunk, entry } = draft;
+    const { state, lines } = entry;
+    entry.lost = this.ledger.lost;
+    entry.unsure = this.ledger.unsure;
+    this.#streams.set(entry.stream, state);
     this.#names.count(draft.begun.size);
     for (const [window, name] of draft.begun) this.#batches.set(window, name);
     for (const [name, length] of draft.lengths) {
       this.#lengths.set(name, { bytes: length, entries: (this.#lengths.get(name)?.entries ?? 0) + 1 });
     }
     const written = { done: Promise.resolve() as Promise<unknown> };
-    const appended = this.#journal.append(entry, bytes, () => {
+    const appended = this.#journal.append(entry, chunk.encoded?.bytes ?? chunk.body, () => {
       written.done = this.#writes = this.#writes.then(() => this.#write(entry, chunk.body));
     });
     const settled = appended.then(
@@ -566,13 +540,7 @@ export class Sender implements Place {
       stream.at = this.options.now(); // a question names it, too
       const { offset, head, mark } = stream;
       const delivered = waiting && Math.min(offset, stream.pieceFrom ?? offset, waiting.get(name) ?? offset);
-      told.push({
-        stream: name,
-        offset,
-        ...(head !== undefined && { head }),
-        ...(mark !== undefined && { mark }),
-        ...(delivered !== undefined && { delivered }),
-      });
+      told.push({ stream: name, offset, head, mark, delivered });
     }
     return told;
   }
@@ -703,7 +671,7 @@ export class Sender implements Place {
     for (const name of names) {
       const part = withState(name, "open");
       if (there(part)) moves.push({ from: join(this.folder, part), to: join(this.folder, name) });
-      else if (!there(name)) this.lose(name, this.ledger.sealed.get(name)?.bytes ?? 0);
+      else if (!there(name)) loseBytes(this, name, this.ledger.sealed.get(name)?.bytes ?? 0);
     }
     await moveAllDurably(moves);
     failpoint("seal:renamed");
@@ -726,8 +694,9 @@ export class Sender implements Place {
       if (stream.at >= oldest || this.#streams.has(name)) continue;
       ledger.streams.delete(name);
       if (stream.piece === undefined) continue;
-      this.lose(pieceName(name, stream.pieceFrom), stream.piece);
-      this.#oldPieces.push(join(this.folder, pieceName(name, stream.pieceFrom)));
+      const file = pieceName(name, stream.pieceFrom);
+      loseBytes(this, file, stream.piece);
+      this.#oldPieces.push(join(this.folder, file));
     }
     this.#names.forgetBefore(oldest);
     for (const [name, { at, waits }] of ledger.sealed)
