@@ -53,7 +53,9 @@ import { writeState } from "./lib/state.ts";
 import { createStatusReader, type Snapshot } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
 import { Intake, release } from "./lib/store/intake.ts";
-import { createStore, type Outcome, type Store, StoreError } from "./lib/store/store.ts";
+import { StoreError } from "./lib/store/journal.ts";
+import type { Outcome } from "./lib/store/sender.ts";
+import { Store } from "./lib/store/store.ts";
 import { compileFormat, createWindowFinder } from "./lib/store/window.ts";
 
 type ReceiverConfig = Config["receiver"];
@@ -84,7 +86,7 @@ async function main(service: Service<"receiver">): Promise<number> {
   await lockGroups(config, groups);
   const monitor = await readMonitorSection(service.configFile);
   for (const warning of findWarnings(config, monitor.fault)) log.warn("config", { warning });
-  const receiver = createReceiver(config, { log, now, signal, monitor: monitor.section });
+  const receiver = new Receiver(config, { log, now, signal, monitor: monitor.section });
   await receiver.store.start((host) => groups.includes(Math.max(0, receiver.access.groupOf(host))));
   const app = createApp(receiver);
   const ports = groups.map((group) => new Port(receiver, group, app));
@@ -305,7 +307,10 @@ function certificateEnd(tls: Tls | undefined): string {
 
 // ---- the receiver
 
-/** What the app works with: who may come in, what is stored, what is told. */
+/**
+ * The receiver without its ports: who may come in, what is stored, what is told. Nothing is on disk before the store is
+ * started or a chunk comes.
+ */
 export class Receiver {
   config: ReceiverConfig;
   access: Access;
@@ -331,7 +336,7 @@ export class Receiver {
     this.access = new Access(config, { log, now, expected: monitor?.expected ?? [] });
     this.intake = new Intake(config);
     this.refusals = new Refusals(log, now);
-    this.store = createStore(this.#storeOptions(config));
+    this.store = new Store(this.#storeOptions(config));
     this.status = createStatusReader(config.dir, () => this.#thresholds(), {
       now,
       ledgerOf: (host) => this.store.senders.get(host)?.ledger,
@@ -383,11 +388,6 @@ interface ReceiverOptions {
   now: () => number;
   signal: AbortSignal;
   monitor?: MonitorConfig | undefined;
-}
-
-/** The receiver without its ports. Nothing is on disk before the store is started or a chunk comes. */
-export function createReceiver(config: ReceiverConfig, options: ReceiverOptions): Receiver {
-  return new Receiver(config, options);
 }
 
 type App = ReturnType<typeof createApp>;

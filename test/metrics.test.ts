@@ -4,7 +4,7 @@ import { appendFile, mkdir, readFile, writeFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import { parseConfig } from "../lib/config.ts";
-import { createApp, createReceiver } from "../receiver.ts";
+import { createApp, Receiver } from "../receiver.ts";
 import { lines, startRealReceiver } from "./pipeline.ts";
 import { post, quiet } from "./sending.ts";
 import { accessLine, onCleanup, startScript, tempFolder, until, writeConfig } from "./support.ts";
@@ -32,7 +32,7 @@ async function scrape(): Promise<{ text: string; families: Map<string, Family> }
   const section = { dir, groups: [{ port: 5001, senders: ["*"] }] };
   const config = parseConfig(JSON.stringify({ receiver: section }), "receiver");
   const signal = new AbortController().signal;
-  const receiver = createReceiver(config, { log: quiet, now: () => 1_800_000_000_000, signal });
+  const receiver = new Receiver(config, { log: quiet, now: () => 1_800_000_000_000, signal });
   onCleanup(() => receiver.store.close());
   const app = createApp(receiver);
   const arrival = { peer: "127.0.0.1", group: 0 };

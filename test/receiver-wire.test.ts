@@ -6,7 +6,7 @@ import { formatMark, formatNews, HEADER, STREAMS_PATH } from "../lib/chunk.ts";
 import { parseConfig } from "../lib/config.ts";
 import { DEFAULT_THRESHOLDS } from "../lib/look.ts";
 import { observe } from "../lib/status.ts";
-import { createApp, createReceiver } from "../receiver.ts";
+import { createApp, Receiver } from "../receiver.ts";
 import { type Post, post, quiet } from "./sending.ts";
 import { accessLine, onCleanup, tempFolder } from "./support.ts";
 
@@ -21,7 +21,7 @@ async function open(options: object = {}) {
   const section = { dir, groups: [{ port: 5001, senders: ["*"] }], ...options };
   const config = parseConfig(JSON.stringify({ receiver: section }), "receiver");
   const signal = new AbortController().signal;
-  const receiver = createReceiver(config, { log: quiet, now: Date.now, signal });
+  const receiver = new Receiver(config, { log: quiet, now: Date.now, signal });
   await receiver.store.start(() => true);
   onCleanup(() => receiver.store.close());
   const app = createApp(receiver);
@@ -135,7 +135,7 @@ describe("POST /streams", () => {
       ask(undefined, formatNews({ shipper: `shipper-at-${peer.replaceAll(".", "-")}` }), peer);
     const { store, config } = receiver;
     const told = async () => {
-      const ledgerOf = (host: string) => store.ledgerOf(host);
+      const ledgerOf = (host: string) => store.senders.get(host)?.ledger;
       const { problems } = await observe(config.dir, DEFAULT_THRESHOLDS, { now: Date.now(), ledgerOf });
       return problems.filter(({ key }) => key === "contested").map(({ text }) => text);
     };

@@ -9,7 +9,7 @@ import { HEADER } from "../lib/chunk.ts";
 import { parseConfig } from "../lib/config.ts";
 import { readLedger } from "../lib/ledger.ts";
 import { createLog } from "../lib/service.ts";
-import { createApp, createReceiver } from "../receiver.ts";
+import { createApp, Receiver } from "../receiver.ts";
 import { type Post, post, storedWindows } from "./sending.ts";
 import { accessLine, onCleanup, tempFolder } from "./support.ts";
 
@@ -29,7 +29,7 @@ async function open(options: object = {}, folder?: string) {
   let log = "";
   const signal = new AbortController().signal;
   const start = async () => {
-    const receiver = createReceiver(config, {
+    const receiver = new Receiver(config, {
       log: createLog((line) => {
         log += line;
       }),

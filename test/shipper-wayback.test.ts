@@ -8,7 +8,7 @@ import { parseBatchName } from "../lib/batch.ts";
 import { type ChunkHeaders, HEADER, parseChunkHeaders, parseNews, type StreamStatus } from "../lib/chunk.ts";
 import { readLedger } from "../lib/ledger.ts";
 import { createFaultLog } from "../lib/service.ts";
-import { createStore } from "../lib/store/store.ts";
+import { Store } from "../lib/store/store.ts";
 import { createWindowFinder } from "../lib/store/window.ts";
 import { takeStatus, takeWayBack } from "../lib/tail/answers.ts";
 import { Streams } from "../lib/tail/streams.ts";
@@ -103,7 +103,7 @@ test("a stream that begins before the loss is noticed takes no name that may hav
 });
 
 async function openStore(dir: string, now: () => number) {
-  const store = createStore({
+  const store = new Store({
     ...{ dir, prefix: "accessLog", windowMinutes: 20, sealAfterSeconds: 120, sealLatestSeconds: 900 },
     ...{ forgetAfterDays: 30, maxHosts: 100, maxStreamsPerHost: 100, maxWindowsPerHost: 100 },
     ...{ maxNamesPerHour: 1000, findWindow: createWindowFinder(20), log: quiet, now },

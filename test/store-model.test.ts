@@ -9,7 +9,7 @@ import fc from "fast-check";
 import { parseBatchName } from "../lib/batch.ts";
 import { formatMark, MARK_BYTES } from "../lib/chunk.ts";
 import type { Chunk } from "../lib/store/sender.ts";
-import { createStore, type Store } from "../lib/store/store.ts";
+import { Store } from "../lib/store/store.ts";
 import { createWindowFinder } from "../lib/store/window.ts";
 import { linesOfWindows, quiet, storedWindows } from "./sending.ts";
 import { tempFolder } from "./support.ts";
@@ -53,7 +53,7 @@ interface World {
 }
 
 async function openStore(dir: string, world: Pick<World, "now">): Promise<Store> {
-  const store = createStore({
+  const store = new Store({
     ...{ dir, prefix: "accessLog", windowMinutes: 20, sealAfterSeconds: 120, sealLatestSeconds: 900 },
     ...{ forgetAfterDays: 30, maxHosts: 100, maxStreamsPerHost: 100, maxWindowsPerHost: 100 },
     ...{ maxNamesPerHour: 100_000, findWindow: createWindowFinder(20), log: quiet, now: () => world.now },

@@ -10,7 +10,7 @@ import { zstdCompressSync } from "node:zlib";
 import { formatMark, MARK_BYTES } from "../lib/chunk.ts";
 import { createLog } from "../lib/service.ts";
 import type { Chunk } from "../lib/store/sender.ts";
-import { createStore, type Store } from "../lib/store/store.ts";
+import { Store } from "../lib/store/store.ts";
 import { createWindowFinder } from "../lib/store/window.ts";
 import { storedWindows } from "./sending.ts";
 import { tempFolder } from "./support.ts";
@@ -44,7 +44,7 @@ function chunk(i: number): Chunk {
 
 async function open(dir: string, now = () => NOW): Promise<{ store: Store; output: string[] }> {
   const output: string[] = [];
-  const store = createStore({
+  const store = new Store({
     ...{ dir, prefix: "accessLog", windowMinutes: 20, sealAfterSeconds: 120, sealLatestSeconds: 900 },
     ...{ forgetAfterDays: 30, maxHosts: 100, maxStreamsPerHost: 100, maxWindowsPerHost: 100 },
     ...{ maxNamesPerHour: 100_000, findWindow: createWindowFinder(20), now },

@@ -10,7 +10,7 @@ import { dashedHost, LEDGER, listHosts, parseBatchName } from "../batch.ts";
 import type { SenderNews, StreamStatus } from "../chunk.ts";
 import { exists, holdLock, makeFolder, removeDurably, writeDurably } from "../durable.ts";
 import { formatRecord, type Ledger, readLedger, snapshot } from "../ledger.ts";
-import { NameLocks } from "../runtime.ts";
+import { type Lock, NameLocks } from "../runtime.ts";
 import { createFaultLog, errorMessage, type FaultLog, OperatorError } from "../service.ts";
 import { Journal, journalLock, readJournal, StoreError, storeError } from "./journal.ts";
 import { decodeBody, lockSender, Parts, recoverSender, replayJournals, writeAgain } from "./recover.ts";
@@ -34,9 +34,6 @@ const SENDERS_AT_ONCE = 4;
  */
 const RESERVE = { bytes: 64 * 1_048_576, share: 1 / 32 };
 
-export { StoreError } from "./journal.ts";
-export type { Outcome } from "./sender.ts";
-
 interface Options extends StoreOptions {
   /** Whether the config names this host itself. */
   isListed?: (host: string) => boolean;
@@ -49,7 +46,7 @@ export class Store {
   readonly #parts = new Parts();
   readonly #locks: NameLocks;
   readonly #journal: Journal;
-  #lock: { release: () => void } | undefined;
+  #lock: Lock | undefined;
   readonly #opening = new Map<string, Promise<Sender>>();
   readonly #dashes = new Map<string, string>();
   /** Senders of ours that have a folder and could not be opened: tried again, for what is due in it. */
@@ -385,11 +382,6 @@ export class Store {
     }
   }
 
-  /** The ledger of a sender that is open here. */
-  ledgerOf(host: string): Ledger | undefined {
-    return this.senders.get(host)?.ledger;
-  }
-
   /** Ends after what is on its way: a journal of which everything is safe is removed. */
   async close(): Promise<void> {
     let isSafe = true;
@@ -424,8 +416,4 @@ function reserveOf({ blocks, bsize }: { blocks: number; bsize: number }): number
 function isCopy(host: string, ledger: Ledger | undefined): boolean {
   const names = [...(ledger?.open.keys() ?? []), ...(ledger?.sealed.keys() ?? [])];
   return names.length > 0 && !names.some((name) => parseBatchName(name)?.host === dashedHost(host));
-}
-
-export function createStore(options: Options): Store {
-  return new Store(options);
 }
