@@ -28,7 +28,7 @@ import {
   UPLOAD_PATH,
   WireError,
 } from "./lib/chunk.ts";
-import { type Config, ConfigError, parseConfig, secretFaults } from "./lib/config.ts";
+import { type Config, ConfigError, listSecrets, parseConfig, secretFaults } from "./lib/config.ts";
 import { holdLock, makeFolder, writeDurably } from "./lib/durable.ts";
 import { isLoopback, parseHost } from "./lib/host.ts";
 import { readLedger } from "./lib/ledger.ts";
@@ -748,16 +748,11 @@ async function readMonitorSection(file: string): Promise<{ section?: MonitorConf
 
 /** What is wrong with the config beyond its form (certificate, logFormat, names that are too long), and what of it can't be read. */
 function findFaults(config: ReceiverConfig): { wrong: string[]; missing: string[] } {
-  const { tokens = {}, tls, viewToken, logFormat = [], groups } = config;
-  const secrets = Object.entries(tokens).flatMap(([host, refs]) =>
-    refs.map((token, index) => [refs.length > 1 ? `tokens.${host}[${index}]` : `tokens.${host}`, token]),
-  );
+  const { tokens, tls, viewToken, logFormat = [], groups } = config;
   const { clientName, ...files } = tls ?? {};
+  const secrets = listSecrets({ tokens, viewToken }).map(({ key, ref }) => [key, ref]);
   const named = Object.entries(files).map(([key, file]) => [`tls.${key}`, { file }]);
-  const unreadable = secretFaults(
-    "receiver",
-    Object.fromEntries([...secrets, ...named, ...(viewToken ? [["viewToken", viewToken]] : [])]),
-  );
+  const unreadable = secretFaults("receiver", Object.fromEntries([...secrets, ...named]));
   const formats = logFormat.flatMap((format, index) => {
     try {
       compileFormat(format);

@@ -27,18 +27,23 @@ const secret = z
   ])
   .describe('A secret: {"env": "NAME"} or {"file": "/path"}, never the value itself');
 
+/** One of them or a list, taken as a list. */
+const oneOrMore = <T extends z.ZodType>(one: T) =>
+  z
+    .union([one, z.array(one).min(1)])
+    .transform((found) => (Array.isArray(found) ? found : [found]) as z.output<T>[]);
+
 /** One secret or several that are valid together: the old and the new one, while a fleet changes over. */
-const secrets = z
-  .union([secret, z.array(secret).min(1)])
-  .transform((refs) => (Array.isArray(refs) ? refs : [refs]))
-  .describe("A secret, or a list of secrets that are valid together");
+const secrets = oneOrMore(secret).describe("A secret, or a list of secrets that are valid together");
 
 const path = z.string().min(1, "expected a path");
 const minutes = z.number().positive();
 /** A timer can't wait for more than 24 days: it would fire at once, again and again. */
 const LONGEST_SECONDS = 1_000_000;
 const seconds = z.number().positive().max(LONGEST_SECONDS);
-const secondsOrNone = z.number().nonnegative().max(LONGEST_SECONDS);
+const zeroOrMore = z.number().nonnegative().max(LONGEST_SECONDS);
+const percent = z.number().min(0).max(100);
+const report = path.default("/var/lib/log-rt-sync/linecount-report.log");
 const positiveInt = z.number().int().positive();
 const host = z
   .string()
@@ -81,15 +86,10 @@ const shipper = z.strictObject({
     .max(64 * 1024 * 1024)
     .default(1_048_576)
     .describe("Largest chunk, in bytes of the log"),
-  flushMs: z
-    .number()
-    .nonnegative()
-    .max(LONGEST_SECONDS)
-    .default(100)
-    .describe("Under steady traffic one request per this many ms"),
+  flushMs: zeroOrMore.default(100).describe("Under steady traffic one request per this many ms"),
   inFlight: positiveInt.max(64).default(4).describe("Chunks of one file on their way at once"),
   pollSeconds: seconds.default(5).describe("How often files are looked at when no event tells of a change"),
-  rotateWaitSeconds: secondsOrNone
+  rotateWaitSeconds: zeroOrMore
     .default(5)
     .describe("A rotated file is finished when it was quiet for so long"),
   heartbeatSeconds: seconds.default(60).describe("A sign of life when there is nothing to ship"),
@@ -129,15 +129,13 @@ const receiver = z
       .refine((n) => 60 % n === 0, "expected a divisor of 60")
       .default(20)
       .describe("Length of a batch's window"),
-    sealAfterSeconds: secondsOrNone
+    sealAfterSeconds: zeroOrMore
       .default(120)
       .describe("A batch is sealed when its window is over and no line came for so long"),
     sealLatestSeconds: seconds
       .default(900)
       .describe("A batch is sealed at the latest so long after its window and its first line"),
-    logFormat: z
-      .union([z.string().min(1), z.array(z.string().min(1)).min(1)])
-      .transform((formats) => (typeof formats === "string" ? [formats] : formats))
+    logFormat: oneOrMore(z.string().min(1))
       .optional()
       .describe("nginx's log_format, as it stands in nginx.conf, or a list of them: where a line's time is"),
     timestampPattern: z
@@ -193,11 +191,8 @@ const receiver = z
       .flatMap(({ senders }) => senders)
       .find((sender) => /^\*$|\/0+$/.test(sender));
     if (!isLoopback(config.listen) && !config.tokens && anyone) {
-      context.addIssue({
-        code: "custom",
-        path: ["tokens"],
-        message: `anyone could write here: ${config.listen} is not loopback and senders has "${anyone}"; set tokens, or list the senders`,
-      });
+      const what = `${config.listen} is not loopback and senders has "${anyone}"`;
+      addFault(context, ["tokens"], `anyone could write here: ${what}; set tokens, or list the senders`);
     }
   });
 
@@ -219,9 +214,7 @@ const forwarder = z
     privateKey: secret.optional().describe("Private key in OpenSSH or PEM form"),
     passphrase: secret.optional().describe("Passphrase of the private key"),
     agent: path.optional().describe("Socket of an SSH agent"),
-    hostKey: z
-      .union([z.string(), z.array(z.string()).min(1)])
-      .transform((keys) => (typeof keys === "string" ? [keys] : keys))
+    hostKey: oneOrMore(z.string())
       .refine(
         (keys) => keys.every((key) => /^SHA256:[A-Za-z0-9+/]{43}=?$/.test(key)),
         "expected SHA256:… as ssh-keygen -l prints",
@@ -230,7 +223,7 @@ const forwarder = z
       .describe("Fingerprint of the server's host key, one or several"),
     intervalSeconds: seconds.default(60).describe("How often the queue is looked at"),
     retries: positiveInt.default(3).describe("Tries of a file before it goes to failed/"),
-    retryDelaySeconds: secondsOrNone.default(5).describe("Wait between the tries of one pass"),
+    retryDelaySeconds: zeroOrMore.default(5).describe("Wait between the tries of one pass"),
     parallel: positiveInt
       .max(64)
       .default(4)
@@ -245,32 +238,21 @@ const forwarder = z
       .boolean()
       .default(false)
       .describe("Put a digest (sha256sum -c) beside the batches of each hour"),
-    report: path.default("/var/lib/log-rt-sync/linecount-report.log").describe("One line per delivery"),
+    report: report.describe("One line per delivery"),
   })
   .superRefine((config, context) => {
     const [inner = ""] = relative(resolve(config.dir), resolve(localFolder(config.target) ?? "/")).split("/");
     if (inner === SENT || inner === FAILED || /^\.[^.]/.test(inner)) {
-      context.addIssue({
-        code: "custom",
-        path: ["target"],
-        message: `expected another folder than one of ours: what lies in ${inner}/ of dir is moved and deleted`,
-      });
+      const why = `what lies in ${inner}/ of dir is moved and deleted`;
+      addFault(context, ["target"], `expected another folder than one of ours: ${why}`);
     }
     if (config.target.startsWith("sftp:") && !config.hostKey) {
       const { hostname: name, port } = new URL(config.target);
-      context.addIssue({
-        code: "custom",
-        path: ["hostKey"],
-        message: `missing; ask the server's owner for it, or see it with: ssh-keyscan -p ${port || 22} ${name} | ssh-keygen -lf -`,
-      });
+      const see = `ssh-keyscan -p ${port || 22} ${name} | ssh-keygen -lf -`;
+      addFault(context, ["hostKey"], `missing; ask the server's owner for it, or see it with: ${see}`);
     }
-    if (config.target.startsWith("sftp:") && !config.password && !config.privateKey && !config.agent) {
-      context.addIssue({
-        code: "custom",
-        path: ["password"],
-        message: "missing; set password, privateKey or agent",
-      });
-    }
+    if (config.target.startsWith("sftp:") && !config.password && !config.privateKey && !config.agent)
+      addFault(context, ["password"], "missing; set password, privateKey or agent");
   });
 
 const mail = z.strictObject({
@@ -317,9 +299,9 @@ const monitor = z.strictObject({
   deliveryMinutes: minutes
     .default(30)
     .describe("A sealed batch that waits for so long is a fault of delivery"),
-  minFreePercent: z.number().min(0).max(100).default(10).describe("Free space of dir under which to alert"),
+  minFreePercent: percent.default(10).describe("Free space of dir under which to alert"),
   receivers: z.array(httpUrl).default([]).describe("Receivers whose /healthz is asked, one URL per port"),
-  report: path.default("/var/lib/log-rt-sync/linecount-report.log").describe("The forwarder's report"),
+  report: report.describe("The forwarder's report"),
   stateFile: path
     .default("/var/lib/log-rt-sync/monitor.json")
     .describe("What was told already, so that no mail comes twice or never"),
@@ -337,15 +319,8 @@ const housekeep = z
     dir: path.describe("The receiver's folder"),
     compressAfterHours: z.number().nonnegative().default(3).describe("Counted from the delivery"),
     deleteAfterHours: z.number().nonnegative().default(4).describe("Counted from the delivery"),
-    minFreePercent: z
-      .number()
-      .min(0)
-      .max(100)
-      .default(0)
-      .describe("Under it the oldest delivered files go early; 0: never"),
-    report: path
-      .default("/var/lib/log-rt-sync/linecount-report.log")
-      .describe("The forwarder's report, trimmed"),
+    minFreePercent: percent.default(0).describe("Under it the oldest delivered files go early; 0: never"),
+    report: report.describe("The forwarder's report, trimmed"),
     reportDays: z
       .number()
       .min(8, "expected at least 8: the monitor looks back a week")
@@ -479,8 +454,8 @@ export function readSecret(ref: SecretRef): string {
 /** Every secret of a section, with its key: `mail.password`, `tokens.10.0.0.1`, `tokens.*[1]`. */
 export function listSecrets(node: unknown, key = ""): { key: string; ref: SecretRef }[] {
   if (typeof node !== "object" || node === null) return [];
-  const names = Object.keys(node);
-  if (names.length === 1 && (names[0] === "file" || names[0] === "env"))
+  const [[name, value] = [], ...more] = Object.entries(node);
+  if (more.length === 0 && typeof value === "string" && (name === "file" || name === "env"))
     return [{ key, ref: node as SecretRef }];
   if (Array.isArray(node))
     return node.flatMap((one, index) => listSecrets(one, node.length > 1 ? `${key}[${index}]` : key));
@@ -527,15 +502,18 @@ function isLocalIfFile(text: string): boolean {
 
 /** Two groups must not claim one sender: compares every pair of entries of different groups. */
 function checkGroups(groups: z.infer<typeof group>[], context: z.core.$RefinementCtx): void {
-  const fault = (index: number, message: string) =>
-    context.addIssue({ code: "custom", path: ["groups", index], message });
   for (const [i, a] of groups.entries()) {
+    const fault = (message: string) => addFault(context, ["groups", i], message);
     for (const b of groups.slice(0, i)) {
-      if (a.port === b.port && a.port !== 0) fault(i, `port ${a.port} is another group's already`);
+      if (a.port === b.port && a.port !== 0) fault(`port ${a.port} is another group's already`);
       const shared = a.senders.find((x) => b.senders.some((y) => overlaps(x, y)));
-      if (shared) fault(i, `sender ${shared} belongs to the group of port ${b.port} already`);
+      if (shared) fault(`sender ${shared} belongs to the group of port ${b.port} already`);
     }
   }
+}
+
+function addFault(context: z.core.$RefinementCtx, path: PropertyKey[], message: string): void {
+  context.addIssue({ code: "custom", path, message });
 }
 
 /** The JSON schema of the whole file, for editors. */

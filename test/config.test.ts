@@ -417,5 +417,6 @@ describe("secrets", () => {
       "tokens.*[1]",
       "tokens.10.0.0.1",
     ]);
+    expect(listSecrets({ tokens: { file: [b] } })).toEqual([{ key: "tokens.file", ref: b }]); // a host of that name
   });
 });
