@@ -39,6 +39,7 @@ import {
   formatBytes,
   formatDuration,
   HOUR,
+  localZone,
   MINUTE,
   OperatorError,
   runScript,
@@ -562,8 +563,7 @@ function commonZone(hosts: HostStatus[], now: number, at = now): number {
   const count = new Map<number, number>();
   for (const { zone } of hosts) if (zone !== undefined) count.set(zone, (count.get(zone) ?? 0) + 1);
   const [[most] = []] = [...count].sort((a, b) => b[1] - a[1]);
-  const here = (time: number) => -new Date(time).getTimezoneOffset();
-  return most === undefined || most === here(now) ? here(at) : most;
+  return most === undefined || most === localZone(now) ? localZone(at) : most;
 }
 
 function totalsOf({ skipped, untimed, ahead, lost, gone }: HostStatus): Totals {

@@ -1,13 +1,12 @@
 /**
- * What `--check` says, and what every script looks at of its surroundings: variables that switch a protection off, a
- * time zone that the runtime does not know, secrets that others may read or that can be guessed. Nothing is created.
+ * What `--check` says, and what every script looks at of its surroundings: variables that switch a protection off,
+ * secrets that others may read or that can be guessed. Nothing is created.
  */
 import { statSync } from "node:fs";
 import { access, constants, readdir, stat, statfs } from "node:fs/promises";
 import { dirname, relative, resolve } from "node:path";
 import { type Config, listSecrets, readSecret, type Section } from "./config.ts";
 import { EXIT, errorMessage, nearest } from "./explain.ts";
-import { runtime } from "./runtime.ts";
 
 /** What `--check` says: each step as a line `ok`, `warn` or `FAULT`, or all as JSON. Nothing is said twice. */
 export class Checks {
@@ -168,19 +167,6 @@ export function findDangers(env: NodeJS.ProcessEnv): string[] {
       ? [`the variable ${name} is set, with which ${what}: take it out of the environment`]
       : [],
   );
-}
-
-/** The zone that times are told in, and a warning when $TZ is one that the runtime does not know. */
-export function findZone(now: number): { zone: string; warning: string | undefined } {
-  const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
-  const east = -new Date(now).getTimezoneOffset();
-  const two = (n: number) => String(Math.trunc(n)).padStart(2, "0");
-  const zone = `${timeZone} (${east < 0 ? "-" : "+"}${two(Math.abs(east) / 60)}:${two(Math.abs(east) % 60)})`;
-  const wanted = (process.env.TZ ?? "").replace(/^:/, "").replace(/^\/usr\/share\/zoneinfo\//, "");
-  const isUtc = /^(Etc\/)?(UTC|UCT|GMT|Zulu|Universal|Greenwich)([+-]?0)?$/i.test(wanted);
-  const unknown = wanted !== "" && timeZone === "UTC" && east === 0 && !isUtc;
-  const warning = `TZ=${wanted} is not known to ${runtime}: times are told in UTC; set a name such as Asia/Kolkata`;
-  return { zone, warning: unknown ? warning : undefined };
 }
 
 /** What works, and should not stay so: a config or secret that others may read, a token that is too short. */

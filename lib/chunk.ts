@@ -6,6 +6,7 @@
  */
 import { createHash } from "node:crypto";
 import { parseHost } from "./host.ts";
+import { formatLocalTime, formatZone, localZone } from "./service.ts";
 
 /** So much of `Log-Agent` is kept. */
 const AGENT_BYTES = 64;
@@ -141,10 +142,7 @@ export function formatNews(news: SenderNews): Record<string, string> {
 
 /** ISO 8601 with the offset of this machine's zone, whole seconds: `2026-11-28T14:03:09+01:00`. */
 function formatThrough(ms: number): string {
-  const east = -new Date(ms).getTimezoneOffset();
-  const local = new Date(Math.floor(ms / 1000) * 1000 + east * 60_000).toISOString().slice(0, 19);
-  const two = (n: number) => String(Math.floor(n)).padStart(2, "0");
-  return `${local}${east < 0 ? "-" : "+"}${two(Math.abs(east) / 60)}:${two(Math.abs(east) % 60)}`;
+  return `${formatLocalTime(ms).replace(" ", "T")}${formatZone(localZone(ms))}`;
 }
 
 /** Reads and checks the headers of a chunk. Throws a WireError (400) that says which and what was expected. */

@@ -26,7 +26,7 @@ import {
 } from "./durable.ts";
 import { ofHost } from "./host.ts";
 import { readLedger } from "./ledger.ts";
-import { DAY, HOUR, MINUTE } from "./service.ts";
+import { DAY, HOUR, localZone, MINUTE } from "./service.ts";
 import { readStateOrForget, writeState } from "./state.ts";
 
 /** A host that was not heard for so long is not waited for, when its ledger, of an older receiver, does not say. */
@@ -154,10 +154,6 @@ function oldestHour({ begins }: DigestState): string {
   return formatHour(begins - KEPT_HOURS * HOUR, 0);
 }
 
-function ownZone(now: number): number {
-  return -new Date(now).getTimezoneOffset();
-}
-
 // ---- who has told everything
 
 /** A host as its ledger and the folders show it; times are ms since the epoch. */
@@ -187,7 +183,7 @@ export async function observeHosts(dir: string, now: number) {
     const {
       forgetAfterDays = KNOWN_DAYS,
       through,
-      zone = ownZone(now),
+      zone = localZone(now),
       contestedUntil = 0,
       skipped = 0,
       untimed = 0,
@@ -456,10 +452,10 @@ export class Digests {
   async #hourOf(batch: string, now: number): Promise<string> {
     const { window = "", host: dashed = "" } = parseBatchName(batch) ?? {};
     const hour = window.slice(0, 8);
-    if (hour <= formatHour(now, ownZone(now))) return hour;
+    if (hour <= formatHour(now, localZone(now))) return hour;
     const host = (await listHosts(this.#dir)).find((host) => dashedHost(host) === dashed);
     const ledger = host === undefined ? undefined : await readLedger(folders(this.#dir).host(host));
-    const current = formatHour(now, ledger?.facts.zone ?? ownZone(now));
+    const current = formatHour(now, ledger?.facts.zone ?? localZone(now));
     return [hour, current].sort()[0] ?? hour;
   }
 
@@ -499,7 +495,7 @@ export class Digests {
       if (!seen) {
         seen = await observe(this.#dir, now);
         const zones = seen.hosts.map(({ zone }) => zone);
-        this.#lastZone = zones.length > 0 ? Math.min(...zones) : ownZone(now);
+        this.#lastZone = zones.length > 0 ? Math.min(...zones) : localZone(now);
         this.#findLosses(state, seen, now);
       }
       if (wasSetBack) return this.#writeLate(state, seen, formatHour(now - HOUR, this.#lastZone ?? 0), now);

@@ -21,7 +21,7 @@ import {
   isTroubled,
   sortBySeverity,
 } from "./look.ts";
-import { formatBytes, formatDuration, MINUTE } from "./service.ts";
+import { formatBytes, formatDuration, localZone, MINUTE } from "./service.ts";
 import {
   count,
   DETAILED,
@@ -318,7 +318,7 @@ function renderDelivered({ delivered, undeliveredFrom, zone, failed }: HostStatu
 }
 
 function zoneOf(zone: number | undefined, now: number): number {
-  return (zone ?? -new Date(now).getTimezoneOffset()) * MINUTE;
+  return (zone ?? localZone(now)) * MINUTE;
 }
 
 const PLACES: BatchSeen["place"][] = ["delivered", "open", "waiting", "failed"];

@@ -5,7 +5,7 @@
 import { readFileSync } from "node:fs";
 import { extname, resolve } from "node:path";
 import packageJson from "../package.json" with { type: "json" };
-import { asUnitUser, Checks, findDangers, findLeaks, findZone } from "./check.ts";
+import { asUnitUser, Checks, findDangers, findLeaks } from "./check.ts";
 import {
   type Config,
   ConfigError,
@@ -302,6 +302,17 @@ function warnOfSurroundings<S extends Section>(spec: ScriptSpec<S>, service: Ser
     log.warn("config", { warning: text });
 }
 
+/** The zone that times are told in, and a warning when $TZ is one that the runtime does not know. */
+function findZone(now: number): { zone: string; warning: string | undefined } {
+  const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
+  const east = localZone(now);
+  const wanted = (process.env.TZ ?? "").replace(/^:/, "").replace(/^\/usr\/share\/zoneinfo\//, "");
+  const isUtc = /^(Etc\/)?(UTC|UCT|GMT|Zulu|Universal|Greenwich)([+-]?0)?$/i.test(wanted);
+  const unknown = wanted !== "" && timeZone === "UTC" && east === 0 && !isUtc;
+  const warning = `TZ=${wanted} is not known to ${runtime}: times are told in UTC; set a name such as Asia/Kolkata`;
+  return { zone: `${timeZone} (${formatZone(east)})`, warning: unknown ? warning : undefined };
+}
+
 // ---- log
 
 /** A log that writes lines to `write`, by default stdout. */
@@ -417,8 +428,20 @@ export function formatDuration(ms: number): string {
 
 /** `2026-11-22 06:45:01`, this machine's wall clock. */
 export function formatLocalTime(ms: number): string {
-  const wall = new Date(ms - new Date(ms).getTimezoneOffset() * MINUTE);
+  const wall = new Date(ms + localZone(ms) * MINUTE);
   return wall.toISOString().slice(0, 19).replace("T", " ");
+}
+
+/** Minutes east of UTC of this machine's wall clock. */
+export function localZone(ms: number): number {
+  return -new Date(ms).getTimezoneOffset();
+}
+
+/** `+06:00` of minutes east of UTC. */
+export function formatZone(minutes: number): string {
+  const two = (n: number) => String(Math.trunc(n)).padStart(2, "0");
+  const east = Math.abs(minutes);
+  return `${minutes < 0 ? "-" : "+"}${two(east / 60)}:${two(east % 60)}`;
 }
 
 /**

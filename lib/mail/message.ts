@@ -12,7 +12,9 @@ import {
   formatBytes,
   formatDuration,
   formatLocalTime,
+  formatZone,
   HOUR,
+  localZone,
   MINUTE,
   VERSION,
 } from "../service.ts";
@@ -475,7 +477,7 @@ function remarks(
   { problems, mutes, digest, zone }: SummaryAround,
 ): string[] {
   const { late, since } = total;
-  const here = zoneName(-new Date(hourEnd).getTimezoneOffset());
+  const here = zoneName(localZone(hourEnd));
   const times = here === zoneName(zone) ? "" : `, times in ${here}`;
   const gone = vanished.map(({ name, lines }) => `${name} (${count(lines, "line", "lines")})`);
   return [
@@ -583,14 +585,12 @@ export function listNames(names: string[], most = NAMES): string {
 
 /** `2026-11-22 06:12 +01:00` of this machine's clock. */
 export function formatTime(at: number): string {
-  return `${formatLocalTime(at).slice(0, 16)} ${zoneName(-new Date(at).getTimezoneOffset())}`;
+  return `${formatLocalTime(at).slice(0, 16)} ${zoneName(localZone(at))}`;
 }
 
 /** `+06:00`, `UTC`. */
 function zoneName(minutes: number): string {
-  const two = (n: number) => String(Math.trunc(n)).padStart(2, "0");
-  const east = Math.abs(minutes);
-  return minutes === 0 ? "UTC" : `${minutes < 0 ? "-" : "+"}${two(east / 60)}:${two(east % 60)}`;
+  return minutes === 0 ? "UTC" : formatZone(minutes);
 }
 
 /** `06:00–07:00` and its day, of the hour that ended then. */

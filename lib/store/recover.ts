@@ -35,7 +35,7 @@ import {
   snapshot,
 } from "../ledger.ts";
 import { type Lock, type NameLocks, tryLock } from "../runtime.ts";
-import { type Log, OperatorError } from "../service.ts";
+import { type Log, localZone, MINUTE, OperatorError } from "../service.ts";
 import { type Entry, journalLock, listJournals, type Run, readJournal } from "./journal.ts";
 
 const PIECE = ".piece-";
@@ -389,7 +389,7 @@ async function adopt({ host, ledger, log }: SenderFolder, path: string, name: st
   await truncate(path, batch.bytes);
   // The zone of its lines is not known any more; this machine's own is the best guess for when it ends.
   const { end } = parseWindow(parseBatchName(name)?.window ?? "");
-  batch.endsAt = end + new Date(end).getTimezoneOffset() * 60_000;
+  batch.endsAt = end - localZone(end) * MINUTE;
   ledger.open.set(name, batch);
   log.error("batch is in no ledger: kept as it is", { host, batch: name, lines: batch.lines });
 }
