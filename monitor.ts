@@ -403,7 +403,7 @@ function noteAgain(
   known.seen = again;
   if (!isSteady || again === known.told) return;
   const bytes = formatBytes(again - known.told);
-  const files = count(againFiles - known.files, "file", "files");
+  const files = count(againFiles - known.files, "file");
   const text = `The receiver had lost lines of ${host}, whose shipper has shipped ${bytes} of ${files} again, of what was not delivered. Some of it may have been: those lines come twice, in batches with other names. The shipper's log names each file, since when what comes twice had been delivered, and what is gone with its file.`;
   changes.push({
     kind: "note",

@@ -26,6 +26,7 @@ import {
   count,
   DETAILED,
   formatClock,
+  formatCount,
   headline,
   inState,
   type Problem,
@@ -130,7 +131,7 @@ function renderProblem({ key, title, text, hosts, next = [] }: Problem, of: numb
     if (at >= 0) rest = rest.slice(at + host.length);
   }
   const more =
-    others.length > 0 && hosts.length > MAX_LINKS && ` and ${number(hosts.length - MAX_LINKS)} more`;
+    others.length > 0 && hosts.length > MAX_LINKS && ` and ${formatCount(hosts.length - MAX_LINKS)} more`;
   const words = next[0]?.split(" ").map((word, i) => html`${i > 0 && " "}<span>${word}</span>`); // none breaks at a hyphen
   return html`<li>${of > 1 && html`<b>${sentence(title)}</b>: `}${parts}${rest}${others.length > 0 && html` – ${others}${more}`}${next[0] && html`<code>${words}</code>`}</li>`;
 }
@@ -158,18 +159,18 @@ function renderArrival({ hosts, linesPerMinute, now }: Snapshot): Html {
   const lost = sum(hosts, "lost") + sum(hosts, "gone");
   const lags = hosts.filter(({ lag }) => lag !== undefined).length;
   const since = formatClock(now - NOW_MINUTES * MINUTE, now);
-  return html`<dl>${figure("Senders", `${number(sending)} of ${number(senders)}`)}${figure(`Lines per minute since ${since}`, number(latest(linesPerMinute)))}
-${figure(lags < senders ? `Lag of ${count(lags, "sender", "senders")}` : "Lag", lags > 0 ? formatBytes(sum(hosts, "lag")) : "unknown")}${lost > 0 && figure("Bytes lost", formatBytes(lost))}</dl>
+  return html`<dl>${figure("Senders", `${formatCount(sending)} of ${formatCount(senders)}`)}${figure(`Lines per minute since ${since}`, formatCount(latest(linesPerMinute)))}
+${figure(lags < senders ? `Lag of ${count(lags, "sender")}` : "Lag", lags > 0 ? formatBytes(sum(hosts, "lag")) : "unknown")}${lost > 0 && figure("Bytes lost", formatBytes(lost))}</dl>
 ${
   linesPerMinute.length > 0 &&
   html`${curve(linesPerMinute, { kind: "curve", height: 96, label: `Lines per minute of all senders, last ${hours}` })}
-<p class="axis" aria-hidden="true"><span>${hours} ago</span><span>peak ${number(Math.max(...linesPerMinute))} per minute</span><span>now</span></p>`
+<p class="axis" aria-hidden="true"><span>${hours} ago</span><span>peak ${formatCount(Math.max(...linesPerMinute))} per minute</span><span>now</span></p>`
 }`;
 }
 
 function renderDelivery({ hosts, forwarder, digest, now }: Snapshot): Html {
-  return html`<dl>${figure("Open", number(sum(hosts, "open")))}${figure("Waiting", number(sum(hosts, "waiting")))}
-${figure("Failed", number(sum(hosts, "failed")))}</dl>
+  return html`<dl>${figure("Open", formatCount(sum(hosts, "open")))}${figure("Waiting", formatCount(sum(hosts, "waiting")))}
+${figure("Failed", formatCount(sum(hosts, "failed")))}</dl>
 ${forwarder && html`<p>Last delivery ${clock(forwarder.lastSentAt ?? 0, now)}, forwarder seen ${clock(forwarder.aliveAt, now)}.</p>`}
 ${digest && html`<p class="digest">Newest digest ${digest.name}, sha256 <code>${digest.sha256}</code></p>`}`;
 }
@@ -233,7 +234,7 @@ function renderFilter(hosts: HostStatus[], newest: string | undefined): Html {
   const behind = hosts.filter((host) => isBehind(host, newest)).length;
   const chip = (show: string, text: string, n: number) =>
     n > 0 &&
-    html`<button type="button" data-show="${show}" aria-pressed="${show === "" ? "true" : "false"}">${text} ${number(n)}</button>`;
+    html`<button type="button" data-show="${show}" aria-pressed="${show === "" ? "true" : "false"}">${text} ${formatCount(n)}</button>`;
   return html`<div class="filter" role="search"><input id="q" type="search" placeholder="Find a sender" aria-label="Find a sender" autocomplete="off" spellcheck="false">${chip("", "all", hosts.length)}${HOST_STATES.map((state) => chip(state, STATES[state].text, inState(hosts, state).length))}${chip("behind", "older version", behind)}</div>`;
 }
 
@@ -249,10 +250,10 @@ function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
     const all = inState(hosts, state);
     const named = all.filter(fits);
     const { text, mark } = STATES[state];
-    const more = all.length > named.length && html`<li>and ${number(all.length - named.length)} more`;
+    const more = all.length > named.length && html`<li>and ${formatCount(all.length - named.length)} more`;
     return (
       all.length > 0 &&
-      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}<span>, ${number(all.length)} more</span></h3><ul>${named.map(name)}${more}</ul></div>`
+      html`<div data-s="${state}"><h3 class="${mark}">${symbol(mark)}${text}<span>, ${formatCount(all.length)} more</span></h3><ul>${named.map(name)}${more}</ul></div>`
     );
   });
   return html`<div class="names">${groups}</div>`;
@@ -283,7 +284,7 @@ function renderHost(host: HostStatus, table: Table): Html {
   const lost = host.lost + host.gone;
   const again =
     host.again &&
-    html` <small>${formatBytes(host.again)} of ${count(host.againFiles ?? 0, "file", "files")} shipped again</small>`;
+    html` <small>${formatBytes(host.again)} of ${count(host.againFiles ?? 0, "file")} shipped again</small>`;
   const isWell = host.state === "ok" && !isTroubled(host, table.late);
   const kinds = [isWell && "well", behind && "b"].filter(Boolean).join(" ");
   return html`<tr role="row" id="${anchor(host.host)}" data-s="${host.state}"${kinds && html` class="${kinds}"`}><th role="rowheader" scope="row">${breakable(host.host)}${behind && html` <small>${host.agent}</small>`}${twice}</th>${[
@@ -291,14 +292,14 @@ function renderHost(host: HostStatus, table: Table): Html {
     cell(clock(host.lineAt, now)),
     cell(clock(host.heardAt, now)),
     cell(
-      html`${curve(host.linesPerMinute, { kind: "c", height: 24, points: ROW_POINTS, label: "Lines per minute" })}${number(latest(host.linesPerMinute))}`,
+      html`${curve(host.linesPerMinute, { kind: "c", height: 24, points: ROW_POINTS, label: "Lines per minute" })}${formatCount(latest(host.linesPerMinute))}`,
       host.linesPerMinute.some((lines) => lines > 0) ? "" : "z",
     ),
     cell(renderDay(host, table), host.batches.length === 0 ? "z" : ""),
     renderDelivered(host, now),
     host.lag === undefined ? cell("unknown", "z") : amount(host.lag, html`${formatBytes(host.lag)}${again}`),
-    amount(host.waiting, html`${number(host.waiting)}${since}`, table.late.has(host.host)),
-    amount(host.failed, number(host.failed), true),
+    amount(host.waiting, html`${formatCount(host.waiting)}${since}`, table.late.has(host.host)),
+    amount(host.failed, formatCount(host.failed), true),
     amount(lost, formatBytes(lost), true),
   ]}</tr>`;
 }
@@ -404,9 +405,9 @@ function renderAbout({ version, startedAt, now, dir, hosts, byDefaults }: Snapsh
   const states = HOST_STATES.filter(
     (state) => !["gone", "waiting"].includes(state) || inState(hosts, state).length > 0,
   );
-  const told = agents.slice(0, MAX_AGENTS).map(([agent, senders]) => `${agent} (${number(senders)})`);
+  const told = agents.slice(0, MAX_AGENTS).map(([agent, senders]) => `${agent} (${formatCount(senders)})`);
   const names = behind.slice(0, MAX_LINKS).join(", ");
-  const more = behind.length > MAX_LINKS && ` and ${number(behind.length - MAX_LINKS)} more`;
+  const more = behind.length > MAX_LINKS && ` and ${formatCount(behind.length - MAX_LINKS)} more`;
   return html`<section class="about" aria-label="About this page">
 <ul>${states.map((state) => html`<li class="${STATES[state].mark}">${symbol(STATES[state].mark)}${STATES[state].text}: ${STATES[state].meaning}${state === "waiting" && startedAt > 0 && ` (${formatDuration(now - startedAt)} ago)`}</li>`)}</ul>
 ${told.length > 0 && html`<p>Senders run ${told.join(", ")}.${behind.length > 0 && html` Behind: ${names}${more}.`}</p>`}
@@ -460,14 +461,8 @@ function curve(
   const path = means
     .map((value, x) => `L${x} ${Math.round(height - (value / peak) * (height - 1))}`)
     .join("");
-  const text = `${label}: now ${number(latest(perMinute))}, peak ${number(Math.max(0, ...perMinute))}`;
+  const text = `${label}: now ${formatCount(latest(perMinute))}, peak ${formatCount(Math.max(0, ...perMinute))}`;
   return html`<svg class="${kind}" viewBox="0 0 ${means.length - 1} ${height}" preserveAspectRatio="none" role="img" aria-label="${text}"><path d="M0 ${height}${path}V${height}z"/></svg>`;
-}
-
-const NUMBER = new Intl.NumberFormat("en-US");
-
-function number(n: number): string {
-  return n < 1000 ? String(n) : NUMBER.format(n);
 }
 
 /** The id of a sender's row. */

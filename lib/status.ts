@@ -364,9 +364,14 @@ export function inState(hosts: HostStatus[], state: HostState): HostStatus[] {
   return hosts.filter((host) => host.state === state);
 }
 
-/** `1 batch`, `1,400 batches`. */
-export function count(n: number, one: string, many: string): string {
-  return `${n < 1000 ? n : n.toLocaleString("en-US")} ${n === 1 ? one : many}`;
+/** `1,234,567`. */
+export function formatCount(n: number): string {
+  return String(n).replace(/\B(?=(\d{3})+$)/g, ","); // a formatter of Intl takes 20 ms to make
+}
+
+/** `1 line`, `1,400 lines`. */
+export function count(n: number, one: string, many = `${one}s`): string {
+  return `${formatCount(n)} ${n === 1 ? one : many}`;
 }
 
 /** `10:20`, with the day when it is not today's: this machine's wall clock. */

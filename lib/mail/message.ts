@@ -19,7 +19,7 @@ import {
   VERSION,
 } from "../service.ts";
 import type { Mute } from "../signs.ts";
-import { count, formatClock, sentence } from "../status.ts";
+import { count, formatClock, formatCount, sentence } from "../status.ts";
 import type { HourRow, HourSummary } from "./summary.ts";
 
 /** How a subject is: of a sender as the page has it, the worst first; `fault` for what is no sender's. */
@@ -340,7 +340,7 @@ ${heading("Lines per hour, last 24 hours")}${curve(summary, around.zone)}
 ${heading(shown.length > 0 ? "Senders, delivered of received" : "Senders")}<table width="100%" cellpadding="0" cellspacing="0" role="presentation">${shown.map((row) => hostRow(row))}</table>
 ${[others, ...facts].filter((text) => text !== "").map(paragraph)}${nextBlock(next, around)}`;
   return {
-    subject: `${hour} ${count(total.received.lines, "line", "lines")}, ${troubles.length > 0 ? troubles.join(", ") : isEmpty ? "none from any sender" : "all delivered"}`,
+    subject: `${hour} ${count(total.received.lines, "line")}, ${troubles.length > 0 ? troubles.join(", ") : isEmpty ? "none from any sender" : "all delivered"}`,
     html: frame(title, `${day}, ${hour} ${zoneName(around.zone)}`, color, body),
     text: `${day} ${hour} ${zoneName(around.zone)}: ${title}\n\n${[...textTable(shown), ...(others ? [others] : [])].join("\n")}\n\n${facts.join("\n")}\n${nextText(next)}\n${pageLine(around)}${footer()}\n`,
     ...(rows.length > shown.length && {
@@ -381,7 +381,7 @@ function figures({ total }: HourSummary): Html {
   ] as const;
   const cell = ([name, { lines, files }, color]: (typeof cells)[number]) =>
     html`<td width="50%" style="padding:2px 14px 8px"><div style="font-size:18px;font-weight:bold;color:${color}">${formatCount(lines)}</div>
-<div style="font-size:12px;color:${COLOR.faint}">${name} in ${count(files, "file", "files")}</div></td>`;
+<div style="font-size:12px;color:${COLOR.faint}">${name} in ${count(files, "file")}</div></td>`;
   return html`<table width="100%" cellpadding="0" cellspacing="0" role="presentation"><tr>${cells.slice(0, 2).map(cell)}</tr><tr>${cells.slice(2).map(cell)}</tr></table>`;
 }
 
@@ -398,7 +398,7 @@ function curve({ curve: hours, hourEnd }: HourSummary, zone: number): Html {
     return html`<td colspan="6" style="padding:2px 1px;font-size:11px;color:${COLOR.faint}">${hour.slice(0, 5)}</td>`;
   });
   return html`<div style="padding:0 14px"><table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="table-layout:fixed"><tr>${bars}</tr><tr>${labels}</tr></table>
-<div style="font-size:11px;color:${COLOR.faint}">tallest bar: ${count(tallest, "line", "lines")}</div></div>`;
+<div style="font-size:11px;color:${COLOR.faint}">tallest bar: ${count(tallest, "line")}</div></div>`;
 }
 
 function hostRow(row: HourRow): Html {
@@ -413,9 +413,9 @@ function hostRow(row: HourRow): Html {
   return html`<tr><td style="padding:9px 14px;border-bottom:1px solid ${COLOR.line}">
 <table width="100%" cellpadding="0" cellspacing="0" role="presentation"><tr>
 <td style="font-size:${row.host.length > 24 ? 12 : 14}px;color:${COLOR.ink};font-weight:bold;overflow-wrap:anywhere">${row.host}</td>
-<td align="right" style="color:${COLOR.ink};white-space:nowrap">${count(received.lines, "line", "lines")}</td></tr>
+<td align="right" style="color:${COLOR.ink};white-space:nowrap">${count(received.lines, "line")}</td></tr>
 <tr><td style="font-size:12px;color:${color}">${text}</td>
-<td align="right" style="padding-left:10px;font-size:12px;color:${COLOR.faint};white-space:nowrap">${count(received.files, "file", "files")} · ${formatBytes(received.bytes)}</td></tr></table>
+<td align="right" style="padding-left:10px;font-size:12px;color:${COLOR.faint};white-space:nowrap">${count(received.files, "file")} · ${formatBytes(received.bytes)}</td></tr></table>
 <table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="margin-top:6px"><tr>${part(done, COLOR.good)}${part(waits, COLOR.warn)}${part(100 - done - waits, isEmpty ? COLOR.line : COLOR.bad)}</tr></table></td></tr>`;
 }
 
@@ -428,7 +428,7 @@ function rank(row: HourRow): number {
 function hostState(row: HourRow): { text: string; color: string } {
   const parts: string[] = [];
   if (row.since.lost > 0) parts.push(`${formatBytes(row.since.lost)} lost`);
-  const files = (n: number, what: string) => n > 0 && parts.push(`${count(n, "file", "files")} ${what}`);
+  const files = (n: number, what: string) => n > 0 && parts.push(`${count(n, "file")} ${what}`);
   files(row.failed.files, "failed");
   files(row.missing.files, "missing");
   files(row.differs, "with another count");
@@ -437,8 +437,8 @@ function hostState(row: HourRow): { text: string; color: string } {
   if (row.state !== "complete") parts.push(row.state);
   const warn = parts.length > 0;
   if (!warn) parts.push(row.received.files > 0 ? "complete, delivered" : "complete, no lines");
-  if (row.late > 0) parts.push(count(row.late, "late part", "late parts"));
-  if (row.since.skipped > 0) parts.push(`${count(row.since.skipped, "line", "lines")} skipped`);
+  if (row.late > 0) parts.push(count(row.late, "late part"));
+  if (row.since.skipped > 0) parts.push(`${count(row.since.skipped, "line")} skipped`);
   return { text: parts.join(" · "), color: bad ? COLOR.bad : warn ? COLOR.warn : COLOR.good };
 }
 
@@ -469,7 +469,7 @@ function reconciliation({ total }: HourSummary): string {
     open.files > 0
       ? ` ${count(open.lines, "line is", "lines are")} in batches that still take lines: in a later account.`
       : "";
-  return `${count(received.lines + since.skipped, "line", "lines")} read = ${parts.join(" + ")}.${more}`;
+  return `${count(received.lines + since.skipped, "line")} read = ${parts.join(" + ")}.${more}`;
 }
 
 function remarks(
@@ -479,7 +479,7 @@ function remarks(
   const { late, since } = total;
   const here = zoneName(localZone(hourEnd));
   const times = here === zoneName(zone) ? "" : `, times in ${here}`;
-  const gone = vanished.map(({ name, lines }) => `${name} (${count(lines, "line", "lines")})`);
+  const gone = vanished.map(({ name, lines }) => `${name} (${count(lines, "line")})`);
   return [
     late > 0 ? `${count(late, "of the files is a late part", "of the files are late parts")}.` : "",
     since.untimed > 0 ? `${count(since.untimed, "line has", "lines have")} no timestamp.` : "",
@@ -598,9 +598,4 @@ function hourName(end: number, zone: number): { day: string; hour: string } {
   const wall = (at: number) => new Date(at + zone * MINUTE).toISOString();
   const [from, to] = [wall(end - HOUR), wall(end)];
   return { day: from.slice(0, 10), hour: `${from.slice(11, 16)}–${to.slice(11, 16)}` };
-}
-
-/** `1,234,567`. */
-function formatCount(n: number): string {
-  return n.toLocaleString("en-US");
 }

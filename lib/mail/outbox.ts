@@ -455,7 +455,7 @@ function giveUpPosts(state: MonitorState, { config, log, now }: MonitorContext, 
   dropDone(state);
   if (old.length === 0) return;
   log.error("posts given up: the webhook does not answer", { posts: old.length });
-  const subject = count(old.length, "post", "posts");
+  const subject = count(old.length, "post");
   const reason = "it did not answer for an hour";
   noteUndeliverable(state, { to: "the webhook", subject, reason, at: now() });
 }
