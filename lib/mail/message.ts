@@ -96,8 +96,8 @@ export function renderAlert(alert: Alert, around: Around = {}): MailText {
   const subject = alertSubject(facts, counts);
   const groups = groupFacts(facts).slice(0, FACTS);
   const told = groups.reduce((sum, group) => sum + group.length, 0);
-  const more =
-    facts.length > told ? `and ${facts.length - told} more changes: ${commandOf("monitor")} --status` : "";
+  const others = facts.length - told;
+  const more = others > 0 ? [`and ${others} more changes: ${commandOf("monitor")} --status`] : [];
   const states = STATUSES.flatMap((status) =>
     counts[status] ? `${counts[status]} ${STATUS_TEXT[status]}` : [],
   );
@@ -119,13 +119,13 @@ export function renderAlert(alert: Alert, around: Around = {}): MailText {
     );
   });
   const body = html`<table width="100%" cellpadding="0" cellspacing="0" role="presentation" style="table-layout:fixed;overflow-wrap:anywhere">${rows}</table>
-${[...(more ? [more] : []), ...rest].map(paragraph)}${nextBlock(next, around)}`;
+${[...more, ...rest].map(paragraph)}${nextBlock(next, around)}`;
   const lines = groups.map((group) => `* ${groupTitle(group, at)}\n  ${groupText(group, at)}`);
-  const [only = [], ...others] = groups;
+  const [only = []] = groups;
   return {
     subject,
-    html: frame(others.length > 0 ? subject : groupTitle(only, at), formatTime(at), color, body),
-    text: `${[...lines, ...(more ? [more] : [])].join("\n")}\n\n${rest.join("\n")}\n${nextText(next)}\n${pageLine(around)}${formatTime(at)}\n${footer()}\n`,
+    html: frame(groups.length > 1 ? subject : groupTitle(only, at), formatTime(at), color, body),
+    text: `${[...lines, ...more].join("\n")}\n\n${rest.join("\n")}\n${nextText(next)}\n${pageLine(around)}${formatTime(at)}\n${footer()}\n`,
   };
 }
 
@@ -153,14 +153,9 @@ export function isGood({ kind, status }: Change): boolean {
 
 /** Facts that say the same of many senders are one. */
 function groupFacts(facts: Change[]): Change[][] {
-  const groups = new Map<string, Change[]>();
-  for (const [i, fact] of facts.entries()) {
-    const key =
-      fact.sender && fact.kind !== "lost"
-        ? `${fact.kind} ${fact.status} ${fact.lasted === undefined}`
-        : `${i}`;
-    groups.set(key, [...(groups.get(key) ?? []), fact]);
-  }
+  const groups = Map.groupBy(facts, ({ sender, kind, status, lasted }, i) =>
+    sender && kind !== "lost" ? `${kind} ${status} ${lasted === undefined}` : `${i}`,
+  );
   return [...groups.values()].flatMap((group) =>
     group.length > NAMES ? [group] : group.map((fact) => [fact]),
   );
@@ -183,28 +178,23 @@ function groupText(group: Change[], at: number): string {
       : from === to
         ? ` Since ${formatTime(from)}.`
         : ` Since ${formatTime(from)} to ${formatTime(to)}.`;
-  return `${listNames(
-    group.map(({ title }) => title),
-    NAMES_IN_TEXT,
-  )}.${first.kind === "over" ? "" : when} ${reason({ ...first, text }, 1)}`.trim();
+  return `${listNames(titlesOf(group), NAMES_IN_TEXT)}.${first.kind === "over" ? "" : when} ${reason({ ...first, text }, 1)}`.trim();
 }
 
+const titlesOf = (group: Change[]) => group.map(({ title }) => title);
+
 function alertSubject(facts: Change[], counts: Partial<Record<Status, number>>): string {
-  const groups = new Map<string, Change[]>();
-  for (const fact of facts) {
-    const key = fact.sender ? `${fact.kind} ${fact.status}` : `${fact.kind} ${fact.title}`;
-    groups.set(key, [...(groups.get(key) ?? []), fact]);
-  }
+  const groups = Map.groupBy(
+    facts,
+    ({ sender, kind, status, title }) => `${kind} ${sender ? status : title}`,
+  );
   const all = Object.values(counts).reduce((sum, n) => sum + n, 0);
   const parts = [...groups.values()].map((group) => {
     const [only] = group as [Change];
     if (group.length === 1) return groups.size === 1 ? oneLine(only) : titleOf(only, only.since);
     const everyone = group.length === all && only.status === "silent" && only.kind === "opened";
     if (everyone) return `All ${all} senders silent: ${only.text || "receiver or network down?"}`;
-    return `${group.length} senders ${inAWord(only)}: ${listNames(
-      group.map(({ title }) => title),
-      NAMES,
-    )}`;
+    return `${group.length} senders ${inAWord(only)}: ${listNames(titlesOf(group))}`;
   });
   return parts.length <= 2 ? parts.join("; ") : `${parts[0]}; ${parts[1]}; and ${parts.length - 2} more`;
 }

@@ -14,21 +14,18 @@ import { type Config, readSecret } from "../config.ts";
 import { makeFolder, writeDurably } from "../durable.ts";
 import { isLoopback } from "../host.ts";
 import { errorMessage } from "../service.ts";
+import type { MailText } from "./message.ts";
 
 type Options = Config["monitor"]["mail"];
 
 const DATA_MS = 600_000;
 
 /** One mail. `id` and `references` are message ids without domain. */
-export interface Mail {
+export interface Mail extends MailText {
   id: string;
   references: string[];
   /** Its Date, milliseconds since the epoch. */
   at: number;
-  subject: string;
-  html: string;
-  text: string;
-  attachment?: { filename: string; content: string };
 }
 
 /** Who did not take a mail that the server was ready to take. `permanent`: it says that it never will. */

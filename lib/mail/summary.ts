@@ -116,7 +116,10 @@ export async function summariseHour(
     }
   };
   const { failed, sent } = folders(dir);
-  const places: Places = {
+  const account: Account = {
+    dir,
+    expected,
+    span,
     failed: new Set(await attempt(failed, () => listBatches(failed, "sealed", "compressed"), [])),
     sent: new Set(await attempt(sent, async () => (await ifMissing(readdir(sent))) ?? [], [])),
     report: await attempt(report, () => readDeliveries(report, span.to - MISSING_MS, sent), UNKNOWN),
@@ -125,30 +128,22 @@ export async function summariseHour(
   const hosts = [...new Set([...expected, ...present])].sort(compareAsPeopleCount);
   for (const [i, host] of hosts.entries()) {
     if (i % COLLECT_HOSTS === 0) collectGarbage();
-    const account = { dir, host, span, places, isExpected: expected.includes(host) };
-    await attempt(folders(dir).host(host), () => addHost(summary, account), undefined);
+    await attempt(folders(dir).host(host), () => addHost(summary, host, account), undefined);
   }
   return summary;
 }
 
-/** Where batches are, by name. */
-interface Places {
+/** What the account of each host is made from: of the batches, where they are, by name. */
+interface Account extends Pick<Config["monitor"], "dir" | "expected"> {
+  span: AccountSpan;
   failed: Set<string>;
   /** What stands in sent/, and what the report says was delivered: lines by hash of the name, and from when on. */
   sent: Set<string>;
   report: { lines: Map<number, number>; from: number };
 }
 
-interface HostAccount {
-  dir: string;
-  host: string;
-  span: AccountSpan;
-  places: Places;
-  isExpected: boolean;
-}
-
-async function addHost(summary: HourSummary, account: HostAccount): Promise<void> {
-  const { dir, host, span, places, isExpected } = account;
+async function addHost(summary: HourSummary, host: string, account: Account): Promise<void> {
+  const { dir, expected, span, report } = account;
   const folder = folders(dir).host(host);
   const ledger = await readLedger(folder);
   const queue = new Set(await listBatches(folder, "sealed"));
@@ -168,23 +163,23 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
     const curveAt = CURVE_HOURS - 1 - hours;
     if (hours >= 0 && hours < CURVE_HOURS)
       summary.curve[curveAt] = (summary.curve[curveAt] ?? 0) + batch.lines;
-    if (batch.at > span.from && batch.at <= span.to && addBatch(row, batch, queue, places) === "missing")
+    if (batch.at > span.from && batch.at <= span.to && addBatch(row, batch, queue, account) === "missing")
       summary.missing.push(name);
-    const isEarlier = batch.at <= span.from && batch.at > Math.max(span.missingFrom, places.report.from);
+    const isEarlier = batch.at <= span.from && batch.at > Math.max(span.missingFrom, report.from);
     if (
       isEarlier &&
       !told.has(name) &&
       summary.vanished.length < MOST_MISSING &&
-      whereIs(name, queue, places) === "missing"
+      whereIs(name, queue, account) === "missing"
     )
       summary.vanished.push({ host, name, lines: batch.lines });
   }
-  for (const batch of ledger?.open.values() ?? []) add(row.open, batch);
-  if (row.open.files > 0 && row.state === "complete" && hasOverdue(ledger, span.hourEnd))
-    row.state = "incomplete";
-  const isGone = !isExpected && row.heardAt < span.hourEnd - CURVE_HOURS * HOUR;
-  const isEmpty = row.received.files + row.open.files === 0;
-  if ((isGone || ledger === undefined) && isEmpty && !isExpected) return;
+  for (const batch of ledger?.open.values() ?? []) {
+    add(row.open, batch);
+    if (row.state === "complete" && batch.endsAt <= span.hourEnd) row.state = "incomplete"; // it still takes lines
+  }
+  const isGone = !expected.includes(host) && row.heardAt < span.hourEnd - CURVE_HOURS * HOUR;
+  if (isGone && row.received.files + row.open.files === 0) return;
   summary.rows.push(row);
   for (const place of PLACES) add(summary.total[place], row[place], row[place].files);
   summary.total.differs += row.differs;
@@ -192,12 +187,12 @@ async function addHost(summary: HourSummary, account: HostAccount): Promise<void
   for (const key of Object.keys(since) as (keyof Totals)[]) summary.total.since[key] += since[key];
 }
 
-function addBatch(row: HourRow, batch: SealedBatch, queue: Set<string>, places: Places): string {
-  const place = whereIs(batch.name, queue, places);
+function addBatch(row: HourRow, batch: SealedBatch, queue: Set<string>, account: Account): string {
+  const place = whereIs(batch.name, queue, account);
   add(row.received, batch);
   add(row[place], batch);
   if ((parseBatchName(batch.name)?.part ?? 1) > 1) row.late++;
-  const sentLines = place === "delivered" ? places.report.lines.get(hashOf(batch.name)) : undefined;
+  const sentLines = place === "delivered" ? account.report.lines.get(hashOf(batch.name)) : undefined;
   if (sentLines !== undefined && sentLines !== batch.lines) row.differs++;
   return place;
 }
@@ -205,7 +200,7 @@ function addBatch(row: HourRow, batch: SealedBatch, queue: Set<string>, places: 
 function whereIs(
   name: string,
   queue: Set<string>,
-  { failed, sent, report }: Places,
+  { failed, sent, report }: Account,
 ): "delivered" | "failed" | "waiting" | "missing" {
   if (queue.has(name)) return "waiting";
   if (failed.has(name)) return "failed";
@@ -221,11 +216,6 @@ function hourState(ledger: Ledger | undefined, end: number): HourRow["state"] {
   return alive.every(({ windowEnd = 0, lag = 0 }) => windowEnd > end || lag === 0)
     ? "complete"
     : "incomplete";
-}
-
-/** Whether a batch of a window that is over still takes lines. */
-function hasOverdue(ledger: Ledger | undefined, end: number): boolean {
-  return [...(ledger?.open.values() ?? [])].some(({ endsAt }) => endsAt <= end);
 }
 
 // ---- the report
@@ -248,10 +238,10 @@ function hashOf(name: string): number {
 }
 
 /** Of a report that is not there to tell. */
-const UNKNOWN: Places["report"] = { lines: new Map(), from: Number.POSITIVE_INFINITY };
+const UNKNOWN: Account["report"] = { lines: new Map(), from: Number.POSITIVE_INFINITY };
 
 /** What the report's end says was delivered, and from when on it tells that. */
-async function readDeliveries(path: string, oldest: number, sent: string): Promise<Places["report"]> {
+async function readDeliveries(path: string, oldest: number, sent: string): Promise<Account["report"]> {
   const lines = new Map<number, number>();
   const size = (await ifMissing(stat(path)))?.size;
   // What was delivered and cleared away stands in the report alone: without one nothing can be said of it.
