@@ -639,8 +639,7 @@ async function printStatus(service: Service<"monitor">): Promise<number> {
   const snapshot = await lookOnce(state, service);
   const isWanted = ({ host }: HostStatus) =>
     flags.host === undefined || host === parseHost(String(flags.host));
-  const late = new Set(snapshot.problems.find(({ key }) => key === "late")?.hosts);
-  const hosts = sortBySeverity(snapshot.hosts.filter(isWanted), late);
+  const hosts = sortBySeverity(snapshot.hosts.filter(isWanted), snapshot);
   const problems = snapshot.problems.filter(
     ({ hosts: of }) => flags.host === undefined || hosts.some(({ host }) => of.includes(host)),
   );

@@ -8,9 +8,10 @@
 import { readdir, stat, statfs } from "node:fs/promises";
 import { hostname } from "node:os";
 import { join } from "node:path";
+import type { z } from "zod";
 import { dashedHost, folders, LEDGER, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
 import { parseAgent } from "./chunk.ts";
-import { type Config, sections } from "./config.ts";
+import { sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
 import { ofHost } from "./host.ts";
@@ -131,29 +132,18 @@ export interface Seen {
   unreadable: { path: string; reason: string; host?: string }[];
   /** Names of the batches in failed/. */
   failed: string[];
+  /** How long a forwarder may take for a sealed batch. */
+  deliveryMinutes: number;
 }
 
+const thresholdsSchema = sections.monitor.pick({
+  ...{ expected: true, silentMinutes: true, silentMinutesByHost: true },
+  ...{ alertWhenQuiet: true, deliveryMinutes: true, minFreePercent: true },
+});
 /** What counts as wrong: of the config's section `monitor`, or its defaults. */
-export type Thresholds = Pick<
-  Config["monitor"],
-  | "expected"
-  | "silentMinutes"
-  | "silentMinutesByHost"
-  | "alertWhenQuiet"
-  | "deliveryMinutes"
-  | "minFreePercent"
->;
-
-const { shape } = sections.monitor;
+export type Thresholds = z.infer<typeof thresholdsSchema>;
 /** The defaults, where the config has no section `monitor`. */
-export const DEFAULT_THRESHOLDS: Thresholds = {
-  expected: [],
-  silentMinutes: shape.silentMinutes.parse(undefined),
-  silentMinutesByHost: {},
-  alertWhenQuiet: shape.alertWhenQuiet.parse(undefined),
-  deliveryMinutes: shape.deliveryMinutes.parse(undefined),
-  minFreePercent: shape.minFreePercent.parse(undefined),
-};
+export const DEFAULT_THRESHOLDS: Thresholds = thresholdsSchema.parse({});
 
 export interface LookOptions {
   now: number;
@@ -195,6 +185,7 @@ export async function seeFolder(dir: string, thresholds: Thresholds, options: Lo
     linesPerMinute: [],
     unreadable: [],
     failed: [],
+    deliveryMinutes: thresholds.deliveryMinutes,
     mutes: Object.fromEntries(Object.entries(mutes).filter(([, { until }]) => until > now)),
   };
   const expected = new Set(thresholds.expected);
@@ -293,22 +284,21 @@ export function compareAsPeopleCount(a: string, b: string): number {
   return natural.compare(a, b);
 }
 
+type Patience = Pick<Seen, "now" | "deliveryMinutes">;
+
 /** Whether a sender's oldest sealed batch waits for longer than a forwarder takes. */
-export function isLate({ waitingSince }: HostStatus, now: number, { deliveryMinutes }: Thresholds): boolean {
+export function isLate({ waitingSince }: HostStatus, { now, deliveryMinutes }: Patience): boolean {
   return waitingSince !== undefined && now - waitingSince > deliveryMinutes * MINUTE;
 }
 
-/** Whether there is more to say of a sender than its state: `late` are those whose batches wait for too long. */
-export function isTroubled(
-  { host, failed, lost, gone, contested, muted }: HostStatus,
-  late: Set<string>,
-): boolean {
-  return failed + lost + gone > 0 || contested !== undefined || muted !== undefined || late.has(host);
+/** Whether there is more to say of a sender than its state. */
+export function isTroubled(host: HostStatus, seen: Patience): boolean {
+  return host.failed + host.lost + host.gone > 0 || !!host.contested || !!host.muted || isLate(host, seen);
 }
 
 /** Those in trouble first, in the order of their states; else as they stand. */
-export function sortBySeverity(hosts: HostStatus[], late: Set<string>): HostStatus[] {
-  const rank = (host: HostStatus) => 2 * HOST_STATES.indexOf(host.state) + Number(!isTroubled(host, late));
+export function sortBySeverity(hosts: HostStatus[], seen: Patience): HostStatus[] {
+  const rank = (host: HostStatus) => 2 * HOST_STATES.indexOf(host.state) + Number(!isTroubled(host, seen));
   return hosts.toSorted((a, b) => rank(a) - rank(b));
 }
 
@@ -452,7 +442,7 @@ async function listening(
 // ---- details
 
 /** Curves and batches of the first senders, and the curve of all. */
-async function addDetails({ seen, ledgers, now, thresholds }: Look, most: number): Promise<void> {
+async function addDetails({ seen, ledgers, now }: Look, most: number): Promise<void> {
   const first = Math.floor(now / MINUTE) - HISTORY_MINUTES;
   const total: number[] = new Array(HISTORY_MINUTES).fill(0);
   // not for … of, which makes an object of each of a million entries
@@ -462,8 +452,7 @@ async function addDetails({ seen, ledgers, now, thresholds }: Look, most: number
       if (i >= 0 && i < HISTORY_MINUTES) total[i] = (total[i] ?? 0) + lines;
     });
   seen.linesPerMinute = total;
-  const late = seen.hosts.filter((host) => isLate(host, now, thresholds)).map(({ host }) => host);
-  for (const status of sortBySeverity(seen.hosts, new Set(late)).slice(0, most)) {
+  for (const status of sortBySeverity(seen.hosts, seen).slice(0, most)) {
     const ledger = ledgers.get(status.host) ?? emptyLedger();
     const { minutes } = ledger;
     status.linesPerMinute = total.map((_, i) => minutes.get(first + i) ?? 0);

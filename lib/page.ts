@@ -18,6 +18,7 @@ import {
   HOST_STATES,
   type HostState,
   type HostStatus,
+  isLate,
   isTroubled,
   sortBySeverity,
 } from "./look.ts";
@@ -194,7 +195,7 @@ const HEADS =
 /** What all rows share. */
 interface Table {
   now: number;
-  late: Set<string>;
+  deliveryMinutes: number;
   newest: string | undefined;
   /** Of a batch, as most names have it. */
   windowMinutes: number;
@@ -202,14 +203,13 @@ interface Table {
 }
 
 /** A row for each of the first senders, the worst first; the names of further ones. */
-function renderHosts({ hosts, now, problems }: Snapshot): Html {
+function renderHosts({ hosts, now, deliveryMinutes }: Snapshot): Html {
   if (hosts.length === 0) {
     return html`<section class="hosts"><h2>Senders</h2><p class="hint">Start a shipper whose config names this receiver: its host appears here.</p></section>`;
   }
-  const late = new Set(problems.find(({ key }) => key === "late")?.hosts);
   const newest = countAgents(hosts)[0]?.[0];
-  const sorted = sortBySeverity(hosts, late);
-  const table: Table = { now, late, newest, ...shapeOf(sorted) };
+  const sorted = sortBySeverity(hosts, { now, deliveryMinutes });
+  const table: Table = { now, deliveryMinutes, newest, ...shapeOf(sorted) };
   const rows: Html[] = [];
   let length = 0;
   const most = hosts.length > DETAILED ? ROWS_LENGTH.followed : ROWS_LENGTH.alone;
@@ -285,7 +285,7 @@ function renderHost(host: HostStatus, table: Table): Html {
   const again =
     host.again &&
     html` <small>${formatBytes(host.again)} of ${count(host.againFiles ?? 0, "file")} shipped again</small>`;
-  const isWell = host.state === "ok" && !isTroubled(host, table.late);
+  const isWell = host.state === "ok" && !isTroubled(host, table);
   const kinds = [isWell && "well", behind && "b"].filter(Boolean).join(" ");
   return html`<tr role="row" id="${anchor(host.host)}" data-s="${host.state}"${kinds && html` class="${kinds}"`}><th role="rowheader" scope="row">${breakable(host.host)}${behind && html` <small>${host.agent}</small>`}${twice}</th>${[
     cell(html`${symbol(mark)}${text}${muted}`, `s ${mark}`),
@@ -298,7 +298,7 @@ function renderHost(host: HostStatus, table: Table): Html {
     cell(renderDay(host, table), host.batches.length === 0 ? "z" : ""),
     renderDelivered(host, now),
     host.lag === undefined ? cell("unknown", "z") : amount(host.lag, html`${formatBytes(host.lag)}${again}`),
-    amount(host.waiting, html`${formatCount(host.waiting)}${since}`, table.late.has(host.host)),
+    amount(host.waiting, html`${formatCount(host.waiting)}${since}`, isLate(host, table)),
     amount(host.failed, formatCount(host.failed), true),
     amount(lost, formatBytes(lost), true),
   ]}</tr>`;

@@ -83,7 +83,7 @@ export function findProblems(
     ...receiverProblems(seen),
     ...senderProblems(seen, thresholds),
     ...forwarderProblems(seen, thresholds),
-    ...queueProblems(seen, thresholds),
+    ...queueProblems(seen),
     ...diskProblems(seen, thresholds),
     ...monitorProblems(seen.now, monitor),
   ];
@@ -270,9 +270,10 @@ function forwarderProblems({ forwarder, now, hosts }: Seen, { deliveryMinutes }:
   return problems;
 }
 
-function queueProblems({ hosts, now, forwarder, dir, failed }: Seen, thresholds: Thresholds): Problem[] {
+function queueProblems(seen: Seen): Problem[] {
+  const { hosts, now, forwarder, dir, failed } = seen;
   const problems: Problem[] = [];
-  const late = hosts.filter((host) => isLate(host, now, thresholds));
+  const late = hosts.filter((host) => isLate(host, seen));
   if (late.length > 0) {
     const first = late.reduce((a, b) => ((a.waitingSince ?? now) <= (b.waitingSince ?? now) ? a : b));
     const since = first.waitingSince ?? now;

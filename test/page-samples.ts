@@ -94,6 +94,7 @@ export function status(hosts: HostStatus[], over: Partial<Snapshot> = {}): Snaps
     dir: "/app/log/access-log-receiver",
     hosts,
     receivers: [],
+    deliveryMinutes: DEFAULT_THRESHOLDS.deliveryMinutes,
     mutes: {},
     problems: [],
     disk: { free: 412e9, total: 1e12 },
