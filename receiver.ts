@@ -531,13 +531,8 @@ function answerError(receiver: Receiver, error: Error, c: HttpContext): Response
   const { status } = error;
   const host = parseHost(c.req.header(HEADER.host) ?? "") ?? "";
   const reason = error instanceof WireError ? error.reason : status === 403 ? "name taken" : "not stored";
-  refusals.note({
-    status,
-    reason,
-    host,
-    peer: access.clientAddress(c.req.raw.headers, c.env),
-    text: error.message,
-  });
+  const peer = access.clientAddress(c.req.raw.headers, c.env);
+  refusals.note(status, error.message, { host, peer, reason });
   if (status === 401)
     c.header("WWW-Authenticate", [UPLOAD_PATH, STREAMS_PATH].includes(c.req.path) ? "Bearer" : BROWSER_LOGIN);
   if (status === 503) c.header("Retry-After", RETRY_AFTER_SECONDS);

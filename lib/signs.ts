@@ -42,6 +42,17 @@ export async function readForwarderState(dir: string): Promise<ForwarderState | 
   });
 }
 
+const refusedSchema = z.object({
+  host: z.string(),
+  peer: z.string(),
+  reason: z.string(),
+  count: z.number(),
+  since: z.number(),
+  at: z.number(),
+});
+/** Requests of one address that were refused for one reason. */
+export type RefusedSender = z.infer<typeof refusedSchema>;
+
 export const receiverStateSchema = z.object({
   version: z.literal(1),
   at: z.number(),
@@ -51,39 +62,26 @@ export const receiverStateSchema = z.object({
   /** Why a chunk could not be stored now, and since when. */
   health: z.string().optional(),
   healthSince: z.number().optional(),
-  refused: z.array(
-    z.object({
-      host: z.string(),
-      peer: z.string(),
-      reason: z.string(),
-      count: z.number(),
-      since: z.number(),
-      at: z.number(),
-    }),
-  ),
+  refused: z.array(refusedSchema),
   pressed: z.array(z.object({ host: z.string(), text: z.string() })),
 });
 /** `<dir>/.receiver-<lowest port>.json`: that a receiver runs, and whom it refuses. */
 export type ReceiverState = z.infer<typeof receiverStateSchema>;
 
+const muteSchema = z.object({
+  until: z.number(),
+  at: z.number(),
+  by: z.string(),
+  reason: z.string().optional(),
+});
 /** A maintenance window of a host, or of `*`: its silence is not told. */
-export interface Mute {
-  until: number;
-  at: number;
-  by: string;
-  reason?: string | undefined;
-}
+export type Mute = z.infer<typeof muteSchema>;
 
 /** What the monitor's state file says to others. */
 export const monitorNewsSchema = z.looseObject({
   version: z.number(),
   at: z.number(),
-  mutes: z
-    .record(
-      z.string(),
-      z.object({ until: z.number(), at: z.number(), by: z.string(), reason: z.string().optional() }),
-    )
-    .default({}),
+  mutes: z.record(z.string(), muteSchema).default({}),
   /** Mails and posts that were refused for good. */
   undeliverable: z
     .array(z.object({ to: z.string(), subject: z.string(), reason: z.string(), at: z.number() }))

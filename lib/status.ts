@@ -14,7 +14,7 @@ import {
   type Thresholds,
 } from "./look.ts";
 import { commandOf, DAY, formatBytes, formatDuration, formatLocalTime, MINUTE } from "./service.ts";
-import { type FaultKind, type MonitorNews, type ReceiverState, readMonitorNews } from "./signs.ts";
+import { type FaultKind, type MonitorNews, type RefusedSender, readMonitorNews } from "./signs.ts";
 
 /** A forwarder shows life every thirty seconds, a monitor in every run. */
 const FORWARDER_GONE_MS = 3 * MINUTE;
@@ -193,15 +193,13 @@ function senderProblems(seen: Seen, { alertWhenQuiet }: Thresholds): Problem[] {
   return [...problems, ...refusedProblem(refused, now)];
 }
 
-type RefusedRow = ReceiverState["refused"][number];
-
 /** Senders that keep knocking, not a stranger's single request. */
-function refusedSenders({ receivers }: Seen): RefusedRow[] {
+function refusedSenders({ receivers }: Seen): RefusedSender[] {
   const rows = receivers.flatMap(({ runs, refused }) => (runs ? refused : []));
   return rows.filter(({ host, count: times }) => host !== "" && times > 1);
 }
 
-function refusedProblem(refused: RefusedRow[], now: number): Problem[] {
+function refusedProblem(refused: RefusedSender[], now: number): Problem[] {
   if (refused.length === 0) return [];
   const hosts = [...new Set(refused.map(({ host }) => host))];
   const text = list(refused, (row) => formatRefusal(row, now));
@@ -210,7 +208,10 @@ function refusedProblem(refused: RefusedRow[], now: number): Problem[] {
 }
 
 /** `10.10.21.190 from 10.0.3.7: token not known, 9 times since 04:25`. */
-export function formatRefusal({ host, peer, reason, count: times, since }: RefusedRow, now: number): string {
+export function formatRefusal(
+  { host, peer, reason, count: times, since }: RefusedSender,
+  now: number,
+): string {
   return `${host} from ${peer}: ${reason}, ${times} times since ${formatClock(since, now)}`;
 }
 

@@ -9,6 +9,7 @@ import { HEADER, WireError } from "../chunk.ts";
 import { type Config, readSecret, type SecretRef } from "../config.ts";
 import { addressIsValid, clientOfHop, createMatcher, isLoopback, parseHost, plainAddress } from "../host.ts";
 import { createFaultLog, errorMessage, type FaultLog, type Log } from "../service.ts";
+import type { RefusedSender } from "../signs.ts";
 
 type ReceiverConfig = Config["receiver"];
 
@@ -261,21 +262,11 @@ function digest(text: string): Buffer {
 const MOST_REFUSALS = 100;
 const LINES_A_MINUTE = 60;
 
-/** Requests of one address that were refused for one reason. */
-export interface RefusedSender {
-  host: string;
-  peer: string;
-  reason: string;
-  count: number;
-  since: number;
-  at: number;
-}
-
 /** Refused requests by address and reason, for the log, the page and the metrics. */
 export class Refusals {
   readonly #log: Log;
   readonly #now: () => number;
-  readonly #rows = new Map<string, RefusedSender & { toldAt: number; told: number }>();
+  readonly #rows = new Map<string, { seen: RefusedSender; toldAt: number; told: number }>();
   /** Limits that a sender met, by host. */
   readonly #pressed = new Map<string, { text: string; at: number }>();
   /** Since the start, by status and reason. */
@@ -289,14 +280,9 @@ export class Refusals {
     this.#now = now;
   }
 
-  note({
-    status,
-    reason,
-    host,
-    peer,
-    text,
-  }: Omit<RefusedSender, "count" | "since" | "at"> & { status: number; text: string }): void {
+  note(status: number, text: string, who: Pick<RefusedSender, "host" | "peer" | "reason">): void {
     const now = this.#now();
+    const { host, peer, reason } = who;
     const total = this.counts.get(`${status} ${reason}`) ?? { status, reason, count: 0 };
     total.count++;
     this.counts.set(`${status} ${reason}`, total);
@@ -305,34 +291,19 @@ export class Refusals {
       return;
     }
     const key = `${peer} ${reason}`;
-    const row = this.#rows.get(key) ?? {
-      host,
-      peer,
-      reason,
-      count: 0,
-      since: now,
-      at: now,
-      toldAt: -Infinity,
-      told: 0,
-    };
-    row.count++;
-    row.at = now;
-    row.host = host;
+    const first: RefusedSender = { ...who, count: 0, since: now, at: now };
+    const row = this.#rows.get(key) ?? { seen: first, toldAt: -Infinity, told: 0 };
+    const count = row.seen.count + 1;
+    Object.assign(row.seen, { count, at: now, host });
     this.#rows.delete(key); // the newest stand last
     this.#rows.set(key, row);
     const [oldest] = this.#rows.keys();
     if (this.#rows.size > MOST_REFUSALS && oldest !== undefined) this.#rows.delete(oldest);
     this.changed = true;
     if (now - row.toldAt < 60_000 || !this.#mayTell(now)) return;
-    this.#log.warn("request refused", {
-      peer: printable(peer),
-      reason,
-      status,
-      host,
-      times: row.count - row.told,
-    });
-    row.toldAt = now;
-    row.told = row.count;
+    const times = count - row.told;
+    this.#log.warn("request refused", { peer: printable(peer), reason, status, host, times });
+    Object.assign(row, { toldAt: now, told: count });
   }
 
   #press(host: string, text: string, at: number): void {
@@ -352,9 +323,7 @@ export class Refusals {
   /** Those of the last hour. */
   list(): RefusedSender[] {
     const after = this.#now() - 3_600_000;
-    return [...this.#rows.values()]
-      .filter(({ at }) => at > after)
-      .map(({ host, peer, reason, count, since, at }) => ({ host, peer, reason, count, since, at }));
+    return [...this.#rows.values()].map(({ seen }) => seen).filter(({ at }) => at > after);
   }
 
   /** Limits that a host met in the last ten minutes. */
