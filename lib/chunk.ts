@@ -37,15 +37,15 @@ export type Encoding = "identity" | "gzip" | "zstd";
 /** What a sender tells of itself with every request; all of it is optional. */
 export interface SenderNews {
   /** Bytes that the sender still has to ship after this request. */
-  lag?: number;
+  lag?: number | undefined;
   /** Every line that was in any followed file at this time of the sender's clock (ms since the epoch) is answered. */
-  through?: number;
+  through?: number | undefined;
   /** Names one cursor of one shipper. */
-  shipper?: string;
+  shipper?: string | undefined;
   /** Bytes that vanished before they could be read: total of this `shipper`; of version 1.0 since its last 200. */
-  lost?: number;
+  lost?: number | undefined;
   /** Name and version of the sender's program. */
-  agent?: string;
+  agent?: string | undefined;
 }
 
 /** What the headers of one chunk say. Ranges are bytes of the source file, `end` exclusive. */
@@ -53,17 +53,17 @@ export interface ChunkHeaders extends SenderNews {
   host: string;
   stream: string;
   /** The stream's first chunk: `new`, or `again` for one that ships again what the receiver has lost. */
-  begin?: "new" | "again";
+  begin?: "new" | "again" | undefined;
   offset: number;
   end: number;
   /** Of the bytes just before `end`; absent for a sender of version 1.0. */
-  mark?: string;
+  mark?: string | undefined;
   /** Of the bytes just before `offset`; absent at offset 0. */
-  from?: string;
+  from?: string | undefined;
   /** Of the first bytes of the file. */
-  head?: string;
+  head?: string | undefined;
   /** Lines that rules left out of this chunk. */
-  skipped?: number;
+  skipped?: number | undefined;
 }
 
 /** What a receiver knows of one stream, as `POST /streams` tells it. */
@@ -117,27 +117,32 @@ export function parseMarkLength(mark: string): number | undefined {
 export function formatChunkHeaders(chunk: ChunkHeaders): Record<string, string> {
   return {
     ...formatNews(chunk),
-    [HEADER.host]: chunk.host,
-    [HEADER.stream]: chunk.stream,
-    [HEADER.offset]: String(chunk.offset),
-    [HEADER.end]: String(chunk.end),
-    ...(chunk.begin && { [HEADER.begin]: chunk.begin === "new" ? "1" : "again" }),
-    ...(chunk.mark !== undefined && { [HEADER.mark]: chunk.mark }),
-    ...(chunk.from !== undefined && { [HEADER.from]: chunk.from }),
-    ...(chunk.head !== undefined && { [HEADER.head]: chunk.head }),
-    ...(chunk.skipped && { [HEADER.skipped]: String(chunk.skipped) }),
+    ...formatHeaders({
+      host: chunk.host,
+      stream: chunk.stream,
+      begin: chunk.begin && (chunk.begin === "new" ? "1" : "again"),
+      offset: chunk.offset,
+      end: chunk.end,
+      mark: chunk.mark,
+      from: chunk.from,
+      head: chunk.head,
+      skipped: chunk.skipped || undefined,
+    }),
   };
 }
 
 /** The request headers of what a sender tells of itself. */
-export function formatNews(news: SenderNews): Record<string, string> {
-  return {
-    ...(news.lag !== undefined && { [HEADER.lag]: String(news.lag) }),
-    ...(news.through !== undefined && { [HEADER.through]: formatThrough(news.through) }),
-    ...(news.shipper !== undefined && { [HEADER.shipper]: news.shipper }),
-    ...(news.lost !== undefined && news.lost > 0 && { [HEADER.lost]: String(news.lost) }),
-    ...(news.agent !== undefined && { [HEADER.agent]: news.agent }),
-  };
+export function formatNews({ lag, through, shipper, lost, agent }: SenderNews): Record<string, string> {
+  const told = through === undefined ? undefined : formatThrough(through);
+  return formatHeaders({ lag, through: told, shipper, lost: lost || undefined, agent });
+}
+
+/** The headers of what is not absent. */
+function formatHeaders(values: Partial<Record<keyof typeof HEADER, string | number | undefined>>) {
+  const present = Object.entries(values).filter(([, value]) => value !== undefined);
+  return Object.fromEntries(
+    present.map(([name, value]) => [HEADER[name as keyof typeof HEADER], String(value)]),
+  );
 }
 
 /** ISO 8601 with the offset of this machine's zone, whole seconds: `2026-11-28T14:03:09+01:00`. */
@@ -158,21 +163,17 @@ export function parseChunkHeaders(headers: Headers): ChunkHeaders {
   if (begin !== null && begin !== "1" && begin !== "again") {
     throw new WireError(400, `${HEADER.begin} is neither 1 nor again`);
   }
-  const mark = parseMark(headers, HEADER.mark);
-  const from = parseMark(headers, HEADER.from);
-  const head = parseMark(headers, HEADER.head);
-  const skipped = parseCount(headers, HEADER.skipped);
   return {
     ...parseNews(headers),
     host,
     stream,
     offset,
     end,
-    ...(begin !== null && { begin: begin === "1" ? ("new" as const) : ("again" as const) }),
-    ...(mark !== undefined && { mark }),
-    ...(from !== undefined && { from }),
-    ...(head !== undefined && { head }),
-    ...(skipped !== undefined && { skipped }),
+    begin: begin === null ? undefined : begin === "1" ? "new" : "again",
+    mark: parseMark(headers, HEADER.mark),
+    from: parseMark(headers, HEADER.from),
+    head: parseMark(headers, HEADER.head),
+    skipped: parseCount(headers, HEADER.skipped),
   };
 }
 
@@ -180,22 +181,13 @@ export function parseChunkHeaders(headers: Headers): ChunkHeaders {
 export function parseNews(headers: Headers): SenderNews {
   const lag = parseCount(headers, HEADER.lag);
   const lost = parseCount(headers, HEADER.lost);
-  const shipper = headers.get(HEADER.shipper);
-  if (shipper !== null && !/^[A-Za-z0-9_-]{16,64}$/.test(shipper)) {
+  const shipper = headers.get(HEADER.shipper) ?? undefined;
+  if (shipper !== undefined && !/^[A-Za-z0-9_-]{16,64}$/.test(shipper)) {
     throw new WireError(400, `${HEADER.shipper} is not 16 to 64 of A-Z a-z 0-9 _ -`);
   }
   const through = parseThrough(headers.get(HEADER.through));
-  const agent = headers
-    .get(HEADER.agent)
-    ?.replace(/[^\x20-\x7e]/g, "?")
-    .slice(0, AGENT_BYTES);
-  return {
-    ...(lag !== undefined && { lag }),
-    ...(lost !== undefined && { lost }),
-    ...(shipper !== null && { shipper }),
-    ...(through !== undefined && { through }),
-    ...(agent && { agent }),
-  };
+  const agent = headers.get(HEADER.agent)?.replace(/[^\x20-\x7e]/g, "?");
+  return { lag, lost, shipper, through, agent: agent?.slice(0, AGENT_BYTES) || undefined };
 }
 
 /** What a sender's program is, and what it says of itself in comments behind its name (RFC 9110 section 5.6.5). */

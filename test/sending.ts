@@ -17,8 +17,8 @@ export interface Post {
   offset?: number;
   /** One past the last byte covered; default: the body's length behind `offset`. */
   end?: number;
-  lag?: number;
-  lost?: number;
+  lag?: number | undefined;
+  lost?: number | undefined;
   headers?: Record<string, string>;
 }
 
