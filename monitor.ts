@@ -207,9 +207,7 @@ async function askReceivers({
   const found = await Promise.all(
     config.receivers.map(async (url) => {
       const { origin, host, port, protocol } = new URL(url);
-      const text = await ask(`${origin}/healthz`, signal).then(
-        ({ ok, status, body }) =>
-          ok ? undefined : `/healthz answers ${status}: ${body.slice(0, 200).trim()}`,
+      const text = await askHealth(ask, origin, signal).catch(
         (error) => `it does not answer: ${withAdvice(error)}`,
       );
       if (text === undefined) return [];
@@ -226,6 +224,12 @@ async function askReceivers({
     }),
   );
   return found.flat();
+}
+
+/** What a receiver says is wrong with it; undefined when it is well. Throws what the network said. */
+async function askHealth(ask: ReturnType<typeof clientOf>, origin: string, signal: AbortSignal) {
+  const { ok, status, body } = await ask(`${origin}/healthz`, signal);
+  return ok ? undefined : `/healthz answers ${status}: ${body.slice(0, 200).trim()}`;
 }
 
 function withAdvice(error: unknown): string {
@@ -284,7 +288,12 @@ function noteAway(state: MonitorState, { snapshot, changes }: Run, up: number): 
   if (state.at === 0 || gap < AWAY_MS || up >= gap) return;
   const text = `It was started again ${formatClock(now - up, now)}, ${formatDuration(gap - up)} after the last look. Senders that it did not hear meanwhile keep their lines.`;
   const title = `this server (${server}) was away from ${formatClock(state.at, now)} to ${formatClock(now - up, now)}`;
-  changes.push({ kind: "note", title, text, status: "ok", sender: false, since: state.at });
+  changes.push(note(title, text, state.at));
+}
+
+/** A fact that is told once: nothing that lasts. */
+function note(title: string, text: string, since: number, next: string[] = []): Change {
+  return { kind: "note", title, text, status: "ok", sender: false, since, next };
 }
 
 /** The incident that the state file can't be written. */
@@ -405,15 +414,8 @@ function noteAgain(
   const bytes = formatBytes(again - known.told);
   const files = count(againFiles - known.files, "file");
   const text = `The receiver had lost lines of ${host}, whose shipper has shipped ${bytes} of ${files} again, of what was not delivered. Some of it may have been: those lines come twice, in batches with other names. The shipper's log names each file, since when what comes twice had been delivered, and what is gone with its file.`;
-  changes.push({
-    kind: "note",
-    title: `${host} shipped ${bytes} again`,
-    text,
-    status: "ok",
-    sender: false,
-    since: snapshot.now,
-    next: [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'receiver has lost lines'"`],
-  });
+  const next = [`ssh ${host} "journalctl -u log-rt-sync-shipper | grep 'receiver has lost lines'"`];
+  changes.push(note(`${host} shipped ${bytes} again`, text, snapshot.now, next));
   Object.assign(known, { told: again, files: againFiles });
 }
 
@@ -585,7 +587,7 @@ function takeTotals(state: MonitorState, hosts: HostStatus[]): Record<string, Pa
 
 function startsAnew({ stateFile }: Options, reason: string, now: number): Change {
   const text = `What was told before ${stateFile} became unreadable (${reason}) is not known; it may be told again.`;
-  return { kind: "note", title: "monitor starts anew", text, status: "ok", sender: false, since: now };
+  return note("monitor starts anew", text, now);
 }
 
 /** Whether what was told can be remembered is itself told. */
@@ -606,8 +608,8 @@ function noteUnsaved(state: MonitorState, run: Run, reason: string | undefined):
 async function sendTest({ config, log, signal, now }: Service<"monitor">): Promise<number> {
   const at = now();
   const text = "If you can read this, alerts will arrive too.";
-  const change = { kind: "note", title: "test mail", text, status: "ok", sender: false, since: at } as const;
-  const mail = renderAlert({ at, changes: [change], counts: {}, standing: [] }, { page: config.page });
+  const alert = { at, changes: [note("test mail", text, at)], counts: {}, standing: [] };
+  const mail = renderAlert(alert, { page: config.page });
   try {
     const refused = await sendMail(
       config.mail,
@@ -744,10 +746,8 @@ async function check({ config, signal, checks }: Service<"monitor">, connect: bo
   const ask = clientOf(config);
   for (const url of config.receivers)
     await checks.step(`monitor.receivers: ${new URL(url).origin}`, async () => {
-      const { ok, status, body } = await ask(`${new URL(url).origin}/healthz`, signal).catch((error) => {
-        throw new Error(withAdvice(error));
-      });
-      if (!ok) throw new Error(`/healthz answers ${status}: ${body.slice(0, 200).trim()}`);
+      const fault = await askHealth(ask, new URL(url).origin, signal).catch(withAdvice);
+      if (fault !== undefined) throw new Error(fault);
       return "healthy";
     });
   const secretUrl = (key: "webhook" | "heartbeatUrl", work: (url: string) => Promise<string>) => {

@@ -193,10 +193,7 @@ async function* readLines(path: string): AsyncGenerator<Buffer> {
 
 /** The last lines of a report, oldest first, from at most the last `bytes` of it; none when there is no report. */
 export async function readReportTail(path: string, bytes = 1_048_576): Promise<ReportLine[]> {
-  const file = await open(path, "r").catch((error: NodeJS.ErrnoException) => {
-    if (error.code === "ENOENT") return undefined;
-    throw error;
-  });
+  const file = await ifMissing(open(path, "r"));
   if (!file) return [];
   try {
     const { size } = await file.stat();

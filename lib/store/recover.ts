@@ -343,8 +343,7 @@ export async function recoverSender(host: string, folder: string, log: Log): Pro
 /** Cuts, finishes or takes up every part, and closes what is open in the ledger alone. */
 async function recoverBatches(found: SenderFolder, isComplete: boolean): Promise<void> {
   const { folder, ledger } = found;
-  const names =
-    (await ifMissing(listBatches(folder, "open")))?.map((part) => withState(part, "sealed")) ?? [];
+  const names = (await listBatches(folder, "open")).map((part) => withState(part, "sealed"));
   for (const name of names) {
     const path = join(folder, withState(name, "open"));
     const sealed = ledger.sealed.get(name);
