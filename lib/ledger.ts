@@ -194,17 +194,11 @@ export function parseRecord(line: string): unknown {
   return JSON.parse(json);
 }
 
-/** What a ledger's text says: its records, how many lines are damaged, and where the last whole line ends. */
-export function parseRecords(text: string): { records: unknown[]; damaged: number; end: number } {
-  const end = text.lastIndexOf("\n") + 1;
-  const records: unknown[] = [];
-  let damaged = 0;
-  for (const line of text.slice(0, end).split("\n").slice(0, -1)) {
-    const record = parseRecord(line);
-    if (record === undefined) damaged++;
-    else records.push(record);
-  }
-  return { records, damaged, end: Buffer.byteLength(text.slice(0, end)) };
+/** What a ledger's text says: its records, and how many of its whole lines are damaged. */
+export function parseRecords(text: string): { records: unknown[]; damaged: number } {
+  const found = text.split("\n").slice(0, -1).map(parseRecord);
+  const records = found.filter((record) => record !== undefined);
+  return { records, damaged: found.length - records.length };
 }
 
 /** Applies one record of a ledger's file to what is known. */
@@ -218,12 +212,8 @@ export function applyRecord(ledger: Ledger, record: LedgerRecord): void {
     ledger.streams.set(name, stream);
   }
   for (const [name, batch] of Object.entries(record.open ?? {})) ledger.open.set(name, batch);
-  for (const [minute, lines] of Object.entries(record.minutes ?? {})) {
-    ledger.minutes.set(Number(minute), lines);
-    const oldest = ledger.minutes.keys().next().value;
-    // one more than told: the minute that still runs
-    if (ledger.minutes.size > HISTORY_MINUTES + 1 && oldest !== undefined) ledger.minutes.delete(oldest);
-  }
+  for (const [minute, lines] of Object.entries(record.minutes ?? {}))
+    setMinute(ledger, Number(minute), lines);
   for (const name of record.closed ?? []) ledger.open.delete(name);
   for (const [name, batch] of Object.entries(record.sealed ?? {})) ledger.sealed.set(name, batch);
   for (const [window, part] of Object.entries(record.used ?? {})) ledger.used.set(window, part);
@@ -235,9 +225,14 @@ export function applyRecord(ledger: Ledger, record: LedgerRecord): void {
 /** Counts lines that came at the time `at`, in milliseconds since the epoch. */
 export function countMinute(ledger: Ledger, lines: number, at: number): void {
   const minute = Math.floor(at / 60_000);
-  ledger.minutes.set(minute, (ledger.minutes.get(minute) ?? 0) + lines);
-  const oldest = ledger.minutes.keys().next().value;
-  if (ledger.minutes.size > HISTORY_MINUTES + 1 && oldest !== undefined) ledger.minutes.delete(oldest);
+  setMinute(ledger, minute, (ledger.minutes.get(minute) ?? 0) + lines);
+}
+
+/** Keeps one more than is told: the minute that still runs. */
+function setMinute({ minutes }: Ledger, minute: number, lines: number): void {
+  minutes.set(minute, lines);
+  const [oldest] = minutes.keys();
+  if (minutes.size > HISTORY_MINUTES + 1 && oldest !== undefined) minutes.delete(oldest);
 }
 
 /** The whole ledger as one record. */
