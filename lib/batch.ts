@@ -119,6 +119,19 @@ export async function listHosts(dir: string): Promise<string[]> {
   return folders.map((entry) => entry.name).sort();
 }
 
+/** Whether a host's folder is a copy of another's, made by hand: it has names of batches, and none that this host would have. */
+export function isCopy(host: string, ...lists: Iterable<string>[]): boolean {
+  const dashed = dashedHost(host);
+  let some = false;
+  for (const list of lists) {
+    for (const name of list) {
+      if (parseBatchName(name)?.host === dashed) return false;
+      some = true;
+    }
+  }
+  return some;
+}
+
 /** File names of the batches of these states in a folder, in delivery order; empty when there is no folder. */
 export async function listBatches(folder: string, ...states: BatchState[]): Promise<string[]> {
   const entries = await readdir(folder, { withFileTypes: true }).catch((error: NodeJS.ErrnoException) => {

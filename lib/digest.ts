@@ -15,7 +15,7 @@ import { createReadStream } from "node:fs";
 import { lstat, readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { z } from "zod";
-import { dashedHost, folders, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
+import { dashedHost, folders, isCopy, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
 import {
   appendDurably,
   ifMissing,
@@ -171,7 +171,7 @@ interface HostSeen {
   /** Bytes that it still had to ship when it was last heard. */
   lag?: number | undefined;
   heardAt?: number;
-  isDamaged?: boolean;
+  isDamaged?: boolean | undefined;
 }
 
 /** All hosts that are known, and the batches in failed/ by hour. The ledgers are read before the folders. */
@@ -190,21 +190,18 @@ export async function observeHosts(dir: string, now: number) {
       gone = 0,
       lag,
     } = ledger.facts;
-    const { isDamaged } = ledger;
-    if (now - ledger.heardAt > forgetAfterDays * DAY && !isDamaged) continue;
+    const { isDamaged, heardAt } = ledger;
+    if (now - heardAt > forgetAfterDays * DAY && !isDamaged) continue;
     // Twice: a listing may miss a file that is renamed meanwhile, but not in both.
     const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
     const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);
-    const isOurs = (name: string) => parseBatchName(name)?.host === dashedHost(host);
-    const known = [...names, ...ledger.sealed.keys()]; // one batch that was put here by hand makes it no other's folder
-    if (known.length > 0 && !known.some(isOurs)) continue; // a copy of a host's folder, made by hand
+    if (isCopy(host, names, ledger.sealed.keys())) continue;
     const lost = ledger.lost + gone;
     const unsent = new Map(
       [...names].map((name) => [name, (ledger.open.get(name) ?? ledger.sealed.get(name))?.lines ?? 0]),
     );
     const counts = { skipped, untimed, lost, waiting: countHours(names), unsent, lag };
-    const { heardAt } = ledger;
-    hosts.push({ host, zone, through, heardAt, contestedUntil, ...counts, ...(isDamaged && { isDamaged }) });
+    hosts.push({ host, zone, through, heardAt, contestedUntil, ...counts, isDamaged });
   }
   return { hosts, failed: countHours(await listBatches(folders(dir).failed, "sealed", "compressed")) };
 }

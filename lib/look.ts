@@ -9,7 +9,16 @@ import { readdir, stat, statfs } from "node:fs/promises";
 import { hostname } from "node:os";
 import { join } from "node:path";
 import type { z } from "zod";
-import { dashedHost, folders, LEDGER, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
+import {
+  dashedHost,
+  folders,
+  isCopy,
+  LEDGER,
+  listBatches,
+  listHosts,
+  parseBatchName,
+  parseWindow,
+} from "./batch.ts";
 import { parseAgent } from "./chunk.ts";
 import { sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
@@ -309,7 +318,7 @@ async function seeHost(look: Look, host: string, failed: number): Promise<HostSt
   if (known?.isDamaged) throw new Error(`${LEDGER} is damaged: a running receiver writes it anew`);
   const ledger = known ?? emptyLedger();
   const names = await listBatches(folder, "sealed", "open");
-  if (!look.expected.has(host) && !isHostOf(host, names, known)) return undefined;
+  if (!look.expected.has(host) && !isHostOf(host, names, ledger)) return undefined;
   const isForgotten = ledger.facts.forgotten !== undefined && !look.expected.has(host);
   if (isForgotten && names.length + failed === 0) return undefined;
   const sealed = names.filter((name) => name.endsWith(".log"));
@@ -334,17 +343,10 @@ async function seeHost(look: Look, host: string, failed: number): Promise<HostSt
   return status;
 }
 
-/** Whether a folder is a sender's: it has a ledger, and the batches that are known of it carry its name. */
-function isHostOf(host: string, names: string[], ledger: Ledger | undefined): boolean {
-  const dashed = dashedHost(host);
-  let some = false;
-  for (const list of [names, ledger?.sealed.keys() ?? [], ledger?.open.keys() ?? []]) {
-    for (const name of list) {
-      if (parseBatchName(name)?.host === dashed) return true;
-      some = true;
-    }
-  }
-  return ledger !== undefined && !some && (ledger.heardAt > 0 || ledger.streams.size > 0);
+/** Whether a folder is a sender's: something is known of it, and it is no copy. */
+function isHostOf(host: string, names: string[], { heardAt, streams, sealed, open }: Ledger): boolean {
+  if (names.length + heardAt + streams.size + sealed.size + open.size === 0) return false;
+  return !isCopy(host, names, sealed.keys(), open.keys());
 }
 
 function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {

@@ -6,10 +6,10 @@ import { randomBytes } from "node:crypto";
 import { lstatSync, statfsSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
-import { dashedHost, LEDGER, listHosts, parseBatchName } from "../batch.ts";
+import { dashedHost, isCopy, LEDGER, listHosts } from "../batch.ts";
 import type { SenderNews, StreamStatus } from "../chunk.ts";
 import { exists, holdLock, makeFolder, removeDurably, writeDurably } from "../durable.ts";
-import { formatRecord, type Ledger, readLedger, snapshot } from "../ledger.ts";
+import { emptyLedger, formatRecord, readLedger, snapshot } from "../ledger.ts";
 import { type Lock, NameLocks } from "../runtime.ts";
 import { createFaultLog, errorMessage, type FaultLog, OperatorError } from "../service.ts";
 import { Journal, journalLock, readJournal, StoreError, storeError } from "./journal.ts";
@@ -84,7 +84,8 @@ export class Store {
       const folder = join(this.#options.dir, host);
       const names = await readdir(folder).catch(() => [] as string[]); // closed to us: no host's
       if (!names.some((name) => name.startsWith(LEDGER))) continue;
-      if (isCopy(host, await readLedger(folder))) {
+      const ledger = (await readLedger(folder)) ?? emptyLedger();
+      if (isCopy(host, ledger.open.keys(), ledger.sealed.keys())) {
         this.#options.log.warn("folder left alone: its ledger is of another host", { folder });
         continue;
       }
@@ -410,10 +411,4 @@ export class Store {
 
 function reserveOf({ blocks, bsize }: { blocks: number; bsize: number }): number {
   return Math.min(RESERVE.bytes, blocks * bsize * RESERVE.share);
-}
-
-/** Whether a ledger speaks of batches, and of none that this host would have: a copy made by hand. */
-function isCopy(host: string, ledger: Ledger | undefined): boolean {
-  const names = [...(ledger?.open.keys() ?? []), ...(ledger?.sealed.keys() ?? [])];
-  return names.length > 0 && !names.some((name) => parseBatchName(name)?.host === dashedHost(host));
 }
