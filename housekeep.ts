@@ -59,8 +59,8 @@ import {
   formatBytes,
   formatDuration,
   HOUR,
-  type Log,
   OperatorError,
+  type PassContext,
   runScript,
   type Service,
 } from "./lib/service.ts";
@@ -79,11 +79,7 @@ const LEVEL = 6;
 const SMALL_BYTES = 65_536;
 
 /** What a pass is given; `dryRun` changes nothing and notes in it what would be done. */
-export interface HousekeepContext {
-  config: Options;
-  log: Log;
-  signal: AbortSignal;
-  now: () => number;
+export interface HousekeepContext extends PassContext<"housekeep"> {
   dryRun?: PlannedStep[];
 }
 

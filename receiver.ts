@@ -44,6 +44,7 @@ import {
   type Log,
   loop,
   OperatorError,
+  type PassContext,
   runScript,
   type Service,
   VERSION,
@@ -383,10 +384,7 @@ export class Receiver {
   }
 }
 
-interface ReceiverOptions {
-  log: Log;
-  now: () => number;
-  signal: AbortSignal;
+interface ReceiverOptions extends Omit<PassContext<"receiver">, "config"> {
   monitor?: MonitorConfig | undefined;
 }
 

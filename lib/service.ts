@@ -60,6 +60,9 @@ export interface Service<S extends Section> {
   onReload(handler: (next: Config[S]) => string[] | Promise<string[]>): void;
 }
 
+/** What a pass is given: of a service what it works with, so that a test can make it. */
+export type PassContext<S extends Section> = Pick<Service<S>, "config" | "log" | "signal" | "now">;
+
 /** A script's own flags: name → help text; a name such as `port=N` takes a value. */
 export interface ScriptSpec<S extends Section> {
   name: S;

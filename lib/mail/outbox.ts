@@ -14,7 +14,7 @@ import { z } from "zod";
 import { type Config, readSecret } from "../config.ts";
 import { failpoint, LockedError, makeFolder, waitForLock } from "../durable.ts";
 import { fetchWith, type Lock } from "../runtime.ts";
-import { DAY, errorMessage, HOUR, type Log, MINUTE } from "../service.ts";
+import { DAY, errorMessage, HOUR, type Log, MINUTE, type PassContext } from "../service.ts";
 import { monitorNewsSchema } from "../signs.ts";
 import { readState, writeState } from "../state.ts";
 import { count, type Snapshot } from "../status.ts";
@@ -41,11 +41,7 @@ const POST_TEXT = 12_000;
 const POST_CHANGES = 100;
 
 /** What a run is given. `uptime` is that of this machine in milliseconds. */
-export interface MonitorContext {
-  config: Options;
-  log: Log;
-  signal: AbortSignal;
-  now: () => number;
+export interface MonitorContext extends PassContext<"monitor"> {
   uptime?: () => number;
   /** Waits until it is time for the second look. */
   secondLook?: () => Promise<void>;
@@ -240,14 +236,8 @@ export class StateStore {
 
 /** What a monitor of version 1.0 remembered. */
 function upgrade(old: Record<string, unknown>, now: number): MonitorState {
-  const keep = z.object({
-    instance: z.string(),
-    at: z.number(),
-    uptime: z.number(),
-    incidents: z.record(z.string(), incidentSchema),
-    summarisedUntil: z.number(),
-  });
-  const kept = keep.safeParse(old);
+  const keep = { instance: true, at: true, uptime: true, incidents: true, summarisedUntil: true } as const;
+  const kept = stateSchema.pick(keep).strip().safeParse(old);
   return { ...firstState(now), ...(kept.success && kept.data) };
 }
 
@@ -475,15 +465,9 @@ export async function callHeartbeat({ config, log, signal }: MonitorContext): Pr
   }
 }
 
-interface HttpAnswer {
-  ok: boolean;
-  status: number;
-  body: string;
-}
-
 /** Asks with the config's certificates; reads no more of an answer than its beginning, and waits for none for ever. */
 export function clientOf({ ca, cert, key }: Pick<Options, "ca" | "cert" | "key">) {
-  return async (url: string, signal: AbortSignal, post?: object): Promise<HttpAnswer> => {
+  return async (url: string, signal: AbortSignal, post?: object) => {
     const files = Object.entries({ ca, cert, key }).flatMap(([name, file]) =>
       file ? [[name, readSecret({ file })]] : [],
     );
@@ -501,14 +485,11 @@ export function clientOf({ ca, cert, key }: Pick<Options, "ca" | "cert" | "key">
 }
 
 async function readStart(answer: Response): Promise<string> {
-  const reader = answer.body?.getReader();
   let text = "";
   const decoder = new TextDecoder();
-  while (reader && text.length < ANSWER_BYTES) {
-    const { done, value } = await reader.read();
-    if (done) return text;
-    text += decoder.decode(value, { stream: true });
+  for await (const bytes of answer.body ?? []) {
+    text += decoder.decode(bytes, { stream: true });
+    if (text.length >= ANSWER_BYTES) break;
   }
-  await reader?.cancel().catch(() => {});
   return text;
 }

@@ -65,8 +65,7 @@ export async function sendMail(
   try {
     const message = new PassThrough();
     message.end(bytes);
-    const { rejectedErrors = [] } = await session.send({ from: options.from, to }, message);
-    return rejectedErrors.map(toRefused);
+    return (await session.send({ from: options.from, to }, message)).map(toRefused);
   } catch (cause) {
     const refused = whoIsRefused(cause as SmtpError, to);
     if (refused.length === 0) throw wrap(cause);
@@ -123,17 +122,8 @@ function explainTrust(error: SmtpError): Error {
   );
 }
 
-interface SmtpSession {
-  /** Without a message it leaves after the server's consent. */
-  send(
-    envelope: { from: string; to: string[] },
-    message: PassThrough | undefined,
-  ): Promise<{ rejectedErrors?: SmtpError[] | undefined }>;
-  close(): void;
-}
-
 /** Connects, starts TLS and logs in, with an end in sight at every moment. */
-async function openSession(options: Options, url: URL, signal: AbortSignal): Promise<SmtpSession> {
+async function openSession(options: Options, url: URL, signal: AbortSignal) {
   signal.throwIfAborted();
   const connection = new SMTPConnection(connectionOptions(options, url));
   const { promise: broken, reject } = Promise.withResolvers<never>();
@@ -162,20 +152,21 @@ async function openSession(options: Options, url: URL, signal: AbortSignal): Pro
     throw error;
   }
   return {
-    send(envelope, message) {
+    /** Without a message it leaves after the server's consent. Gives the faults of recipients that were refused. */
+    send(envelope: { from: string; to: string[] }, message: PassThrough | undefined): Promise<SmtpError[]> {
       within(beforeData);
-      const sent = new Promise<{ rejectedErrors?: SmtpError[] | undefined }>((resolve, refuse) => {
+      const sent = new Promise<SmtpError[]>((resolve, refuse) => {
         const body = message ?? new PassThrough();
         const pipe = body.pipe.bind(body);
         body.pipe = ((target: NodeJS.WritableStream) => {
           within(DATA_MS); // the server is ready for the mail
           if (message) return pipe(target);
-          resolve({});
+          resolve([]);
           return target;
         }) as typeof body.pipe;
         connection.send(envelope, body, (error, info) => {
           if (error) refuse(error);
-          else resolve({ rejectedErrors: info.rejectedErrors as SmtpError[] | undefined });
+          else resolve((info.rejectedErrors ?? []) as SmtpError[]);
         });
       });
       sent.catch(() => {});

@@ -367,7 +367,8 @@ async function scanSegment(path: string, places: Place[], bad: Bad[]): Promise<v
     let isBad = false;
     for (let at = 0; at < size; ) {
       const record = await readRecord(file, at, size);
-      if (record && isOf(id, record.entry)) {
+      // another entry may be anything that is JSON
+      if (record?.entry?.journal === id) {
         places.push({ path, start: [n, at], end: [n, at + record.size], synced: record.entry.synced });
         at += record.size;
         isBad = false;
@@ -381,11 +382,6 @@ async function scanSegment(path: string, places: Place[], bad: Bad[]): Promise<v
   } finally {
     await file.close();
   }
-}
-
-/** Whether an entry was written by this journal: others may be anything that is JSON. */
-function isOf(id: string, entry: Entry | null): boolean {
-  return entry?.journal === id;
 }
 
 async function readRecord(

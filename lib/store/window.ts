@@ -30,20 +30,10 @@ const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "
   (name) => (name.charCodeAt(0) << 16) | (name.charCodeAt(1) << 8) | name.charCodeAt(2),
 );
 /** Keys of a time in JSON lines, in lower case. */
-const TIME_KEYS = new Set(
-  [
-    "time",
-    "timestamp",
-    "@timestamp",
-    "@time",
-    "time_iso8601",
-    "time_local",
-    "ts",
-    "t",
-    "date",
-    "datetime",
-  ].concat(["when", "eventtime", "event_time", "start_time", "starttime", "log_time"]),
-);
+const TIME_KEYS = new Set([
+  ...["time", "timestamp", "@timestamp", "@time", "time_iso8601", "time_local", "log_time"],
+  ...["ts", "t", "date", "datetime", "when", "eventtime", "event_time", "start_time", "starttime"],
+]);
 /** Windows kept to be found again; lines of more windows than this at a time are slower, not wrong. */
 const KEPT_WINDOWS = 4096;
 
