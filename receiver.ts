@@ -55,7 +55,7 @@ import { createStatusReader, type Snapshot } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
 import { Intake, release } from "./lib/store/intake.ts";
 import { StoreError } from "./lib/store/journal.ts";
-import type { Outcome } from "./lib/store/sender.ts";
+import type { Chunk, Outcome } from "./lib/store/sender.ts";
 import { Store } from "./lib/store/store.ts";
 import { compileFormat, createWindowFinder } from "./lib/store/window.ts";
 
@@ -454,7 +454,7 @@ export function createApp(receiver: Receiver) {
 
 /** One chunk: admitted, read, stored, answered. */
 async function takeChunk(receiver: Receiver, c: HttpContext): Promise<Response> {
-  const { access, intake, store, counts } = receiver;
+  const { access, intake } = receiver;
   const { headers } = c.req.raw;
   const chunk = parseChunkHeaders(headers);
   const peer = access.authorise(chunk.host, headers, c.env);
@@ -462,13 +462,11 @@ async function takeChunk(receiver: Receiver, c: HttpContext): Promise<Response> 
     const range = chunk.end - chunk.offset;
     if (body.length > range)
       throw new WireError(400, `body has ${body.length} bytes, its range only ${range}`);
-    const started = performance.now();
-    const outcome = await store.commit({ ...chunk, body, peer, ...(encoded && { encoded }) }).finally(() => {
+    const given = { ...chunk, body, peer, ...(encoded && { encoded }) };
+    const { kind, lines, offset, mark } = await commit(receiver, given).finally(() => {
       if (body.length > RELEASE_FROM) release(body); // it is in its part, or stays in nothing
       if (encoded) release(encoded.bytes);
     });
-    counts.chunk(chunk.host, body.length, outcome, performance.now() - started);
-    const { kind, lines, offset, mark } = outcome;
     if (kind === "unknown")
       return c.text(`stream ${chunk.stream} is not known, and this is not its beginning\n`, 409);
     c.header(HEADER.offset, String(offset));
@@ -476,6 +474,14 @@ async function takeChunk(receiver: Receiver, c: HttpContext): Promise<Response> 
     if (mark !== undefined && chunk.mark !== undefined) c.header(HEADER.mark, mark); // 1.0 has no marks
     return c.text(`receiver has stream ${chunk.stream} up to byte ${offset}\n`, 409);
   });
+}
+
+/** Stores a chunk, and counts what became of it. */
+async function commit({ store, counts }: Receiver, chunk: Chunk): Promise<Outcome> {
+  const started = performance.now();
+  const outcome = await store.commit(chunk);
+  counts.chunk(chunk, outcome, performance.now() - started);
+  return outcome;
 }
 
 /** The stream names that a question is about; undefined for all. Throws a WireError (400, 413). */
@@ -501,7 +507,8 @@ function parseJson(bytes: Uint8Array): object {
 const LEGACY_STREAM = "legacy";
 
 /** The original Python shipper's form: `{"log": "<lines>", "host": "<ip>"}`, an empty line after every line. */
-async function takeLegacy({ access, intake, store, counts }: Receiver, c: HttpContext): Promise<Response> {
+async function takeLegacy(receiver: Receiver, c: HttpContext): Promise<Response> {
+  const { access, intake } = receiver;
   const { headers } = c.req.raw;
   const peer = access.checkLegacy(headers, c.env);
   return intake.take(peer, c.req.raw, async ({ body: json }) => {
@@ -512,9 +519,7 @@ async function takeLegacy({ access, intake, store, counts }: Receiver, c: HttpCo
     access.authoriseLegacy(host, peer, c.env);
     const lines = log.split("\n").filter((line) => line !== "" && line !== "\r");
     const body = Buffer.from(lines.map((line) => `${line}\n`).join(""));
-    const started = performance.now();
-    const outcome = await store.commit({ host, stream: LEGACY_STREAM, body, peer });
-    counts.chunk(host, body.length, outcome, performance.now() - started);
+    const outcome = await commit(receiver, { host, stream: LEGACY_STREAM, body, peer });
     return c.text(`OK - ${outcome.lines} lines`);
   });
 }
@@ -608,13 +613,13 @@ class Counts {
   seconds = 0;
   commits = 0;
 
-  chunk(host: string, bytes: number, { kind, lines }: Outcome, ms: number): void {
+  chunk({ host, body }: Chunk, { kind, lines }: Outcome, ms: number): void {
     const count = this.hosts.get(host) ?? { lines: 0, bytes: 0, chunks: 0, duplicates: 0 };
     this.hosts.set(host, count);
     if (kind === "stored") {
       count.chunks++;
       count.lines += lines;
-      count.bytes += bytes;
+      count.bytes += body.length;
     } else count.duplicates++;
     this.commits++;
     this.seconds += ms / 1000;
@@ -746,28 +751,25 @@ function findFaults(config: ReceiverConfig): { wrong: string[]; missing: string[
   const secrets = listSecrets({ tokens, viewToken }).map(({ key, ref }) => [key, ref]);
   const named = Object.entries(files).map(([key, file]) => [`tls.${key}`, { file }]);
   const unreadable = secretFaults("receiver", Object.fromEntries([...secrets, ...named]));
-  const formats = logFormat.flatMap((format, index) => {
+  const faultOf = (key: string, work: () => unknown): string[] => {
     try {
-      compileFormat(format);
+      work();
       return [];
     } catch (error) {
-      return [`receiver.logFormat${logFormat.length > 1 ? `[${index}]` : ""}: ${errorMessage(error)}`];
+      return [`receiver.${key}: ${errorMessage(error)}`];
     }
-  });
+  };
+  const formats = logFormat.flatMap((format, index) =>
+    faultOf(`logFormat${logFormat.length > 1 ? `[${index}]` : ""}`, () => compileFormat(format)),
+  );
   const most = longestHost(config);
   const long = groups.flatMap(({ senders }) => senders.filter((sender) => sender.length > most));
   const names = long.map(
     (name) =>
       `receiver.groups: ${name} is longer than ${most} characters, the most that file names have room for`,
   );
-  const pair: string[] = [];
-  if (tls && !unreadable.some((fault) => fault.includes(".tls."))) {
-    try {
-      readTls(tls);
-    } catch (error) {
-      pair.push(`receiver.tls: ${errorMessage(error)}`);
-    }
-  }
+  const isReadable = !unreadable.some((fault) => fault.includes(".tls."));
+  const pair = isReadable ? faultOf("tls", () => readTls(tls)) : [];
   if (clientName && !tls?.clientCa) pair.push("receiver.tls.clientName: needs clientCa");
   return { wrong: [...formats, ...names, ...pair], missing: unreadable };
 }
