@@ -147,24 +147,13 @@ export interface Ledger {
   isDamaged?: boolean;
 }
 
-/** One commit: what it changes, as absolute values. */
-export interface LedgerRecord {
+type Recorded<T> = T extends Map<unknown, infer V> ? Record<string, V> : T;
+/** A record: what of a ledger it changes, as absolute values; with objects for the maps. */
+export type LedgerRecord = { [K in keyof Omit<Ledger, "isDamaged">]?: Recorded<Ledger[K]> } & {
   v?: number;
-  facts?: SenderFacts;
-  sealed?: Record<string, SealedBatch>;
-  used?: Record<string, number>;
-  unsure?: string;
-  journal?: JournalPosition;
-  heardAt?: number;
-  lineAt?: number;
-  lost?: number;
-  streams?: Record<string, StreamRecord>;
-  open?: Record<string, OpenBatch>;
-  /** Lines per minute, see {@link countMinute}. */
-  minutes?: Record<string, number>;
   /** Names that are no longer open. */
   closed?: string[];
-}
+};
 
 export function emptyLedger(): Ledger {
   return {
@@ -236,21 +225,12 @@ function setMinute({ minutes }: Ledger, minute: number, lines: number): void {
 }
 
 /** The whole ledger as one record. */
-export function snapshot(ledger: Ledger): LedgerRecord {
-  return {
-    v: LEDGER_VERSION,
-    heardAt: ledger.heardAt,
-    lineAt: ledger.lineAt,
-    lost: ledger.lost,
-    streams: Object.fromEntries(ledger.streams),
-    open: Object.fromEntries(ledger.open),
-    sealed: Object.fromEntries(ledger.sealed),
-    used: Object.fromEntries(ledger.used),
-    unsure: ledger.unsure,
-    facts: ledger.facts,
-    ...(ledger.journal && { journal: ledger.journal }),
-    minutes: Object.fromEntries(ledger.minutes),
-  };
+export function snapshot({ isDamaged: _, ...ledger }: Ledger): LedgerRecord {
+  const recorded = Object.entries(ledger).map(([key, value]) => [
+    key,
+    value instanceof Map ? Object.fromEntries(value) : value,
+  ]);
+  return { v: LEDGER_VERSION, ...Object.fromEntries(recorded) };
 }
 
 /** A sender's ledger as it stands on disk, for readers; undefined when the sender has none. */
