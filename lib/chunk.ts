@@ -133,7 +133,9 @@ export function formatChunkHeaders(chunk: ChunkHeaders): Record<string, string> 
 
 /** The request headers of what a sender tells of itself. */
 export function formatNews({ lag, through, shipper, lost, agent }: SenderNews): Record<string, string> {
-  const told = through === undefined ? undefined : formatThrough(through);
+  // ISO 8601 with the offset of this machine's zone, whole seconds: 2026-11-28T14:03:09+01:00
+  const time = (ms: number) => `${formatLocalTime(ms).replace(" ", "T")}${formatZone(localZone(ms))}`;
+  const told = through === undefined ? undefined : time(through);
   return formatHeaders({ lag, through: told, shipper, lost: lost || undefined, agent });
 }
 
@@ -143,11 +145,6 @@ function formatHeaders(values: Partial<Record<keyof typeof HEADER, string | numb
   return Object.fromEntries(
     present.map(([name, value]) => [HEADER[name as keyof typeof HEADER], String(value)]),
   );
-}
-
-/** ISO 8601 with the offset of this machine's zone, whole seconds: `2026-11-28T14:03:09+01:00`. */
-function formatThrough(ms: number): string {
-  return `${formatLocalTime(ms).replace(" ", "T")}${formatZone(localZone(ms))}`;
 }
 
 /** Reads and checks the headers of a chunk. Throws a WireError (400) that says which and what was expected. */

@@ -313,7 +313,8 @@ export class OperatorError extends Error {
 export function errorMessage(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   const { code } = error as NodeJS.ErrnoException;
-  const text = explainNetwork(error.message, String(code)) ?? (error.message || code || error.name);
+  const isMeant = ([pattern]: [RegExp, string]) => pattern.test(error.message) || pattern.test(String(code));
+  const text = NETWORK.find(isMeant)?.[1] ?? (error.message || code || error.name);
   return error.cause === undefined || text === errorMessage(error.cause)
     ? text
     : `${text}: ${errorMessage(error.cause)}`;
@@ -372,8 +373,3 @@ const NETWORK: [pattern: RegExp, meaning: string][] = [
     "connected, and not a word: what listens there may not speak SMTP, or wants smtps://",
   ],
 ];
-
-/** The meaning of a network fault, or undefined when its own words say it. */
-function explainNetwork(message: string, code: string): string | undefined {
-  return NETWORK.find(([pattern]) => pattern.test(message) || pattern.test(code))?.[1];
-}

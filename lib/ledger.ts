@@ -116,12 +116,6 @@ export interface SenderFacts {
   againFiles?: number;
 }
 
-/** Up to which record of which journal this is a checkpoint. */
-export interface JournalPosition {
-  id: string;
-  seq: number;
-}
-
 /** What is known of one sender. */
 export interface Ledger {
   facts: SenderFacts;
@@ -140,7 +134,8 @@ export interface Ledger {
   used: Map<string, number>;
   /** Up to this window names may have been used that nobody remembers. */
   unsure: string;
-  journal?: JournalPosition;
+  /** Up to which record of which journal this is a checkpoint. */
+  journal?: { id: string; seq: number };
   /** Lines that came in each of the last minutes, by minutes since the epoch. */
   minutes: Map<number, number>;
   /** It stands on disk, and nothing of it can be read: that its sender has nothing must not be concluded. */

@@ -24,7 +24,7 @@ import { sections } from "./config.ts";
 import { readDigestHead } from "./digest.ts";
 import { readIfExists } from "./durable.ts";
 import { ofHost } from "./host.ts";
-import { emptyLedger, HISTORY_MINUTES, type Ledger, readLedger } from "./ledger.ts";
+import { emptyLedger, HISTORY_MINUTES, type Ledger, readLedger, type SenderFacts } from "./ledger.ts";
 import { DAY, errorMessage, MINUTE, VERSION } from "./service.ts";
 import {
   type ForwarderState,
@@ -60,7 +60,7 @@ export interface BatchSeen {
 }
 
 /** One sender. Times are milliseconds since the epoch by the receiver's clock, 0 for never. */
-export interface HostStatus {
+export interface HostStatus extends Pick<SenderFacts, "again" | "againFiles" | "zone" | "peer"> {
   host: string;
   state: HostState;
   expected: boolean;
@@ -86,15 +86,10 @@ export interface HostStatus {
   /** Totals: bytes that vanished unread on the sender, bytes that were stored and vanished here. */
   lost: number;
   gone: number;
-  /** What was shipped again after the receiver's folder was lost: bytes at most, and files; totals. */
-  again?: number;
-  againFiles?: number;
   /** Totals of lines: left out by rules, without a timestamp, of a clock that is ahead. */
   skipped: number;
   untimed: number;
   ahead: number;
-  /** Of its newest line's timestamp, minutes east of UTC. */
-  zone?: number;
   /** Every line that was in its files then is stored. */
   through?: number;
   /** The newest window of which a batch was delivered, and the oldest of which one was not yet; as in batch names. */
@@ -105,7 +100,6 @@ export interface HostStatus {
   lacksLog?: boolean;
   /** The file of which bytes were lost last, without its folder. */
   lostIn?: string;
-  peer?: string;
   muted?: Mute;
   /** The two addresses, when two shippers claim its name. */
   contested?: string[];

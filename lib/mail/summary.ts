@@ -255,12 +255,9 @@ async function readDeliveries(path: string, oldest: number, sent: string): Promi
   return { lines, from: Math.max(oldest, (first ?? Infinity) + HOUR) }; // its clock may have been set back by an hour
 }
 
-function emptyAmount(): Amount {
-  return { files: 0, lines: 0, bytes: 0 };
-}
-
-function emptyAmounts(): Record<(typeof PLACES)[number], Amount> {
-  return Object.fromEntries(PLACES.map((place) => [place, emptyAmount()])) as ReturnType<typeof emptyAmounts>;
+function emptyAmounts() {
+  const amounts = PLACES.map((place) => [place, { files: 0, lines: 0, bytes: 0 }]);
+  return Object.fromEntries(amounts) as Record<(typeof PLACES)[number], Amount>;
 }
 
 export function emptyTotals(): Totals {
