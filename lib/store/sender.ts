@@ -46,6 +46,8 @@ export interface StoreOptions {
   maxWindowsPerHost: number;
   maxNamesPerHour: number;
   findWindow: FindWindow;
+  /** Whether the config names this host itself. */
+  isListed?: (host: string) => boolean;
   now: () => number;
   log: Log;
 }

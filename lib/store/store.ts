@@ -34,14 +34,9 @@ const SENDERS_AT_ONCE = 4;
  */
 const RESERVE = { bytes: 64 * 1_048_576, share: 1 / 32 };
 
-interface Options extends StoreOptions {
-  /** Whether the config names this host itself. */
-  isListed?: (host: string) => boolean;
-}
-
 export class Store {
   readonly senders = new Map<string, Sender>();
-  #options: Options;
+  #options: StoreOptions;
   readonly #faults: FaultLog;
   readonly #parts = new Parts();
   readonly #locks: NameLocks;
@@ -60,7 +55,7 @@ export class Store {
   #refusedBytes = 0;
   #newNames = { minute: 0, count: 0 };
 
-  constructor(options: Options) {
+  constructor(options: StoreOptions) {
     this.#options = options;
     this.#faults = createFaultLog(options.log, options.now);
     this.#locks = new NameLocks(join(options.dir, ".hosts.lock"));
@@ -68,7 +63,7 @@ export class Store {
   }
 
   /** Takes what the config says now. */
-  configure(options: Options): void {
+  configure(options: StoreOptions): void {
     this.#options = { ...this.#options, ...options };
     for (const sender of this.senders.values()) sender.options = this.#options;
   }

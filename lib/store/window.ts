@@ -7,6 +7,7 @@
  * Without, the rules know what begins like nginx's or Apache's formats, ISO 8601 at the head of a line, and JSON.
  */
 import { formatWindow } from "../batch.ts";
+import type { Config } from "../config.ts";
 
 /** One object per window and zone: lines of one window have the same object. */
 export interface Window {
@@ -539,17 +540,13 @@ function findInJson(calendar: Calendar, b: Uint8Array, start: number, end: numbe
 
 // ---- all of them
 
-/** How lines show their time: formats of nginx, or the expression of before; neither: by rules. */
-export interface TimeOptions {
-  logFormat?: string[] | undefined;
-  /** A regular expression whose group 1 is the timestamp, on the line read as latin1. Deprecated. */
-  timestampPattern?: string | undefined;
-}
-
-/** Makes a finder for windows of `windowMinutes`. Throws an Error for a format without a time. */
+/**
+ * Makes a finder for windows of `windowMinutes`: by formats of nginx, by the expression of before (group 1, on the line
+ * read as latin1), or else by rules. Throws an Error for a format without a time.
+ */
 export function createWindowFinder(
   windowMinutes: number,
-  { logFormat, timestampPattern }: TimeOptions = {},
+  { logFormat, timestampPattern }: Partial<Config["receiver"]> = {},
 ): FindWindow {
   const calendar = new Calendar(windowMinutes);
   if (logFormat) return findByFormats(calendar, logFormat.map(compileFormat));
