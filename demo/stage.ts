@@ -139,17 +139,7 @@ export function windowsOf({ from, to, zone }: Clock): string[] {
   const length = PACE.windowMinutes * 60_000;
   const windows: string[] = [];
   for (let at = from - ((from + zone * 60_000) % length); at < to; at += length) {
-    const d = new Date(at + zone * 60_000);
-    windows.push(
-      formatWindow(
-        d.getUTCFullYear(),
-        d.getUTCMonth() + 1,
-        d.getUTCDate(),
-        d.getUTCHours(),
-        d.getUTCMinutes(),
-        PACE.windowMinutes,
-      ),
-    );
+    windows.push(formatWindow(at + zone * 60_000, PACE.windowMinutes));
   }
   return windows;
 }

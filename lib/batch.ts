@@ -59,17 +59,12 @@ export function dashedHost(host: string): string {
   return host.replace(/[.:]/g, "-");
 }
 
-/** The name of a window from the wall clock of a timestamp; `windowMinutes` divides 60. */
-export function formatWindow(
-  year: number,
-  month: number,
-  day: number,
-  hour: number,
-  minute: number,
-  windowMinutes: number,
-): string {
-  const first = minute - (minute % windowMinutes);
-  return `${two(year % 100)}${two(month)}${two(day)}${two(hour)}_${two(first)}-${two(first + windowMinutes - 1)}`;
+/** The window of a time, as UTC milliseconds of its wall clock: add the zone's offset. `windowMinutes` divides 60. */
+export function formatWindow(wall: number, windowMinutes: number): string {
+  const at = new Date(wall);
+  const day = `${two(at.getUTCFullYear() % 100)}${two(at.getUTCMonth() + 1)}${two(at.getUTCDate())}`;
+  const first = at.getUTCMinutes() - (at.getUTCMinutes() % windowMinutes);
+  return `${day}${two(at.getUTCHours())}_${two(first)}-${two(first + windowMinutes - 1)}`;
 }
 
 /** Start and end (exclusive) of a window as UTC milliseconds of its wall clock: subtract the zone's offset. */
@@ -83,16 +78,7 @@ function windowIsValid(window: string): boolean {
   const { start, end } = parseWindow(window);
   const minutes = (end - start) / 60_000;
   if (minutes < 1 || minutes > 60 || 60 % minutes !== 0) return false;
-  const at = new Date(start);
-  const back = formatWindow(
-    at.getUTCFullYear(),
-    at.getUTCMonth() + 1,
-    at.getUTCDate(),
-    at.getUTCHours(),
-    at.getUTCMinutes(),
-    minutes,
-  );
-  return back === window; // refuses day 99, hour 24 and a window that does not start at a multiple
+  return formatWindow(start, minutes) === window; // refuses day 99, hour 24 and one that does not start at a multiple
 }
 
 function two(n: number): string {

@@ -16,11 +16,9 @@ import {
 } from "../lib/batch.ts";
 import { tempFolder } from "./support.ts";
 
-const two = (min: number, max: number) => fc.integer({ min, max });
+const wall = fc.integer({ min: 946_684_800_000, max: 4_102_444_799_000 }); // 2000 to 2099
 const minutes = fc.constantFrom(1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60);
-const window = fc
-  .tuple(two(2000, 2099), two(1, 12), two(1, 28), two(0, 23), two(0, 59), minutes)
-  .map((parts) => formatWindow(...parts));
+const window = fc.tuple(wall, minutes).map((parts) => formatWindow(...parts));
 const host = fc.oneof(fc.ipV4(), fc.ipV6(), fc.domain()).map((name) => dashedHost(name.toLowerCase()));
 const name: fc.Arbitrary<BatchName> = fc.record({
   prefix: fc.stringMatching(/^[A-Za-z0-9][A-Za-z0-9_-]{0,20}$/),
@@ -96,25 +94,12 @@ test("withState() changes the ending alone", () => {
 
 test("parseWindow() spans the minutes of formatWindow(), and windows follow each other without a gap", () => {
   fc.assert(
-    fc.property(
-      fc.date({ min: new Date(946_684_800_000), max: new Date(4_102_444_799_000), noInvalidDate: true }),
-      minutes,
-      (date, length) => {
-        const format = (at: Date) =>
-          formatWindow(
-            at.getUTCFullYear(),
-            at.getUTCMonth() + 1,
-            at.getUTCDate(),
-            at.getUTCHours(),
-            at.getUTCMinutes(),
-            length,
-          );
-        const { start, end } = parseWindow(format(date));
-        expect(start <= date.getTime() && date.getTime() < end).toBe(true);
-        expect(end - start).toBe(length * 60_000);
-        if (end < 4_102_444_800_000) expect(parseWindow(format(new Date(end))).start).toBe(end);
-      },
-    ),
+    fc.property(wall, minutes, (at, length) => {
+      const { start, end } = parseWindow(formatWindow(at, length));
+      expect(start <= at && at < end).toBe(true);
+      expect(end - start).toBe(length * 60_000);
+      if (end < 4_102_444_800_000) expect(parseWindow(formatWindow(end, length)).start).toBe(end);
+    }),
   );
 });
 

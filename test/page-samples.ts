@@ -10,11 +10,7 @@ const MINUTE_MS = 60_000;
 function batchesOf(name: string, seed: number, end: number): BatchSeen[] {
   const batches: BatchSeen[] = [];
   for (let i = 0; i < end; i++) {
-    const at = new Date(NOW - (end - 1 - i + (72 - end)) * 20 * MINUTE_MS);
-    const window = formatWindow(
-      ...[at.getUTCFullYear(), at.getUTCMonth() + 1, at.getUTCDate()],
-      ...([at.getUTCHours(), at.getUTCMinutes(), 20] as [number, number, number]),
-    );
+    const window = formatWindow(NOW - (end - 1 - i + (72 - end)) * 20 * MINUTE_MS, 20);
     const parts = (i + seed) % 29 === 0 ? [1, 2] : [1];
     for (const part of parts) {
       const batch = formatBatchName({

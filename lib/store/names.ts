@@ -8,6 +8,7 @@ import {
   dashedHost,
   FAILED,
   formatBatchName,
+  formatWindow,
   parseBatchName,
   parseWindow,
   SENT,
@@ -68,8 +69,8 @@ export class BatchNames {
   /** Names may have been used that nobody remembers, of all windows up to a day after the newest. */
   doubt(now: number): void {
     const newest = Math.max(now, ...[...this.#ledger.used.keys()].map((window) => parseWindow(window).start));
-    const at = new Date(newest + DAY).toISOString(); // compared as text with the windows of any zone
-    this.#doubtUpTo(`${at.slice(2, 4)}${at.slice(5, 7)}${at.slice(8, 10)}${at.slice(11, 13)}_99`);
+    const hour = formatWindow(newest + DAY, 60).slice(0, 8);
+    this.#doubtUpTo(`${hour}_99`); // compared as text with the windows of any zone
   }
 
   #doubtUpTo(window: string): void {

@@ -6,8 +6,9 @@
  * segment it is the first, the last, or at a fixed distance from an end, by what the variables beside it can hold.
  * Without, the rules know what begins like nginx's or Apache's formats, ISO 8601 at the head of a line, and JSON.
  */
-import { formatWindow } from "../batch.ts";
+import { formatWindow, parseWindow } from "../batch.ts";
 import type { Config } from "../config.ts";
+import { localZone, MINUTE } from "../service.ts";
 
 /** One object per window and zone: lines of one window have the same object. */
 export interface Window {
@@ -64,8 +65,7 @@ class Calendar {
     let window = this.#windows.get(key);
     if (!window) {
       if (this.#windows.size >= KEPT_WINDOWS) this.#windows.clear();
-      const end = Date.UTC(y, mo - 1, d, h, mi - (mi % minutes) + minutes);
-      window = { name: formatWindow(y, mo, d, h, mi, minutes), endsAt: end - zone * 60_000, zone };
+      window = windowAt(Date.UTC(y, mo - 1, d, h, mi), minutes, zone);
       this.#windows.set(key, window);
     }
     this.#slot = slot;
@@ -560,12 +560,14 @@ export function createWindowFinder(
 
 /** The window of a moment by this machine's own wall clock: for lines that have no timestamp and no line before. */
 export function windowOfArrival(now: number, windowMinutes: number): Window {
-  const at = new Date(now);
-  const minute = at.getMinutes();
-  const [year, month, day, hour] = [at.getFullYear(), at.getMonth() + 1, at.getDate(), at.getHours()];
-  const name = formatWindow(year, month, day, hour, minute, windowMinutes);
-  const past = (minute % windowMinutes) * 60_000 + at.getSeconds() * 1000 + at.getMilliseconds();
-  return { name, endsAt: now - past + windowMinutes * 60_000, zone: -at.getTimezoneOffset() };
+  const zone = localZone(now);
+  return windowAt(now + zone * MINUTE, windowMinutes, zone);
+}
+
+/** The window of a time, as UTC milliseconds of a wall clock that is `zone` minutes east of UTC. */
+function windowAt(wall: number, windowMinutes: number, zone: number): Window {
+  const name = formatWindow(wall, windowMinutes);
+  return { name, endsAt: parseWindow(name).end - zone * MINUTE, zone };
 }
 
 /** Two decimal digits as a number, NaN when they are none. */
