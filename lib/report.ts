@@ -110,73 +110,47 @@ const TIME_BYTES = 19;
 
 /**
  * Hands over each delivery that a report tells behind a place in it, from the first line of `since` (`2026-11-22 06`) or
- * later on: where its name stands in a block of bytes, and its lines. Older times may stand behind that line, of a clock
+ * later on: its line, where the name stands in it, and its lines. Older times may stand behind that line, of a clock
  * that was set back: they are handed over, too. Gives the time of that line. No text is made of the others: of a report
  * of many thousand lines that would be the most of the memory.
  */
 export async function readDelivered(
   path: string,
   { start, since }: { start: number; since: string },
-  take: (block: Buffer, from: number, to: number, lines: number) => void,
+  take: (line: Buffer, from: number, to: number, lines: number) => void,
 ): Promise<number | undefined> {
-  const block = Buffer.alloc(BLOCK);
   const oldest = Buffer.from(since);
   let first: number | undefined;
-  const takeLine = (from: number, end: number) => {
-    const time = from + oldest.length;
-    if (first === undefined && time <= end && block.compare(oldest, 0, oldest.length, from, time) >= 0)
-      first = parseReportLine(block.toString("latin1", from, end).trimEnd())?.at;
-    if (first !== undefined) takeDelivered(block, from, end, take);
-  };
-  const file = await open(path);
-  try {
-    for (let at = start, kept = 0; ; ) {
-      const { bytesRead } = await file.read(block, kept, BLOCK - kept, at);
-      if (bytesRead === 0) {
-        takeLine(0, kept);
-        return first;
-      }
-      at += bytesRead;
-      const length = kept + bytesRead;
-      let from = 0;
-      for (let end = block.indexOf(0x0a); end >= 0 && end < length; end = block.indexOf(0x0a, from)) {
-        takeLine(from, end);
-        from = end + 1;
-      }
-      kept = from === 0 && length === BLOCK ? 0 : length - from; // a line as long as a block is none of ours
-      block.copyWithin(0, length - kept, length);
-    }
-  } finally {
-    await file.close();
+  for await (const line of readLines(path, start)) {
+    if (first === undefined && line.subarray(0, oldest.length).compare(oldest) >= 0)
+      first = parseReportLine(line.toString("latin1").trimEnd())?.at;
+    if (first !== undefined) takeDelivered(line, take);
   }
+  return first;
 }
 
 /** One line as {@link LINE} has it, when it tells a delivery. */
-function takeDelivered(
-  block: Buffer,
-  from: number,
-  end: number,
-  take: (block: Buffer, from: number, to: number, lines: number) => void,
-): void {
-  const isAt = (text: Buffer, at: number) => block.compare(text, 0, text.length, at, at + text.length) === 0;
-  const name = from + TIME_BYTES + BEFORE_NAME.length;
-  const behind = end - (block[end - 1] === 0x0d ? 1 : 0) - BEHIND_LINES.length;
-  if (behind <= name || !isAt(BEHIND_LINES, behind) || !isAt(BEFORE_NAME, from + TIME_BYTES)) return;
+function takeDelivered(line: Buffer, take: Parameters<typeof readDelivered>[2]): void {
+  const isAt = (text: Buffer, at: number) => line.compare(text, 0, text.length, at, at + text.length) === 0;
+  const name = TIME_BYTES + BEFORE_NAME.length;
+  const lineBreak = line.at(-1) !== 0x0a ? 0 : line.at(-2) === 0x0d ? 2 : 1;
+  const behind = line.length - lineBreak - BEHIND_LINES.length;
+  if (behind <= name || !isAt(BEHIND_LINES, behind) || !isAt(BEFORE_NAME, TIME_BYTES)) return;
   let lines = 0;
   let digit = behind - 1;
-  for (let unit = 1; isDigit(block[digit]); unit *= 10) lines += unit * ((block[digit--] as number) - 0x30);
+  for (let unit = 1; isDigit(line[digit]); unit *= 10) lines += unit * ((line[digit--] as number) - 0x30);
   const to = digit + 1 - BEFORE_LINES.length;
-  if (digit + 1 < behind && to > name && isAt(BEFORE_LINES, to)) take(block, name, to, lines);
+  if (digit + 1 < behind && to > name && isAt(BEFORE_LINES, to)) take(line, name, to, lines);
 }
 
 function isDigit(byte = 0): boolean {
   return byte >= 0x30 && byte <= 0x39;
 }
 
-/** The lines of a file with their line breaks; the last one may have none. */
-async function* readLines(path: string): AsyncGenerator<Buffer> {
+/** The lines of a file with their line breaks, from `start`; the last one may have none. */
+async function* readLines(path: string, start = 0): AsyncGenerator<Buffer> {
   let rest = Buffer.alloc(0);
-  for await (const block of createReadStream(path, { highWaterMark: BLOCK })) {
+  for await (const block of createReadStream(path, { start, highWaterMark: BLOCK })) {
     const bytes: Buffer = rest.length > 0 ? Buffer.concat([rest, block]) : block;
     let from = 0;
     for (let end = bytes.indexOf(0x0a); end >= 0; end = bytes.indexOf(0x0a, from)) {
