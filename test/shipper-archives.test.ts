@@ -243,7 +243,7 @@ describe("a copy that has a part of a log only", () => {
   });
 });
 
-test("an archive whose original is removed between the look and the comparison is judged by the next look", async () => {
+test("an archive whose original is cut or removed between the look and the comparison is judged by the next look", async () => {
   const path = join(await tempFolder(), "access.log.1");
   writeFileSync(path, lines("a", 1, 40));
   const { key = "", mtimeMs = 0, size = 0 } = lookAt(path, path, false, true, new Map()) ?? {};
@@ -279,6 +279,8 @@ test("an archive whose original is removed between the look and the comparison i
   const archive = await LogFile.open(found.path);
   const judge = () => identify(archive, found, [stream], () => true);
   expect(await judge()).toMatchObject({ is: "copy" });
+  truncateSync(path, 100);
+  expect(await judge()).toEqual({ is: "busy" });
   renameSync(path, `${path}.bak`);
   expect(await judge()).toEqual({ is: "busy" });
   writeFileSync(path, "another one\n");

@@ -445,6 +445,31 @@ describe("copytruncate", () => {
     expect(await lostBytes(sender)).toBe(0);
   });
 
+  test.each(["cut", "cut and refilled"])(
+    "%s between the look and the comparison with its copy: every line once",
+    async (how) => {
+      const sender = await createSender(receiver.url, { skip: [["noise"]] });
+      sender.write(lines("a", 1, 100));
+      await sender.once();
+      const shipper = await startShipper(sender);
+      sender.write(lines("a", 101, 110));
+      await expectArrives(receiver, sender);
+      shipper.process.kill("SIGSTOP");
+      const older = `${sender.live}.2.gz`; // looked at first, and for long: nothing of it is to be shipped
+      writeFileSync(older, gzipSync(Buffer.alloc(42_000_000, "noise\n")));
+      utimesSync(older, 1, 1);
+      execFileSync("cp", ["-p", sender.live, `${sender.live}.1`]);
+      shipper.process.kill("SIGCONT");
+      await until("it is being looked at", () => openPaths(shipper).includes(older));
+      truncateSync(sender.live, 0);
+      sender.write(lines("b", 1, how === "cut" ? 10 : 200));
+      const all = Buffer.concat(sender.written).length;
+      await until("all has arrived", () => receiver.stored(sender.host).length >= all);
+      await finish(sender, shipper);
+      expect(await lostBytes(sender)).toBe(0);
+    },
+  );
+
   test("three times while stopped", async () => {
     const sender = await shippedTen();
     for (const tag of ["a", "b", "c"]) {

@@ -156,6 +156,7 @@ async function compareWithKnown(
     stream.isBusy ||= isOpen; // moved out of sight: nobody closes it meanwhile
     try {
       const common = await commonLength(file, own, length);
+      if (!isOpen && (await isOtherNow(own, stream))) return { is: "busy" };
       const isWhole = common >= stream.size;
       if (common <= (best?.common ?? 0) || (isNext && !isNextCopy(stream, found, common))) continue;
       const isShipped = stream.offset > 0 && (await fitOf(file, stream)).is !== "none";
@@ -184,6 +185,16 @@ async function openKnown({ path, key, phase, file }: Stream): Promise<LogFile | 
   if (own.key === key) return own;
   await own.close();
   return "changed";
+}
+
+/** Whether a stream's file was cut since the look saw it: what it shares with a copy of before that says nothing. */
+async function isOtherNow(own: LogFile, stream: Stream): Promise<boolean> {
+  if (own.compression) return false;
+  const { size, mtimeMs } = await own.stat();
+  return (
+    size < stream.size ||
+    (Math.abs(mtimeMs - stream.mtimeMs) >= 1 && (await fitOf(own, stream)).is === "none")
+  );
 }
 
 /** The next file of a log is a copy of the last one when it has all of that, and more than a long header, as each day's has. */
