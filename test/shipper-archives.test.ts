@@ -7,8 +7,10 @@ import {
   existsSync,
   readFileSync,
   renameSync,
+  statSync,
   truncateSync,
   unlinkSync,
+  utimesSync,
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
@@ -153,6 +155,27 @@ describe("an archive that can't be read here", () => {
           expect(await sender.once()).not.toMatch(/cannot read|lost/);
           expects(stub, { a: 50, b: 10, c: 10 });
         }
+      },
+    );
+
+    test.skipIf(missing({ [program]: debian })).each([".1", "-Sun"])(
+      `${program}, as %s, with lines that came while it was stopped: told`,
+      async (name) => {
+        const stub = startStub();
+        const sender = await createSender(stub.url);
+        sender.write(lines("a", 1, 50));
+        await sender.once();
+        sender.write(lines("a", 51, 52));
+        const later = statSync(sender.live).mtimeMs / 1000 + 2; // bzip2 keeps whole seconds
+        utimesSync(sender.live, later, later);
+        sender.rotate(`access.log${name}`);
+        execFileSync(program, [sender.live + name]);
+        sender.write(lines("b", 1, 10));
+        const ended = sender.start(["--once"]);
+        running.push(ended);
+        expect(await ended.ended).toBe(1);
+        expect(ended.output).toContain("use gzip or zstd in logrotate");
+        expects(stub, { a: 50, b: 10 });
       },
     );
 

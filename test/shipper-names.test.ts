@@ -228,6 +228,49 @@ describe("what lies beside a log", () => {
   });
 });
 
+describe("a rotation under a name that no rule knows", () => {
+  const pack = (path: string) => execFileSync("gzip", [path]);
+  test.each([
+    ["a.log-Sun", "gzip", "a.log", 5],
+    ["a.log-Sun", "gzip", "*.log", 40],
+    ["a.log-Sun", "rename", "a.log", 5],
+    ["a.log.2026-W47", "copytruncate", "a.log", 5],
+    ["a.log-Nov22", "copytruncate, gzip", "*.log", 5],
+    ["a-Nov22.log", "gzip", "a.log", 5],
+    ["a-Nov22.log", "gzip", "*.log", 40],
+    ["zz", "gzip", "a.log", 40],
+  ])(
+    "%s, %s, %s, %i lines, the last two while it was stopped: every line once",
+    async (name, how, pattern, n) => {
+      const host = await createHost([pattern]);
+      host.put("a.log", "a", 1, n - 2);
+      await host.sender.once();
+      host.put("a.log", "a", n - 1, n);
+      if (how.startsWith("copytruncate")) {
+        copyFileSync(host.at("a.log"), host.at(name));
+        truncateSync(host.at("a.log"), 0);
+      } else renameSync(host.at("a.log"), host.at(name));
+      if (how.endsWith("gzip")) pack(host.at(name));
+      host.put("a.log", "b", 1, 10);
+      await host.sender.once();
+      host.put("a.log", "b", 11, 20);
+      await host.sender.once();
+      host.expects({ a: n, b: 20 });
+    },
+  );
+
+  test("an older file that begins like a log that went is not that log", async () => {
+    const host = await createHost(["a.log"]);
+    host.put("a.log.errors", "a", 1, 5);
+    host.put("a.log", "a", 1, 1);
+    await host.sender.once();
+    unlinkSync(host.at("a.log"));
+    host.put("a.log", "b", 1, 10);
+    await host.sender.once();
+    host.expects({ a: 1, b: 10 });
+  });
+});
+
 describe("what came while it was stopped", () => {
   test("a new log that was rotated already, under a glob: both files are shipped", async () => {
     for (const startAt of ["beginning", "end"]) {

@@ -142,15 +142,22 @@ export class Paths {
       if (file?.key === key) found.push(file);
       else if (!isSought) wanted.set(key, log);
     }
-    const folders = new Folders(new Map());
-    for (const folder of wanted.size > 0 ? this.folders : []) {
-      for (const name of folders.names(folder, false)) {
-        const file = lookAt(join(folder, name), "", false, true, new Map());
-        const log = file && wanted.get(file.key);
-        if (log !== undefined) found.push({ ...file, log } as FoundFile);
-      }
+    for (const file of wanted.size > 0 ? this.all() : []) {
+      const log = wanted.get(file.key);
+      if (log !== undefined) found.push({ ...file, log });
     }
     return found;
+  }
+
+  /** Every file of the folders, whatever its name. */
+  *all(): Generator<FoundFile> {
+    const folders = new Folders(new Map());
+    for (const folder of this.folders) {
+      for (const name of folders.names(folder, false)) {
+        const file = lookAt(join(folder, name), "", false, true, new Map());
+        if (file) yield file;
+      }
+    }
   }
 
   /** Whether a path of the config, or one of its globs, names this path. */

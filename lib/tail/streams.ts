@@ -11,6 +11,7 @@
  */
 import { basename } from "node:path";
 import { MARK_BYTES, type StreamStatus } from "../chunk.ts";
+import type { Config } from "../config.ts";
 import { errorMessage, type FaultLog, type Log } from "../service.ts";
 import {
   type Cursor,
@@ -39,6 +40,7 @@ import {
 import { HeldFiles } from "./held.ts";
 import { fitOf, type Identity, identify } from "./identify.ts";
 import { asSeen, type FoundFile, Paths, type Survey } from "./paths.ts";
+import { lookInto, SoughtStreams } from "./sought.ts";
 
 /** An archive without an end that was not written to for so long (ms) is damaged, not unfinished. */
 const UNFINISHED_MS = 60_000;
@@ -87,14 +89,10 @@ export interface Look {
 /** An identity that is final. */
 type Settled = Exclude<Identity, { is: "small" | "busy" }>;
 
-export interface TailConfig {
-  files: string[];
-  olddir?: string | undefined;
-  stateDir: string;
-  startAt: "beginning" | "end";
-  rotateWaitSeconds: number;
-  pollSeconds: number;
-}
+export type TailConfig = Pick<
+  Config["shipper"],
+  "files" | "olddir" | "stateDir" | "startAt" | "rotateWaitSeconds" | "pollSeconds"
+>;
 
 export interface TailContext {
   log: Log;
@@ -141,6 +139,8 @@ export class Streams {
   #unknown = new Map<string, number>();
   #ignored = new Set<string>();
   #leftOut = new Set<string>();
+  /** Streams whose files went before they were done. */
+  readonly #sought = new SoughtStreams();
   /** Files that wait to be known. */
   readonly held = new HeldFiles();
   /** Keys of files that were cut and written anew. */
@@ -175,6 +175,8 @@ export class Streams {
     this.#since = found.since ?? new Map();
     this.list = streams.map((state) => withFile(state, mono()));
     this.#left = left.map((state) => withFile(state, mono()));
+    for (const each of this.list)
+      if (each.phase.is === "gone" && each.size > each.offset) this.#sought.add(each);
     for (const [path, folder] of Object.entries(folders)) this.#logOf(path).folder = folder;
     if (!found.since) this.#startAdded(files);
   }
@@ -519,26 +521,18 @@ export class Streams {
     return true;
   }
 
-  /** A stream without a file is looked for in files that no rule knows as rotations, too: there its bytes are needed as proof. */
-  async #findUnderOtherNames({ leftOut }: Survey): Promise<void> {
-    const orphaned = this.list.filter(
-      (stream) => !this.#hasHome(stream) && stream.offset >= MARK_BYTES && stream.marks.length > 0,
-    );
-    for (const found of orphaned.length > 0 ? leftOut : []) {
-      const tried = `${asSeen(found)} ${orphaned.length}`;
-      if (this.#ignored.has(tried) || this.list.some(({ key }) => key === found.key) || !found.isReadable)
-        continue;
-      const file = await this.#openFile(found);
-      try {
-        if (file?.key !== found.key) continue;
-        const what = await identify(file, found, orphaned, () => false);
-        if (what.is === "stream") this.#settle(found, what);
-        else this.#ignored.add(tried);
-      } catch (error) {
-        if (!(error instanceof UnfinishedFile)) throw error; // it is still being written: looked at again
-      } finally {
-        await file?.close();
-      }
+  /** A stream whose file went before it was done is looked for in files that no rule knows as rotations, too. */
+  async #findUnderOtherNames({ files, leftOut }: Survey): Promise<void> {
+    const isFound = (stream: Stream) => this.#hasHome(stream) || !this.list.includes(stream);
+    this.#sought.forget(isFound, this.context.mono());
+    if (this.#sought.isEmpty) return;
+    const known = new Set([...files, ...this.list.flatMap(({ copies }) => copies)].map(({ key }) => key));
+    for (const found of [...leftOut, ...this.paths.all()]) {
+      const streams = known.has(found.key) ? [] : this.#sought.of(found).filter((each) => !isFound(each));
+      if (streams.length === 0) continue;
+      if (!found.isReadable) this.#noteUnreadable(found);
+      const what = found.isReadable ? await lookInto(found, streams) : undefined;
+      if (what) this.#settle({ ...found, log: what.stream.log || found.log }, what);
     }
   }
 
@@ -547,20 +541,14 @@ export class Streams {
    * `isHeld`: a rotated file of its log is not settled, in which a stream may go on rather than in this one.
    */
   async #identifyOne(found: FoundFile, isHeld: boolean, isAll = false): Promise<boolean | number> {
-    const { faults, mono, now } = this.context;
+    const { mono, now } = this.context;
     const name = asSeen(found);
     const since = this.#since.get(found.log);
     const firstAt = this.#unknown.get(name) ?? mono();
     this.#unknown.set(name, firstAt);
     const isSkipped = !found.isLive || (this.#config.startAt === "end" && this.found === "absent");
     if (since !== undefined && isSkipped && found.mtimeMs <= since) return this.#passOver(found);
-    if (!found.isReadable) {
-      if (this.list.some((stream) => found.path.startsWith(stream.path) && stream.size === stream.offset))
-        return true;
-      const fields = { path: found.path, bytes: found.size };
-      faults.failed(found.path, "cannot read rotated file: use gzip or zstd in logrotate", fields);
-      return true;
-    }
+    if (!found.isReadable) return this.#noteUnreadable(found);
     const age = Math.max(now() - found.mtimeMs, mono() - firstAt);
     const isQuiet = age >= this.#config.rotateWaitSeconds * 1000 || age < -1000;
     if (!found.isLive && !isQuiet) return false;
@@ -595,6 +583,15 @@ export class Streams {
     } finally {
       await file.close();
     }
+  }
+
+  /** An archive of another kind is told of, but when nothing came into its log since all of that was shipped. */
+  #noteUnreadable({ path, size: bytes, mtimeMs }: FoundFile): true {
+    const isShipped = (stream: Stream) =>
+      path.startsWith(stream.path) && stream.size === stream.offset && mtimeMs < stream.mtimeMs + 1;
+    const message = "cannot read rotated file: use gzip or zstd in logrotate";
+    if (!this.list.some(isShipped)) this.context.faults.failed(path, message, { path, bytes });
+    return true;
   }
 
   #identify(file: LogFile, found: FoundFile): Promise<Identity> {
@@ -880,6 +877,7 @@ export class Streams {
 
   #enter(stream: Stream, phase: Phase): void {
     if (stream.phase.is === "gone" && phase.is === "gone") return;
+    if (stream.phase.is === "reading" && phase.is === "gone") this.#sought.add(stream);
     stream.phase = phase;
     stream.phaseAt = this.context.mono();
     if (phase.is === "reading") stream.endedAs = "";
@@ -891,6 +889,7 @@ export class Streams {
   /** Takes up what the receiver knows of this host when there is no cursor, beside those of the list that stay. */
   adopt(known: StreamState[], kept: Stream[]): void {
     this.list = [...kept, ...known.map((state) => withFile(state, this.context.mono()))];
+    for (const stream of this.list) this.#sought.add(stream);
     this.#since.clear();
     this.#byLog = undefined;
   }

@@ -1,0 +1,76 @@
+/**
+ * Streams whose files went before they were done: each is looked for under names that no rule knows as a rotation's, too. There
+ * the bytes are the proof: a kilobyte of them anywhere; fewer only under a name that begins like the log's, in a file that was
+ * made since the last line that was seen was written, as a copy and an archive are.
+ */
+import { basename } from "node:path";
+import { MARK_BYTES } from "../chunk.ts";
+import type { Stream } from "./cursor.ts";
+import { bornAt, LogFile, UnfinishedFile } from "./file.ts";
+import { type Identity, identify } from "./identify.ts";
+import { asSeen, type FoundFile } from "./paths.ts";
+
+/** A stream is looked for at each look for so long (ms): what packs a file removes it when it is done. */
+const SEEK_MS = 60_000;
+
+export class SoughtStreams {
+  /** Each with the files that were tried. */
+  readonly #tried = new Map<Stream, Set<string>>();
+
+  get isEmpty(): boolean {
+    return this.#tried.size === 0;
+  }
+
+  add(stream: Stream): void {
+    this.#tried.set(stream, new Set());
+  }
+
+  /** Forgets those that were found, and those that were looked for once and are gone for long. */
+  forget(isFound: (stream: Stream) => boolean, time: number): void {
+    for (const [stream, tried] of this.#tried) {
+      const isLong = tried.size > 0 && time - stream.phaseAt >= SEEK_MS;
+      if (isFound(stream) || isLong) this.#tried.delete(stream);
+    }
+  }
+
+  /** Those that may be in a file, as far as it was not tried yet; from now on it is. */
+  of(found: FoundFile): Stream[] {
+    const streams: Stream[] = [];
+    for (const [stream, tried] of this.#tried) {
+      if (stream.isBusy || tried.has(asSeen(found))) continue;
+      tried.add(asSeen(found));
+      if (mayBeIn(stream, found)) streams.push(stream);
+    }
+    return streams;
+  }
+}
+
+function mayBeIn({ head, marks, log, path, mtimeMs }: Stream, found: FoundFile): boolean {
+  if (!found.isReadable) return found.path.startsWith(path);
+  const known = Math.max(head?.length ?? 0, marks.at(-1)?.length ?? 0);
+  if (known >= MARK_BYTES) return log !== "" || found.log !== "";
+  const stem = basename(log).replace(/\.[^.]*$/, "");
+  return (
+    known > 0 &&
+    stem !== "" &&
+    basename(found.path).startsWith(stem) &&
+    bornAt(found.key) >= Math.floor(mtimeMs)
+  );
+}
+
+/** Which of the streams a file is; undefined when it is none of them, or not to be read. */
+export async function lookInto(
+  found: FoundFile,
+  streams: Stream[],
+): Promise<Extract<Identity, { is: "stream" }> | undefined> {
+  const file = await LogFile.open(found.path).catch(() => undefined);
+  try {
+    const what = file?.key === found.key ? await identify(file, found, streams, () => false) : undefined;
+    return what?.is === "stream" ? what : undefined;
+  } catch (error) {
+    if (error instanceof UnfinishedFile) return undefined; // it is another one when it has its end
+    throw error;
+  } finally {
+    await file?.close();
+  }
+}
