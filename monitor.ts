@@ -27,6 +27,7 @@ import {
   type MonitorContext,
   type MonitorState,
   StateStore,
+  withoutUrl,
 } from "./lib/mail/outbox.ts";
 import { sendMail, verifyMail } from "./lib/mail/smtp.ts";
 import { emptyTotals, type Totals } from "./lib/mail/summary.ts";
@@ -629,7 +630,7 @@ async function sendTest({ config, log, signal, now }: Service<"monitor">): Promi
     if (refused.length === 0) log.info("test mail sent", { recipients: config.mail.to.join(",") });
     return refused.length === 0 ? EXIT.done : EXIT.failed;
   } catch (error) {
-    log.error("test mail not accepted", { error: errorMessage(error).replace(config.webhook ?? "", "…") });
+    log.error("test mail not accepted", { error: withoutUrl(error) });
     return EXIT.failed;
   }
 }
@@ -753,7 +754,7 @@ async function check({ config, signal, checks }: Service<"monitor">, connect: bo
   const secretUrl = (key: "webhook" | "heartbeatUrl", work: (url: string) => Promise<string>) => {
     const url = config[key];
     const hide = (error: unknown) => {
-      throw new Error(withAdvice(errorMessage(error).replaceAll(url ?? "", "…")));
+      throw new Error(withAdvice(withoutUrl(error)));
     };
     return url && checks.step(`monitor.${key}`, () => work(url).catch(hide));
   };

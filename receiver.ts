@@ -717,15 +717,10 @@ async function leaveForget({ config, log, now }: Service<"receiver">, name: stri
     ...(await listBatches(folder, "open", "sealed")),
     ...failed.filter((batch) => parseBatchName(batch)?.host === dashedHost(host)),
   ];
-  if (waiting.length > 0)
-    throw new OperatorError(
-      `Host ${host} is not forgotten: ${waiting.length} of its batches wait, as ${waiting[0]}`,
-    );
+  const refusal = (why: string) => new OperatorError(`Host ${host} is not forgotten: ${why}`);
+  if (waiting.length > 0) throw refusal(`${waiting.length} of its batches wait, as ${waiting[0]}`);
   const minutes = Math.round((now() - ledger.heardAt) / 60_000);
-  if (minutes < 60)
-    throw new OperatorError(
-      `Host ${host} is not forgotten: it was heard ${minutes} minutes ago, less than an hour`,
-    );
+  if (minutes < 60) throw refusal(`it was heard ${minutes} minutes ago, less than an hour`);
   await writeDurably(join(folder, FORGET), "");
   log.info("host will be forgotten within a minute by a running receiver, else at its start", { host });
   return EXIT.done;

@@ -162,10 +162,8 @@ const DANGEROUS: [name: string, value: RegExp, what: string][] = [
 
 /** One fault for each variable that switches a protection off: no script starts with one. */
 export function findDangers(env: NodeJS.ProcessEnv): string[] {
-  return DANGEROUS.flatMap(([name, value, what]) =>
-    value.test(env[name] ?? "")
-      ? [`the variable ${name} is set, with which ${what}: take it out of the environment`]
-      : [],
+  return DANGEROUS.filter(([name, value]) => value.test(env[name] ?? "")).map(
+    ([name, , what]) => `the variable ${name} is set, with which ${what}: take it out of the environment`,
   );
 }
 

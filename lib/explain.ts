@@ -260,7 +260,13 @@ function ofWhat(origin: string): string {
 }
 
 /** Seconds of the units in which people write a duration. */
-const UNITS: Record<string, number> = { ms: 0.001, s: 1, m: 60, min: 60, h: 3600, d: 86_400 };
+const UNITS: [RegExp, number][] = [
+  [/^ms$/i, 0.001],
+  [/^s(ec.*)?$/i, 1],
+  [/^m(in.*)?$/i, 60],
+  [/^h(our.*)?$/i, 3600],
+  [/^d(ay.*)?$/i, 86_400],
+];
 const KEY_UNITS: [RegExp, string, number][] = [
   [/Ms$/, "milliseconds", 0.001],
   [/Seconds$/, "seconds", 1],
@@ -282,14 +288,7 @@ function howToWrite(issue: z.core.$ZodIssue, key: string, value: unknown): strin
     return `in bytes: ${Math.round(Number(bytes[1]) * 1024 ** " kmg".indexOf((bytes[2] ?? " ").toLowerCase()))}`;
   if (/Percent$/.test(key) && /^[\d.]+\s*%$/.test(text)) return `a number alone: ${Number.parseFloat(text)}`;
   const [, amount = "", unit = ""] = /^(\d+(?:\.\d+)?)\s*([a-z]+)$/i.exec(text) ?? [];
-  const seconds =
-    Number(amount) *
-    (UNITS[
-      unit
-        .toLowerCase()
-        .replace(/^(min|sec|hour|day).*/, "$1")
-        .replace(/^(sec|hour|day)$/, (word) => word[0] ?? "")
-    ] ?? Number.NaN);
+  const seconds = Number(amount) * (UNITS.find(([name]) => name.test(unit))?.[1] ?? Number.NaN);
   const [, name, size] = KEY_UNITS.find(([pattern]) => pattern.test(key)) ?? [];
   return size && !Number.isNaN(seconds) ? `in ${name}: ${+(seconds / size).toFixed(6)}` : "";
 }

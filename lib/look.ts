@@ -254,28 +254,20 @@ async function askDisk(dir: string): Promise<{ free: number; total: number } | u
 
 async function seeHosts(look: Look): Promise<void> {
   const { seen, dir, expected, details = 0 } = look;
-  const failed = new Map<string, number>();
-  for (const name of seen.failed) {
-    const dashed = parseBatchName(name)?.host ?? "";
-    failed.set(dashed, (failed.get(dashed) ?? 0) + 1);
-  }
+  const failed = Map.groupBy(seen.failed, (name) => parseBatchName(name)?.host ?? "");
   const present = (await attempt(look, dir, () => listHosts(dir))) ?? [];
   const names = [...new Set([...expected, ...present])].sort(compareAsPeopleCount);
   for (const host of names) {
     const dashed = dashedHost(host);
-    const status = await attempt(
-      look,
-      join(dir, host),
-      () => seeHost(look, host, failed.get(dashed) ?? 0),
-      host,
-    );
+    const count = failed.get(dashed)?.length ?? 0;
+    const status = await attempt(look, join(dir, host), () => seeHost(look, host, count), host);
     if (!status) continue;
     failed.delete(dashed);
     seen.hosts.push(status);
   }
-  for (const [host, count] of failed) {
+  for (const [host, { length }] of failed) {
     // its folder is gone, the dashed form of its name is all that is left
-    seen.hosts.push({ ...statusOfLedger(look, host, emptyLedger()), state: "gone", failed: count });
+    seen.hosts.push({ ...statusOfLedger(look, host, emptyLedger()), state: "gone", failed: length });
   }
   if (details > 0) await addDetails(look, details);
 }

@@ -380,7 +380,7 @@ function dropDone(state: MonitorState): void {
   state.queue = state.queue.filter(({ recipients, post }) => recipients.length > 0 || post !== undefined);
 }
 
-/** Posts a notification. Its address may hold a secret and is never told. Gives false when later ones have to wait. */
+/** Posts a notification. Gives false when later ones have to wait. */
 async function postNotification(
   store: StateStore,
   notification: Notification,
@@ -450,7 +450,8 @@ function giveUpPosts(state: MonitorState, { config, log, now }: MonitorContext, 
   noteUndeliverable(state, { to: "the webhook", subject, reason, at: now() });
 }
 
-function withoutUrl(error: unknown): string {
+/** A webhook's address may hold a secret. */
+export function withoutUrl(error: unknown): string {
   return errorMessage(error).replace(/https?:\/\/\S+/g, "…");
 }
 

@@ -55,10 +55,7 @@ export async function sendMail(
     await writeMessage(fileURLToPath(options.smtp), bytes, mail);
     return [];
   }
-  const wrap = (cause: unknown) =>
-    new MailError(`Cannot send "${mail.subject}" to ${url.host}`, {
-      cause: explainTrust(cause as SmtpError),
-    });
+  const wrap = (cause: unknown) => new MailError(`Cannot send "${mail.subject}" to ${url.host}`, { cause });
   const session = await openSession(options, url, signal).catch((cause) => {
     throw wrap(cause);
   });
@@ -83,9 +80,7 @@ export async function verifyMail(options: Options, signal: AbortSignal): Promise
   const url = new URL(options.smtp);
   if (url.protocol === "file:") return makeFolder(fileURLToPath(options.smtp));
   for (const address of options.to) {
-    const session = await openSession(options, url, signal).catch((cause) => {
-      throw explainTrust(cause);
-    });
+    const session = await openSession(options, url, signal);
     try {
       await session.send({ from: options.from, to: [address] }, undefined);
     } finally {
@@ -149,7 +144,7 @@ async function openSession(options: Options, url: URL, signal: AbortSignal) {
     if (url.username) await Promise.race([broken, logIn(connection, options, url)]);
   } catch (error) {
     close();
-    throw error;
+    throw explainTrust(error as SmtpError);
   }
   return {
     /** Without a message it leaves after the server's consent. Gives the faults of recipients that were refused. */

@@ -384,11 +384,7 @@ async function scanSegment(path: string, places: Place[], bad: Bad[]): Promise<v
   }
 }
 
-async function readRecord(
-  file: FileHandle,
-  at: number,
-  size: number,
-): Promise<{ entry: Entry; body: Uint8Array; size: number } | undefined> {
+async function readRecord(file: FileHandle, at: number, size: number) {
   const head = Buffer.alloc(HEAD_BYTES);
   if (at + HEAD_BYTES > size || (await file.read(head, 0, HEAD_BYTES, at)).bytesRead < HEAD_BYTES)
     return undefined;
