@@ -98,13 +98,13 @@ async function main(service: Service<"receiver">): Promise<number> {
     return receiver.configure(next);
   });
   watchDescriptors(ports, receiver);
-  const state = new StateFile(receiver, ports);
+  const writeReceiverState = createStateWriter(receiver, ports);
   await loop(
     async () => {
       await receiver.store.seal();
       for (const port of ports) await port.renew();
       await receiver.takeForgets();
-      await state.write();
+      await writeReceiverState();
     },
     { everyMs: SEAL_EVERY_MS, signal },
   );
@@ -545,59 +545,40 @@ function answerError(receiver: Receiver, error: Error, c: HttpContext): Response
 
 // ---- what is told
 
-/** `.receiver-<port>.json`: that this receiver runs, and whom it refuses, for the monitor and the page. */
-class StateFile {
-  readonly #receiver: Receiver;
-  readonly #ports: Port[];
-  readonly #faults: FaultLog;
-  #at = Number.NEGATIVE_INFINITY;
-  #health: string | undefined;
-  #healthSince = 0;
-  /** Since when senders could be heard, and the difference of the two clocks then: one that is set begins anew. */
-  #startedAt: number;
-  #clocks: number;
-
-  constructor(receiver: Receiver, ports: Port[]) {
-    this.#startedAt = receiver.startedAt;
-    this.#clocks = receiver.now() - performance.now();
-    this.#receiver = receiver;
-    this.#ports = ports;
-    this.#faults = createFaultLog(receiver.log, receiver.now);
-  }
-
-  /** Every ten seconds, and when something changed. */
-  async write(): Promise<void> {
-    const { config, refusals, store, now } = this.#receiver;
+/**
+ * Writes `.receiver-<port>.json` every ten seconds, and when something changed: that this receiver runs, and whom it
+ * refuses, for the monitor and the page.
+ */
+function createStateWriter(receiver: Receiver, all: Port[]): () => Promise<void> {
+  const { config, refusals, store, log, now } = receiver;
+  const faults = createFaultLog(log, now);
+  const ports = all.map(({ port }) => port).sort((a, b) => a - b);
+  let writtenAt = Number.NEGATIVE_INFINITY;
+  let told: { health?: string; healthSince?: number } = {};
+  // Since when senders could be heard, and the difference of the two clocks then: one that is set begins anew.
+  let { startedAt } = receiver;
+  let clocks = now() - performance.now();
+  return async () => {
     const health = store.health();
     const at = now();
-    const wasSet = Math.abs(at - performance.now() - this.#clocks) > CLOCK_SET_MS;
-    if (wasSet) {
-      this.#startedAt = at;
-      this.#clocks = at - performance.now();
+    if (Math.abs(at - performance.now() - clocks) > CLOCK_SET_MS) {
+      startedAt = at;
+      clocks = at - performance.now();
     }
-    if (!refusals.changed && health === this.#health && Math.abs(at - this.#at) < STATE_EVERY_MS) return;
+    if (!refusals.changed && health === told.health && Math.abs(at - writtenAt) < STATE_EVERY_MS) return;
     refusals.changed = false;
-    if (health === undefined || this.#health === undefined) this.#healthSince = at;
-    this.#health = health;
-    this.#at = at;
-    const ports = this.#ports.map(({ port }) => port).sort((a, b) => a - b);
-    const state = {
-      version: 1,
-      at,
-      startedAt: this.#startedAt,
-      pid: process.pid,
-      ports,
-      ...(health !== undefined && { health, healthSince: this.#healthSince }),
-      refused: refusals.list(),
-      pressed: [...store.crowd(), ...refusals.pressed()],
-    };
+    told = health === undefined ? {} : { health, healthSince: told.healthSince ?? at };
+    writtenAt = at;
+    const refused = refusals.list();
+    const pressed = [...store.crowd(), ...refusals.pressed()];
+    const state = { version: 1, at, startedAt, pid: process.pid, ports, ...told, refused, pressed };
     try {
       await writeState(join(config.dir, `.receiver-${ports[0]}.json`), state);
-      this.#faults.recovered("state", "state file is written again");
+      faults.recovered("state", "state file is written again");
     } catch (error) {
-      this.#faults.failed("state", "state file not written", { error: errorMessage(error) });
+      faults.failed("state", "state file not written", { error: errorMessage(error) });
     }
-  }
+  };
 }
 
 /** Upper bounds of the histogram of commits, in seconds. */
