@@ -48,10 +48,10 @@ const MOST_LINES_OF_A_FILE = 720;
 const LONG_FILES: Record<string, number> = {
   "shipper.ts": 995,
   "forwarder.ts": 962,
-  "receiver.ts": 874,
-  "monitor.ts": 791,
-  "lib/page.ts": 754,
-  "lib/store/sender.ts": 800,
+  "receiver.ts": 840,
+  "monitor.ts": 790,
+  "lib/page.ts": 749,
+  "lib/store/sender.ts": 763,
   "lib/tail/streams.ts": 928,
 };
 

@@ -125,19 +125,15 @@ export class Journal {
     return this.#segments.reduce((sum, { length }) => sum + length, 0);
   }
 
-  /** Whether segments wait for being dropped. */
-  get isLong(): boolean {
-    return this.#segments.length > 1;
-  }
-
   /** Its segments that are on stable storage, oldest first. */
   get paths(): string[] {
     return this.#segments.map(({ path }) => path);
   }
 
-  /** The hosts that the oldest segment speaks of. */
+  /** The hosts that keep the oldest segment from being dropped; none while it is the only one. */
   get oldestHosts(): string[] {
-    return [...(this.#segments[0]?.hosts.keys() ?? [])];
+    const [oldest, next] = this.#segments;
+    return oldest && next ? [...oldest.hosts.keys()] : [];
   }
 
   /**

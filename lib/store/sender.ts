@@ -531,7 +531,7 @@ export class Sender implements Place {
 
   /** Where streams stand, after everything that is in hand: all of them, or those of the names. */
   async streams(names: string[] | undefined): Promise<StreamStatus[]> {
-    await this.turn(() => this.#settle());
+    await this.settle();
     if (this.broken !== undefined) throw storeError(this.broken);
     this.#isNew = false; // the sender hears now what is here
     const waiting = this.#waiting();
@@ -709,7 +709,7 @@ export class Sender implements Place {
 
   /** Forgets all streams and names of a host that is gone. Gives the reason when it is not. */
   async forget(): Promise<string | undefined> {
-    await this.turn(() => this.#settle());
+    await this.settle();
     this.#waiting();
     const waits = [...this.ledger.sealed.values()].some((batch) => batch.waits);
     if (waits || this.ledger.open.size > 0) return "batches of it wait";
@@ -721,12 +721,6 @@ export class Sender implements Place {
     this.ledger.facts = { forgotten: this.options.now() };
     await this.checkpoint();
     return undefined;
-  }
-
-  /** Written again from the journal: what could not be written or synced is. */
-  mend(): void {
-    this.broken = undefined;
-    this.isDirty = true;
   }
 
   /** Waits for what is staged. */

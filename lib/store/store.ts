@@ -314,7 +314,7 @@ export class Store {
         if (entry.host !== host || entry.seq <= sender.safeSeq) continue;
         await writeAgain(sender, entry, decodeBody(entry, body));
       }
-      sender.mend();
+      sender.broken = undefined;
       await sender.checkpoint();
       this.#faults.recovered(`write ${host}`, "batches are written again", { host });
     } catch (error) {
@@ -342,7 +342,7 @@ export class Store {
     const now = this.#options.now();
     const { min, max, perSender } = CHECKPOINT_MS;
     const every = Math.min(max, Math.max(min, this.senders.size * perSender));
-    const oldest = new Set(this.#journal.isLong ? this.#journal.oldestHosts : []);
+    const oldest = new Set(this.#journal.oldestHosts);
     const isDue = (sender: Sender) =>
       sender.isDirty && (Math.abs(now - sender.checkpointAt) >= every || oldest.has(sender.host));
     await this.#forEach([...this.senders.values()].filter(isDue), async (sender) => {
