@@ -272,12 +272,8 @@ async function seeHosts(look: Look): Promise<void> {
   if (details > 0) await addDetails(look, details);
 }
 
-const natural = new Intl.Collator("en", { numeric: true });
-
 /** `10.0.0.9` before `10.0.0.10`. */
-export function compareAsPeopleCount(a: string, b: string): number {
-  return natural.compare(a, b);
-}
+export const compareAsPeopleCount = new Intl.Collator("en", { numeric: true }).compare;
 
 type Patience = Pick<Seen, "now" | "deliveryMinutes">;
 

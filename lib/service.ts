@@ -156,16 +156,12 @@ export async function runScript<S extends Section>(
  */
 async function end(code: number, running = false): Promise<never> {
   if (running) setTimeout(() => process.exit(code), SHUTDOWN_MS);
-  const streams = [process.stdout, process.stderr];
-  await Promise.all(
-    streams.map(
-      (stream) =>
-        new Promise<void>((resolve) => {
-          stream.once("error", () => resolve()); // whoever read it is gone
-          stream.end(resolve);
-        }),
-    ),
-  );
+  const ended = (stream: NodeJS.WriteStream) =>
+    new Promise<void>((resolve) => {
+      stream.once("error", () => resolve()); // whoever read it is gone
+      stream.end(resolve);
+    });
+  await Promise.all([process.stdout, process.stderr].map(ended));
   process.exit(code);
 }
 

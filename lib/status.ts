@@ -356,7 +356,7 @@ export function headline({ hosts, forwarder, problems }: Snapshot): string {
 /** Adds up one number of all senders. */
 export function sum(
   hosts: HostStatus[],
-  key: "waiting" | "failed" | "open" | "lag" | "lost" | "gone" | "undelivered",
+  key: "waiting" | "failed" | "open" | "lag" | "lost" | "gone",
 ): number {
   return hosts.reduce((total, host) => total + (host[key] ?? 0), 0);
 }

@@ -51,7 +51,7 @@ const LONG_FILES: Record<string, number> = {
   "receiver.ts": 840,
   "monitor.ts": 790,
   "lib/page.ts": 749,
-  "lib/store/sender.ts": 763,
+  "lib/store/sender.ts": 759,
   "lib/tail/streams.ts": 928,
 };
 

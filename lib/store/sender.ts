@@ -191,15 +191,8 @@ export class Sender implements Place {
       const verdict = compare(chunk, known);
       if (verdict === "ahead" && mayWait) return verdict;
       this.hear(chunk, chunk.peer, [chunk.stream]);
-      const { offset: at = 0, end: to = 0 } = chunk;
-      if (
-        !known &&
-        verdict === "take" &&
-        chunk.begin === undefined &&
-        chunk.offset !== undefined &&
-        at === to
-      )
-        return { outcome: Promise.resolve({ kind: "stored", lines: 0, offset: to }) }; // a sign of life of 1.0
+      if (verdict === "alive")
+        return { outcome: Promise.resolve({ kind: "stored", lines: 0, offset: chunk.end ?? 0 }) };
       if (verdict === "unknown")
         return { outcome: Promise.resolve({ kind: "unknown", lines: 0, offset: 0 }) };
       if (verdict === "take") return { outcome: this.#stage(await this.#file(chunk, known)) };
@@ -740,11 +733,14 @@ export class Sender implements Place {
 }
 
 /** The wire's rules for one chunk. */
-function compare(chunk: Chunk, known: StreamRecord | undefined): "take" | "ahead" | "conflict" | "unknown" {
-  const { offset, end, mark, from, begin } = chunk;
+function compare(
+  { offset, end, mark, from, begin }: Chunk,
+  known: StreamRecord | undefined,
+): "take" | "ahead" | "conflict" | "unknown" | "alive" {
   if (offset === undefined) return "take";
-  // Version 1.0 has no marks: its unknown streams are begun at whatever offset it says.
-  if (!known) return begin !== undefined || mark === undefined ? "take" : "unknown";
+  // Version 1.0 has no marks: its unknown streams are begun at whatever offset it says, an empty chunk is a sign of life.
+  if (!known && begin === undefined && mark === undefined) return end === offset ? "alive" : "take";
+  if (!known) return begin !== undefined ? "take" : "unknown";
   // 1.0 has one chunk on its way: one of it that is ahead has nothing before it.
   if (offset > known.offset)
     return mark !== undefined && begin === undefined && end !== offset ? "ahead" : "conflict";
