@@ -379,11 +379,7 @@ export async function compressFile(
 }
 
 /** Whether the `.gz` is there and holds what `file` holds. Throws when it holds something else. */
-async function compareGzip(
-  gz: string,
-  file: FileHandle,
-  signal: AbortSignal,
-): Promise<"absent" | "damaged" | "same"> {
+async function compareGzip(gz: string, file: FileHandle, signal: AbortSignal) {
   const there = await ifMissing(lstat(gz));
   if (!there) return "absent";
   if (!there.isFile()) throw new Error(`Cannot compress: "${gz}" is there and not a file`);
@@ -523,9 +519,8 @@ async function trimReports({ config, log, now, dryRun }: HousekeepContext): Prom
 /** Digests and the lists that they were made of are kept as long as the reports. */
 async function removeDigests({ config, log, now, dryRun }: HousekeepContext): Promise<void> {
   const before = now() - config.reportDays * DAY;
-  for (const { file, bytes } of await removeOldDigests(config.dir, before, {
-    dryRun: dryRun !== undefined,
-  })) {
+  const old = await removeOldDigests(config.dir, before, { dryRun: dryRun !== undefined });
+  for (const { file, bytes } of old) {
     const reason = `it is older than reportDays (${config.reportDays})`;
     if (dryRun) dryRun.push({ action: "delete", file, bytes, reason });
     else log.info("digest removed", { file });

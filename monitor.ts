@@ -200,10 +200,7 @@ function wasSet(state: MonitorState, now: number, up: number): boolean {
   return state.at > 0 && up >= state.uptime && Math.abs(now - state.at - (up - state.uptime)) > CLOCK_STEP_MS;
 }
 
-async function askReceivers({
-  config,
-  signal,
-}: MonitorContext): Promise<{ port: number; problem: Problem }[]> {
+async function askReceivers({ config, signal }: MonitorContext) {
   const ask = clientOf(config);
   const found = await Promise.all(
     config.receivers.map(async (url) => {

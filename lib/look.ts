@@ -402,11 +402,7 @@ async function stateOf(look: Look, { host, heardAt, lineAt, expected }: HostStat
 }
 
 /** From when and until when a sender's receiver could hear it. Whom it heard meanwhile, it can hear. */
-async function listening(
-  look: Look,
-  host: string,
-  heardAt: number,
-): Promise<{ from: number; until: number }> {
+async function listening(look: Look, host: string, heardAt: number) {
   const { now, since = 0, unnamed } = look;
   const all = look.seen.receivers.map(({ startedAt, at, runs, health, healthSince, pid }) => ({
     pid,

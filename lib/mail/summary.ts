@@ -197,11 +197,7 @@ function addBatch(row: HourRow, batch: SealedBatch, queue: Set<string>, account:
   return place;
 }
 
-function whereIs(
-  name: string,
-  queue: Set<string>,
-  { failed, sent, report }: Account,
-): "delivered" | "failed" | "waiting" | "missing" {
+function whereIs(name: string, queue: Set<string>, { failed, sent, report }: Account) {
   if (queue.has(name)) return "waiting";
   if (failed.has(name)) return "failed";
   return report.lines.has(hashOf(name)) || sent.has(name) || sent.has(`${name}.gz`) ? "delivered" : "missing";

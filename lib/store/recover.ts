@@ -332,7 +332,7 @@ export async function recoverSender(host: string, folder: string, log: Log): Pro
     );
   }
   const isComplete = damaged === 0 && records.length > 0;
-  const ledger = text === undefined ? emptyLedger() : ((await readLedger(folder)) ?? emptyLedger());
+  const ledger = (await readLedger(folder)) ?? emptyLedger();
   if (text !== undefined && !isComplete) log.error("ledger is damaged", { host, path, damaged });
   const found = { host, folder, ledger, log };
   await recoverBatches(found, isComplete);

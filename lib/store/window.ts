@@ -258,10 +258,7 @@ function placeAt(pieces: Piece[], index: number, escaping: string): TimePlace {
 }
 
 /** What of the pieces is in the last segment: its variables, and the text behind the last of them. */
-function lastSegment(
-  pieces: Piece[],
-  cut: (text: string) => string[],
-): { variables: string[]; text: string } {
+function lastSegment(pieces: Piece[], cut: (text: string) => string[]) {
   const variables: string[] = [];
   let text: string | undefined;
   for (const piece of pieces.toReversed()) {
@@ -463,13 +460,7 @@ function firstSign(b: Uint8Array, start: number, end: number): number | undefine
 }
 
 /** The last time before the first quote, else the first one outside quotes. */
-function findInText(
-  calendar: Calendar,
-  b: Uint8Array,
-  start: number,
-  end: number,
-  quote: number,
-): Window | undefined {
+function findInText(calendar: Calendar, b: Uint8Array, start: number, end: number, quote: number) {
   if (quote < end && quote - 29 >= start && b[quote - 29] === BRACKET && b[quote - 2] === CLOSE_BRACKET) {
     const found = calendar.local(b, quote - 28, end); // nginx's combined format: nothing can stand nearer to the quote
     if (found) return found;
@@ -498,13 +489,7 @@ function findInText(
 }
 
 /** The time whose mark, a bracket or the T of ISO 8601, is at `i`. */
-function timeAtMark(
-  calendar: Calendar,
-  b: Uint8Array,
-  i: number,
-  start: number,
-  end: number,
-): Window | undefined {
+function timeAtMark(calendar: Calendar, b: Uint8Array, i: number, start: number, end: number) {
   if (b[i] === BRACKET) {
     const close = i + LENGTH.time_local + 1;
     if (close < end && b[close] === CLOSE_BRACKET) return calendar.local(b, i + 1, end);
