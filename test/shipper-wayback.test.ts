@@ -1,7 +1,17 @@
 /** The receiver's folder is lost: what was not delivered is shipped again by the host, under names that were never used. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { execFileSync } from "node:child_process";
-import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, truncateSync, writeFileSync } from "node:fs";
+import {
+  copyFileSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  truncateSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
 import { zstdDecompressSync } from "node:zlib";
 import { parseBatchName } from "../lib/batch.ts";
@@ -490,6 +500,38 @@ async function rotateToItsEnd(middle: Middle) {
   const rotated = join(sender.logs, "access.log.1");
   return { sender, shipper, rotated, size: statSync(rotated).size };
 }
+
+test("cut before the first answer to a damaged cursor: its copy goes on as the stream that the receiver knows", async () => {
+  const receiver = await startRealReceiver();
+  const sender = await createSender(receiver.url, QUICK);
+  sender.write(lines("a", 1, 300));
+  const before = sender.start();
+  await expectArrives(receiver, sender);
+  await before.stop("SIGKILL");
+  for (const name of ["cursor.json", "cursor.json.previous"])
+    writeFileSync(join(sender.stateDir, name), Buffer.alloc(100));
+  sender.write(lines("a", 301, 350));
+  receiver.running.process.kill("SIGSTOP"); // the answer comes before the copy is known
+  const shipper = sender.start();
+  await shipper.says("following");
+  const copy = join(sender.folder, "copy");
+  copyFileSync(sender.live, copy);
+  truncateSync(sender.live);
+  sender.write(lines("b", 1, 5));
+  await shipper.says("file was cut and written anew");
+  receiver.running.process.kill("SIGCONT");
+  await until("what is new is there", () => receiver.stored(sender.host).includes(lines("b", 1, 5)));
+  renameSync(copy, `${sender.live}.1`);
+  const sorted = (bytes: Buffer) => bytes.toString().split("\n").sort();
+  const isAllThere = () =>
+    sorted(receiver.stored(sender.host)).join() === sorted(Buffer.concat(sender.written)).join();
+  await until("all of it is there once", isAllThere);
+  await wipe(receiver);
+  await until("all of it is there again, as this host still has it", isAllThere);
+  expect(shipper.output).not.toContain("lost lines of a file that is gone");
+  expect(shipper.output).not.toContain("bytes lost");
+  expect(await shipper.stop()).toBe(0);
+});
 
 test("a rotated file that was removed meanwhile: what was not delivered of it is told to the byte", async () => {
   const middle = new Middle();

@@ -67,15 +67,19 @@ export function takeFirstAnswer(streams: Streams, told: StreamStatus[]): void {
     if (streams.found === "damaged") for (const each of streams.list) each.begin = "again";
     return;
   }
+  const known = told.map(toStream);
+  const lost: Stream[] = [];
   for (const stream of streams.list) {
     void stream.file?.close().catch(() => {});
     stream.file = undefined;
-    const same = told.find(({ head }) => head !== undefined && stream.head && head === wireMark(stream.head));
-    stream.offset = Math.min(stream.size, Math.max(stream.offset, same?.offset ?? 0));
+    if (stream.phase.is !== "gone") continue;
+    // What vanished before the answer: what the receiver lacks of it is lost, and told, unless a copy has it.
+    const { log, path, key, size, mtimeMs, head } = stream;
+    const same = known[told.findIndex((status) => head && status.head === wireMark(head))];
+    if (!same && size > stream.offset) lost.push(stream);
+    if (same && size > same.offset) Object.assign(same, { log, path, key, size, mtimeMs });
   }
-  // what vanished before the answer: what the receiver lacks of it is lost, and told
-  const lost = streams.list.filter(({ phase, size, offset }) => phase.is === "gone" && size > offset);
-  streams.adopt(told.map(toStream), lost);
+  streams.adopt(known, lost);
 }
 
 function toStream({ stream: id, offset, head, mark, delivered }: StreamStatus): StreamState {
