@@ -52,7 +52,7 @@ const LONG_FILES: Record<string, number> = {
   "monitor.ts": 790,
   "lib/page.ts": 749,
   "lib/store/sender.ts": 759,
-  "lib/tail/streams.ts": 928,
+  "lib/tail/streams.ts": 927,
 };
 
 /** What functions are called that say it in words of our own where the field has one: log, report, note, explain. */

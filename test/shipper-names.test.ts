@@ -259,6 +259,35 @@ describe("a rotation under a name that no rule knows", () => {
     },
   );
 
+  test.each([
+    ["rename", "a.log", "a.log-Fri", "a.log-Sat", "a.log-Mon"],
+    ["gzip", "a.log", "a-2026-W46.log", "a-2026-W47.log", "a-2026-W48.log"],
+    ["copytruncate", "a.log", "a.log-week46", "a.log-week47", "a.log-week48"],
+    ["gzip", "*.log", "a.log.14h", "a.log.15h", "a.log.16h"],
+  ])(
+    "%s, %s: %s was there before, %s and %s come while it is stopped, and are shipped",
+    async (how, pattern, before, one, two) => {
+      const host = await createHost([pattern]);
+      host.put(before, "old", 1, 40);
+      host.put("a.log", "a", 1, 30);
+      await host.sender.once();
+      host.put("a.log", "a", 31, 32);
+      for (const name of [one, two]) {
+        if (how === "copytruncate") {
+          copyFileSync(host.at("a.log"), host.at(name));
+          truncateSync(host.at("a.log"), 0);
+        } else renameSync(host.at("a.log"), host.at(name));
+        if (how === "gzip") pack(host.at(name));
+        host.put("a.log", name, 1, 5);
+      }
+      await host.sender.once();
+      writeFileSync(host.at("a.log.errors"), lines("foreign", 1, 20));
+      host.put("a.log", "end", 1, 5);
+      await host.sender.once();
+      host.expects({ a: 32, [one]: 5, [two]: 5, end: 5 });
+    },
+  );
+
   test("an older file that begins like a log that went is not that log", async () => {
     const host = await createHost(["a.log"]);
     host.put("a.log.errors", "a", 1, 5);

@@ -10,6 +10,7 @@
 import { type FSWatcher, lstatSync, readdirSync, realpathSync, statSync, watch } from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import { errorMessage } from "../service.ts";
+import type { Stream } from "./cursor.ts";
 import { fileKey, keepKey, kindOf, nameOf, rawPath } from "./file.ts";
 
 const COMPRESSED = /\.(gz|zst)$/;
@@ -57,6 +58,8 @@ export class Paths {
   readonly #olddir: string | undefined;
   /** Names with numbers that were seen: their successors are rotations, too. */
   readonly #numbered = new Set<string>();
+  /** Shapes of names under which a log's stream lies though no rule knows them: what was written since under such a name is its, too. */
+  readonly shapes = new Map<string, { log: string; since: number }>();
   /** Folders that a look used: those to be watched. */
   readonly folders = new Set<string>();
   /** Keys and devices of the files of the last look. */
@@ -106,10 +109,11 @@ export class Paths {
         const path = inFolder(folder, name);
         if (survey.logs.has(path)) continue;
         const base = this.#baseOf(name, folder, (candidate) => logs.has(candidate), folders);
-        const log = logs.get(base ?? "");
+        const shape = base === undefined && this.shapes.size > 0 ? this.shapes.get(shapeOf(path)) : undefined;
+        const log = logs.get(base ?? "") ?? shape?.log;
         const file = log && lookAt(path, log, false, false, survey.faults, folders.isPlain(path));
-        if (file) rotated.push(file);
-        else if (!log) {
+        if (file && (base !== undefined || file.mtimeMs >= (shape?.since ?? 0))) rotated.push(file);
+        else if (base === undefined) {
           const alike = beginsLike(name, logs);
           const other = alike && lookAt(path, alike, false, true, new Map());
           if (other && !keys.has(other.key)) survey.leftOut.push(other);
@@ -133,20 +137,31 @@ export class Paths {
     }
   }
 
-  /** Files that no name led to: where they were last seen, else (but for those that were `sought` before) under any name in the folders. */
-  seek(missing: { key: string; path: string; log: string; isSought: boolean }[]): FoundFile[] {
+  /** Streams' files that no name led to: where they were last seen, else (but for those that are gone) under any name in the folders. */
+  seek(missing: Stream[]): FoundFile[] {
     const found: FoundFile[] = [];
-    const wanted = new Map<string, string>();
-    for (const { key, path, log, isSought } of missing) {
-      const file = lookAt(path, log, false, true, new Map());
-      if (file?.key === key) found.push(file);
-      else if (!isSought) wanted.set(key, log);
+    const wanted = new Map<string, Stream>();
+    const take = (file: FoundFile, { log, mtimeMs }: Stream) => {
+      found.push({ ...file, log });
+      this.#learn(file.path, log, mtimeMs);
+    };
+    for (const each of missing) {
+      const file = lookAt(each.path, each.log, false, true, new Map());
+      if (file?.key === each.key) take(file, each);
+      else if (each.phase.is !== "gone") wanted.set(each.key, each);
     }
     for (const file of wanted.size > 0 ? this.all() : []) {
-      const log = wanted.get(file.key);
-      if (log !== undefined) found.push({ ...file, log });
+      const stream = wanted.get(file.key);
+      if (stream) take(file, stream);
     }
     return found;
+  }
+
+  #learn(path: string, log: string, since: number): void {
+    const [name, own, shape] = [basename(path), basename(log), shapeOf(path)];
+    const isKnown = path === log || possibleBases(name).some(({ base }) => base === own);
+    if (!isKnown && name.startsWith(stemOf(own)) && !this.shapes.has(shape))
+      this.shapes.set(shape, { log, since });
   }
 
   /** Every file of the folders, whatever its name. */
@@ -353,6 +368,22 @@ export function possibleBases(name: string): { base: string; number?: number }[]
     if (isDate) add(match.index, match.index + match[0].length);
   }
   return bases;
+}
+
+const DAY = "mon|tue|wed|thu|fri|sat|sun|(?:mon|tues|wednes|thurs|fri|satur|sun)day";
+const MONTH =
+  "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sep(?:t|tember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?";
+const DAY_OR_MONTH = new RegExp(`(?<![a-z])(?:${DAY}|${MONTH})(?![a-z])`, "gi");
+
+/** A name whatever its numbers, and the names of days and months in it, are. */
+function shapeOf(path: string): string {
+  const name = basename(path).replace(COMPRESSED, "").replace(UNREADABLE, "");
+  return join(dirname(path), name.replace(DAY_OR_MONTH, "0").replace(/\d+/g, "0"));
+}
+
+/** A name without its extension. */
+export function stemOf(name: string): string {
+  return name.replace(/(?<=.)\.[^.]*$/, "");
 }
 
 function isDay(year = 0, month = 0, day = 0): boolean {

@@ -8,7 +8,7 @@ import { MARK_BYTES } from "../chunk.ts";
 import type { Stream } from "./cursor.ts";
 import { bornAt, LogFile, UnfinishedFile } from "./file.ts";
 import { type Identity, identify } from "./identify.ts";
-import { asSeen, type FoundFile } from "./paths.ts";
+import { asSeen, type FoundFile, stemOf } from "./paths.ts";
 
 /** A stream is looked for at each look for so long (ms): what packs a file removes it when it is done. */
 const SEEK_MS = 60_000;
@@ -49,7 +49,7 @@ function mayBeIn({ head, marks, log, path, mtimeMs }: Stream, found: FoundFile):
   if (!found.isReadable) return found.path.startsWith(path);
   const known = Math.max(head?.length ?? 0, marks.at(-1)?.length ?? 0);
   if (known >= MARK_BYTES) return log !== "" || found.log !== "";
-  const stem = basename(log).replace(/\.[^.]*$/, "");
+  const stem = stemOf(basename(log));
   return (
     known > 0 &&
     stem !== "" &&

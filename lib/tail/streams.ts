@@ -243,7 +243,7 @@ export class Streams {
     this.#byLog = undefined;
     const waiting = await this.#identifyAll(unknown, survey);
     await this.held.hold(waiting, survey.files, (found, file) => this.#takeVanished(found, file));
-    if (waiting.length === 0) await this.#findUnderOtherNames(survey);
+    if (waiting.length === 0 && (await this.#findUnderOtherNames(survey))) return this.look();
     this.#reportFaults(survey);
     const unsettled = new Set(waiting.map(({ log }) => log));
     const orphans = this.#findOrphans(survey, unsettled);
@@ -267,25 +267,23 @@ export class Streams {
     let before = "";
     for (let n = 0; n < LISTINGS; n++) {
       const survey = this.paths.survey(this.#livePaths());
+      const shapes = this.paths.shapes.size;
       const keys = new Set(survey.files.map(({ key }) => key));
       const missing = this.list.filter(({ key, phase, size, offset }) => {
         return key !== "" && !keys.has(key) && (phase.is !== "gone" || size > offset);
       });
-      const sought = missing.map((each) => ({ ...each, isSought: each.phase.is === "gone" }));
-      for (const file of this.paths.seek(sought)) {
+      for (const file of this.paths.seek(missing)) {
         if (!keys.has(file.key)) survey.files.unshift(file);
         keys.add(file.key);
       }
+      if (this.paths.shapes.size > shapes) continue; // it may have more to look at now
       const isComplete = missing.every(({ key }) => keys.has(key));
       for (const { key, copies } of this.list) {
         keys.delete(key);
         for (const copy of copies) keys.delete(copy.key);
       }
       if (isComplete && keys.size === 0) return survey;
-      const listing = survey.files
-        .map(({ path, key }) => `${path} ${key}`)
-        .sort()
-        .join("\n");
+      const listing = JSON.stringify(survey.files.map(({ path, key }) => `${path} ${key}`).sort());
       if (listing === before) return survey;
       before = listing;
     }
@@ -522,18 +520,20 @@ export class Streams {
   }
 
   /** A stream whose file went before it was done is looked for in files that no rule knows as rotations, too. */
-  async #findUnderOtherNames({ files, leftOut }: Survey): Promise<void> {
+  async #findUnderOtherNames({ files, leftOut }: Survey): Promise<boolean> {
     const isFound = (stream: Stream) => this.#hasHome(stream) || !this.list.includes(stream);
     this.#sought.forget(isFound, this.context.mono());
-    if (this.#sought.isEmpty) return;
+    let isAny = false;
     const known = new Set([...files, ...this.list.flatMap(({ copies }) => copies)].map(({ key }) => key));
-    for (const found of [...leftOut, ...this.paths.all()]) {
+    for (const found of this.#sought.isEmpty ? [] : [...leftOut, ...this.paths.all()]) {
       const streams = known.has(found.key) ? [] : this.#sought.of(found).filter((each) => !isFound(each));
       if (streams.length === 0) continue;
       if (!found.isReadable) this.#noteUnreadable(found);
       const what = found.isReadable ? await lookInto(found, streams) : undefined;
       if (what) this.#settle({ ...found, log: what.stream.log || found.log }, what);
+      isAny ||= what !== undefined;
     }
+    return isAny;
   }
 
   /**
