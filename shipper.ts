@@ -649,10 +649,12 @@ async function prepare(
   { file, buffer }: InFlight,
   before: Flown | undefined,
 ): Promise<Omit<Flown, "answer" | "sentAt"> | undefined> {
-  const { config, chunkBytes, skip } = shipper;
+  const { config, chunkBytes, skip, streams } = shipper;
+  const { size } = stream;
   const offset = before?.chunk.end ?? stream.offset;
   const marks = before?.marks ?? stream.marks;
   const portion = await readPortion(stream, file, { buffer, offset, newest: marks.at(-1), chunkBytes, skip });
+  streams.isMoved ||= stream.size > size; // more than the look saw: on disk, when it vanishes that is told to the byte
   if (!portion) return undefined;
   await nameStreams(shipper, stream, offset);
   const { end, mark, from, skipped, body, isFull } = portion;
@@ -710,10 +712,9 @@ async function send(shipper: Shipper, chunk: EncodedChunk): Promise<Answer> {
 
 function news(shipper: Shipper, ahead = 0) {
   const { streams } = shipper;
-  const lag = Math.max(0, lagOf(shipper) - ahead);
   const name = `log-rt-sync/${VERSION}`;
   const agent = formatAgent({ name, lacksLog: shipper.lacking > 1, lostIn: streams.lostIn });
-  return { lag, lost: streams.lost, shipper: streams.shipper, agent };
+  return { lag: Math.max(0, lagOf(shipper) - ahead), lost: streams.lost, shipper: streams.shipper, agent };
 }
 
 function noteRefused(shipper: Shipper, statuses: Set<number>, status: number, reason: string): void {
@@ -746,9 +747,8 @@ function halve(shipper: Shipper): void {
 
 /** Bytes that are still to be shipped, over all files. */
 function lagOf({ streams }: Shipper): number {
-  let bytes = 0;
-  for (const { size, offset, until } of streams.list) bytes += Math.max(0, (until ?? size) - offset);
-  return bytes;
+  const left = ({ size, offset, until }: Stream) => Math.max(0, (until ?? size) - offset);
+  return streams.list.reduce((bytes, each) => bytes + left(each), 0);
 }
 
 // ---- what the receiver says of a stream
