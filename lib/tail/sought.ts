@@ -25,12 +25,10 @@ export class SoughtStreams {
     this.#tried.set(stream, new Set());
   }
 
-  /** Forgets those that were found, and those that were looked for once and are gone for long. */
+  /** Forgets those that were found, and those that are gone for long: behind a look, so that each is looked for once. */
   forget(isFound: (stream: Stream) => boolean, time: number): void {
-    for (const [stream, tried] of this.#tried) {
-      const isLong = tried.size > 0 && time - stream.phaseAt >= SEEK_MS;
-      if (isFound(stream) || isLong) this.#tried.delete(stream);
-    }
+    for (const stream of this.#tried.keys())
+      if (isFound(stream) || time - stream.phaseAt >= SEEK_MS) this.#tried.delete(stream);
   }
 
   /** Those that may be in a file, as far as it was not tried yet; from now on it is. */

@@ -522,7 +522,6 @@ export class Streams {
   /** A stream whose file went before it was done is looked for in files that no rule knows as rotations, too. */
   async #findUnderOtherNames({ files, leftOut }: Survey): Promise<boolean> {
     const isFound = (stream: Stream) => this.#hasHome(stream) || !this.list.includes(stream);
-    this.#sought.forget(isFound, this.context.mono());
     let isAny = false;
     const known = new Set([...files, ...this.list.flatMap(({ copies }) => copies)].map(({ key }) => key));
     for (const found of this.#sought.isEmpty ? [] : [...leftOut, ...this.paths.all()]) {
@@ -533,6 +532,7 @@ export class Streams {
       if (what) this.#settle({ ...found, log: what.stream.log || found.log }, what);
       isAny ||= what !== undefined;
     }
+    this.#sought.forget(isFound, this.context.mono());
     return isAny;
   }
 
