@@ -479,18 +479,18 @@ class DeliveryPass {
     one.at = now();
     await checkUnsent(config.dir, one.batch);
     const intent = intents.get(one.batch);
-    const open = () =>
-      openContent(join(one.folder, one.batch), { gzip: config.compress === "gzip", onBytes: this.#onBytes });
+    const raw = () => readChunks(join(one.folder, one.batch));
+    const options = { gzip: config.compress === "gzip", onBytes: this.#onBytes };
     if (intent?.reported) {
       const { remote, bytes, lines, sha256 } = intent; // its rename was answered: the line stands behind it
       Object.assign(one, { remote, bytes, lines, sha256, step: "renamed", reported: true });
-      if (sha256 === "") Object.assign(one, await measure(open().chunks)); // by an older version
+      if (sha256 === "") Object.assign(one, await measure(raw(), options)); // by an older version
       return;
     }
     if (intent || this.#target.direct) {
       const found = await this.#target.stat(one.remote);
       if (found && !(this.#target.direct && intent)) {
-        Object.assign(one, await measure(open().chunks));
+        Object.assign(one, await measure(raw(), options));
         await checkSame(this.#target, one, found).catch((error) => {
           // an account that may not read: our intention and the size are the best proof there is
           const isBlind = error instanceof Refusal && !(error instanceof NameTaken);
@@ -503,7 +503,7 @@ class DeliveryPass {
         log.warn("the target has the batch under neither name: it is uploaded again", { batch: one.batch });
     }
     if (this.#target.direct) await intents.add([one], now()); // what is under the name from now on may be half of it
-    const { chunks, measured } = open();
+    const { chunks, measured } = openContent(raw(), options);
     await this.#target.upload(one.remote, chunks, onWritten);
     Object.assign(one, measured, { step: "uploaded" });
     failpoint("forward:uploaded");

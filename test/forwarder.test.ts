@@ -233,6 +233,16 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("to $name", ({ start }) => {
     expect(await site.list("sent")).toEqual([name]);
     await takeAway(backend);
   });
+
+  test('compress: "gzip", killed behind the rename: the report has the lines of the batch, not those of its .gz', async () => {
+    const site = await makeSite(backend, { compress: "gzip" });
+    const name = site.seal(HOST, 1, lines(5000));
+    await once(site, { LOG_RT_SYNC_STOP_AT: "forward:renamed" });
+    expect((await once(site)).code).toBe(0);
+    expect(Object.keys(await remoteFiles(backend))).toEqual([`${name}.gz`]);
+    expect(await site.report()).toEqual([`${name} | lines=5000 | status=Sent`]);
+    await takeAway(backend);
+  });
 });
 
 describe("forwarder", () => {

@@ -132,15 +132,15 @@ describe("openContent()", () => {
     const path = join(await tempFolder(), "a.log");
     const text = "a line\n".repeat(100_000);
     await writeFile(path, `${text}no line break`);
-    const plain = openContent(path);
+    const plain = openContent(readChunks(path));
     expect(await sizeOf(plain.chunks)).toBe(text.length + 13);
     expect(plain.measured).toEqual({
       bytes: text.length + 13,
       lines: 100_000,
       sha256: new Bun.CryptoHasher("sha256").update(`${text}no line break`).digest("hex"),
     });
-    const first = openContent(path, { gzip: true });
-    const second = openContent(path, { gzip: true });
+    const first = openContent(readChunks(path), { gzip: true });
+    const second = openContent(readChunks(path), { gzip: true });
     const packed = await collect(first.chunks);
     expect(Buffer.from(Bun.gunzipSync(packed)).toString()).toBe(`${text}no line break`);
     await sizeOf(second.chunks);
@@ -149,7 +149,7 @@ describe("openContent()", () => {
   });
 
   test("an unreadable file is an error with gzip, too", async () => {
-    const content = openContent("/absent", { gzip: true });
+    const content = openContent(readChunks("/absent"), { gzip: true });
     expect(await sizeOf(content.chunks).catch((error) => error)).toBeInstanceOf(Unreadable);
   });
 });

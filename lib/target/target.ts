@@ -203,48 +203,38 @@ export interface Measured {
 }
 
 /**
- * Opens a batch for sending: `chunks` can be read to its end once, then `measured` is complete. The same batch always
+ * A batch on its way out: `chunks` can be read to their end once, then `measured` is complete. The same batch always
  * gives the same bytes. `onBytes` is told how many bytes of the batch were read, each time.
  */
 export function openContent(
-  path: string,
+  raw: AsyncIterable<Uint8Array>,
   { gzip = false, onBytes = (_: number) => {} } = {},
 ): { chunks: AsyncIterable<Uint8Array>; measured: Measured } {
   const measured: Measured = { bytes: 0, lines: 0, sha256: "" };
-  const raw = measureLines(readChunks(path), measured, onBytes);
-  return { measured, chunks: measureBytes(gzip ? compress(raw) : raw, measured) };
+  const counted = async function* () {
+    for await (const chunk of raw) {
+      for (let at = chunk.indexOf(0x0a); at >= 0; at = chunk.indexOf(0x0a, at + 1)) measured.lines++;
+      onBytes(chunk.length);
+      yield chunk;
+    }
+  };
+  const hashed = async function* () {
+    const sha256 = createHash("sha256");
+    for await (const chunk of gzip ? compress(counted()) : counted()) {
+      sha256.update(chunk);
+      measured.bytes += chunk.length;
+      yield chunk;
+    }
+    measured.sha256 = sha256.digest("hex");
+  };
+  return { chunks: hashed(), measured };
 }
 
 /** Reads a content to its end, for its measures. */
-export async function measure(chunks: AsyncIterable<Uint8Array>): Promise<Measured> {
-  const measured: Measured = { bytes: 0, lines: 0, sha256: "" };
-  for await (const _ of measureBytes(
-    measureLines(chunks, measured, () => {}),
-    measured,
-  ));
+export async function measure(...content: Parameters<typeof openContent>): Promise<Measured> {
+  const { chunks, measured } = openContent(...content);
+  for await (const _ of chunks);
   return measured;
-}
-
-async function* measureLines(
-  chunks: AsyncIterable<Uint8Array>,
-  measured: Measured,
-  onBytes: (n: number) => void,
-) {
-  for await (const chunk of chunks) {
-    for (let at = chunk.indexOf(0x0a); at >= 0; at = chunk.indexOf(0x0a, at + 1)) measured.lines++;
-    onBytes(chunk.length);
-    yield chunk;
-  }
-}
-
-async function* measureBytes(chunks: AsyncIterable<Uint8Array>, measured: Measured) {
-  const sha256 = createHash("sha256");
-  for await (const chunk of chunks) {
-    sha256.update(chunk);
-    measured.bytes += chunk.length;
-    yield chunk;
-  }
-  measured.sha256 = sha256.digest("hex");
 }
 
 /** gzip without a name or a time in its header. */
