@@ -7,7 +7,7 @@ import { connect as connectTcp, type Socket } from "node:net";
 import type { AuthenticationType, Client, ConnectConfig } from "ssh2";
 import ssh2 from "ssh2";
 import { type Config, readSecret } from "../config.ts";
-import { TargetFault } from "./target.ts";
+import { keepBlocks, TargetFault } from "./target.ts";
 
 /** So much is written to the socket at once, then it does not wait for more. */
 const GATHER_BYTES = 262_144;
@@ -31,22 +31,8 @@ export function plainText(text: string): string {
   return line.length > TOLD_CHARACTERS ? `${line.slice(0, TOLD_CHARACTERS)}…` : line;
 }
 
-/** Where the server is, and what we have for it. */
-export interface ServerAddress {
-  host: string;
-  port: number;
-  /** `host:port`, for messages. */
-  at: string;
-  folder: string;
-  timeoutMs: number;
-  hostKeys: string[];
-  login: ConnectConfig;
-  /** What we have to log in with, by the names that servers use. */
-  methods: AuthenticationType[];
-}
-
-/** The server that a config names. Throws a ConfigError when a secret is not there. */
-export function serverOf(config: Config["forwarder"]): ServerAddress {
+/** Where the server that a config names is, and what we have for it. Throws a ConfigError when a secret is not there. */
+export function serverOf(config: Config["forwarder"]) {
   const url = new URL(config.target);
   const host = url.hostname.replace(/^\[|\]$/g, "");
   const port = Number(url.port || 22);
@@ -54,7 +40,7 @@ export function serverOf(config: Config["forwarder"]): ServerAddress {
   return {
     host,
     port,
-    at: `${host}:${port}`,
+    at: `${host}:${port}`, // for messages
     // as in curl: /~/in is in the login's home, /in at the root that the server shows
     folder: decodeURIComponent(url.pathname).replace(/^\/~(\/|$)/, "./") || "/",
     timeoutMs: config.timeoutSeconds * 1000,
@@ -66,6 +52,7 @@ export function serverOf(config: Config["forwarder"]): ServerAddress {
       ...(passphrase && { passphrase: readSecret(passphrase) }),
       ...(agent && { agent }),
     },
+    // by the names that servers use
     methods: [
       ...(privateKey ? (["publickey"] as const) : []),
       ...(agent ? (["agent"] as const) : []),
@@ -73,6 +60,7 @@ export function serverOf(config: Config["forwarder"]): ServerAddress {
     ],
   };
 }
+export type ServerAddress = ReturnType<typeof serverOf>;
 
 /** `SHA256:…` as ssh-keygen -l prints it. */
 function fingerprint(key: Uint8Array): string {
@@ -183,14 +171,14 @@ function whyNoLogin(socket: Socket, limitMs: number): string {
  */
 function gatherWrites(socket: Socket): void {
   const write = socket.write.bind(socket) as (data: Uint8Array, done: () => void) => boolean;
-  const spare: Buffer[] = [];
-  let gathered: Buffer = Buffer.allocUnsafeSlow(GATHER_BYTES);
+  const blocks = keepBlocks(GATHER_BYTES, Number.POSITIVE_INFINITY);
+  let gathered = blocks.take();
   let bytes = 0;
   const flush = () => {
     if (bytes === 0) return;
     const full = gathered;
-    write(full.subarray(0, bytes), () => spare.push(full));
-    gathered = spare.pop() ?? Buffer.allocUnsafeSlow(GATHER_BYTES);
+    write(full.subarray(0, bytes), () => blocks.give(full));
+    gathered = blocks.take();
     bytes = 0;
   };
   socket.write = ((data: Uint8Array) => {

@@ -11,12 +11,13 @@ import type { Client, FileEntryWithStats, SFTPWrapper, Stats } from "ssh2";
 import type { Config } from "../config.ts";
 import { collectGarbage } from "../runtime.ts";
 import { logIn, plainText, type ServerAddress, serverOf } from "./login.ts";
-import { Refusal, type RemoteFile, type Target, TargetFault, tempName } from "./target.ts";
+import { keepBlocks, Refusal, type RemoteFile, type Target, TargetFault, tempName } from "./target.ts";
 
 /** Bytes of one file on their way at once: half of what a server of OpenSSH takes, for memory and caches. */
 const WINDOW_BYTES = 1_048_576;
 /** One read or write: every server takes it (draft-ietf-secsh-filexfer-02 section 3), and ssh2 sends it as one packet. */
 const BLOCK_BYTES = 31_952;
+const BLOCKS = keepBlocks(BLOCK_BYTES, 256);
 /** After so many bytes the packets that ssh2 made of them are collected. */
 const COLLECT_BYTES = 4_194_304;
 /** A slow disk or line: what closes, syncs or renames a file, and what is on its way, gets a second more for so many bytes. */
@@ -48,7 +49,7 @@ export async function openSftpTarget(config: Config["forwarder"], signal: AbortS
   try {
     const sftp = await connection.ask<SFTPWrapper>("start SFTP", (done) => client.sftp(done));
     const first = new SftpTarget(sftp, connection, config.upload === "direct");
-    return new Channels(first, connection, config.parallel);
+    return overChannels(first, connection, config.parallel);
   } catch (cause) {
     const fault =
       cause instanceof TargetFault && cause.kind !== "connection"
@@ -194,76 +195,54 @@ const GIVEN = new Map<string, number>();
  * still while a file is put on its disk. What is asked about a name goes over the first one; a file is renamed over
  * that which wrote it. Nobody waits for a channel: a server that gives no more is as fast as it was.
  */
-class Channels implements Target {
-  readonly direct: boolean;
-  readonly #first: SftpTarget;
-  readonly #open: SftpTarget[];
-  readonly #writers = new Map<string, SftpTarget>();
-  readonly #connection: Connection;
-  readonly #most: number;
-  #uploads = 0;
+function overChannels(first: SftpTarget, connection: Connection, parallel: number): Target {
+  const { at } = connection.server;
+  const open = [first];
+  const writers = new Map<string, SftpTarget>();
+  let uploads = 0;
   /** Takes back what is noted of a question that has no answer yet. */
-  #unask: () => unknown = () => {};
-
-  constructor(first: SftpTarget, connection: Connection, most: number) {
-    this.direct = first.direct;
-    this.#first = first;
-    this.#open = [first];
-    this.#connection = connection;
-    this.#most = most;
-  }
-
+  let unask: () => unknown = () => {};
   /** One after the other, as long as they are given. */
-  #openMore(): void {
-    const { at } = this.#connection.server;
+  const openMore = () => {
     const known = GIVEN.get(at) ?? Number.POSITIVE_INFINITY;
-    const { length } = this.#open;
-    if (length >= Math.min(this.#most, known)) return;
-    GIVEN.set(at, length); // should it hang up, or say no
-    this.#unask = () => GIVEN.set(at, known);
-    this.#connection.openChannel((sftp) => {
-      if (sftp) this.#unask();
-      this.#unask = () => {};
+    if (open.length >= Math.min(parallel, known)) return;
+    GIVEN.set(at, open.length); // should it hang up, or say no
+    unask = () => GIVEN.set(at, known);
+    connection.openChannel((sftp) => {
+      if (sftp) unask();
+      unask = () => {};
       if (!sftp) return;
-      this.#open.push(new SftpTarget(sftp, this.#connection, this.direct));
-      this.#openMore();
+      open.push(new SftpTarget(sftp, connection, first.direct));
+      openMore();
     });
-  }
-
-  async upload(name: string, chunks: AsyncIterable<Uint8Array>, onWritten?: () => void): Promise<void> {
-    if (++this.#uploads === ALONE) this.#openMore();
-    const writer = this.#open[this.#uploads % this.#open.length] ?? this.#first;
-    await writer.upload(name, chunks, onWritten);
-    this.#writers.set(name, writer);
-  }
-
-  async publish(name: string, bytes: number): Promise<void> {
-    const writer = this.#writers.get(name) ?? this.#first;
-    this.#writers.delete(name);
-    await writer.publish(name, bytes);
-  }
-
-  stat(name: string): Promise<RemoteFile | undefined> {
-    return this.#first.stat(name);
-  }
-
-  read(name: string, most: number): AsyncIterable<Uint8Array> {
-    return this.#first.read(name, most);
-  }
-
-  remove(name: string): Promise<void> {
-    return this.#first.remove(name);
-  }
-
-  close(): void {
-    if (!this.#connection.isOver) this.#unask(); // it was us who did not wait
-    this.#first.close();
-  }
+  };
+  return {
+    direct: first.direct,
+    upload: async (name, chunks, onWritten) => {
+      if (++uploads === ALONE) openMore();
+      const writer = open[uploads % open.length] ?? first;
+      await writer.upload(name, chunks, onWritten);
+      writers.set(name, writer);
+    },
+    publish: async (name, bytes) => {
+      const writer = writers.get(name) ?? first;
+      writers.delete(name);
+      await writer.publish(name, bytes);
+    },
+    stat: (name) => first.stat(name),
+    read: (name, most) => first.read(name, most),
+    remove: (name) => first.remove(name),
+    close: () => {
+      if (!connection.isOver) unask(); // it was us who did not wait
+      connection.end(new TargetFault("connection", "The connection is closed"));
+    },
+  };
 }
 
 // ---- files
 
-class SftpTarget implements Target {
+/** The files of one channel. */
+class SftpTarget implements Omit<Target, "close"> {
   readonly direct: boolean;
   readonly #sftp: SFTPWrapper;
   readonly #connection: Connection;
@@ -299,15 +278,11 @@ class SftpTarget implements Target {
       const bytes = await this.#writeAll(path, handle, chunks);
       onWritten();
       // Not one after the other: the server keeps the order, and each answer is looked at.
-      const early = this.#namesTell
-        ? undefined
-        : this.#ask<Stats>(`look at "${path}"`, (done) => this.#sftp.fstat(handle, done)).catch(ifRefused);
+      const early = this.#namesTell ? undefined : this.#statHandle(path, handle).catch(ifRefused);
       const synced = this.#sync(path, handle, bytes);
       closed = true;
       const close = this.#close(path, handle, bytes);
-      const atOnce = this.#ask<Stats>(`look at "${path}"`, (done) => this.#sftp.stat(path, done)).catch(
-        ifRefused,
-      );
+      const atOnce = this.#statPath(path).catch(ifRefused);
       const [stats, , , named] = await Promise.all([early, noRoom(synced), noRoom(close), atOnce]);
       if (named?.size === bytes) {
         this.#namesTell = true;
@@ -346,10 +321,7 @@ class SftpTarget implements Target {
     let above = this.#folder.startsWith("/") ? "/" : ".";
     for (const part of parts) {
       const path = posix.join(above, part);
-      const found = await this.#ask<Stats>(`look at "${path}"`, (done) => this.#sftp.stat(path, done)).catch(
-        ifRefused,
-      );
-      if (found) {
+      if (await this.#statPath(path).catch(ifRefused)) {
         above = path;
         continue;
       }
@@ -375,7 +347,7 @@ class SftpTarget implements Target {
     let failure: unknown;
     let wakeup = () => {};
     const answered = () => new Promise<void>((resolve) => (wakeup = resolve));
-    let block = takeBlock();
+    let block = BLOCKS.take();
     let length = 0;
     const send = () => {
       const [sent, bytes, at] = [block, length, position];
@@ -389,10 +361,10 @@ class SftpTarget implements Target {
         .finally(() => {
           inFlight--;
           this.#connection.endWrite(bytes);
-          giveBlock(sent);
+          BLOCKS.give(sent);
           wakeup();
         });
-      block = takeBlock();
+      block = BLOCKS.take();
       length = 0;
     };
     try {
@@ -410,7 +382,7 @@ class SftpTarget implements Target {
       if (length > 0 && !failure) send();
     } finally {
       while (inFlight > 0) await answered();
-      giveBlock(block);
+      BLOCKS.give(block);
     }
     if (failure) await noRoom(Promise.reject(failure));
     return position;
@@ -459,14 +431,14 @@ class SftpTarget implements Target {
     const path = this.#path(name);
     const what = `look at "${path}"`;
     try {
-      return remoteFile(await this.#ask<Stats>(what, (done) => this.#sftp.stat(path, done)));
+      return remoteFile(await this.#statPath(path));
     } catch (error) {
       if (!(error instanceof StatusRefusal)) throw error;
       if (error.status === STATUS.noSuchFile) return undefined;
     }
     const handle = await this.#ask<Buffer>(what, (done) => this.#sftp.open(path, "r", done)).catch(ifRefused);
     if (handle) {
-      const stats = await this.#ask<Stats>(what, (done) => this.#sftp.fstat(handle, done)).catch(ifRefused);
+      const stats = await this.#statHandle(path, handle).catch(ifRefused);
       await this.#close(path, handle).catch(ifRefused);
       if (stats?.size) return remoteFile(stats);
     }
@@ -476,6 +448,14 @@ class SftpTarget implements Target {
     if (handle) throw new Refusal(`Cannot ${what}: it is there, and the server does not say its size`);
     this.#isBlind = true;
     return undefined;
+  }
+
+  #statPath(path: string): Promise<Stats> {
+    return this.#ask(`look at "${path}"`, (done) => this.#sftp.stat(path, done));
+  }
+
+  #statHandle(path: string, handle: Buffer): Promise<Stats> {
+    return this.#ask(`look at "${path}"`, (done) => this.#sftp.fstat(handle, done));
   }
 
   async #list(folder: string, pages = LISTING_PAGES): Promise<FileEntryWithStats[]> {
@@ -524,10 +504,6 @@ class SftpTarget implements Target {
     });
   }
 
-  close(): void {
-    this.#connection.end(new TargetFault("connection", "The connection is closed"));
-  }
-
   #ask<T>(what: string, send: (done: Done<T>) => unknown, slowBytes?: number): Promise<T> {
     return this.#connection.ask(what, send, slowBytes);
   }
@@ -560,16 +536,4 @@ async function noRoom<T>(work: Promise<T>): Promise<T> {
     const text = "The server takes no more data: no room, a quota, or a broken disk";
     throw new TargetFault("server", text, { cause });
   }
-}
-
-/** Blocks to write from, used again: fresh memory for each file costs more than copying. */
-const spare: Buffer[] = [];
-const SPARE_BLOCKS = 256;
-
-function takeBlock(): Buffer {
-  return spare.pop() ?? Buffer.allocUnsafeSlow(BLOCK_BYTES);
-}
-
-function giveBlock(block: Buffer): void {
-  if (spare.length < SPARE_BLOCKS) spare.push(block);
 }

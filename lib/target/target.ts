@@ -150,11 +150,19 @@ export class Unreadable extends Error {
   override name = "Unreadable";
 }
 
-/** Bytes that are read at once. */
-const BLOCK_BYTES = 261_120;
-/** Blocks that were read into, to be used again: fresh memory for each file costs more than reading it. */
-const blocks: Buffer[] = [];
-const KEPT_BLOCKS = 8;
+/** Blocks of so many bytes that are used again, `most` of them: fresh memory for each file costs more than all else. */
+export function keepBlocks(bytes: number, most: number) {
+  const spare: Buffer[] = [];
+  return {
+    take: () => spare.pop() ?? Buffer.allocUnsafeSlow(bytes),
+    give(block: Buffer): void {
+      if (spare.length < most) spare.push(block);
+    },
+  };
+}
+
+/** What is read at once. */
+const BLOCKS = keepBlocks(261_120, 8);
 
 /**
  * The content of a local file in pieces; each piece is only valid until the next one is asked for. Throws
@@ -169,7 +177,7 @@ export async function* readChunks(path: string): AsyncGenerator<Uint8Array> {
     }
   };
   const fd = attempt(() => openSync(path, "r"));
-  const block = blocks.pop() ?? Buffer.allocUnsafeSlow(BLOCK_BYTES);
+  const block = BLOCKS.take();
   try {
     for (;;) {
       const bytes = attempt(() => readSync(fd, block, 0, block.length, null));
@@ -177,7 +185,7 @@ export async function* readChunks(path: string): AsyncGenerator<Uint8Array> {
       yield block.subarray(0, bytes);
     }
   } finally {
-    if (blocks.length < KEPT_BLOCKS) blocks.push(block);
+    BLOCKS.give(block);
     closeSync(fd);
   }
 }
