@@ -32,7 +32,7 @@ import {
   TEMP_SUFFIX,
   writeStream,
 } from "./lib/durable.ts";
-import { type Metric, writeMetrics } from "./lib/metrics.ts";
+import { type Metric, type Sample, writeMetrics } from "./lib/metrics.ts";
 import { appendReport, failReportPath, type ReportLine } from "./lib/report.ts";
 import {
   commandOf,
@@ -60,6 +60,7 @@ import {
   openContent,
   openFileTarget,
   Refusal,
+  type RemoteFile,
   readChunks,
   type Target,
   TargetFault,
@@ -287,7 +288,9 @@ async function listQueue({ service, state, intents }: Forwarder) {
       names.add(batch);
       const padded = (n: number) => String(n).padStart(9, "0");
       const key = `${padded(state.later[batch] ?? 0)} ${intents.get(batch) ? 0 : 1} ${window} ${padded(rank)} ${batch}`;
-      queue.push({ ...newDelivery(config, batch, folder, info.size), key });
+      const remote = config.compress === "gzip" ? withState(batch, "compressed") : batch;
+      const file = { batch, folder, remote, bytes: info.size, lines: 0, sha256: "" };
+      queue.push({ ...file, step: "queued", at: 0, reported: false, key });
     }
   };
   for (const host of await listHosts(config.dir))
@@ -306,11 +309,6 @@ async function listQueue({ service, state, intents }: Forwarder) {
   // Last what held up others, first what may be at the client already; by window, and within it a batch of each host in turn.
   queue.sort((a, b) => (a.key < b.key ? -1 : 1));
   return { due: queue as Delivery[], waiting, left };
-}
-
-function newDelivery({ compress }: Settings, batch: string, folder: string, bytes: number): Delivery {
-  const remote = compress === "gzip" && parseBatchName(batch) ? withState(batch, "compressed") : batch;
-  return { batch, folder, remote, bytes, lines: 0, sha256: "", step: "queued", at: 0, reported: false };
 }
 
 /** The sealed batches of a folder; `host`: its folder, in which what carries another name is not ours. */
@@ -362,7 +360,7 @@ async function deliverQueue(
     const isLast = (one: Delivery) =>
       attempt >= config.retries || one.folder === failed || one.error instanceof NameTaken;
     for (const one of refused) if (isLast(one)) await putAside(forwarder, one);
-    if (pass.fault) throw pass.fault;
+    if (pass.error) throw pass.error;
     deliveries = refused.filter((one) => !isLast(one));
     for (const one of deliveries) one.step = "queued";
     if (deliveries.length > 0) await wait(config.retryDelaySeconds * 1000, signal);
@@ -382,8 +380,8 @@ class NameTaken extends Refusal {
  * whose fault a failure is: a file's own, or the target's, which ends the pass.
  */
 class DeliveryPass {
-  /** The fault that ended the pass early. */
-  fault: TargetFault | undefined;
+  /** What ended the pass early: a fault of the target, of this disk, or a bug. */
+  error: unknown;
   readonly #forwarder: Forwarder;
   readonly #target: Target;
   readonly #cycle: Cycle;
@@ -391,7 +389,6 @@ class DeliveryPass {
   /** Uploaded, and waiting to be committed. */
   readonly #ready: Delivery[] = [];
   #committing: Promise<void> | undefined;
-  #bug: { error: unknown } | undefined;
   #onBytes = (_: number) => {};
 
   constructor(forwarder: Forwarder, target: Target, cycle: Cycle) {
@@ -425,20 +422,17 @@ class DeliveryPass {
   }
 
   async #settle(work: Promise<void>[]): Promise<void> {
-    const ends = await Promise.allSettled(work);
+    await Promise.all(work);
     while (this.#committing) await this.#committing;
-    for (const end of ends) if (end.status === "rejected") throw end.reason;
-    if (this.#bug) throw this.#bug.error;
   }
 
   /** While the target puts one file on stable storage, the next one is written. */
   async #work(queue: Iterable<Delivery>): Promise<void> {
     let last: Promise<void> | undefined;
     for (const one of queue) {
-      if (this.fault || this.#bug || this.#forwarder.service.signal.aborted) break;
+      if (this.error || this.#forwarder.service.signal.aborted) break;
       const written = Promise.withResolvers<void>();
-      const delivered = this.#deliver(one, written.resolve);
-      delivered.catch(() => {}).finally(written.resolve); // looked at when its turn comes
+      const delivered = this.#deliver(one, written.resolve).finally(written.resolve);
       await written.promise;
       await last;
       last = delivered;
@@ -446,6 +440,7 @@ class DeliveryPass {
     await last;
   }
 
+  /** Never throws: what went wrong is in `one`, or ends the pass. */
   async #deliver(one: Delivery, onWritten: () => void): Promise<void> {
     try {
       await this.#upload(one, onWritten);
@@ -460,15 +455,11 @@ class DeliveryPass {
   /** Hands over what is ready in groups, one group at a time: the more is ready meanwhile, the larger. */
   #commitReady(): Promise<void> {
     const run = async () => {
-      while (this.#ready.length > 0 && !this.#bug) await this.#commit(this.#ready.splice(0, GROUP));
+      while (this.#ready.length > 0) await this.#commit(this.#ready.splice(0, GROUP));
     };
-    this.#committing ??= run()
-      .catch((error) => {
-        this.#bug = { error };
-      })
-      .finally(() => {
-        this.#committing = undefined;
-      });
+    this.#committing ??= run().finally(() => {
+      this.#committing = undefined;
+    });
     return this.#committing;
   }
 
@@ -546,7 +537,7 @@ class DeliveryPass {
       failpoint("forward:listed");
       await this.#moveToSent(renamed, at);
     } catch (error) {
-      this.fault ??= asFault(error, config);
+      this.error ??= error;
     }
   }
 
@@ -604,38 +595,34 @@ class DeliveryPass {
   }
 
   /**
-   * Whose fault a failure is: the file's, the target's, or nobody's, because the batch was moved away meanwhile. After
-   * a refusal a small file of another name is tried: when that is refused, too, it was not the name. What is neither
-   * is a bug, and ends the process.
+   * Whose fault a failure is: the file's, nobody's, because the batch was moved away meanwhile, or that of all, which ends
+   * the pass. What is a bug ends it, too, and then the process.
    */
   async #fail(one: Delivery, error: unknown): Promise<void> {
     const { later } = this.#forwarder.state;
-    const fault = await this.#classifyError(error, one).catch((bug) => {
-      this.#bug ??= { error: bug };
-      throw bug;
-    });
-    if (fault === "nobody") one.step = "gone";
-    else if (fault === "file") Object.assign(one, { step: "refused", error });
+    const whose = await this.#classifyError(error, one).catch((bug: unknown) => bug);
+    if (whose === "nobody") one.step = "gone";
+    else if (whose === "file") Object.assign(one, { step: "refused", error });
     else {
-      this.fault ??= fault;
-      if (one.step === "queued" && (fault.kind === "server" || fault.kind === "connection"))
+      this.error ??= whose;
+      const kind = whose instanceof TargetFault ? whose.kind : undefined;
+      if (one.step === "queued" && (kind === "server" || kind === "connection"))
         later[one.batch] = (later[one.batch] ?? 0) + 1;
       // Whatever it waited for: it is not renamed in this pass. A no of a server that then went silent proves nothing.
-      Object.assign(one, { step: "queued", error: fault.kind === "server" ? error : fault });
+      Object.assign(one, { step: "queued", error: kind === "server" ? error : whose });
     }
   }
 
-  async #classifyError(error: unknown, one: Delivery): Promise<"file" | "nobody" | TargetFault> {
-    if (error instanceof TargetFault) return error;
+  /** After a refusal a small file of another name is tried: when that is refused, too, it was not the name. */
+  async #classifyError(error: unknown, one: Delivery): Promise<unknown> {
     if (error instanceof NameTaken) return "file";
     if (error instanceof Unreadable) return (await exists(join(one.folder, one.batch))) ? "file" : "nobody";
-    if (!(error instanceof Refusal)) return asFault(error, this.#forwarder.service.config);
+    if (!(error instanceof Refusal)) return error;
     try {
       await this.#probe();
       return "file";
     } catch (cause) {
-      if (!(cause instanceof Refusal || cause instanceof TargetFault)) throw cause;
-      return cause instanceof TargetFault ? cause : new TargetFault("server", errorMessage(error), { cause });
+      return cause instanceof Refusal ? new TargetFault("server", errorMessage(error), { cause }) : cause;
     }
   }
 }
@@ -652,8 +639,14 @@ async function checkUnsent(dir: string, batch: string): Promise<void> {
 /** Throws when the file at the target has other content than the batch. */
 async function checkSame(
   target: Target,
-  { remote, bytes, sha256, batch, folder }: Delivery,
-  found: { bytes: number; modifiedAt?: number },
+  {
+    remote,
+    bytes,
+    sha256,
+    batch,
+    folder,
+  }: Pick<Delivery, "remote" | "bytes" | "sha256" | "batch" | "folder">,
+  found: RemoteFile,
 ): Promise<void> {
   const same = found.bytes === bytes && (await measure(target.read(remote, bytes + 1))).sha256 === sha256;
   if (same) return;
@@ -705,7 +698,7 @@ async function deliverDigests(
     for (const name of [...digests.pending]) {
       if (signal.aborted) return;
       try {
-        await deliverDigest(config, target, name, digests.pathOf(name));
+        await deliverDigest(target, join(config.dir, ".digest"), name);
         arrived.push(name); // known late: it is seen to be there already, then
         log.info("digest delivered", { name });
         faults.recovered("digest", "digests are taken again");
@@ -720,15 +713,15 @@ async function deliverDigests(
   }
 }
 
-async function deliverDigest(config: Settings, target: Target, name: string, path: string): Promise<void> {
-  const one = newDelivery(config, name, join(config.dir, ".digest"), 0);
-  Object.assign(one, { remote: name }, await measure(readChunks(path)));
+async function deliverDigest(target: Target, folder: string, name: string): Promise<void> {
+  const path = join(folder, name);
+  const measured = await measure(readChunks(path));
   const found = await target.stat(name);
-  const isHalf = target.direct && found && found.bytes < one.bytes;
-  if (found && !isHalf) return checkSame(target, one, found);
+  const isHalf = target.direct && found && found.bytes < measured.bytes;
+  if (found && !isHalf) return checkSame(target, { batch: name, folder, remote: name, ...measured }, found);
   await target.upload(name, readChunks(path));
   failpoint("forward:digest");
-  await target.publish(name, one.bytes);
+  await target.publish(name, measured.bytes);
 }
 
 // ---- what is told
@@ -799,6 +792,7 @@ async function leaveMetrics(forwarder: Forwarder, cycle: Cycle, started: number)
   totals.refusals += cycle.failures;
   if (service.flags.once !== true && now - totals.writtenAt < 1000) return;
   totals.writtenAt = now;
+  const held = FAULT_KINDS.map((kind): Sample => [{ kind }, state.fault?.kind === kind ? 1 : 0]);
   const metrics: Metric[] = [
     ["last_cycle_timestamp_seconds", "gauge", "When the last pass over the queue ended", now / 1000],
     ["last_cycle_duration_seconds", "gauge", "How long it took", (now - started) / 1000],
@@ -814,10 +808,7 @@ async function leaveMetrics(forwarder: Forwarder, cycle: Cycle, started: number)
     ["left_files", "gauge", "Batches and digests that are not delivered, in failed/ too", cycle.left],
     ["failed_files", "gauge", "Batches that were tried and are in failed/", Object.keys(state.failed).length],
     ["pending_digests", "gauge", "Digests that are not delivered", digests?.pending.length ?? 0],
-    [
-      ...(["held_up", "gauge", "Whether delivery is held up, by the kind of fault"] as const),
-      FAULT_KINDS.map((kind) => [{ kind }, state.fault?.kind === kind ? 1 : 0]),
-    ],
+    ["held_up", "gauge", "Whether delivery is held up, by the kind of fault", held],
   ];
   try {
     await writeMetrics(folders(service.config.dir).metrics, "forwarder", metrics);
