@@ -40,7 +40,6 @@ import {
   createProgress,
   EXIT,
   errorMessage,
-  type FaultLog,
   HOUR,
   OperatorError,
   retryDelay,
@@ -152,25 +151,16 @@ function showLife(dir: string): void {
 }
 
 /** What lasts from one cycle to the next. */
-export interface Forwarder {
-  service: Service<"forwarder">;
-  intents: Intents;
-  state: ForwarderState;
-  faults: FaultLog;
-  /** Since the start, for the metrics. */
-  totals: { batches: number; lines: number; refusals: number; writtenAt: number };
-  /** Only when digests are wanted. */
-  digests?: Digests;
-}
+export type Forwarder = Awaited<ReturnType<typeof createForwarder>>;
 
 /** Reads what earlier processes left behind. The caller holds the lock of the folder. */
-export async function createForwarder(service: Service<"forwarder">): Promise<Forwarder> {
+export async function createForwarder(service: Service<"forwarder">) {
   const { config, log, now } = service;
   const { sent, failed } = folders(config.dir);
   for (const folder of [sent, failed, dirname(config.report)]) await makeFolder(folder);
   const forgotten = (path: string, reason: string) =>
     log.warn("a damaged file is begun anew", { path, reason });
-  const state = await readForwarderState(config.dir).catch((error) => {
+  const state: ForwarderState | undefined = await readForwarderState(config.dir).catch((error) => {
     forgotten(forwarderStatePath(config.dir), errorMessage(error));
     return undefined;
   });
@@ -179,8 +169,9 @@ export async function createForwarder(service: Service<"forwarder">): Promise<Fo
     intents: await Intents.load(config.dir, forgotten),
     state: state ?? { version: 1, at: 0, ok: true, failed: {}, later: {} },
     faults: createFaultLog(log, now),
+    /** Since the start, for the metrics. */
     totals: { batches: 0, lines: 0, refusals: 0, writtenAt: 0 },
-    ...(config.digest && { digests: await Digests.open(config.dir, forgotten) }),
+    digests: config.digest ? await Digests.open(config.dir, forgotten) : undefined,
   };
 }
 
@@ -521,7 +512,8 @@ class DeliveryPass {
       });
       // The server says no, to whichever name: not renamed. Of a rename without an answer the intention stays.
       const denied = group.filter(({ step, error }) => step !== "renamed" && error instanceof Refusal);
-      if (denied.length > 0) await intents.cancel(...denied.map(({ batch }) => batch));
+      intents.forget(denied.map(({ batch }) => batch));
+      if (denied.length > 0) await intents.flush();
       failpoint("forward:renamed");
 
       const renamed = group.filter(({ step }) => step === "renamed");

@@ -3,8 +3,8 @@
  * the report where there are none; and what keeps it from being complete, in the digests' own words.
  */
 import { dashedHost, parseBatchName } from "../batch.ts";
-import { findMissing, formatHour, type HostsSeen, observeHosts, readList, readRecord } from "../digest.ts";
-import { type ReportLine, readReportTail } from "../report.ts";
+import { findMissing, formatHour, observeHosts, readList, readRecord } from "../digest.ts";
+import { readReportTail } from "../report.ts";
 import { EXIT, formatBytes, HOUR, OperatorError } from "../service.ts";
 import { formatTable } from "../table.ts";
 
@@ -56,32 +56,25 @@ export async function readHours(
   hours: string[],
   now: number,
 ): Promise<MatrixRow[]> {
+  const known = await readKnown(dir, report, now);
+  const rows: MatrixRow[] = [];
+  for (const hour of hours) rows.push(...(await readHour(known, hour)));
+  return rows;
+}
+
+/** What is read once for all hours: report lines of delivered batches by their hour, and since when something is known. */
+async function readKnown(dir: string, report: string, now: number) {
   const seen = await observeHosts(dir, now);
   const sent = (await readReportTail(report, REPORT_BYTES)).filter(({ status }) => status === "Sent");
   const reported = Map.groupBy(sent, ({ batch }) => parseBatchName(batch)?.window.slice(0, 8) ?? "");
   const record = await readRecord(dir);
-  const began = record.begins ?? sent[0]?.at; // what was before stands nowhere
-  const rows: MatrixRow[] = [];
-  for (const hour of hours) rows.push(...(await readHour(dir, hour, { seen, reported, record, began, now })));
-  return rows;
-}
-
-/** What is read once for all hours. */
-interface Known {
-  seen: HostsSeen;
-  /** Report lines of delivered batches, by their hour. */
-  reported: Map<string, ReportLine[]>;
-  record: Awaited<ReturnType<typeof readRecord>>;
-  /** Since when something is known, milliseconds since the epoch. */
-  began: number | undefined;
-  now: number;
+  return { dir, seen, reported, record, began: record.begins ?? sent[0]?.at, now };
 }
 
 /** The rows of one hour: at least one, for an hour of which nothing is known is not complete. */
 async function readHour(
-  dir: string,
+  { dir, seen, reported, record, began, now }: Awaited<ReturnType<typeof readKnown>>,
   hour: string,
-  { seen, reported, record, began, now }: Known,
 ): Promise<MatrixRow[]> {
   const listed = await readList(dir, hour);
   const told = await record.ofHour(hour);

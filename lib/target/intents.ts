@@ -60,13 +60,7 @@ export class Intents {
     await this.#save();
   }
 
-  /** Takes back intentions of renames that the target refused; on stable storage when it returns. */
-  async cancel(...batches: string[]): Promise<void> {
-    for (const batch of batches) this.#open.delete(batch);
-    await this.#save();
-  }
-
-  /** Forgets those of batches that are in sent/. Saved with the next group, or by `flush`: groups share a save. */
+  /** Forgets those of batches that are in sent/, or not renamed. Saved with the next group, or by `flush`: groups share a save. */
   forget(batches: string[]): void {
     for (const batch of batches) this.#stale = this.#open.delete(batch) || this.#stale;
   }

@@ -11,7 +11,7 @@ import { join } from "node:path";
 import { Readable } from "node:stream";
 import { createGzip } from "node:zlib";
 import { LEDGER } from "../batch.ts";
-import { exists, makeFolder, moveDurably, TEMP_SUFFIX, writeStream } from "../durable.ts";
+import { exists, ifMissing, makeFolder, moveDurably, TEMP_SUFFIX, writeStream } from "../durable.ts";
 import type { FaultKind } from "../signs.ts";
 
 /**
@@ -109,27 +109,12 @@ async function writeWhole(path: string, chunks: AsyncIterable<Uint8Array>): Prom
 }
 
 async function statFile(path: string): Promise<RemoteFile | undefined> {
-  return stat(path).then(
-    ({ size, mtimeMs }) => ({ bytes: size, modifiedAt: mtimeMs }),
-    (error: NodeJS.ErrnoException) => {
-      if (error.code === "ENOENT") return undefined;
-      throw error;
-    },
-  );
+  const found = await ifMissing(stat(path));
+  return found && { bytes: found.size, modifiedAt: found.mtimeMs };
 }
 
 /** Errors of the file system or the mount as a whole; any other may be one name's. */
-const FAULTS = new Set([
-  "ENOSPC",
-  "EDQUOT",
-  "EROFS",
-  "EIO",
-  "ESTALE",
-  "ENOTCONN",
-  "ENODEV",
-  "ETIMEDOUT",
-  "EHOSTDOWN",
-]);
+const FAULTS = /^(ENOSPC|EDQUOT|EROFS|EIO|ESTALE|ENOTCONN|ENODEV|ETIMEDOUT|EHOSTDOWN)$/;
 
 /** Names what was tried, and tells a fault of the target from a refusal. */
 async function wrapError<T>(what: string, work: Promise<T>): Promise<T> {
@@ -138,7 +123,7 @@ async function wrapError<T>(what: string, work: Promise<T>): Promise<T> {
   } catch (cause) {
     const { code } = cause as NodeJS.ErrnoException;
     if (!code) throw cause; // not the target's: the batch could not be read
-    if (FAULTS.has(code)) throw new TargetFault("server", `Cannot ${what}`, { cause });
+    if (FAULTS.test(code)) throw new TargetFault("server", `Cannot ${what}`, { cause });
     throw new Refusal(`Cannot ${what}`, { cause });
   }
 }
