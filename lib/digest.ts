@@ -180,28 +180,25 @@ export async function observeHosts(dir: string, now: number) {
   for (const host of await listHosts(dir)) {
     const ledger = await readLedger(folders(dir).host(host));
     if (!ledger || ledger.facts.forgotten !== undefined) continue;
-    const {
-      forgetAfterDays = KNOWN_DAYS,
-      through,
-      zone = localZone(now),
-      contestedUntil = 0,
-      skipped = 0,
-      untimed = 0,
-      gone = 0,
-      lag,
-    } = ledger.facts;
-    const { isDamaged, heardAt } = ledger;
-    if (now - heardAt > forgetAfterDays * DAY && !isDamaged) continue;
+    const { facts, isDamaged, heardAt } = ledger;
+    if (now - heardAt > (facts.forgetAfterDays ?? KNOWN_DAYS) * DAY && !isDamaged) continue;
     // Twice: a listing may miss a file that is renamed meanwhile, but not in both.
     const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
     const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);
     if (isCopy(host, names, ledger.sealed.keys())) continue;
-    const lost = ledger.lost + gone;
+    const lost = ledger.lost + (facts.gone ?? 0);
     const unsent = new Map(
       [...names].map((name) => [name, (ledger.open.get(name) ?? ledger.sealed.get(name))?.lines ?? 0]),
     );
-    const counts = { skipped, untimed, lost, waiting: countHours(names), unsent, lag };
-    hosts.push({ host, zone, through, heardAt, contestedUntil, ...counts, isDamaged });
+    const told = {
+      zone: localZone(now),
+      through: undefined,
+      contestedUntil: 0,
+      skipped: 0,
+      untimed: 0,
+      ...facts,
+    };
+    hosts.push({ ...told, host, lost, waiting: countHours(names), unsent, heardAt, isDamaged });
   }
   return { hosts, failed: countHours(await listBatches(folders(dir).failed, "sealed", "compressed")) };
 }
@@ -268,14 +265,18 @@ export interface Listed extends HashedFile {
 const stateFile = (dir: string) => join(dir, ".digest", "state.json");
 const listFile = (dir: string, hour: string) => join(dir, ".digest", `${hour}.list`);
 
+function readDigestState(dir: string, forgotten: (path: string, reason: string) => void = () => {}) {
+  return readStateOrForget(stateFile(dir), stateSchema, 1, forgotten);
+}
+
 /** The newest digest: who knows its hash can tell later whether anything before it was changed. */
 export async function readDigestHead(dir: string): Promise<DigestState["head"]> {
-  return (await readStateOrForget(stateFile(dir), stateSchema, 1, () => {}))?.head;
+  return (await readDigestState(dir))?.head;
 }
 
 /** What the record tells beside the lists: since when there is one, and of an hour, which `ofHour` reads. */
 export async function readRecord(dir: string) {
-  const state = await readStateOrForget(stateFile(dir), stateSchema, 1, () => {});
+  const state = await readDigestState(dir);
   const digests = Map.groupBy(
     state ? await readdir(join(dir, ".digest")) : [],
     (name) => parseDigestName(name)?.hour,
@@ -315,7 +316,7 @@ export async function readList(dir: string, hour: string): Promise<Map<string, L
  */
 export async function removeOldDigests(dir: string, before: number, { dryRun = false } = {}) {
   const folder = join(dir, ".digest");
-  const state = await readStateOrForget(stateFile(dir), stateSchema, 1, () => {});
+  const state = await readDigestState(dir);
   if (!state) return [];
   const { head, pending } = state;
   const hours = new Map<string, { file: string; bytes: number; at: number }[]>();
@@ -335,7 +336,8 @@ export async function removeOldDigests(dir: string, before: number, { dryRun = f
 /** The record of what is delivered and the digests made of it; of the one forwarder that holds the lock. */
 export class Digests {
   readonly #dir: string;
-  #state: DigestState | undefined;
+  /** Of a record that has not begun, `begins` is 0. */
+  #state: DigestState;
   /** Delivered and in no digest yet, by hour. */
   readonly #news = new Map<string, Map<string, Listed>>();
   /** The lists that were read last. */
@@ -347,19 +349,20 @@ export class Digests {
 
   private constructor(dir: string, state: DigestState | undefined) {
     this.#dir = dir;
-    this.#state = state;
+    this.#state = state ?? { version: 1, begins: 0, prefix: "", hours: {}, totals: {}, pending: [] };
   }
 
   /** Reads what earlier processes left. `forgotten` is told of a state that is damaged and begun anew. */
   static async open(dir: string, forgotten: (path: string, reason: string) => void): Promise<Digests> {
     await makeFolder(join(dir, ".digest"));
-    const digests = new Digests(dir, await readStateOrForget(stateFile(dir), stateSchema, 1, forgotten));
-    if (digests.#state) await digests.#takeUp(digests.#state);
+    const digests = new Digests(dir, await readDigestState(dir, forgotten));
+    if (digests.#state.begins > 0) await digests.#takeUp();
     return digests;
   }
 
   /** Finds what is in no digest yet, and takes digests that an earlier process could not record any more. */
-  async #takeUp(state: DigestState): Promise<void> {
+  async #takeUp(): Promise<void> {
+    const state = this.#state;
     const files = await readdir(join(this.#dir, ".digest"));
     const inDigests = new Set<string>();
     const unknown: { name: DigestName; sha256: string; digest: ParsedDigest }[] = [];
@@ -377,7 +380,7 @@ export class Digests {
         ? files[0]?.sha256 === state.head.sha256 && files[0].name === state.head.name
         : begins === new Date(state.begins).toISOString();
     for (let next = unknown.find(follows); next; next = unknown.find(follows))
-      this.#record(state, next.name, next.sha256, next.digest.complete, state.head?.at ?? state.begins);
+      this.#record(next.name, next.sha256, next.digest.complete, state.head?.at ?? state.begins);
     for (const file of files) {
       const hour = /^(\d{8})\.list$/.exec(file)?.[1];
       const listed = hour ? await readList(this.#dir, hour) : [];
@@ -389,7 +392,8 @@ export class Digests {
     this.#news.set(hour, (this.#news.get(hour) ?? new Map()).set(entry.name, entry));
   }
 
-  #record(state: DigestState, name: DigestName, sha256: string, complete: boolean, at: number): void {
+  #record(name: DigestName, sha256: string, complete: boolean, at: number): void {
+    const state = this.#state;
     state.head = { name: formatDigestName(name), sha256, complete, at };
     state.hours[name.hour] = { part: name.part, complete };
     state.pending.push(state.head.name);
@@ -404,18 +408,11 @@ export class Digests {
   async note(delivered: Listed[], now: number): Promise<void> {
     const first = delivered[0] && parseBatchName(delivered[0].name);
     if (!first) return;
-    if (!this.#state) {
-      const begun: DigestState = {
-        version: 1,
-        begins: now,
-        prefix: first.prefix,
-        hours: {},
-        totals: {},
-        pending: [],
-      };
+    if (this.#state.begins === 0) {
+      const begun = { ...this.#state, begins: now, prefix: first.prefix };
       await writeState(stateFile(this.#dir), begun);
       this.#state = begun;
-      await this.#takeUp(begun);
+      await this.#takeUp();
     }
     this.#state.prefix = first.prefix;
     const byHour = new Map<string, Listed[]>();
@@ -458,7 +455,7 @@ export class Digests {
 
   /** Digests that wait for the client, oldest first. */
   get pending(): readonly string[] {
-    return this.#state?.pending ?? [];
+    return this.#state.pending;
   }
 
   pathOf(name: string): string {
@@ -467,7 +464,7 @@ export class Digests {
 
   /** Pending digests are at the client. */
   async delivered(names: string[]): Promise<void> {
-    if (!this.#state || names.length === 0) return;
+    if (names.length === 0) return;
     const done = new Set(names);
     this.#state.pending = this.#state.pending.filter((one) => !done.has(one));
     await writeState(stateFile(this.#dir), this.#state);
@@ -475,16 +472,16 @@ export class Digests {
 
   /** Writes each digest whose time has come: as soon as its hour is complete, else an hour after its end. */
   async write(now: number, observe = observeHosts): Promise<void> {
-    if (!this.#state) return;
+    if (this.#state.begins === 0) return;
     this.#unsaved = 0;
-    await this.#writeDue(this.#state, now, observe);
+    await this.#writeDue(now, observe);
     if (this.#unsaved > 0) await writeState(stateFile(this.#dir), this.#state);
   }
 
-  async #writeDue(state: DigestState, now: number, observe: typeof observeHosts): Promise<void> {
+  async #writeDue(now: number, observe: typeof observeHosts): Promise<void> {
     let seen: HostsSeen | undefined;
     for (;;) {
-      const hour = state.next ?? this.#firstHour(state);
+      const hour = this.#state.next ?? this.#firstHour();
       if (hour === undefined) return;
       const first = hourSpan(hour, this.#lastZone ?? 14 * 60);
       const wasSetBack = first.start > now; // the clock: hours that had their digest too early go on
@@ -493,64 +490,62 @@ export class Digests {
         seen = await observe(this.#dir, now);
         const zones = seen.hosts.map(({ zone }) => zone);
         this.#lastZone = zones.length > 0 ? Math.min(...zones) : localZone(now);
-        this.#findLosses(state, seen, now);
+        this.#findLosses(seen, now);
       }
-      if (wasSetBack) return this.#writeLate(state, seen, formatHour(now - HOUR, this.#lastZone ?? 0), now);
+      if (wasSetBack) return this.#writeLate(seen, formatHour(now - HOUR, this.#lastZone ?? 0), now);
       const { end } = hourSpan(hour, this.#lastZone ?? 0);
       if (now < end) return;
-      const missing = this.#missing(state, seen, hour, now);
+      const missing = this.#missing(seen, hour, now);
       if (missing.length > 0 && now < end + HOUR) return;
-      await this.#writeLate(state, seen, hour, now);
-      await this.#writeOne(state, seen, { hour, missing, now });
+      await this.#writeLate(seen, hour, now);
+      await this.#writeOne(seen, { hour, missing, now });
     }
   }
 
   /** The first hour in which something was delivered; of what is older than any chain reaches, the one in which that was. */
-  #firstHour(state: DigestState): string | undefined {
+  #firstHour(): string | undefined {
     if (this.#news.size === 0) return undefined;
-    const chained = [...this.#news.keys()].filter((hour) => hour >= oldestHour(state));
-    return chained.sort()[0] ?? formatHour(state.begins, this.#lastZone ?? 0);
+    const chained = [...this.#news.keys()].filter((hour) => hour >= oldestHour(this.#state));
+    return chained.sort()[0] ?? formatHour(this.#state.begins, this.#lastZone ?? 0);
   }
 
-  #missing(state: DigestState, seen: HostsSeen, hour: string, now: number): Digest["missing"] {
-    return findMissing(seen, hour, now, (host) => state.totals[host]?.lossAt ?? 0);
+  #missing(seen: HostsSeen, hour: string, now: number): Digest["missing"] {
+    return findMissing(seen, hour, now, (host) => this.#state.totals[host]?.lossAt ?? 0);
   }
 
   /** Hours that have a digest and of which something came since, or that have become complete. */
-  async #writeLate(state: DigestState, seen: HostsSeen, before: string, now: number): Promise<void> {
+  async #writeLate(seen: HostsSeen, before: string, now: number): Promise<void> {
+    const { hours } = this.#state;
     const oldest = formatHour(hourSpan(before, 0).start - RIPEN_HOURS * HOUR, 0);
-    const open = Object.keys(state.hours).filter((hour) => hour >= oldest && !state.hours[hour]?.complete);
+    const open = Object.keys(hours).filter((hour) => hour >= oldest && !hours[hour]?.complete);
     const late = [...this.#news.keys(), ...open].filter((hour) => hour < before); // of a backlog: few of many
     for (const hour of [...new Set(late)].sort()) {
-      const missing = this.#missing(state, seen, hour, now);
-      if (this.#news.has(hour) || missing.length === 0)
-        await this.#writeOne(state, seen, { hour, missing, now });
+      const missing = this.#missing(seen, hour, now);
+      if (this.#news.has(hour) || missing.length === 0) await this.#writeOne(seen, { hour, missing, now });
     }
   }
 
   /** Totals that have grown: what was lost since an hour began may be of that hour, which stays incomplete. */
-  #findLosses(state: DigestState, { hosts }: HostsSeen, now: number): void {
-    const isFirst = Object.keys(state.totals).length === 0;
+  #findLosses({ hosts }: HostsSeen, now: number): void {
+    const { totals } = this.#state;
+    const isFirst = Object.keys(totals).length === 0;
     for (const { host, skipped, untimed, lost } of hosts) {
-      const last = ofHost(state.totals, host);
-      if (!last) state.totals[host] = { skipped, untimed, lost: isFirst ? lost : 0, lossAt: 0 };
-      const known = state.totals[host];
+      const last = ofHost(totals, host);
+      if (!last) totals[host] = { skipped, untimed, lost: isFirst ? lost : 0, lossAt: 0 };
+      const known = totals[host];
       if (known && lost > known.lost && known.lossAt < now) known.lossAt = now;
     }
   }
 
   async #writeOne(
-    state: DigestState,
     seen: HostsSeen,
     { hour, missing, now }: { hour: string; missing: Digest["missing"]; now: number },
   ): Promise<void> {
+    const state = this.#state;
     const part = (state.hours[hour]?.part ?? 0) + 1;
     const hadBegun = hourSpan(hour, this.#lastZone ?? 0).start <= state.begins;
-    const name = {
-      prefix: state.prefix,
-      hour,
-      part: hadBegun ? Math.max(part, Math.floor(now / 1000)) : part,
-    };
+    const number = hadBegun ? Math.max(part, Math.floor(now / 1000)) : part;
+    const name = { prefix: state.prefix, hour, part: number };
     const since = (host: string, key: "skipped" | "untimed" | "lost", total: number) =>
       Math.max(0, total - (state.totals[host]?.[key] ?? total));
     const lines = countLines(await this.#list(hour));
@@ -572,7 +567,7 @@ export class Digests {
     });
     await writeDurably(this.pathOf(formatDigestName(name)), text);
     this.#news.delete(hour);
-    this.#record(state, name, sha256Of(text), missing.length === 0, now);
+    this.#record(name, sha256Of(text), missing.length === 0, now);
     for (const { host, skipped, untimed, lost } of seen.hosts) {
       const known = state.totals[host];
       if (known) Object.assign(known, { skipped, untimed, lost });
@@ -593,27 +588,10 @@ function countLines(listed: Map<string, Listed>): Map<string, number> {
 
 // ---- verifying
 
-export type FindingKind = "changed" | "missing" | "extra" | "incomplete" | "chain broken";
-
-export interface Finding {
-  kind: FindingKind;
-  /** A file, or the hour that is incomplete. */
-  name: string;
-}
-
-/** What a delivered folder shows. */
-export interface Verified {
-  findings: Finding[];
-  /** Since when each chain is kept. */
-  begins: string[];
-  /** Batches of hours behind the newest digest. */
-  uncovered: number;
-  /** The digests that none names: the newest of each chain. */
-  heads: HashedFile[];
-}
+type FindingKind = "changed" | "missing" | "extra" | "incomplete" | "chain broken";
 
 /** Checks a delivered folder: every hash, and that the digests are a chain. Throws when it can't be read. */
-export async function verifyFolder(folder: string): Promise<Verified> {
+export async function verifyFolder(folder: string) {
   const entries = await readdir(folder, { withFileTypes: true });
   const names = entries.filter((entry) => entry.isFile()).map(({ name }) => name);
   const batches = names.filter((name) => /\.log(\.gz)?$/.test(name) && parseBatchName(name));
@@ -630,11 +608,9 @@ export async function verifyFolder(folder: string): Promise<Verified> {
   return compareHashes(hashes, digests);
 }
 
-function compareHashes(
-  hashes: Map<string, string>,
-  digests: Map<string, ParsedDigest | undefined>,
-): Verified {
-  const found = new Map<string, Finding>();
+function compareHashes(hashes: Map<string, string>, digests: Map<string, ParsedDigest | undefined>) {
+  /** Of a file, or of the hour that is incomplete. */
+  const found = new Map<string, { kind: FindingKind; name: string }>();
   const add = (kind: FindingKind, name: string) => found.set(`${kind} ${name}`, { kind, name });
   const listed = new Set<string>();
   const followers = new Map<string, number>();
@@ -675,11 +651,13 @@ function compareHashes(
     else if (!damagedHours.has(hour)) add("extra", name);
   }
   for (const { hour, complete } of last.values()) if (!complete) add("incomplete", hour);
-  const key = ({ kind, name }: Finding) => `${kind} ${name}`;
   return {
-    findings: [...found.values()].sort((a, b) => (key(a) < key(b) ? -1 : 1)),
+    findings: [...found].sort(([a], [b]) => (a < b ? -1 : 1)).map(([, finding]) => finding),
+    /** Since when each chain is kept. */
     begins: begins.sort(),
+    /** Batches of hours behind the newest digest. */
     uncovered,
+    /** The digests that none names: the newest of each chain. */
     heads: heads.map((name) => ({ name, sha256: hashes.get(name) ?? "" })),
   };
 }
@@ -691,7 +669,8 @@ async function sha256OfFile(path: string): Promise<string> {
 }
 
 /** What `--verify` prints; deploy/verify.sh prints the same. */
-export function formatVerified({ findings, begins, uncovered, heads }: Verified): string {
+export function formatVerified(verified: Awaited<ReturnType<typeof verifyFolder>>): string {
+  const { findings, begins, uncovered, heads } = verified;
   const lines = [
     ...findings.map(({ kind, name }) => `${kind}: ${name}`),
     ...begins.map((time) => `begins: ${time}`),
