@@ -15,7 +15,16 @@ import { createReadStream } from "node:fs";
 import { lstat, readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { z } from "zod";
-import { dashedHost, folders, isCopy, listBatches, listHosts, parseBatchName, parseWindow } from "./batch.ts";
+import {
+  dashedHost,
+  folders,
+  isCopy,
+  listBatches,
+  listHosts,
+  parseBatchName,
+  parseWindow,
+  withState,
+} from "./batch.ts";
 import {
   appendDurably,
   ifMissing,
@@ -183,7 +192,8 @@ export async function observeHosts(dir: string, now: number) {
     const { facts, isDamaged, heardAt } = ledger;
     if (now - heardAt > (facts.forgetAfterDays ?? KNOWN_DAYS) * DAY && !isDamaged) continue;
     // Twice: a listing may miss a file that is renamed meanwhile, but not in both.
-    const list = () => listBatches(folders(dir).host(host), "open", "sealed", "compressed");
+    const list = async () =>
+      (await listBatches(folders(dir).host(host), "open", "sealed", "compressed")).map(sealedName);
     const names = new Set([...ledger.open.keys(), ...(await list()), ...(await list())]);
     if (isCopy(host, names, ledger.sealed.keys())) continue;
     const lost = ledger.lost + (facts.gone ?? 0);
@@ -203,6 +213,11 @@ export async function observeHosts(dir: string, now: number) {
   return { hosts, failed: countHours(await listBatches(folders(dir).failed, "sealed", "compressed")) };
 }
 export type HostsSeen = Awaited<ReturnType<typeof observeHosts>>;
+
+/** The name that a batch has when it is sealed: the ledger knows it by that one, whatever the folder or the target says. */
+export function sealedName(batch: string): string {
+  return parseBatchName(batch) ? withState(batch, "sealed") : batch;
+}
 
 function countHours(names: Iterable<string>): Map<string, number> {
   const hours = new Map<string, number>();

@@ -339,3 +339,15 @@ test("a batch of another sender that was put into a folder by hand waits there; 
   const { hosts } = await observeHosts(dir, SIX);
   expect(hosts.map(({ host, waiting }) => [host, [...waiting]])).toEqual([[HOST, [["26112206", 1]]]]);
 });
+
+test("a batch that is open, which the ledger and the folder name each in its way, is one", async () => {
+  const dir = await tempFolder();
+  const name = batchName("26112206");
+  await mkdir(join(dir, HOST));
+  const open = { [name]: { bytes: 7, lines: 1, endsAt: SIX, at: SIX } };
+  const record = { v: LEDGER_VERSION, heardAt: SIX, facts: { through: SIX + 2 * HOUR }, open };
+  await writeFile(join(dir, HOST, ".ledger"), formatRecord(record));
+  await writeFile(join(dir, HOST, `${name}.part`), "a line\n");
+  const missing = findMissing(await observeHosts(dir, SIX + 2 * HOUR), "26112206", SIX + 2 * HOUR);
+  expect(missing.map(({ reason }) => reason)).toContain("1 batch is not delivered");
+});

@@ -332,6 +332,19 @@ describe("flags", () => {
       expect((await once(site, "--hour", span)).code).toBe(2);
   });
 
+  test("--hour counts what is sent again once, also where the client gets it compressed", async () => {
+    const { site } = await makeHabitSite({}, { compress: "gzip", digest: true });
+    const name = site.seal(HOST, 14, text);
+    expect((await once(site)).code).toBe(0);
+    const sealed = { [name]: { name, bytes: text.length, lines: 2000, at: Date.now() } };
+    const facts = { through: Date.now(), zone: 0 };
+    const ledger = formatRecord({ v: LEDGER_VERSION, heardAt: Date.now(), facts, sealed });
+    await writeFile(join(site.dir, HOST, ".ledger"), ledger);
+    expect((await once(site, "--resend", name)).code).toBe(0);
+    const { output } = await once(site, "--hour", "2026-11-01T14", "--json");
+    expect(JSON.parse(output).rows).toMatchObject([{ host: HOST, batches: 1, lines: 2000, read: 2000 }]);
+  });
+
   test("--hour of which nothing is known says so and is not complete", async () => {
     const { site } = await makeHabitSite({});
     await mkdir(site.dir, { recursive: true });

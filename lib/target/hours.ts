@@ -3,7 +3,7 @@
  * the report where there are none; and what keeps it from being complete, in the digests' own words.
  */
 import { dashedHost, parseBatchName } from "../batch.ts";
-import { findMissing, formatHour, observeHosts, readList, readRecord } from "../digest.ts";
+import { findMissing, formatHour, observeHosts, readList, readRecord, sealedName } from "../digest.ts";
 import { readReportTail } from "../report.ts";
 import { EXIT, formatBytes, HOUR, OperatorError } from "../service.ts";
 import { formatTable } from "../table.ts";
@@ -79,7 +79,7 @@ async function readHour(
   const listed = await readList(dir, hour);
   const told = await record.ofHour(hour);
   const source = listed.size > 0 || told.complete !== undefined ? "digest" : "report";
-  const delivered = new Map([...listed.values()].map(({ name, lines }) => [name, lines]));
+  const delivered = new Map([...listed.values()].map(({ name, lines }) => [sealedName(name), lines]));
   if (source === "report") {
     for (const { batch, lines } of reported.get(hour) ?? []) delivered.set(batch, lines);
   }
