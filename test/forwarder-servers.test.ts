@@ -1,6 +1,7 @@
-import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, spyOn, test } from "bun:test";
 import { execFileSync, spawnSync } from "node:child_process";
 import { mkdir, readdir, readFile, rename, stat, symlink, writeFile } from "node:fs/promises";
+import { createRequire } from "node:module";
 import { join } from "node:path";
 import { Readable } from "node:stream";
 import { formatRecord, LEDGER_VERSION } from "../lib/ledger.ts";
@@ -486,6 +487,22 @@ describe("a long queue takes more than one channel", () => {
     expect((await once(site)).code).toBe(0);
     expect(channelsOf(server)).toBe(1);
   });
+});
+
+test("what ssh2 throws before it sends is no answer", async () => {
+  const { site } = await makeHabitSite({});
+  const target = await openSftpTarget(site.config, new AbortController().signal);
+  await target.upload("a.log", Readable.from([Buffer.from("x")]));
+  const { SFTP } = createRequire(import.meta.url)("ssh2/lib/protocol/SFTP.js");
+  const renaming = spyOn(SFTP.prototype, "ext_openssh_rename").mockImplementation(() => {
+    throw new TypeError("handle is not a Buffer");
+  });
+  try {
+    expect(await target.publish("a.log", 1).catch((error) => error)).toBeInstanceOf(TypeError);
+  } finally {
+    renaming.mockRestore();
+    target.close();
+  }
 });
 
 describe("file://", () => {

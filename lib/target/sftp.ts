@@ -119,8 +119,9 @@ class Connection {
         send(done);
       } catch (error) {
         const isMissing = /not support/.test((error as Error).message); // an extension that is not offered
-        done(isMissing ? Object.assign(error as Error, { code: STATUS.unsupported }) : null);
-        if (!isMissing) reject(error);
+        if (isMissing) return done(Object.assign(error as Error, { code: STATUS.unsupported }));
+        this.#inFlight.delete(request);
+        reject(error);
       }
     });
   }
