@@ -516,6 +516,21 @@ describe("file://", () => {
     expect(output).toContain("is a sender's folder of the receiver: name another one in target");
   });
 
+  test("a link to nothing that has a batch's name: the batch goes to failed/, the others are delivered", async () => {
+    const folder = await tempFolder();
+    const site = await makeSite({ folder, settings: { target: `file://${folder}` } }, { retries: 1 });
+    const [name = "", other = ""] = [1, 2].map((hour) => site.seal(HOST, hour, text));
+    await symlink(join(folder, "absent"), join(folder, name));
+    const { code, output } = await once(site);
+    expect({ code, failed: await site.list("failed"), sent: await site.list("sent") }, output).toEqual({
+      code: 1,
+      failed: [name],
+      sent: [other],
+    });
+    expect((await site.failures())[0]).toContain(`"${join(folder, name)}" exists already`);
+    expect((await readdir(folder)).sort()).toEqual([name, other].sort());
+  });
+
   test("a link that waits at the temp name is not followed, and the file follows the umask", async () => {
     const folder = await tempFolder();
     const victim = join(await tempFolder(), "victim");

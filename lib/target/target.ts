@@ -88,12 +88,14 @@ export async function openFileTarget(folder: string, { direct = false } = {}): P
     upload: (name, chunks) => writeWhole(written(name), chunks),
     publish: async (name) => {
       if (direct) return;
-      await wrapError(`rename to "${path(name)}"`, moveDurably(written(name), path(name))).catch(
-        async (error) => {
-          if (error instanceof Refusal) await rm(written(name), { force: true }).catch(() => {});
-          throw error;
-        },
-      );
+      const [from, to] = [written(name), path(name)];
+      try {
+        if (await exists(to)) throw new Refusal(`Cannot rename "${from}": "${to}" exists already`); // a link to nothing
+        await wrapError(`rename to "${to}"`, moveDurably(from, to));
+      } catch (error) {
+        if (error instanceof Refusal) await rm(from, { force: true }).catch(() => {});
+        throw error;
+      }
     },
     stat: (name) => wrapError(`look at "${path(name)}"`, statFile(path(name))),
     read: (name, most) => atMost(readChunks(path(name)), most),
