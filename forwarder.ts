@@ -262,7 +262,8 @@ function asFault(error: unknown, { dir, report }: Settings): TargetFault {
 // ---- the queue
 
 /** What is to be sent now, in order; the names of all that wait, and how many files they are. */
-async function listQueue({ service, state, intents }: Forwarder) {
+async function listQueue(forwarder: Forwarder) {
+  const { service, state, intents } = forwarder;
   const { config, flags, now } = service;
   const all = folders(config.dir);
   const queue: (Delivery & { key: string })[] = [];
@@ -284,11 +285,15 @@ async function listQueue({ service, state, intents }: Forwarder) {
       queue.push({ ...file, step: "queued", at: 0, reported: false, key });
     }
   };
-  for (const host of await listHosts(config.dir))
-    add(all.host(host), await listSealed(service, all.host(host), host));
-  const failed = await listSealed(service, all.failed);
+  let stuck = 0;
+  for (const host of await listHosts(config.dir)) {
+    const found = await listSealed(forwarder, all.host(host), host);
+    add(all.host(host), found.sealed);
+    stuck += found.stuck;
+  }
+  const { sealed: failed, ...more } = await listSealed(forwarder, all.failed);
   const waiting = new Set([...names, ...failed]);
-  const left = names.size + failed.length;
+  const left = names.size + failed.length + stuck + more.stuck;
   for (const record of [state.failed, state.later]) {
     for (const batch of Object.keys(record)) if (!waiting.has(batch)) delete record[batch];
   }
@@ -303,22 +308,29 @@ async function listQueue({ service, state, intents }: Forwarder) {
 }
 
 /** The sealed batches of a folder; `host`: its folder, in which what carries another name is not ours. */
-async function listSealed({ log }: Service<"forwarder">, folder: string, host?: string): Promise<string[]> {
-  const isOurs = (name: string) => host === undefined || parseBatchName(name)?.host === dashedHost(host);
-  const names = (await listBatches(folder, "sealed", "compressed")).filter(isOurs);
-  const packed = names.filter((name) => parseBatchName(name)?.state === "compressed");
-  if (packed.length === 0) return names;
-  for (const name of packed) {
-    await unpack(folder, name).catch((error) => {
-      log.warn("a batch that was moved back cannot be unpacked", { batch: name, error: errorMessage(error) });
-    });
+async function listSealed({ faults }: Forwarder, folder: string, host?: string) {
+  const sealed = new Set<string>();
+  /** Moved back from sent/ after they were compressed, and damaged. */
+  let stuck = 0;
+  for (const name of await listBatches(folder, "sealed", "compressed")) {
+    const batch = parseBatchName(name);
+    if (host !== undefined && batch?.host !== dashedHost(host)) continue;
+    const plain = withState(name, "sealed");
+    try {
+      if (name !== plain) await unpack(join(folder, name), join(folder, plain));
+      sealed.add(plain);
+      faults.recovered(name, "unpacked after all", { batch: name });
+    } catch (error) {
+      stuck++;
+      const reason = errorMessage(error);
+      faults.failed(name, "a batch that was moved back cannot be unpacked", { batch: name, error: reason });
+    }
   }
-  return (await listBatches(folder, "sealed")).filter(isOurs);
+  return { sealed: [...sealed], stuck };
 }
 
 /** A batch that was moved back from sent/ after it was compressed. Removed only when the unpacked one is on disk. */
-async function unpack(folder: string, name: string): Promise<void> {
-  const [from, to] = [join(folder, name), join(folder, withState(name, "sealed"))];
+async function unpack(from: string, to: string): Promise<void> {
   if (!(await exists(to))) {
     const source = Readable.from(readChunks(from), { objectMode: false });
     const gunzip = createGunzip();

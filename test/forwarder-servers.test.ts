@@ -410,6 +410,26 @@ describe("flags", () => {
     expect(both.output.match(/: sent\/ has it plain and compressed/g)).toHaveLength(2);
     expect(await site.list(HOST)).toEqual([]);
   });
+
+  test("a .gz that was moved back and is damaged is left: told once, --once ends 1, the others are delivered", async () => {
+    const { server, site } = await makeHabitSite({}, { intervalSeconds: 0.05 });
+    const name = site.seal(HOST, 1, text);
+    const damaged = name.replace("26110101", "26110103");
+    await writeFile(join(site.dir, HOST, `${damaged}.gz`), "no gzip");
+    expect((await once(site)).code).toBe(1);
+    expect(namesOf(server)).toEqual([name]);
+    expect(await site.list(HOST)).toEqual([`${damaged}.gz`, `${damaged}.tmp`]);
+    const running = startScript("forwarder", site.configFile);
+    await running.says("cannot be unpacked");
+    const next = site.seal(HOST, 2, text);
+    await until("a later pass has sent", async () => (await site.list("sent")).includes(next));
+    expect(await running.stop()).toBe(0);
+    expect(running.output.match(/cannot be unpacked/g)).toHaveLength(1);
+    execFileSync("gzip", ["-k", join(site.dir, "sent", name)]);
+    await rename(join(site.dir, "sent", `${name}.gz`), join(site.dir, HOST, `${damaged}.gz`));
+    expect((await once(site)).code).toBe(0);
+    expect(namesOf(server)).toEqual([name, next, damaged].sort());
+  });
 });
 
 describe("a long queue takes more than one channel", () => {
