@@ -158,8 +158,13 @@ describe("a journal", () => {
     expect(journal.paths).toHaveLength(1);
     await journal.drop(() => true);
     expect(journal.paths).toHaveLength(1); // the one that is written stays
-    await journal.close();
-    await journal.drop(() => true, true);
+    expect([journal.names("10.0.0.1"), journal.names("10.0.0.2")]).toEqual([true, false]);
+    journal.endSegment();
+    await journal.drop(() => true);
     expect(readdirSync(dir)).toEqual([]);
+    expect(journal.names("10.0.0.1")).toBe(false);
+    await journal.append(entryOf(4), large, () => {});
+    expect(readdirSync(dir)).toEqual([".journal-abc-00000003"]); // a number is never used again
+    await journal.close();
   });
 });

@@ -379,3 +379,40 @@ test("groups spread over processes: --port serves one, and 421 names the port of
   expect(none.code).toBe(2);
   expect(none.output).toContain("No group has port 1");
 });
+
+test("a host that the config gives to another process: the first one lets go of it, and the second goes on", async () => {
+  const [one, two] = [await freePort(), await freePort()];
+  const { config, dir, folder } = await setUp();
+  const writeGroups = (senders: string[][]) =>
+    writeConfig(folder, {
+      receiver: {
+        dir,
+        groups: [one, two].map((port, i) => ({ port, senders: senders[i] })),
+        sealAfterSeconds: 3600,
+      },
+    });
+  const both = ["127.0.0.1", "10.0.1.1"];
+  await writeGroups([both, ["10.0.2.2"]]);
+  const receivers = [one, two].map((port) => startScript("receiver", config, ["--port", String(port)]));
+  const urls = [one, two].map((port) => `http://127.0.0.1:${port}`);
+  for (const url of urls) await until("it listens", () => isUp(url));
+  const [text, more] = [linesOfWindows(3), linesOfWindows(2)];
+  const [mark, last] = ["a", "b"].map((sign) => `1024:${sign.repeat(22)}`);
+  const chunk = { host: "10.0.1.1", stream: "stream-that-moves" };
+  const begin = post(urls[0] ?? "", text, { ...chunk, begin: "new", mark });
+  expect((await fetch(begin)).status).toBe(200);
+
+  await writeGroups([["10.0.2.2"], both]);
+  for (const receiver of receivers) receiver.process.kill("SIGHUP");
+  const statuses: number[] = [];
+  await until(`the second one takes it: ${statuses}`, async () => {
+    const next = post(urls[1] ?? "", more, { ...chunk, offset: text.length, from: mark, mark: last });
+    statuses.push((await fetch(next)).status);
+    return statuses.at(-1) === 200;
+  });
+  expect(statuses.slice(0, -1).filter((status) => status !== 421 && status !== 503)).toEqual([]);
+  const stored = [...(await storedWindows(dir, "10.0.1.1")).values()].join("");
+  expect(stored.length).toBe(text.length + more.length);
+  expect(receivers[0]?.output).toContain("host let go");
+  for (const receiver of receivers) expect(await receiver.stop()).toBe(0);
+});

@@ -5,20 +5,13 @@
 import { mkdir, readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { parseBatchName } from "../lib/batch.ts";
-import { formatChunkHeaders, HEADER } from "../lib/chunk.ts";
+import { type ChunkHeaders, formatChunkHeaders, HEADER } from "../lib/chunk.ts";
 import { createLog } from "../lib/service.ts";
 import { accessLine } from "./support.ts";
 
 export const quiet = createLog(() => {});
 
-export interface Post {
-  host?: string;
-  stream?: string;
-  offset?: number;
-  /** One past the last byte covered; default: the body's length behind `offset`. */
-  end?: number;
-  lag?: number | undefined;
-  lost?: number | undefined;
+export interface Post extends Partial<ChunkHeaders> {
   headers?: Record<string, string>;
 }
 

@@ -102,6 +102,8 @@ export class Journal {
   readonly #dir: string;
   readonly #segments: Segment[] = [];
   #fd = -1;
+  /** Of the segment that was begun last. */
+  #n = 0;
   #seq = 0;
   #synced: Position = [0, 0];
   #pending: Pending[] = [];
@@ -198,7 +200,7 @@ export class Journal {
   }
 
   async #beginSegment(): Promise<void> {
-    const n = (this.#segments.at(-1)?.n ?? 0) + 1;
+    const n = this.#n + 1;
     const path = segmentPath(this.#dir, this.id, n);
     const fd = await openInPool(path, "w", 0o660);
     try {
@@ -209,7 +211,20 @@ export class Journal {
     }
     if (this.#fd >= 0) await closeInPool(this.#fd);
     this.#fd = fd;
+    this.#n = n;
     this.#segments.push({ n, path, length: 0, hosts: new Map() });
+  }
+
+  /** Whether a segment names a host. */
+  names(host: string): boolean {
+    return this.#segments.some(({ hosts }) => hosts.has(host));
+  }
+
+  /** Ends the segment that is written, so that it can be dropped like the others; not while a write is on its way. */
+  endSegment(): void {
+    if (this.#writing || this.#fd < 0) return;
+    closeSync(this.#fd);
+    this.#fd = -1;
   }
 
   /** Cuts off what could not be synced, so that records can be taken again. Throws the system's error. */
@@ -229,10 +244,10 @@ export class Journal {
     this.#fault = undefined;
   }
 
-  /** Drops segments, oldest first, while `isSafe` says of every host in it that its last record is safe elsewhere. */
-  async drop(isSafe: (host: string, seq: number) => boolean, all = false): Promise<void> {
+  /** Drops segments that are ended, oldest first, while `isSafe` says of every host in it that its last record is safe elsewhere. */
+  async drop(isSafe: (host: string, seq: number) => boolean): Promise<void> {
     for (let oldest = this.#segments[0]; oldest; oldest = this.#segments[0]) {
-      if (this.#segments.length === 1 && !all) return;
+      if (this.#segments.length === 1 && this.#fd >= 0) return;
       if (![...oldest.hosts].every(([host, seq]) => isSafe(host, seq))) return;
       failpoint("journal:drop");
       await removeDurably(oldest.path);
@@ -243,8 +258,7 @@ export class Journal {
   /** Waits for what is on its way, and closes the file. */
   async close(): Promise<void> {
     await this.#writing;
-    if (this.#fd >= 0) closeSync(this.#fd);
-    this.#fd = -1;
+    this.endSegment();
   }
 }
 

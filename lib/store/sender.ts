@@ -721,14 +721,33 @@ export class Sender implements Place {
     return this.turn(() => this.#settle());
   }
 
+  /** Lets the folder go when all of it is on disk and the journal does not name the host: true then. */
+  leave(): Promise<boolean> {
+    return this.turn(async () => {
+      await this.#settle();
+      if (this.broken !== undefined || this.isDirty || this.#journal.names(this.host)) return false;
+      this.#end();
+      return true;
+    });
+  }
+
   /** Saves the ledger and lets the folder go. Throws when that failed; the folder is let go all the same. */
-  async close(): Promise<void> {
-    try {
-      await this.settle();
-      if (this.isDirty) await this.checkpoint();
-    } finally {
-      this.#lock.release();
-    }
+  close(): Promise<void> {
+    return this.turn(async () => {
+      try {
+        await this.#settle();
+        if (this.isDirty) await this.checkpoint();
+      } finally {
+        this.#end();
+      }
+    });
+  }
+
+  /** What comes after it is refused: the folder may be another process's by then. */
+  #end(): void {
+    for (const name of this.ledger.open.keys()) this.parts.close(join(this.folder, withState(name, "open")));
+    this.broken ??= new StoreError(503, "the receiver does not serve this host any more");
+    this.#lock.release();
   }
 }
 

@@ -46,8 +46,10 @@ export class Store {
   readonly #dashes = new Map<string, string>();
   /** Senders of ours that have a folder and could not be opened: tried again, for what is due in it. */
   readonly #unopened = new Set<string>();
-  /** Of senders that were let go: up to which record they are safe. */
-  readonly #gone = new Map<string, number>();
+  /** Whether a host is one of this process; the others' folders are another one's. */
+  #isOurs: (host: string) => boolean = () => true;
+  /** Since the config changed last, the senders with something on disk are known. */
+  #isListed = false;
   #aheadBytes = 0;
   /** Of chunks that are not in their parts yet. */
   #bytesInHand = 0;
@@ -66,16 +68,24 @@ export class Store {
   configure(options: StoreOptions): void {
     this.#options = { ...this.#options, ...options };
     for (const sender of this.senders.values()) sender.options = this.#options;
+    this.#isListed = false;
   }
 
-  /** Opens every sender that `isOurs` and has something on disk, so that what is due is sealed without it. */
+  /** Opens every sender that `isOurs`, now and after each change of the config, and has something on disk. */
   async start(isOurs: (host: string) => boolean): Promise<void> {
+    this.#isOurs = isOurs;
     await makeFolder(this.#options.dir);
     // A full disk, say: no sender is opened before its journal is replayed, and each opening tries it again.
     await replayJournals(this.#options.dir, this.#journal.id, this.#options.log).catch((error) => {
       this.#options.log.error("journal not replayed yet: tried again", { error: errorMessage(error) });
     });
+    await this.#openAll();
+  }
+
+  /** Lists the senders of ours that have something on disk, so that what is due is sealed without them. */
+  async #list(): Promise<void> {
     for (const host of await listHosts(this.#options.dir)) {
+      if (this.senders.has(host)) continue;
       const folder = join(this.#options.dir, host);
       const names = await readdir(folder).catch(() => [] as string[]); // closed to us: no host's
       if (!names.some((name) => name.startsWith(LEDGER))) continue;
@@ -85,9 +95,8 @@ export class Store {
         continue;
       }
       this.#dashes.set(dashedHost(host), host);
-      if (isOurs(host)) this.#unopened.add(host);
+      this.#unopened.add(host);
     }
-    await this.#openAll();
   }
 
   /** The journal's lock, held before its first record. */
@@ -246,7 +255,9 @@ export class Store {
   }
 
   async #openAll(): Promise<void> {
-    for (const host of [...this.#unopened]) await this.#open(host).catch(() => {}); // told already
+    if (!this.#isListed) await this.#list();
+    this.#isListed = true;
+    for (const host of this.#unopened) if (this.#isOurs(host)) await this.#open(host).catch(() => {}); // told already
   }
 
   /** Two hosts must not share a dashed form; names that nobody listed are bounded apart from those listed. */
@@ -287,12 +298,27 @@ export class Store {
       sealed.push(...(await this.#sealDue(sender)));
     });
     await this.#checkpoint();
-    await this.#journal
-      .drop((host, seq) => (this.senders.get(host)?.safeSeq ?? this.#gone.get(host) ?? 0) >= seq)
-      .catch((error) =>
-        this.#faults.failed("journal", "segment not dropped", { error: errorMessage(error) }),
-      );
+    const others = [...this.senders.values()].filter(({ host }) => !this.#isOurs(host));
+    if (others.length > 0) this.#journal.endSegment();
+    await this.#dropSegments().catch((error) =>
+      this.#faults.failed("journal", "segment not dropped", { error: errorMessage(error) }),
+    );
+    await this.#letGo(others);
     return sealed;
+  }
+
+  #dropSegments(): Promise<void> {
+    return this.#journal.drop((host, seq) => (this.senders.get(host)?.safeSeq ?? 0) >= seq);
+  }
+
+  /** Rule: of a host that the config no longer has it drops the segments first, then lets go. */
+  async #letGo(others: Sender[]): Promise<void> {
+    for (const sender of others) {
+      const { host } = sender;
+      if (!(await sender.leave())) continue; // at a later pass
+      this.senders.delete(host);
+      this.#options.log.info("host let go: another process may take it", { host });
+    }
   }
 
   /** Rule: what could not be synced is cut off, and the cut synced, before another is written. */
@@ -344,7 +370,8 @@ export class Store {
     const every = Math.min(max, Math.max(min, this.senders.size * perSender));
     const oldest = new Set(this.#journal.oldestHosts);
     const isDue = (sender: Sender) =>
-      sender.isDirty && (Math.abs(now - sender.checkpointAt) >= every || oldest.has(sender.host));
+      sender.isDirty &&
+      (Math.abs(now - sender.checkpointAt) >= every || oldest.has(sender.host) || !this.#isOurs(sender.host));
     await this.#forEach([...this.senders.values()].filter(isDue), async (sender) => {
       const { host } = sender;
       await sender.checkpoint().catch((error) => {
@@ -388,10 +415,7 @@ export class Store {
       });
     }
     await this.#journal.close();
-    if (isSafe)
-      await this.#journal
-        .drop((host, seq) => (this.senders.get(host)?.safeSeq ?? 0) >= seq, true)
-        .catch(() => {});
+    if (isSafe) await this.#dropSegments().catch(() => {});
     const isEmpty = this.#journal.paths.length === 0;
     this.senders.clear();
     this.#parts.closeAll();
