@@ -71,7 +71,6 @@ type Options = Config["housekeep"];
 const MOST_AT_ONCE = 8;
 /** Files in failed/, and their part of the disk, from which on they are told as a warning. */
 const MANY_FAILED = { files: 1000, part: 0.1 };
-/** Block size of the streams, in bytes. */
 const BLOCK = 1 << 18;
 /** The level of the gzip command. */
 const LEVEL = 6;
@@ -83,7 +82,6 @@ export interface HousekeepContext extends PassContext<"housekeep"> {
   dryRun?: PlannedStep[];
 }
 
-/** A row of `--dry-run`: what would be done with a file, or `stays`, and why. */
 export interface PlannedStep {
   action: string;
   file: string;
@@ -91,7 +89,6 @@ export interface PlannedStep {
   reason: string;
 }
 
-/** What a pass did. */
 export interface HousekeepResult {
   compressed: number;
   deleted: number;
@@ -116,7 +113,6 @@ async function main(service: Service<"housekeep">): Promise<number> {
   return EXIT.done;
 }
 
-/** `--dry-run`: what the next run would do, and where it would refuse. */
 async function dryRun(context: HousekeepContext): Promise<number> {
   const steps: PlannedStep[] = [];
   const { faults } = await housekeepOnce({ ...context, dryRun: steps });
@@ -174,7 +170,6 @@ async function refuseForeign(dir: string, onlyLooks: boolean): Promise<void> {
 
 // ---- what there is, and what is to be done with it
 
-/** A delivered batch in `sent/`. */
 export interface Delivered {
   name: string;
   bytes: number;
@@ -341,9 +336,7 @@ interface Content {
 
 interface CompressOptions {
   signal: AbortSignal;
-  /** Is told of each block's bytes. */
   read?: (bytes: number) => void;
-  /** Finds out whether it would be done, and changes nothing. */
   onlyLooks?: boolean;
 }
 
@@ -474,7 +467,6 @@ async function readGzip(path: string, signal: AbortSignal): Promise<Content | un
   }
 }
 
-/** The file from its beginning, in blocks. */
 async function* readBlocks(file: FileHandle): AsyncGenerator<Buffer> {
   for (let position = 0; ; ) {
     const { bytesRead, buffer } = await file.read(Buffer.allocUnsafe(BLOCK), 0, BLOCK, position);

@@ -190,7 +190,6 @@ async function lookOnce(state: MonitorState, context: MonitorContext): Promise<S
   return snapshot;
 }
 
-/** When this machine was started. */
 function upSince({ now, uptime: clock = () => uptime() * 1000 }: MonitorContext): number {
   return now() - clock();
 }
@@ -239,11 +238,9 @@ function withAdvice(error: unknown): string {
 
 // ---- evaluate
 
-/** One run: what it saw, and what it has to tell. */
 interface Run {
   context: MonitorContext;
   snapshot: Snapshot;
-  /** Id of the notification that this run makes, if it makes one. */
   id: string;
   changes: Change[];
   references: Set<string>;
@@ -279,7 +276,6 @@ function noteUnnamed({ unnamed }: MonitorState, isDown: boolean, now: number): v
   }
 }
 
-/** This server was off: told once, as the cause of what follows. */
 function noteAway(state: MonitorState, { snapshot, changes }: Run, up: number): void {
   const { now, server } = snapshot;
   const gap = now - state.at;
@@ -343,7 +339,6 @@ function evaluateHost(state: MonitorState, run: Run, host: HostStatus): void {
   follow(state, run, incident, { status, since, sender: true });
 }
 
-/** What else is known that explains a sender's silence. */
 function causeOf({ problems, hosts }: Snapshot, { host, state }: HostStatus): string {
   const text = problems.find(({ key }) => key === state)?.text ?? "";
   const refused = text
@@ -588,7 +583,6 @@ function startsAnew({ stateFile }: Options, reason: string, now: number): Change
   return note("monitor starts anew", text, now);
 }
 
-/** Whether what was told can be remembered is itself told. */
 function noteUnsaved(state: MonitorState, run: Run, reason: string | undefined): void {
   const { stateFile } = run.context.config;
   const incident = incidentOf(state, STATE, "the monitor's state can't be saved");

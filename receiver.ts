@@ -114,7 +114,6 @@ async function main(service: Service<"receiver">): Promise<number> {
   return EXIT.done;
 }
 
-/** Indexes of the groups that this process serves: all, or the one of `--port`. */
 function servedGroups({ config, configFile, flags }: Service<"receiver">): number[] {
   const all = config.groups.map((_, index) => index);
   if (flags.port === undefined) return all;
@@ -244,7 +243,6 @@ class Port {
   }
 }
 
-/** Descriptors that are kept for files. */
 const RESERVED_DESCRIPTORS = 64;
 const DESCRIPTORS_EVERY_MS = 250;
 
@@ -376,7 +374,6 @@ export class Receiver {
     return kept;
   }
 
-  /** Forgets the hosts that `--forget` named. */
   async takeForgets(): Promise<void> {
     if (this.now() - this.#forgetsAt < FORGET_EVERY_MS) return;
     this.#forgetsAt = this.now();
@@ -452,7 +449,6 @@ export function createApp(receiver: Receiver) {
   return app;
 }
 
-/** One chunk: admitted, read, stored, answered. */
 async function takeChunk(receiver: Receiver, c: HttpContext): Promise<Response> {
   const { access, intake } = receiver;
   const { headers } = c.req.raw;
@@ -476,7 +472,6 @@ async function takeChunk(receiver: Receiver, c: HttpContext): Promise<Response> 
   });
 }
 
-/** Stores a chunk, and counts what became of it. */
 async function commit({ store, counts }: Receiver, chunk: Chunk): Promise<Outcome> {
   const started = performance.now();
   const outcome = await store.commit(chunk);
@@ -581,13 +576,11 @@ function createStateWriter(receiver: Receiver, all: Port[]): () => Promise<void>
   };
 }
 
-/** Upper bounds of the histogram of commits, in seconds. */
 const COMMIT_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5];
 const METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8";
 
 type Count = { lines: number; bytes: number; chunks: number; duplicates: number };
 
-/** What is counted since the start. */
 class Counts {
   readonly hosts = new Map<string, Count>();
   readonly buckets = COMMIT_SECONDS.map(() => 0);
@@ -773,7 +766,6 @@ function findWarnings(config: ReceiverConfig, monitorFault?: string): string[] {
   return warnings;
 }
 
-/** What only this host can tell, for `--check`: creates nothing. */
 async function checkReceiver(service: Service<"receiver">): Promise<void> {
   const { config, configFile, now, checks } = service;
   const served = servedGroups(service);

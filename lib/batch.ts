@@ -17,7 +17,6 @@ export const LEDGER = ".ledger";
 export type BatchState = "open" | "sealed" | "compressed";
 const SUFFIX: Record<BatchState, string> = { open: ".log.part", sealed: ".log", compressed: ".log.gz" };
 
-/** What a batch's file name says. */
 export interface BatchName {
   prefix: string;
   /** Hour and window as written in the lines, `yyMMddHH_mm-mm`: sorts by time. */
@@ -47,7 +46,6 @@ export function parseBatchName(name: string): BatchName | undefined {
   return { prefix, window, host, part: Number(part ?? 1), state };
 }
 
-/** The name of the same batch in another state. */
 export function withState(name: string, state: BatchState): string {
   const batch = parseBatchName(name);
   if (!batch) throw new Error(`Cannot rename "${name}": not a batch name`);

@@ -27,7 +27,6 @@ const secret = z
   ])
   .describe('A secret: {"env": "NAME"} or {"file": "/path"}, never the value itself');
 
-/** One of them or a list, taken as a list. */
 const oneOrMore = <T extends z.ZodType>(one: T) =>
   z
     .union([one, z.array(one).min(1)])
@@ -486,7 +485,6 @@ function patternIsValid(text: string): boolean {
   }
 }
 
-/** The folder of a `file:///FOLDER`. */
 function localFolder(url: string): string | undefined {
   try {
     return url.startsWith("file:") ? fileURLToPath(url) : undefined;
@@ -516,7 +514,6 @@ function addFault(context: z.core.$RefinementCtx, path: PropertyKey[], message: 
   context.addIssue({ code: "custom", path, message });
 }
 
-/** The JSON schema of the whole file, for editors. */
 export function jsonSchema(): object {
   const properties: Record<string, unknown> = { $schema: { type: "string" } };
   for (const name of Object.keys(sections) as Section[])

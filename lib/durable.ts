@@ -68,7 +68,6 @@ export async function writeDurably(
   await syncPath(dirname(path));
 }
 
-/** Moves one file, as {@link moveAllDurably} does many. */
 export function moveDurably(from: string, to: string): Promise<void> {
   return moveAllDurably([{ from, to }]);
 }
@@ -229,7 +228,6 @@ export async function ifMissing<T>(work: Promise<T>): Promise<T | undefined> {
   }
 }
 
-/** Another process has the lock. */
 export class LockedError extends OperatorError {}
 
 /**

@@ -36,7 +36,6 @@ function canonicalIpv6(address: string): string | undefined {
   return [high >> 8, high & 255, low >> 8, low & 255].join(".");
 }
 
-/** Whether an address to listen on or a peer is this machine itself. */
 export function isLoopback(address: string): boolean {
   const plain = plainAddress(address);
   return plain === "localhost" || plain === "::1" || (isIP(plain) === 4 && plain.startsWith("127."));
@@ -75,7 +74,6 @@ export function createMatcher(entries: string[]): (hostOrAddress: string) => boo
   };
 }
 
-/** Whether a text is an IP address or a CIDR range. */
 export function addressIsValid(text: string): boolean {
   const [address = "", bits, ...more] = text.split("/");
   const family = isIP(address);
@@ -83,12 +81,10 @@ export function addressIsValid(text: string): boolean {
   return bits === undefined || (/^\d{1,3}$/.test(bits) && Number(bits) <= (family === 6 ? 128 : 32));
 }
 
-/** Whether a text may stand among a group's senders. */
 export function senderIsValid(text: string): boolean {
   return text === "*" || addressIsValid(text) || (!text.includes("/") && parseHost(text) !== undefined);
 }
 
-/** Whether some sender could match both entries. */
 export function overlaps(a: string, b: string): boolean {
   if (a === "*" || b === "*") return true;
   const base = (entry: string) => entry.split("/")[0] ?? "";

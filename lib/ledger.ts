@@ -23,7 +23,6 @@ export const HISTORY_MINUTES = 240;
 export interface StreamRecord {
   /** One past the last byte of the source file that is committed. */
   offset: number;
-  /** When it was last heard from. */
   at: number;
   /** Window of its last line, where a line without timestamp goes. */
   window?: string;
@@ -43,14 +42,12 @@ export interface StreamRecord {
   lag?: number;
 }
 
-/** A batch that is still open. */
 export interface OpenBatch {
   /** Committed length of the `.part` in bytes; what is behind it was never acknowledged. */
   bytes: number;
   lines: number;
   /** When its window is over, milliseconds since the epoch, by the offset in its timestamps. */
   endsAt: number;
-  /** When its last line came. */
   at: number;
   /** When its first line came; absent in a ledger of 1.0. */
   firstAt?: number;
@@ -68,7 +65,6 @@ export interface SealedBatch {
   name: string;
   bytes: number;
   lines: number;
-  /** When it was sealed. */
   at: number;
   /** As of an open batch; dropped when the batch is seen to be delivered. */
   lowest?: Record<string, number>;
@@ -116,7 +112,6 @@ export interface SenderFacts {
   againFiles?: number;
 }
 
-/** What is known of one sender. */
 export interface Ledger {
   facts: SenderFacts;
   /** When anything, also a heartbeat, was last heard. */
@@ -146,7 +141,6 @@ type Recorded<T> = T extends Map<unknown, infer V> ? Record<string, V> : T;
 /** A record: what of a ledger it changes, as absolute values; with objects for the maps. */
 export type LedgerRecord = { [K in keyof Omit<Ledger, "isDamaged">]?: Recorded<Ledger[K]> } & {
   v?: number;
-  /** Names that are no longer open. */
   closed?: string[];
 };
 
@@ -185,7 +179,6 @@ export function parseRecords(text: string): { records: unknown[]; damaged: numbe
   return { records, damaged: found.length - records.length };
 }
 
-/** Applies one record of a ledger's file to what is known. */
 export function applyRecord(ledger: Ledger, record: LedgerRecord): void {
   if (record.heardAt !== undefined) ledger.heardAt = record.heardAt;
   if (record.lineAt !== undefined) ledger.lineAt = record.lineAt;
@@ -219,7 +212,6 @@ function setMinute({ minutes }: Ledger, minute: number, lines: number): void {
   if (minutes.size > HISTORY_MINUTES + 1 && oldest !== undefined) minutes.delete(oldest);
 }
 
-/** The whole ledger as one record. */
 export function snapshot({ isDamaged: _, ...ledger }: Ledger): LedgerRecord {
   const recorded = Object.entries(ledger).map(([key, value]) => [
     key,
@@ -240,7 +232,6 @@ export async function readLedger(hostFolder: string): Promise<Ledger | undefined
   return ledger;
 }
 
-/** The names that a receiver of version 1.0 used. */
 async function readOldNames(hostFolder: string, ledger: Ledger): Promise<void> {
   const text = await readIfExists(join(hostFolder, SEALED));
   if (text === undefined) return;

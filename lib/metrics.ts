@@ -8,13 +8,11 @@ import { chownSync, statSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { exists, makeFolder, writeDurably } from "./durable.ts";
 
-/** A value with its labels. */
 export type Sample = [labels: Record<string, string>, value: number];
 
 /** A metric; without samples it is left out. The help's last stop is added. */
 export type Metric = [name: string, type: "gauge" | "counter", help: string, samples: Sample[] | number];
 
-/** The metrics of a part, each name behind `log_rt_sync_<part>_`. */
 export function formatMetrics(part: string, metrics: Metric[]): string {
   return metrics
     .map(([name, type, help, value]) => {

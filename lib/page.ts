@@ -39,7 +39,6 @@ import {
 /** Characters of the rows, alone and with names behind them, and of those names. */
 const ROWS_LENGTH = { alone: 260_000, followed: 140_000 };
 const NAMES_LENGTH = 100_000;
-/** Links to the senders of one problem. */
 const MAX_LINKS = 5;
 /** Programs of senders that are named, the newest first, and senders that are behind. */
 const MAX_AGENTS = 6;
@@ -53,10 +52,8 @@ const ROW_POINTS = 30;
 const NOW_MINUTES = 5;
 const DAY_MINUTES = 24 * 60;
 
-/** Seconds between two refreshes of the page. */
 const REFRESH_SECONDS = 10;
 
-/** How each state is called. */
 const STATES: Record<HostState, { text: string; meaning: string; mark: string }> = {
   silent: { text: "silent", meaning: "not heard for longer than its threshold", mark: "bad" },
   never: { text: "never seen", meaning: "expected, has not sent yet", mark: "ask" },
@@ -76,7 +73,6 @@ type HtmlValue = Html | string | number | false | undefined | HtmlValue[];
 
 // ---- the page
 
-/** The whole page. */
 export function renderPage(status: Snapshot): string {
   const { problems } = status;
   const title = headline(status);
@@ -192,7 +188,6 @@ function figure(name: string, value: string): Html {
 const HEADS =
   "Sender,State,Last line,Last heard,Lines per minute (4 h),Batches (24 h),Delivered to,Lag,Waiting,Failed,Lost";
 
-/** What all rows share. */
 interface Table {
   now: number;
   deliveryMinutes: number;
@@ -229,7 +224,6 @@ ${rows.length < sorted.length && renderNames(sorted.slice(rows.length), newest)}
 </section>`;
 }
 
-/** Search and states, for the script. */
 function renderFilter(hosts: HostStatus[], newest: string | undefined): Html {
   const behind = hosts.filter((host) => isBehind(host, newest)).length;
   const chip = (show: string, text: string, n: number) =>
@@ -238,7 +232,6 @@ function renderFilter(hosts: HostStatus[], newest: string | undefined): Html {
   return html`<div class="filter" role="search"><input id="q" type="search" placeholder="Find a sender" aria-label="Find a sender" autocomplete="off" spellcheck="false">${chip("", "all", hosts.length)}${HOST_STATES.map((state) => chip(state, STATES[state].text, inState(hosts, state).length))}${chip("behind", "older version", behind)}</div>`;
 }
 
-/** Senders without a row: by state, as many as fit. */
 function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
   let length = 0;
   const fits = ({ host }: HostStatus) => {
@@ -259,7 +252,6 @@ function renderNames(hosts: HostStatus[], newest: string | undefined): Html {
   return html`<div class="names">${groups}</div>`;
 }
 
-/** The windows and the prefix of the batches here. */
 function shapeOf(hosts: HostStatus[]): Pick<Table, "windowMinutes" | "prefix"> {
   const name = hosts.find(({ batches }) => batches.length > 0)?.batches.at(-1)?.name ?? "";
   const { window, prefix = "" } = parseBatchName(name) ?? {};
@@ -435,7 +427,6 @@ function clock(at: number, now: number): Html {
 
 const FULL_TIME = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "long" });
 
-/** Lines per minute now. */
 function latest(perMinute: number[]): number {
   return Math.round(mean(perMinute.slice(-NOW_MINUTES)));
 }
@@ -465,12 +456,10 @@ function curve(
   return html`<svg class="${kind}" viewBox="0 0 ${means.length - 1} ${height}" preserveAspectRatio="none" role="img" aria-label="${text}"><path d="M0 ${height}${path}V${height}z"/></svg>`;
 }
 
-/** The id of a sender's row. */
 function anchor(host: string): string {
   return `host-${host.toWellFormed()}`;
 }
 
-/** The mark beside a word, of the four in SYMBOLS. */
 function symbol(mark: string): Html {
   return html`<svg class="i" aria-hidden="true"><use href="#i-${mark}"/></svg>`;
 }
@@ -726,7 +715,6 @@ document.addEventListener("visibilitychange", refresh);
 schedule();
 `;
 
-/** The response headers that the page needs. */
 export const pageHeaders: Record<string, string> = {
   "Content-Type": "text/html; charset=utf-8",
   "Content-Security-Policy": [

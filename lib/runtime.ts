@@ -17,13 +17,10 @@ export interface Tls {
   clientNames?: boolean;
 }
 
-/** What `serve` needs; `port` 0 takes a free one. */
 export interface ServeOptions {
   hostname: string;
   port: number;
-  /** Largest body in bytes that is read at all. */
   maxBodyBytes: number;
-  /** Seconds without a byte after which a connection is closed. */
   idleTimeoutSeconds: number;
   tls?: Tls;
   /** `names`: what the client's certificate is for, with `clientNames`. */
@@ -61,7 +58,6 @@ interface DenoInfo {
 }
 const { Bun: bun, Deno: deno } = globalThis as unknown as { Bun?: BunRuntime; Deno?: DenoRuntime };
 
-/** Name and version of the runtime, for the log and `--version`. */
 export const runtime: string = bun
   ? `bun ${(bun as unknown as { version: string }).version}`
   : `deno ${(deno as unknown as { version: { deno: string } }).version.deno}`;
@@ -181,7 +177,6 @@ export interface ClientTls {
   ca?: string;
   cert?: string;
   key?: string;
-  /** URL of an HTTP proxy. */
   proxy?: string | undefined;
 }
 
@@ -315,7 +310,6 @@ export class NameLocks {
     return { release: () => void locks?.fcntl(fd, F_OFD_SETLK, rangeOf(name, F_UNLCK)) };
   }
 
-  /** Lets all of them go. */
   close(): void {
     if (this.#fd >= 0) closeSync(this.#fd);
     this.#fd = -1;
@@ -344,7 +338,6 @@ export function collectGarbage(): void {
 /** Not a literal where it is imported: Deno's checker would refuse the scheme. */
 const FFI = "bun:ffi" as string;
 
-/** Functions of the C library. */
 async function openLibrary(symbols: Record<string, object>): Promise<Record<string, unknown>> {
   const { dlopen } = await import(FFI);
   for (const library of ["libc.so.6", "libc.so", "libc.musl-x86_64.so.1", "libSystem.dylib"]) {

@@ -25,7 +25,6 @@ export const MINUTE = 60_000;
 export const HOUR = 60 * MINUTE;
 export const DAY = 24 * HOUR;
 
-/** The version of the project, from package.json. */
 export const VERSION: string = packageJson.version;
 
 /** SIGTERM and SIGINT end a script within 5 seconds, even when something in hand does not return. */
@@ -40,10 +39,8 @@ export interface Log {
   error(message: string, fields?: Fields): void;
 }
 
-/** What a script's `main` and passes are given. */
 export interface Service<S extends Section> {
   config: Config[S];
-  /** Path of the config file, for messages. */
   configFile: string;
   /** Flags that were given; a flag with a value has it as text, others are true. */
   flags: Record<string, string | boolean | undefined>;
@@ -51,7 +48,6 @@ export interface Service<S extends Section> {
   /** Aborted by SIGTERM or SIGINT. */
   signal: AbortSignal;
   now: () => number;
-  /** What `--check` says. */
   checks: Checks;
   /**
    * At each SIGHUP `handler` is given the config as it then is, and gives the keys that it can't take up while running.
@@ -186,7 +182,6 @@ function followReloads<S extends Section>(
   });
 }
 
-/** Says what ended the script and gives the exit code for it. */
 function exitCodeOf(error: unknown, log: Log): number {
   if (error instanceof OperatorError) {
     process.stderr.write(`${error.message}\n`);
@@ -198,7 +193,6 @@ function exitCodeOf(error: unknown, log: Log): number {
   return EXIT.failed;
 }
 
-/** A script's own flags and those of all, with what they do. */
 function flagsOf<S extends Section>({ flags = {} }: ScriptSpec<S>): Record<string, string> {
   const status = {
     "host=HOST": "with --status: of one sender",
@@ -266,7 +260,6 @@ function usage<S extends Section>(spec: ScriptSpec<S>): string {
 
 // ---- --check
 
-/** `--check`: what every script looks at, then what this one does. */
 async function lookAround<S extends Section>(spec: ScriptSpec<S>, service: Service<S>): Promise<void> {
   const { checks, config, configFile, now, flags } = service;
   checks.ok(`config: the section "${spec.name}" of ${configFile}`);
@@ -314,7 +307,6 @@ function findZone(now: number): { zone: string; warning: string | undefined } {
 
 // ---- log
 
-/** A log that writes lines to `write`, by default stdout. */
 export function createLog(write: (line: string) => void = (line) => process.stdout.write(line)): Log {
   const at = (level: string) => (message: string, fields?: Fields) =>
     write(`${new Date().toISOString()} ${level} ${message}${formatFields(fields)}\n`);
@@ -356,7 +348,6 @@ export function createFaultLog(log: Log, now: () => number = Date.now) {
       }
       open.set(key, fault);
     },
-    /** How many faults last. */
     lasting: () => open.size,
     recovered(key: string, message: string, fields?: Fields): void {
       const fault = open.get(key);

@@ -12,7 +12,6 @@ export type FaultKind = (typeof FAULT_KINDS)[number];
 
 const forwarderStateSchema = z.object({
   version: z.literal(1),
-  /** When this was written. */
   at: z.number(),
   /** Whether it is a forwarder that stays: the file's time is then its last sign of life. */
   stays: z.boolean().optional(),
@@ -20,7 +19,6 @@ const forwarderStateSchema = z.object({
   ok: z.boolean(),
   /** Why not, in words, and since when without a break. */
   fault: z.object({ kind: z.enum(FAULT_KINDS), text: z.string(), since: z.number() }).optional(),
-  /** When the last batch was delivered. */
   lastSentAt: z.number().optional(),
   /** The files in failed/: how often tried there, when again, and why it failed last. */
   failed: z.record(z.string(), z.object({ attempts: z.number(), nextAt: z.number(), reason: z.string() })),
@@ -30,7 +28,6 @@ const forwarderStateSchema = z.object({
 /** `<dir>/.forwarder-state.json`. */
 export type ForwarderState = z.infer<typeof forwarderStateSchema>;
 
-/** Where the forwarder's state is. */
 export function forwarderStatePath(dir: string): string {
   return join(dir, ".forwarder-state.json");
 }
@@ -77,7 +74,6 @@ const muteSchema = z.object({
 /** A maintenance window of a host, or of `*`: its silence is not told. */
 export type Mute = z.infer<typeof muteSchema>;
 
-/** What the monitor's state file says to others. */
 export const monitorNewsSchema = z.looseObject({
   version: z.number(),
   at: z.number(),

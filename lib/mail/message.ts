@@ -32,13 +32,11 @@ export interface Change {
   title: string;
   text: string;
   status: Status;
-  /** Whether the subject is a sender. */
   sender: boolean;
   /** When it began; of what is over when that began. */
   since: number;
   lasted?: number;
   bytes?: number;
-  /** Commands that fit the case. */
   next?: string[];
 }
 
@@ -50,7 +48,6 @@ export interface Alert {
   standing: string[];
 }
 
-/** What a mail says. */
 export interface MailText {
   subject: string;
   html: string;
@@ -58,7 +55,6 @@ export interface MailText {
   attachment?: { filename: string; content: string };
 }
 
-/** What all mails say of the monitor: the address of the page. */
 interface Around {
   page?: string | undefined;
 }
@@ -73,7 +69,6 @@ const SUBJECT_LENGTH = 90;
 /** So many facts or senders are told one by one. */
 const FACTS = 30;
 const ROWS = 40;
-/** Height of the curve's tallest bar in pixels. */
 const CURVE_PX = 48;
 
 /** Those of the status page: each keeps WCAG's 4.5:1, as text on white and under white text. */
@@ -208,7 +203,6 @@ function oneLine(change: Change): string {
   return line.length <= SUBJECT_LENGTH ? line : `${line.slice(0, SUBJECT_LENGTH - 1)}…`;
 }
 
-/** What happened to several senders, in a word. */
 function inAWord(change: Change): string {
   if (change.kind === "over") return change.lasted === undefined ? "heard for the first time" : "back";
   if (change.kind === "lost") return "lost bytes";
@@ -305,7 +299,6 @@ export interface SummaryAround extends Around {
   digest?: { name: string; sha256: string } | undefined;
 }
 
-/** The mail of an hour. */
 export function renderSummary(summary: HourSummary, around: SummaryAround): MailText {
   const { total, rows, vanished } = summary;
   const { day, hour } = hourName(summary.hourEnd, around.zone);
@@ -518,7 +511,6 @@ function csvOf(rows: HourRow[]): string {
 
 // ---- what all mails share
 
-/** The frame of every mail. */
 function frame(title: string, subtitle: string, color: string, body: Html): string {
   return String(html`<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

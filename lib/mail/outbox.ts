@@ -43,7 +43,6 @@ const POST_CHANGES = 100;
 /** What a run is given. `uptime` is that of this machine in milliseconds. */
 export interface MonitorContext extends PassContext<"monitor"> {
   uptime?: () => number;
-  /** Waits until it is time for the second look. */
   secondLook?: () => Promise<void>;
 }
 
@@ -92,12 +91,10 @@ const incidentSchema = z.object({
   toldAt: z.number(),
   /** The id of the notification that opened the incident. */
   thread: z.string().optional(),
-  /** Times of the latest changes. */
   changes: z.array(z.number()),
   flapping: z.boolean().optional(),
   next: z.array(z.string()).optional(),
 });
-/** What is known of a subject and was told of it. */
 export type Incident = z.infer<typeof incidentSchema>;
 
 const stateSchema = monitorNewsSchema.extend({
@@ -158,7 +155,6 @@ export class StateStore {
   readonly context: MonitorContext;
   readonly #path: string;
   readonly #spare: string;
-  /** Why the last change could not be saved. */
   unsaved: string | undefined;
 
   constructor(context: MonitorContext) {
@@ -289,7 +285,6 @@ export async function deliver(store: StateStore, snapshot: Snapshot): Promise<bo
 
 interface Rendered {
   text: MailText;
-  /** Missing and vanished batches that it tells. */
   missing: string[];
 }
 

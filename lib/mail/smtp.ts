@@ -107,7 +107,6 @@ function whoIsRefused(error: SmtpError, to: string[]): RefusedRecipient[] {
   return ofThisMail ? to.map((address) => ({ address, permanent: true, reason: error.message })) : [];
 }
 
-/** A certificate that is not trusted: the way out is in the config. */
 function explainTrust(error: SmtpError): Error {
   const text = errorMessage(error);
   if (!/certificate|self.signed|altname|issuer/i.test(`${text} ${error.code}`)) return error;

@@ -16,7 +16,6 @@ import { readDelivered } from "../report.ts";
 import { collectGarbage } from "../runtime.ts";
 import { errorMessage, formatLocalTime, HOUR } from "../service.ts";
 
-/** Hours of the curve. */
 const CURVE_HOURS = 24;
 /** How far back it is looked for batches that vanished. */
 const MISSING_MS = 48 * HOUR;
@@ -81,7 +80,6 @@ const PLACES = ["received", "delivered", "waiting", "failed", "missing", "open"]
 
 export interface HourSummary extends Pick<AccountSpan, "hourEnd"> {
   rows: HourRow[];
-  /** Sums over all senders. */
   total: Record<(typeof PLACES)[number], Amount> & Pick<HourRow, "differs" | "late" | "since">;
   /** Names of this account's batches that are nowhere. */
   missing: string[];
@@ -89,11 +87,9 @@ export interface HourSummary extends Pick<AccountSpan, "hourEnd"> {
   vanished: { host: string; name: string; lines: number }[];
   /** Lines of each of the 24 hours up to this one, oldest first. */
   curve: number[];
-  /** What could not be read. */
   unreadable: string[];
 }
 
-/** Makes the account, for all senders that are known or expected. */
 export async function summariseHour(
   { dir, report, expected }: Config["monitor"],
   span: AccountSpan,

@@ -21,7 +21,6 @@ export interface Arrival {
   names?: string[];
 }
 
-/** The rules of a config. All is decided from the request and the config alone, before anything touches the disk. */
 export class Access {
   readonly #config: ReceiverConfig;
   readonly #faults: FaultLog;
@@ -320,13 +319,11 @@ export class Refusals {
     return this.#lines++ < LINES_A_MINUTE;
   }
 
-  /** Those of the last hour. */
   list(): RefusedSender[] {
     const after = this.#now() - 3_600_000;
     return [...this.#rows.values()].map(({ seen }) => seen).filter(({ at }) => at > after);
   }
 
-  /** Limits that a host met in the last ten minutes. */
   pressed(): { host: string; text: string }[] {
     const after = this.#now() - 600_000;
     return [...this.#pressed].filter(([, { at }]) => at > after).map(([host, { text }]) => ({ host, text }));

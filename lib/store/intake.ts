@@ -37,7 +37,6 @@ interface Body {
   encoded?: { encoding: "gzip" | "zstd"; bytes: Uint8Array };
 }
 
-/** What one sender has in hand. */
 interface Share {
   reading: number;
   requests: number;
@@ -121,7 +120,6 @@ export class Intake {
     }
   }
 
-  /** A body that is large or of unknown length. */
   async #readPieces(
     request: Request,
     inTime: <T>(work: Promise<T>) => Promise<T>,

@@ -49,7 +49,6 @@ export interface Run {
 /** What one chunk does. Lengths and offsets are absolute: to do it twice is the same as once. */
 export interface Entry {
   seq: number;
-  /** The id of its journal. */
   journal?: string;
   synced: Position;
   at: number;
@@ -57,7 +56,6 @@ export interface Entry {
   stream: string;
   /** The source offset of the first line in it. */
   from: number;
-  /** Where the stream stands afterwards. */
   state: StreamRecord;
   runs: Run[];
   /** `[from, to)` of the body is a line without an end, held behind `at` bytes of it. */
@@ -303,7 +301,6 @@ function segmentPath(dir: string, id: string, n: number): string {
   return join(dir, `.journal-${id}-${String(n).padStart(8, "0")}`);
 }
 
-/** The lock of a journal. */
 export function journalLock(dir: string, id: string): string {
   return join(dir, `.journal-${id}.lock`);
 }
@@ -437,7 +434,6 @@ export class StoreError extends Error {
   }
 }
 
-/** What a fault of the disk is answered with. */
 export function storeError(error: unknown): StoreError {
   if (error instanceof StoreError) return error;
   const { code } = error as NodeJS.ErrnoException;

@@ -28,7 +28,6 @@ export class BatchNames {
     this.#ledger = ledger;
   }
 
-  /** How many were begun in the hour of `now`. */
   begunAt(now: number): number {
     const hour = Math.floor(now / HOUR);
     if (this.#hour !== hour) this.#begun = 0;

@@ -104,7 +104,6 @@ function writeFull(fd: number, bytes: Uint8Array, position: number): void {
   }
 }
 
-/** A sender's folder, and what is known of it. */
 interface SenderFolder {
   host: string;
   folder: string;
@@ -112,7 +111,6 @@ interface SenderFolder {
   log: Log;
 }
 
-/** What a chunk's entry is written into. */
 export interface Place extends SenderFolder {
   parts: Parts;
   /** Paths that were written since they were synced. */
@@ -221,7 +219,6 @@ function isUsedUp(ledger: Ledger, name: string): boolean {
   return ledger.sealed.has(name) && !ledger.open.has(name);
 }
 
-/** A chunk's body as it was before it was encoded. */
 export function decodeBody({ encoding }: Entry, body: Uint8Array): Uint8Array {
   if (encoding === "gzip") return gunzipSync(body);
   return encoding === "zstd" ? zstdDecompressSync(body) : body;

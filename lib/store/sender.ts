@@ -16,6 +16,7 @@ import { join } from "node:path";
 import { promisify } from "node:util";
 import { FAILED, LEDGER, parseBatchName, withState } from "../batch.ts";
 import type { ChunkHeaders, Encoding, SenderNews, StreamStatus } from "../chunk.ts";
+import type { Config } from "../config.ts";
 import { failpoint, ifMissing, moveAllDurably, removeDurably, syncPath, writeDurably } from "../durable.ts";
 import { formatRecord, type Ledger, noteSealed, type StreamRecord, snapshot, useUpName } from "../ledger.ts";
 import type { Lock } from "../runtime.ts";
@@ -33,18 +34,12 @@ import {
 } from "./recover.ts";
 import { type FindWindow, STAMP_WITHIN, type Window, windowOfArrival } from "./window.ts";
 
-/** What all senders of a process share. */
-export interface StoreOptions {
-  dir: string;
-  prefix: string;
-  windowMinutes: number;
-  sealAfterSeconds: number;
-  sealLatestSeconds: number;
-  forgetAfterDays: number;
-  maxHosts: number;
-  maxStreamsPerHost: number;
-  maxWindowsPerHost: number;
-  maxNamesPerHour: number;
+type ReceiverConfig = Config["receiver"];
+
+export interface StoreOptions
+  extends Pick<ReceiverConfig, "dir" | "prefix" | "windowMinutes" | "sealAfterSeconds" | "sealLatestSeconds">,
+    Pick<ReceiverConfig, "forgetAfterDays" | "maxHosts" | "maxStreamsPerHost" | "maxWindowsPerHost">,
+    Pick<ReceiverConfig, "maxNamesPerHour"> {
   findWindow: FindWindow;
   /** Whether the config names this host itself. */
   isListed?: (host: string) => boolean;
@@ -60,7 +55,6 @@ export interface Chunk extends Partial<ChunkHeaders> {
   body: Uint8Array;
   /** The same as it came: what the journal keeps. */
   encoded?: { encoding: Encoding; bytes: Uint8Array };
-  /** The address that it came from. */
   peer: string;
 }
 
@@ -106,7 +100,6 @@ export class Sender implements Place {
   options: StoreOptions;
   /** A part or the ledger could not be written: it is to be written again from the journal. */
   broken: unknown;
-  /** Chunks that were staged so far. */
   staged = 0;
   /** Whether a checkpoint would say something new. */
   isDirty = false;
@@ -122,7 +115,6 @@ export class Sender implements Place {
   /** What is staged and not in the ledger yet. */
   readonly #streams = new Map<string, StreamRecord>();
   readonly #lengths = new Map<string, { bytes: number; entries: number }>();
-  /** The open batch of each window. */
   readonly #batches = new Map<string, string>();
   /** Sealed in the ledger, not renamed yet. */
   readonly #finishing = new Set<string>();
@@ -179,9 +171,8 @@ export class Sender implements Place {
   // ---- taking a chunk in
 
   /**
-   * Compares a chunk with what is staged, and stages it. Gives `ahead` for one that starts behind where its stream stands,
-   * else a promise of the outcome, which comes when what it tells is on stable storage. Rule: a request is compared with
-   * what is staged; whatever tells an offset waits for the sync of what it tells.
+   * Gives `ahead` for a chunk that starts behind where its stream stands, else a promise of its outcome. Rule: a request is
+   * compared with what is staged; whatever tells an offset waits for the sync of what it tells.
    */
   take(chunk: Chunk, mayWait: boolean): Promise<"ahead" | { outcome: Promise<Outcome> }> {
     return this.turn(async () => {
@@ -277,7 +268,6 @@ export class Sender implements Place {
     throw new StoreError(503, `host ${this.host} has ${this.options.maxStreamsPerHost} streams already`);
   }
 
-  /** Files each run of lines of one window. */
   async #fileLines(draft: Draft, offset: number): Promise<void> {
     const { body } = draft.chunk;
     const { state } = draft.entry;
@@ -430,10 +420,7 @@ export class Sender implements Place {
     return settled.then(() => ({ kind: "stored", lines, offset: state.offset }));
   }
 
-  /**
-   * Rule: what was not synced never was; the next chunk is compared with what is committed, and that is what was synced
-   * before, once it is written.
-   */
+  /** Rule: what was not synced never was: the next chunk is compared with what was synced, once that is written. */
   async #forgetStaged(): Promise<void> {
     await this.#writes;
     this.#isCut = false;
@@ -601,7 +588,6 @@ export class Sender implements Place {
     this.checkpointAt = this.options.now();
   }
 
-  /** The open batches that may be sealed now. */
   due(): string[] {
     const { sealAfterSeconds, sealLatestSeconds, maxWindowsPerHost, now: clock } = this.options;
     const now = clock();
@@ -639,14 +625,8 @@ export class Sender implements Place {
       await ifMissing(truncate(path, batch.bytes));
       this.dirty.add(path);
       const { bytes, lines, lowest } = batch;
-      noteSealed(this.ledger, {
-        name,
-        bytes,
-        lines,
-        at: this.options.now(),
-        waits: true,
-        ...(lowest && { lowest }),
-      });
+      const at = this.options.now();
+      noteSealed(this.ledger, { name, bytes, lines, at, waits: true, ...(lowest && { lowest }) });
       this.ledger.open.delete(name);
       this.#finishing.add(name);
     }
@@ -716,7 +696,6 @@ export class Sender implements Place {
     return undefined;
   }
 
-  /** Waits for what is staged. */
   settle(): Promise<void> {
     return this.turn(() => this.#settle());
   }
@@ -751,7 +730,6 @@ export class Sender implements Place {
   }
 }
 
-/** The wire's rules for one chunk. */
 function compare(
   { offset, end, mark, from, begin }: Chunk,
   known: StreamRecord | undefined,
@@ -772,7 +750,6 @@ function windowOf({ window, windowEnd = 0 }: StreamRecord): Window | undefined {
   return window === undefined ? undefined : { name: window, endsAt: windowEnd, zone: 0 };
 }
 
-/** Whether nothing was ever heard of a host in this folder. */
 function isUnheard({ facts, streams, used }: Ledger): boolean {
   return facts.shippers === undefined && streams.size === 0 && used.size === 0;
 }

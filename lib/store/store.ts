@@ -64,7 +64,6 @@ export class Store {
     this.#journal = new Journal(options.dir, randomBytes(8).toString("hex"));
   }
 
-  /** Takes what the config says now. */
   configure(options: StoreOptions): void {
     this.#options = { ...this.#options, ...options };
     for (const sender of this.senders.values()) sender.options = this.#options;
@@ -99,7 +98,6 @@ export class Store {
     }
   }
 
-  /** The journal's lock, held before its first record. */
   async #lockJournal(): Promise<void> {
     const { dir } = this.#options;
     await makeFolder(dir);

@@ -151,7 +151,6 @@ class Calendar {
 /** Where the time of a format is, compiled from the text of the format once. */
 export interface TimePlace {
   variable: TimeVariable;
-  /** Text before the first variable. */
   prefix: Uint8Array;
   /** Quotes and tabs of the whole format, and those before the time; undefined with `escape=none`. */
   delimiters: { all: number; before: number } | undefined;
@@ -227,7 +226,6 @@ function readDirective(text: string): { escaping: string; format: string } {
   };
 }
 
-/** The place of the time variable that is the piece `index`. */
 function placeAt(pieces: Piece[], index: number, escaping: string): TimePlace {
   const variable = pieces[index]?.variable as TimeVariable;
   const isFree = escaping === "none";
@@ -294,7 +292,6 @@ function exampleOf(name: string, now: Date): string {
   return examples[name] ?? "-";
 }
 
-/** Finds the time of a line by the places of one format or several. */
 function findByFormats(calendar: Calendar, places: TimePlace[]): FindWindow {
   const [only] = places;
   if (only && places.length === 1) {
@@ -435,7 +432,6 @@ class QuoteSearch {
 
 // ---- without logFormat
 
-/** The rules for formats that nobody described. */
 function findByRules(calendar: Calendar): FindWindow {
   const quotes = new QuoteSearch();
   return (b, start, lineEnd) => {
@@ -555,7 +551,6 @@ function windowAt(wall: number, windowMinutes: number, zone: number): Window {
   return { name, endsAt: parseWindow(name).end - zone * MINUTE, zone };
 }
 
-/** Two decimal digits as a number, NaN when they are none. */
 function two(b: Uint8Array, at: number): number {
   const tens = (b[at] as number) - 48;
   const ones = (b[at + 1] as number) - 48;
