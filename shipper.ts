@@ -40,7 +40,7 @@ import {
   takeStatus,
   takeWayBack,
 } from "./lib/tail/answers.ts";
-import { isAtEnd, placeOf, type Stream } from "./lib/tail/cursor.ts";
+import { closeFile, holding, isAtEnd, placeOf, type Stream } from "./lib/tail/cursor.ts";
 import {
   addMark,
   compressionOf,
@@ -76,47 +76,71 @@ const SLOW_MS = 2_000;
 /** The smallest chunk that a 413 or a slow link can lead to. */
 const MIN_CHUNK_BYTES = 4096;
 
-/** The one object that everything here takes and changes. */
-export interface Shipper {
-  config: Config["shipper"];
+/** What a shipper is opened with. `isFresh`: nothing of ours was in the state folder. */
+export interface ShipperOptions {
   log: Log;
   signal: AbortSignal;
   /** The wall clock, and one that nobody sets, ms. */
   now: () => number;
-  mono: () => number;
-  faults: FaultLog;
-  streams: Streams;
+  mono?: () => number;
+  isFresh?: boolean;
+}
+
+/** The one object that everything here takes and changes. */
+export class Shipper {
+  config: Config["shipper"];
+  readonly log: Log;
+  readonly signal: AbortSignal;
+  readonly now: () => number;
+  readonly mono: () => number;
+  readonly faults: FaultLog;
+  readonly streams: Streams;
   uploader: Uploader;
-  buffers: Buffers;
-  wakeup: Wakeup;
+  readonly buffers: Buffers;
+  readonly wakeup = new Wakeup();
   /** Rung when the receiver may be to be asked. */
-  asking: Wakeup;
+  readonly asking = new Wakeup();
   skip: SkipRule[];
   /** Largest chunk now, and the largest that the receiver takes. */
   chunkBytes: number;
   mostBytes: number;
   /** Statuses that were answered since the last good answer, to chunks and to questions: an answered question says nothing of chunks. */
-  failing: Set<number>;
-  unanswered: Set<number>;
+  readonly failing = new Set<number>();
+  readonly unanswered = new Set<number>();
   /** Counts since the start. */
-  sent: { lines: number; bytes: number; chunks: number };
+  readonly sent = { lines: 0, bytes: 0, chunks: 0 };
   /** When the receiver answered last as the contract says, on the wall clock. */
-  answeredAt: number;
+  answeredAt = 0;
   /** The receiver is to be asked at once; streams that it said it does not know. */
-  askNow: boolean;
+  askNow = false;
+  readonly unknown = new Set<Stream>();
   /** Heartbeats in a row at which a path of `files` matched nothing: one may fall into a rotation. */
-  lacking: number;
+  lacking = 0;
   /** When paths of `files` that match nothing are told of next. */
-  missingAt: number;
-  unknown: Set<Stream>;
-  /** Streams without a file, of which the receiver may have more than the cursor says. */
-  orphans: Stream[];
+  missingAt = 0;
   /** When it may be asked what it knows of a host without a cursor. */
-  askAt: number;
+  askAt = 0;
   /** A look at all files, for `Log-Through`. */
-  noted?: { at: number; sizes: { stream: Stream; size: number }[] };
+  noted?: { at: number; sizes: Map<Stream, number> };
   /** The next look is due, on the clock that nobody sets. */
-  lookAt: number;
+  lookAt = 0;
+
+  constructor(
+    config: Config["shipper"],
+    { log, signal, now, mono = () => performance.now() }: ShipperOptions,
+  ) {
+    this.config = config;
+    this.log = log;
+    this.signal = signal;
+    this.now = now;
+    this.mono = mono;
+    this.faults = createFaultLog(log, mono);
+    this.streams = new Streams(config, { log, faults: this.faults, signal, now, mono });
+    this.uploader = new Uploader(config, signal);
+    this.buffers = new Buffers(MARK_BYTES + config.chunkBytes);
+    this.skip = config.skip.map(parseSkipRule);
+    this.chunkBytes = this.mostBytes = config.chunkBytes;
+  }
 }
 
 /** The receiver does not take chunks now: hold the offset and try again after `waitMs`. */
@@ -172,50 +196,15 @@ function reload(shipper: Shipper, next: Config["shipper"]): string[] {
   return fixed.filter((key) => next[key] !== config[key]);
 }
 
-/** What a shipper is opened with. `isFresh`: nothing of ours was in the state folder. */
-export interface ShipperOptions extends Pick<Shipper, "log" | "signal" | "now"> {
-  mono?: () => number;
-  isFresh?: boolean;
-}
-
 /** A shipper that has taken up what the cursor knows and what the config names. */
-export async function openShipper(
-  config: Config["shipper"],
-  { log, signal, now, mono = () => performance.now(), isFresh = true }: ShipperOptions,
-): Promise<Shipper> {
-  const faults = createFaultLog(log, mono);
-  const streams = new Streams(config, { log, faults, signal, now, mono });
-  const shipper: Shipper = {
-    config,
-    log,
-    signal,
-    now,
-    mono,
-    faults,
-    streams,
-    uploader: new Uploader(config, signal),
-    buffers: new Buffers(MARK_BYTES + config.chunkBytes),
-    wakeup: new Wakeup(),
-    asking: new Wakeup(),
-    skip: config.skip.map(parseSkipRule),
-    chunkBytes: config.chunkBytes,
-    mostBytes: config.chunkBytes,
-    failing: new Set(),
-    unanswered: new Set(),
-    sent: { lines: 0, bytes: 0, chunks: 0 },
-    answeredAt: 0,
-    askNow: false,
-    lacking: 0,
-    missingAt: 0,
-    unknown: new Set(),
-    orphans: [],
-    askAt: 0,
-    lookAt: 0,
-  };
+export async function openShipper(config: Config["shipper"], options: ShipperOptions): Promise<Shipper> {
+  const { isFresh = true } = options;
+  const shipper = new Shipper(config, options);
+  const { streams } = shipper;
   await streams.open();
   if (streams.found === "damaged" || (streams.found === "absent" && !isFresh)) {
     const patience = Math.min(PATIENCE_MS, config.timeoutSeconds * 1000) - process.uptime() * 1000;
-    shipper.askAt = mono() + Math.max(0, patience);
+    shipper.askAt = shipper.mono() + Math.max(0, patience);
   }
   if (streams.found === "absent") await takeOverOffset(shipper);
   return shipper;
@@ -251,9 +240,10 @@ async function takeOverOffset(shipper: Shipper): Promise<void> {
 /** Ships to the end of every file, and ends when the receiver has everything that could be read. */
 async function drainAll(shipper: Shipper): Promise<number> {
   const { signal, mono, sent, streams } = shipper;
-  const progress = createProgress("shipping", bytesAhead(shipper));
-  const ticker = setInterval(() => progress.show(sent.bytes), 250);
   const before = streams.lost;
+  await lookOnce(shipper);
+  const progress = createProgress("shipping", lagOf(shipper));
+  const ticker = setInterval(() => progress.show(sent.bytes), 250);
   while (!signal.aborted) {
     const pass = await shipOnce(shipper);
     if (pass.atEnd) break;
@@ -270,24 +260,13 @@ async function drainAll(shipper: Shipper): Promise<number> {
   return faults === 0 || signal.aborted ? EXIT.done : EXIT.failed;
 }
 
-/** Bytes on disk behind the offsets, before the first look. */
-function bytesAhead({ streams }: Shipper): number {
-  let bytes = 0;
-  for (const path of streams.paths.livePaths()) {
-    const found = lookAt(path, path, true, true, new Map());
-    const offset = streams.list.find(({ key }) => key === found?.key)?.offset ?? 0;
-    bytes += Math.max(0, (found?.size ?? 0) - offset);
-  }
-  return bytes;
-}
-
 /** What one pass over all files came to. */
 export interface Pass {
   shipped: boolean;
   /** Everything that there is was shipped, and no file is in the middle of being copied or compressed. */
   atEnd: boolean;
   /** The receiver refused: try again after so many ms. */
-  waitMs?: number;
+  waitMs?: number | undefined;
 }
 
 /** One pass: looks which file is which, asks the receiver when that is needed, then ships every stream to its end. */
@@ -295,26 +274,22 @@ export async function shipOnce(shipper: Shipper): Promise<Pass> {
   const { streams, sent, mono } = shipper;
   const before = sent.chunks;
   let look = await lookOnce(shipper);
-  const needsAnswer = !streams.asked || shipper.orphans.length > 0 || shipper.askNow;
-  if (needsAnswer && mono() < shipper.askAt)
-    return { shipped: false, atEnd: false, waitMs: shipper.askAt - mono() };
-  if (needsAnswer) {
+  if (shipper.askNow) {
+    const early = shipper.askAt - mono();
+    if (early > 0) return { shipped: false, atEnd: false, waitMs: early };
     if (!(await ask(shipper))) return { shipped: false, atEnd: false, waitMs: FAULT_MS };
     look = await lookOnce(shipper);
   }
   const passes = await Promise.all([...streams.logs.values()].map((log) => shipLog(shipper, log)));
   const waits = passes.flatMap(({ waitMs }) => waitMs ?? []);
-  const isHeld = [...streams.logs.values()].some((log) => log.isHeld);
-  const atEnd =
-    look.isSettled && !isHeld && !shipper.askNow && passes.every((pass) => pass.atEnd) && streams.asked;
-  return { shipped: sent.chunks > before, atEnd, ...(waits.length > 0 && { waitMs: Math.min(...waits) }) };
+  const atEnd = look.isSettled && !shipper.askNow && passes.every((pass) => pass.atEnd);
+  return { shipped: sent.chunks > before, atEnd, waitMs: waits.length > 0 ? Math.min(...waits) : undefined };
 }
 
 async function lookOnce(shipper: Shipper): Promise<Look> {
   const look = await shipper.streams.look();
   shipper.lookAt = look.nextAt;
-  shipper.orphans = look.orphans;
-  if (look.orphans.length > 0 || !shipper.streams.asked) shipper.askNow = true;
+  if (shipper.streams.orphans.length > 0 || !shipper.streams.asked) shipper.askNow = true;
   shipper.asking.ring();
   if (shipper.mono() >= shipper.missingAt) await noteMissing(shipper);
   return look;
@@ -325,7 +300,7 @@ async function followAll(shipper: Shipper): Promise<void> {
   const { signal, mono, streams, wakeup, faults } = shipper;
   const touched = new Set<string>();
   const watch = new Watch((path, event) => {
-    if (event === "rename") shipper.lookAt = Math.min(shipper.lookAt, mono());
+    if (event === "rename") shipper.lookAt = 0;
     else touched.add(path);
     wakeup.ring();
   });
@@ -387,7 +362,7 @@ function refresh(shipper: Shipper, stream: Stream): void {
       streams.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
     }
     Object.assign(stream, { size: found.size, mtimeMs: found.mtimeMs });
-  } else shipper.lookAt = Math.min(shipper.lookAt, mono());
+  } else shipper.lookAt = 0;
 }
 
 /** A line after a pause goes at once, steady traffic once per `flushMs`, a backlog without waiting. */
@@ -431,8 +406,7 @@ function isDue(shipper: Shipper, log: FollowedLog, stream: Stream): boolean {
 
 /** Ships the streams of a log to their ends, oldest first, the live one last. */
 async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "shipped">> {
-  const { streams, signal } = shipper;
-  if (!streams.asked) return { atEnd: false };
+  const { signal } = shipper;
   try {
     const own = streamsOf(shipper, log);
     const live = own.filter(({ isLive }) => isLive);
@@ -473,7 +447,7 @@ async function shipRotated(shipper: Shipper, log: FollowedLog, rotated: Stream[]
         isGrown = true;
         atEnd = (await shipStream(shipper, stream)) && atEnd;
       } else if (!stream.isBusy && stream.phase.is === "reading")
-        await streams.holding(stream, () => streams.finish(stream));
+        await holding(stream, () => streams.finish(stream));
     }
   }
   return atEnd;
@@ -483,7 +457,7 @@ async function shipRotated(shipper: Shipper, log: FollowedLog, rotated: Stream[]
 async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
   const buffer = await shipper.buffers.take();
   try {
-    return !stream.isBusy && (await shipWith(shipper, stream, buffer));
+    return !stream.isBusy && (await holding(stream, () => shipWith(shipper, stream, buffer)));
   } finally {
     shipper.buffers.give(buffer);
     await shipper.streams.closeSome();
@@ -493,17 +467,16 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
 async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBuffer>): Promise<boolean> {
   const { streams, faults, mono } = shipper;
   const place = placeOf(stream);
-  stream.isBusy = true;
   try {
     const file = await streams.openStream(stream);
     if (!file) {
-      shipper.lookAt = Math.min(shipper.lookAt, mono()); // it finds the file, or that it is gone
+      shipper.lookAt = 0; // it finds the file, or that it is gone
       stream.retryAt = mono() + NAMES_MS;
       return true;
     }
     await findWayBack(streams, stream, file);
     takeWayBack(streams, stream);
-    const isDone = await drain(shipper, stream, { file, buffer, chunks: [], isSingle: false });
+    const isDone = await drain(shipper, { stream, file, buffer, chunks: [], isSingle: false, hasMore: true });
     stream.endedAs = isDone ? place : "";
     faults.recovered(stream.path, "log file can be read again", { path: stream.path });
     await streams.finish(stream);
@@ -512,19 +485,14 @@ async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBu
     if (error instanceof Refused || shipper.signal.aborted)
       throw error instanceof Refused ? error : new Refused(0);
     if (error instanceof Changed && stream.file) {
-      const { file } = stream;
-      shipper.lookAt = Math.min(shipper.lookAt, mono());
-      const isSame = await streams.rebase(stream, file, (await file.stat()).size);
-      if (!isSame || stream.file !== file) await file.close();
+      shipper.lookAt = 0;
+      await streams.rebase(stream, stream.file, (await stream.file.stat()).size);
       return false;
     }
-    await stream.file?.close().catch(() => {});
-    stream.file = undefined;
+    await closeFile(stream);
     stream.retryAt = mono() + shipper.config.pollSeconds * 1000; // the others go on
     logFault(shipper, stream.path, error);
     return true;
-  } finally {
-    stream.isBusy = false;
   }
 }
 
@@ -539,41 +507,41 @@ function logFault(shipper: Shipper, path: string, error: unknown): void {
 interface Flown {
   chunk: EncodedChunk;
   marks: Mark[];
-  /** There may be more behind it. */
-  isFull: boolean;
   answer: Promise<Answer>;
   sentAt: number;
 }
 
-/** The chunks of one stream that are on their way, oldest first. */
-interface InFlight {
+/** A stream that is being shipped, and its chunks that are on their way, oldest first. */
+interface Transfer {
+  stream: Stream;
   file: LogFile;
   buffer: Buffer<ArrayBuffer>;
   chunks: Flown[];
   /** One at a time, until the next 200. */
   isSingle: boolean;
+  /** There may be more behind what was read last. */
+  hasMore: boolean;
 }
 
 /** Ships a stream up to the present end of its file. False when it can't go on before others do. Throws Refused, Changed, the system's error. */
-async function drain(shipper: Shipper, stream: Stream, inFlight: InFlight): Promise<boolean> {
+async function drain(shipper: Shipper, transfer: Transfer): Promise<boolean> {
+  const { stream, file, chunks } = transfer;
   try {
-    if (stream.offset === 0) await skipHole(shipper, stream, inFlight.file);
-    let last: Flown | undefined;
+    if (stream.offset === 0) await skipHole(shipper, stream, file);
     while (!shipper.signal.aborted) {
-      last = await fill(shipper, stream, inFlight, last);
-      const first = inFlight.chunks.shift();
+      await fill(shipper, transfer);
+      const first = chunks.shift();
       if (!first) return !shipper.signal.aborted;
       const answer = await first.answer;
       failpoint("shipper:answered");
-      if (answer.kind === "stored") commit(shipper, stream, first, inFlight);
-      else if (!(await goBack(shipper, stream, inFlight, answer))) return false;
-      if (answer.kind !== "stored") last = undefined;
+      if (answer.kind === "stored") commit(shipper, transfer, first);
+      else if (!(await goBack(shipper, transfer, answer))) return false;
       if (stream.wayBack !== undefined) return false;
     }
     return false;
   } finally {
     // Before the buffer and the file go to somebody else, nobody may still send of them.
-    await settle(shipper, stream, inFlight);
+    await settle(shipper, transfer);
   }
 }
 
@@ -586,30 +554,22 @@ async function skipHole(shipper: Shipper, stream: Stream, file: LogFile): Promis
 }
 
 /** Sends as many chunks as may be on their way: one while a stream begins or after a 409, else `inFlight`. */
-async function fill(
-  shipper: Shipper,
-  stream: Stream,
-  inFlight: InFlight,
-  last?: Flown,
-): Promise<Flown | undefined> {
-  const most = stream.begin || inFlight.isSingle ? 1 : shipper.config.inFlight;
-  let before = inFlight.chunks.at(-1) ?? last;
-  while (inFlight.chunks.length < most && !shipper.signal.aborted && (before?.isFull ?? true)) {
-    const next = await prepare(shipper, stream, inFlight, before);
+async function fill(shipper: Shipper, transfer: Transfer): Promise<void> {
+  const { stream, chunks } = transfer;
+  const isRoom = () => chunks.length < (stream.begin || transfer.isSingle ? 1 : shipper.config.inFlight);
+  while (transfer.hasMore && isRoom() && !shipper.signal.aborted) {
+    const next = await prepare(shipper, transfer);
     if (!next) break;
-    if (stream.begin) next.chunk.begin = stream.begin;
     const answer = send(shipper, next.chunk);
     answer.catch(() => {}); // looked at when its turn comes
-    before = { ...next, answer, sentAt: shipper.mono() };
-    inFlight.chunks.push(before);
-    if (stream.begin) break;
+    chunks.push({ ...next, answer, sentAt: shipper.mono() });
   }
-  return before;
 }
 
-function commit(shipper: Shipper, stream: Stream, { chunk, marks, sentAt }: Flown, inFlight: InFlight): void {
+function commit(shipper: Shipper, transfer: Transfer, { chunk, marks, sentAt }: Flown): void {
+  const { stream } = transfer;
   const took = shipper.mono() - sentAt;
-  inFlight.isSingle = took > SLOW_MS;
+  transfer.isSingle = took > SLOW_MS;
   if (took < SLOW_MS / 4) shipper.chunkBytes = Math.min(shipper.mostBytes, shipper.chunkBytes * 2);
   stream.offset = chunk.end;
   stream.marks = marks;
@@ -618,11 +578,12 @@ function commit(shipper: Shipper, stream: Stream, { chunk, marks, sentAt }: Flow
 }
 
 /** After a 409 all that is on its way is waited for; it goes on from the highest offset told. False when the receiver is to be asked. */
-async function goBack(shipper: Shipper, stream: Stream, inFlight: InFlight, first: Answer): Promise<boolean> {
-  const answers = [first, ...(await settle(shipper, stream, inFlight))];
-  inFlight.isSingle = true;
+async function goBack(shipper: Shipper, transfer: Transfer, first: Answer): Promise<boolean> {
+  const { stream, file } = transfer;
+  const answers = [first, ...(await settle(shipper, transfer))];
+  transfer.isSingle = transfer.hasMore = true;
   const [highest] = answers.filter((answer) => answer.kind === "moved").sort((a, b) => b.offset - a.offset);
-  if (highest) return moveTo(shipper.streams, stream, inFlight.file, highest.offset, highest.mark);
+  if (highest) return moveTo(shipper.streams, stream, file, highest.offset, highest.mark);
   if (!answers.some(({ kind }) => kind === "unknown")) return true;
   shipper.unknown.add(stream);
   shipper.askNow = true;
@@ -632,55 +593,53 @@ async function goBack(shipper: Shipper, stream: Stream, inFlight: InFlight, firs
 }
 
 /** Waits for all answers. What was stored behind a chunk whose answer was lost counts: the receiver stores in order. */
-async function settle(shipper: Shipper, stream: Stream, inFlight: InFlight): Promise<Answer[]> {
+async function settle(shipper: Shipper, transfer: Transfer): Promise<Answer[]> {
   const answers: Answer[] = [];
-  for (const flown of inFlight.chunks.splice(0)) {
+  for (const flown of transfer.chunks.splice(0)) {
     const answer = await flown.answer.catch(() => undefined);
-    if (answer?.kind === "stored") commit(shipper, stream, flown, inFlight);
+    if (answer?.kind === "stored") commit(shipper, transfer, flown);
     else if (answer) answers.push(answer);
   }
   return answers;
 }
 
-/** The next chunk behind `before`, encoded; undefined when there is no whole line. */
+/** The next chunk behind those on their way, encoded; undefined when there is no whole line. */
 async function prepare(
   shipper: Shipper,
-  stream: Stream,
-  { file, buffer }: InFlight,
-  before: Flown | undefined,
-): Promise<Omit<Flown, "answer" | "sentAt"> | undefined> {
+  transfer: Transfer,
+): Promise<Pick<Flown, "chunk" | "marks"> | undefined> {
+  const { stream, file, buffer, chunks } = transfer;
   const { config, chunkBytes, skip, streams } = shipper;
   const { size } = stream;
-  const offset = before?.chunk.end ?? stream.offset;
-  const marks = before?.marks ?? stream.marks;
+  const offset = chunks.at(-1)?.chunk.end ?? stream.offset;
+  const marks = chunks.at(-1)?.marks ?? stream.marks;
   const portion = await readPortion(stream, file, { buffer, offset, newest: marks.at(-1), chunkBytes, skip });
   streams.isMoved ||= stream.size > size; // more than the look saw: on disk, when it vanishes that is told to the byte
   if (!portion) return undefined;
-  await nameStreams(shipper, stream, offset);
-  const { end, mark, from, skipped, body, isFull } = portion;
+  transfer.hasMore = portion.isFull;
+  await nameStreams(shipper, stream);
+  const { end, mark, from, skipped, body } = portion;
   const isHeadDue = stream.begin || offset < MARK_BYTES || (stream.head?.length ?? 0) < MARK_BYTES;
   const chunk: EncodedChunk = {
     host: config.host,
     stream: stream.id as string,
+    begin: stream.begin,
     offset,
     end,
     mark: wireMark(mark),
-    ...(from && { from: wireMark(from) }),
-    ...(isHeadDue && stream.head && { head: wireMark(stream.head) }),
-    ...(skipped > 0 && { skipped }),
+    from: from && wireMark(from),
+    head: isHeadDue && stream.head ? wireMark(stream.head) : undefined,
+    skipped,
     ...encodeBody(body, config.compression),
   };
-  return { chunk, marks: addMark(marks, mark), isFull };
+  return { chunk, marks: addMark(marks, mark) };
 }
 
 /** A stream that begins gets its name, with all others that begin now: on stable storage before the first chunk leaves. */
-async function nameStreams(shipper: Shipper, stream: Stream, offset: number): Promise<void> {
+async function nameStreams(shipper: Shipper, stream: Stream): Promise<void> {
   const { streams } = shipper;
-  if (stream.id === undefined) {
-    beginAs(stream, stream.begin ?? "new", offset);
-    for (const each of streams.list)
-      if (each.id === undefined && each.size > each.offset) beginAs(each, each.begin ?? "new", each.offset);
-  }
+  for (const each of stream.id === undefined ? streams.list : [])
+    if (each.id === undefined && each.size > each.offset) beginAs(each, each.begin ?? "new", each.offset);
   if (stream.isNamed) return;
   streams.isChanged = true; // the name is to be in both saves
   await saveCursor(shipper);
@@ -772,7 +731,8 @@ async function heartbeat(shipper: Shipper): Promise<void> {
 
 /** Asks where the streams stand, and takes what is told. False when it was not answered. */
 async function ask(shipper: Shipper): Promise<boolean> {
-  const { streams, config, signal, orphans } = shipper;
+  const { streams, config, signal } = shipper;
+  const { orphans } = streams;
   await saveFirst(shipper);
   const asked = new Map<string, { stream: Stream; committed: number | undefined }>();
   for (const stream of streams.list) {
@@ -785,10 +745,7 @@ async function ask(shipper: Shipper): Promise<boolean> {
   try {
     const through = isFirst ? undefined : throughOf(shipper);
     const names = isFirst ? undefined : [...asked.keys()];
-    const told = await shipper.uploader.ask(config.host, names, {
-      ...news(shipper),
-      ...(through && { through }),
-    });
+    const told = await shipper.uploader.ask(config.host, names, { ...news(shipper), through });
     noteAnswered(shipper, shipper.unanswered);
     streams.told = told;
     if (isFirst) takeFirstAnswer(streams, told);
@@ -803,7 +760,7 @@ async function ask(shipper: Shipper): Promise<boolean> {
       const isGone = stream.phase.is === "gone" && !stream.file && !stream.isBusy;
       if (isGone && streams.list.includes(stream)) streams.giveUp(stream);
     }
-    shipper.orphans = [];
+    streams.orphans = [];
     shipper.wakeup.ring();
     return true;
   } catch (error) {
@@ -821,19 +778,16 @@ async function ask(shipper: Shipper): Promise<boolean> {
  */
 function throughOf(shipper: Shipper): number | undefined {
   const { noted, streams, faults } = shipper;
-  const isDone = ({ stream, size }: { stream: Stream; size: number }) => {
+  const isDone = ([stream, size]: [Stream, number]) => {
     const { until = size, offset, drained, wayBack } = stream;
     const end = drained?.from === offset ? Math.max(offset, drained.to) : offset;
     return wayBack === undefined && Math.min(until, size) <= end;
   };
   const isSettled = streams.isSettled && streams.seenAt > (noted?.at ?? 0);
-  const at = noted && isSettled && noted.sizes.every(isDone) && faults.lasting() === 0 ? noted.at : undefined;
-  if (at !== undefined || !noted) {
-    shipper.noted = {
-      at: streams.seenAt,
-      sizes: streams.list.map((stream) => ({ stream, size: stream.size })),
-    };
-  }
+  const isAll = noted && isSettled && [...noted.sizes].every(isDone) && faults.lasting() === 0;
+  const at = isAll ? noted.at : undefined;
+  if (isAll || !noted)
+    shipper.noted = { at: streams.seenAt, sizes: new Map(streams.list.map((each) => [each, each.size])) };
   return at;
 }
 
@@ -924,30 +878,16 @@ async function keepMetrics(shipper: Shipper): Promise<void> {
 
 /** Something that one loop waits for and events ring; a ring while nobody waits is not lost. */
 class Wakeup {
-  #isRung = false;
-  #wake: (() => void) | undefined;
+  #rung = new AbortController();
 
   ring(): void {
-    this.#isRung = true;
-    this.#wake?.();
+    this.#rung.abort();
   }
 
   /** Waits for a ring, `ms` at most, or the signal. */
   async wait(ms: number, signal: AbortSignal): Promise<void> {
-    if (!this.#isRung && !signal.aborted) {
-      await new Promise<void>((resolve) => {
-        const done = () => {
-          clearTimeout(timer);
-          signal.removeEventListener("abort", done);
-          this.#wake = undefined;
-          resolve();
-        };
-        const timer = setTimeout(done, ms);
-        signal.addEventListener("abort", done, { once: true });
-        this.#wake = done;
-      });
-    }
-    this.#isRung = false;
+    await wait(ms, AbortSignal.any([this.#rung.signal, signal]));
+    this.#rung = new AbortController();
   }
 }
 

@@ -4,7 +4,7 @@
  */
 import type { StreamStatus } from "../chunk.ts";
 import { OperatorError } from "../service.ts";
-import { drawName, type Stream, type StreamState } from "./cursor.ts";
+import { closeFile, drawName, type Stream, type StreamState } from "./cursor.ts";
 import { endOfLines, type LogFile, markAt, readMark, wireMark } from "./file.ts";
 import { fitOf } from "./identify.ts";
 import { Changed } from "./reader.ts";
@@ -70,8 +70,7 @@ export function takeFirstAnswer(streams: Streams, told: StreamStatus[]): void {
   const known = told.map(toStream);
   const lost: Stream[] = [];
   for (const stream of streams.list) {
-    void stream.file?.close().catch(() => {});
-    stream.file = undefined;
+    void closeFile(stream);
     if (stream.phase.is !== "gone") continue;
     // What vanished before the answer: what the receiver lacks of it is lost, and told, unless a copy has it.
     const { log, path, key, size, mtimeMs, head } = stream;

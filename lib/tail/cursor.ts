@@ -150,6 +150,23 @@ export function isAtEnd(stream: Stream): boolean {
   return stream.endedAs === placeOf(stream) || stream.offset >= (stream.until ?? Number.POSITIVE_INFINITY);
 }
 
+/** Nobody else reads, sends or closes a stream meanwhile. */
+export async function holding<T>(stream: Stream, work: () => Promise<T>): Promise<T> {
+  stream.isBusy = true;
+  try {
+    return await work();
+  } finally {
+    stream.isBusy = false;
+  }
+}
+
+/** It is opened again when it is its turn. */
+export async function closeFile(stream: Stream): Promise<void> {
+  const { file } = stream;
+  stream.file = undefined;
+  await file?.close().catch(() => {}); // nothing was written to it
+}
+
 /** Saves, one after the other; those who ask meanwhile share the next one. */
 export class Saves {
   #last: Promise<void> = Promise.resolve();

@@ -16,7 +16,9 @@ import { errorMessage, type FaultLog, type Log } from "../service.ts";
 import {
   type Cursor,
   type CursorFound,
+  closeFile,
   drawName,
+  holding,
   isAtEnd,
   type Phase,
   readCursor,
@@ -82,8 +84,6 @@ export interface Look {
   isSettled: boolean;
   /** The next one is due at this time. */
   nextAt: number;
-  /** Streams without a file, for so long that it does not come back. */
-  orphans: Stream[];
 }
 
 /** An identity that is final. */
@@ -108,6 +108,8 @@ export class Streams {
   readonly logs = new Map<string, FollowedLog>();
   paths: Paths;
   list: Stream[] = [];
+  /** Those of the list without a file, for so long that it does not come back. */
+  orphans: Stream[] = [];
   /** Streams of logs that the config does not name now. */
   #left: Stream[] = [];
   /** Those of the list by their logs, until that changes. */
@@ -226,7 +228,8 @@ export class Streams {
     const { mono, now } = this.context;
     const started = now();
     const survey = await this.#survey();
-    if (!survey) return { isSettled: false, nextAt: mono() + SHIFTING_MS, orphans: [] };
+    this.orphans = [];
+    if (!survey) return { isSettled: false, nextAt: mono() + SHIFTING_MS };
     const there = new Set(survey.files.flatMap(({ isLive, log }) => (isLive ? log : [])));
     for (const [path, { folder }] of survey.logs) {
       const log = this.#logOf(path);
@@ -246,7 +249,7 @@ export class Streams {
     if (waiting.length === 0 && (await this.#findUnderOtherNames(survey))) return this.look();
     this.#reportFaults(survey);
     const unsettled = new Set(waiting.map(({ log }) => log));
-    const orphans = this.#findOrphans(survey, unsettled);
+    this.orphans = this.#findOrphans(survey, unsettled);
     const isMissing = this.list.some(({ phase, offset, size }) => phase.is === "gone" && size > offset);
     this.#holdLive(unsettled);
     await this.#prune(survey, waiting);
@@ -256,7 +259,7 @@ export class Streams {
     this.seenAt = started;
     const isSoon = waiting.length > 0 || isMissing;
     const wait = Math.min(this.#config.pollSeconds * 1000, isSoon ? 1000 : Number.POSITIVE_INFINITY);
-    return { isSettled: !isSoon, nextAt: Math.min(mono() + wait, finishAt), orphans };
+    return { isSettled: !isSoon, nextAt: Math.min(mono() + wait, finishAt) };
   }
 
   /**
@@ -347,7 +350,7 @@ export class Streams {
       if (owner) Object.assign(stream, { path: owner.path, log: owner.log });
       if (located.has(stream.key) || (stream.phase.is === "gone" && !stream.file)) continue;
       const { file, isBusy } = stream;
-      if (file && !isBusy) await this.holding(stream, () => this.#lookAtOpen(stream, file));
+      if (file && !isBusy) await holding(stream, () => this.#lookAtOpen(stream, file));
       if (!this.#isAway(stream, survey)) this.#enter(stream, { is: "gone" });
     }
     return unknown;
@@ -374,7 +377,7 @@ export class Streams {
     else if (isNew && stream.until === undefined) this.#enter(stream, { is: "reading" });
     if (stream.isBusy) return true;
     const isOther = !isPacked && (file.size < stream.size || file.size > stream.checkedSize);
-    if (isOther && !(await this.holding(stream, () => this.#checkFile(stream, file)))) return false;
+    if (isOther && !(await holding(stream, () => this.#checkFile(stream, file)))) return false;
     if (!isPacked) {
       if (file.size !== stream.size) {
         stream.grewAt = this.context.mono();
@@ -384,18 +387,8 @@ export class Streams {
     }
     stream.mtimeMs = file.mtimeMs;
     const isHeadShort = (stream.head?.length ?? 0) < MARK_BYTES && file.size > (stream.head?.end ?? 0);
-    if (!isPacked && isHeadShort) await this.holding(stream, () => this.#readHead(stream));
+    if (!isPacked && isHeadShort) await holding(stream, () => this.#readHead(stream));
     return true;
-  }
-
-  /** Nobody reads, sends or closes a stream meanwhile. */
-  async holding<T>(stream: Stream, work: () => Promise<T>): Promise<T> {
-    stream.isBusy = true;
-    try {
-      return await work();
-    } finally {
-      stream.isBusy = false;
-    }
   }
 
   /** Compares a file with what is known of its stream, and lets the stream go on in it or lose it. */
@@ -424,9 +417,7 @@ export class Streams {
       stream.size = stream.checkedSize = left;
       return true;
     }
-    const own = stream.file;
-    stream.file = undefined;
-    if (own !== file) await own?.close().catch(() => {});
+    await closeFile(stream);
     const { path, id, offset } = stream;
     log.info("file was cut and written anew", { path, stream: id, offset });
     this.#cut.add(stream.key);
@@ -483,7 +474,7 @@ export class Streams {
       const isTouched = found && `${found.size} ${found.mtimeMs}` !== stream.endedAs;
       if (!found || !isTouched || stream.isBusy || compressionOf(found.path) || unknown.includes(found))
         continue;
-      if (!(await this.holding(stream, () => this.#checkFile(stream, found)))) unknown.push(found);
+      if (!(await holding(stream, () => this.#checkFile(stream, found)))) unknown.push(found);
     }
     const seen = new Set(unknown.map(asSeen));
     for (const each of this.#unknown.keys()) if (!seen.has(each)) this.#unknown.delete(each);
@@ -642,8 +633,7 @@ export class Streams {
       return undefined;
     }
     log.info("file is a copy of a known one", fields);
-    void stream.file?.close().catch(() => {});
-    stream.file = undefined;
+    void closeFile(stream);
     Object.assign(stream, { path, key, mtimeMs, isLive, log: own, endedAs: "" });
     stream.grewAt = Number.NEGATIVE_INFINITY;
     if (!compressionOf(path)) stream.size = stream.checkedSize = Math.max(stream.offset, found.size);
@@ -779,9 +769,8 @@ export class Streams {
       if ((!isOver && !isOut) || isBusy) kept.push(stream);
       else {
         this.isChanged = true;
-        stream.file = undefined;
         if (!isOver && phase.is !== "gone") this.#left.push(stream);
-        await file?.close();
+        await closeFile(stream);
       }
     }
     this.list = kept;
@@ -833,8 +822,7 @@ export class Streams {
       const { file, isBusy, phase } = stream;
       if (file && (isBusy || phase.is === "gone" || this.#open.size <= OPEN_FILES)) continue;
       this.#open.delete(stream);
-      stream.file = undefined;
-      await file?.close();
+      await closeFile(stream);
     }
   }
 
@@ -849,8 +837,7 @@ export class Streams {
       ? !file.fault || file.isUnlinked
       : age >= (isMoved ? MOVED_MS : this.#config.rotateWaitSeconds * 1000);
     if (!isQuiet || (!file.compression && size > stream.size)) return;
-    stream.file = undefined;
-    await file.close();
+    await closeFile(stream);
     if (file.compression && stream.size > stream.offset) this.giveUp(stream); // nobody ends a line in an archive
     this.context.log.info("file is done", { path: stream.path, stream: stream.id, bytes: stream.offset });
     stream.marks = stream.marks.slice(-4);
@@ -865,7 +852,7 @@ export class Streams {
     for (const stream of this.list) {
       if (stream.isLive || stream.isBusy || !isAtEnd(stream)) continue;
       if (stream.phase.is !== "reading" && !stream.file) continue;
-      await this.holding(stream, async () => {
+      await holding(stream, async () => {
         await this.openStream(stream).catch(() => undefined); // told of when it is to be read
         await this.finish(stream);
       });
