@@ -135,7 +135,7 @@ export class Shipper {
     this.now = now;
     this.mono = mono;
     this.faults = createFaultLog(log, mono);
-    this.streams = new Streams(config, { log, faults: this.faults, signal, now, mono });
+    this.streams = new Streams(config, { log, faults: this.faults, now, mono });
     this.uploader = new Uploader(config, signal);
     this.buffers = new Buffers(MARK_BYTES + config.chunkBytes);
     this.skip = config.skip.map(parseSkipRule);
@@ -355,7 +355,7 @@ function refresh(shipper: Shipper, stream: Stream): void {
   const { streams, mono } = shipper;
   const { path, log, isLive } = stream;
   if (!isLive && (stream.phase.is !== "reading" || compressionOf(path))) return;
-  const found = lookAt(path, log, isLive, true, new Map());
+  const found = lookAt(path, { log, isLive });
   if (found?.key === stream.key && found.size >= stream.size) {
     if (found.size > stream.size) {
       stream.grewAt = mono();

@@ -269,7 +269,7 @@ describe("a copy that has a part of a log only", () => {
 test("an archive whose original is cut or removed between the look and the comparison is judged by the next look", async () => {
   const path = join(await tempFolder(), "access.log.1");
   writeFileSync(path, lines("a", 1, 40));
-  const { key = "", mtimeMs = 0, size = 0 } = lookAt(path, path, false, true, new Map()) ?? {};
+  const { key = "", mtimeMs = 0, size = 0 } = lookAt(path) ?? {};
   const own = await LogFile.open(path);
   const head = await readHead(own, 0);
   await own.close();
@@ -298,9 +298,9 @@ test("an archive whose original is cut or removed between the look and the compa
     },
   };
   writeFileSync(`${path}.gz`, gzipSync(lines("a", 1, 40)));
-  const found = lookAt(`${path}.gz`, path, false, true, new Map()) as FoundFile;
+  const found = lookAt(`${path}.gz`, { log: path }) as FoundFile;
   const archive = await LogFile.open(found.path);
-  const judge = () => identify(archive, found, [stream], () => true);
+  const judge = () => identify(archive, found, [stream]);
   expect(await judge()).toMatchObject({ is: "copy" });
   truncateSync(path, 100);
   expect(await judge()).toEqual({ is: "busy" });
@@ -315,10 +315,10 @@ test("a file that was compressed before a byte of it was read is that file, when
   const path = join(await tempFolder(), "access.log");
   const text = lines("a", 1, 20);
   writeFileSync(`${path}.1.gz`, gzipSync(text));
-  const found = lookAt(`${path}.1.gz`, path, false, true, new Map()) as FoundFile;
+  const found = lookAt(`${path}.1.gz`, { log: path }) as FoundFile;
   const archive = await LogFile.open(found.path);
   const gone = { log: path, offset: 0, size: text.length, marks: [], phase: { is: "gone" }, mtimeMs: 0 };
-  const judge = (...streams: object[]) => identify(archive, found, streams as never, () => false);
+  const judge = (...streams: object[]) => identify(archive, found, streams as never);
   expect(await judge(gone)).toMatchObject({ is: "stream", stream: gone, isDone: false });
   expect(await judge({ ...gone, isBusy: true })).toEqual({ is: "busy" });
   const others = [

@@ -45,7 +45,7 @@ const opened: Shipper[] = [];
 afterEach(async () => {
   for (const { streams } of opened.splice(0)) {
     for (const { file } of streams.list) await file?.close();
-    await streams.held.close();
+    for (const { file } of streams.held.values()) await file?.close();
   }
 });
 

@@ -327,7 +327,7 @@ test("a file that is just being ended when the loss is noticed is read again", (
     rotateWaitSeconds: 1,
     pollSeconds: 1,
   } as const;
-  const streams = new Streams({ ...config, files: [] }, { ...context, signal: new AbortController().signal });
+  const streams = new Streams({ ...config, files: [] }, context);
   const ended = { is: "ended", size: 100 } as const;
   const stream = { id: "a", path: "/log", from: 0, offset: 100, size: 100, marks: [], phase: ended } as never;
   takeStatus(streams, stream, undefined, 100);
@@ -339,7 +339,7 @@ test("a file that is just being ended when the loss is noticed is read again", (
 test("a file without a name, of which the receiver has more than an older cursor: all of it comes again when that is lost", () => {
   const context = { ...{ log: quiet, faults: createFaultLog(quiet) }, now: Date.now, mono: performance.now };
   const config = { stateDir: "", startAt: "beginning", rotateWaitSeconds: 1, pollSeconds: 1 } as const;
-  const streams = new Streams({ ...config, files: [] }, { ...context, signal: new AbortController().signal });
+  const streams = new Streams({ ...config, files: [] }, context);
   const [begin, phase] = ["new", { is: "gone" }];
   const stream = { id: "a", path: "/log", from: 0, offset: 0, size: 100, marks: [], begin, phase } as never;
   const committed = ({ begin, offset }: { begin?: string; offset: number }) => (begin ? undefined : offset);

@@ -141,13 +141,18 @@ export function withFile(state: StreamState, time: number, isLive = false): Stre
 }
 
 /** Size and time of writing of a stream's file as it was seen last. */
-export function placeOf({ size, mtimeMs }: Stream): string {
+export function placeOf({ size, mtimeMs }: Pick<Stream, "size" | "mtimeMs">): string {
   return `${size} ${mtimeMs}`;
 }
 
 /** Whether the end of a stream's file was reached as it was seen last. */
 export function isAtEnd(stream: Stream): boolean {
   return stream.endedAs === placeOf(stream) || stream.offset >= (stream.until ?? Number.POSITIVE_INFINITY);
+}
+
+/** Whether a stream's own file is there, if only under a name that nobody knows. */
+export function hasHome({ phase, file }: Stream): boolean {
+  return phase.is !== "gone" || (file !== undefined && !file.isUnlinked);
 }
 
 /** Nobody else reads, sends or closes a stream meanwhile. */
@@ -207,29 +212,26 @@ export function cursorPath(stateDir: string): string {
 
 /** Reads the cursor. Throws the system's error when the folder can't be read, and an error for one of a later version. */
 export async function readCursor(stateDir: string): Promise<CursorFound> {
-  const path = cursorPath(stateDir);
-  const newest = await readOne(path);
-  if (typeof newest === "object") return { state: "found", ...newest };
-  const previous = await readOne(path + PREVIOUS);
-  if (typeof previous === "object") return { state: "older", ...previous };
-  return { state: newest === "absent" && previous === "absent" ? "absent" : "damaged" };
+  const newest = await readOne(cursorPath(stateDir));
+  if ("cursor" in newest) return newest;
+  const previous = await readOne(cursorPath(stateDir) + PREVIOUS);
+  if ("cursor" in previous) return { ...previous, state: "older" };
+  return newest.state === "damaged" ? newest : previous;
 }
 
-type Read = { cursor: Cursor; since?: Map<string, number> } | "absent" | "damaged";
-
-async function readOne(path: string): Promise<Read> {
+async function readOne(path: string): Promise<CursorFound> {
   const found = await readState(path, z.union([cursor, oldCursor]), 2);
   if (found.state === "newer")
     throw new OperatorError(`"${path}" is of a later version (${found.version}) than this program`);
-  if (found.state !== "ok") return found.state;
+  if (found.state !== "ok") return { state: found.state };
   if (found.value.version === 1) return takeOver(found.value, drawName());
   for (const { key, copies } of found.value.streams)
     for (const each of [{ key }, ...copies]) keepKey(each.key);
-  return { cursor: found.value };
+  return { state: "found", cursor: found.value };
 }
 
 /** A cursor of version 1.0: what was shipped counts as delivered until the receiver says otherwise. */
-function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string): Read {
+function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string): CursorFound {
   const since = new Map<string, number>();
   const streams: StreamState[] = [];
   for (const [log, family] of Object.entries(families)) {
@@ -253,7 +255,8 @@ function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string
     }
   }
   const files = Object.keys(families);
-  return { cursor: { version: 2, shipper, lost, asked: true, files, folders: {}, streams, left: [] }, since };
+  const cursor: Cursor = { version: 2, shipper, lost, asked: true, files, folders: {}, streams, left: [] };
+  return { state: "found", cursor, since };
 }
 
 /** What the cursor keeps of a stream. */

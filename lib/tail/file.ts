@@ -146,6 +146,23 @@ export class LogFile {
     }
   }
 
+  /** The length of its content (modulo 2^32) that an archive notes (RFC 1952: ISIZE; RFC 8878: Frame_Content_Size). */
+  async notedLength(): Promise<number | undefined> {
+    const bytes = Buffer.alloc(18);
+    if (this.compression === "gzip") {
+      const { size } = await this.stat();
+      const n = await readFully(this.#handle, bytes.subarray(0, 4), Math.max(0, size - 4));
+      return n === 4 ? bytes.readUInt32LE(0) : undefined;
+    }
+    await readFully(this.#handle, bytes, 0);
+    const descriptor = bytes[4] ?? 0;
+    const isSingle = (descriptor & 0x20) !== 0;
+    const at = 5 + (isSingle ? 0 : 1) + ([0, 1, 2, 4][descriptor & 3] ?? 0);
+    const kind = descriptor >> 6;
+    if (kind === 0) return isSingle ? bytes[at] : undefined;
+    return kind === 1 ? bytes.readUInt16LE(at) + 256 : bytes.readUInt32LE(at);
+  }
+
   /** Size in bytes on disk now, and the time of the last write in ms. */
   async stat(): Promise<{ size: number; mtimeMs: number }> {
     const { size, mtimeMs, nlink } = await this.#handle.stat();

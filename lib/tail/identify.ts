@@ -13,11 +13,9 @@
  * Below, a live file is nobody's (but when it was copied with its times, or its folder was), a rotated one is a stream's when
  * the stream's own file is nowhere and all of its bytes are there. Candidates from the cursor and from the receiver's answer are alike.
  */
-import { constants as fs } from "node:fs";
-import { open } from "node:fs/promises";
 import { basename } from "node:path";
 import { MARK_BYTES } from "../chunk.ts";
-import type { Stream } from "./cursor.ts";
+import { hasHome, holding, type Stream } from "./cursor.ts";
 import { commonLength, contentStart, endOfLines, holds, LogFile, type Mark, markBefore } from "./file.ts";
 import { type FoundFile, possibleBases } from "./paths.ts";
 
@@ -31,7 +29,7 @@ export type Identity =
   | { is: "new"; at: number };
 
 /** How a file fits a stream: with all that is known of it, behind an older mark, or not at all. */
-export type Fit = { is: "all" } | { is: "behind"; at: number } | { is: "none" };
+type Fit = { is: "all" } | { is: "behind"; at: number } | { is: "none" };
 
 /** How a file's bytes fit what is known of a stream. `isHeadKnown`: the heads were compared already. */
 export async function fitOf(file: LogFile, stream: Stream, isHeadKnown = false): Promise<Fit> {
@@ -62,18 +60,14 @@ async function endsLine(file: LogFile, end: number): Promise<boolean> {
   return (await file.read(last, end - 1)) === 1 && last[0] === 0x0a;
 }
 
-/**
- * Says what an open file is. `hasHome` tells whether a stream's own file is there, `isCopied` whether the file lies in
- * another folder than its log did. Throws UnfinishedFile.
- */
+/** Says what an open file is. `isCopied`: it lies in another folder than its log did. Throws UnfinishedFile. */
 export async function identify(
   file: LogFile,
   found: FoundFile,
   streams: Stream[],
-  hasHome: (stream: Stream) => boolean,
   isCopied = false,
 ): Promise<Identity> {
-  const what = await identifyByBytes(file, found, streams, hasHome, isCopied);
+  const what = await identifyByBytes(file, found, streams, isCopied);
   if (what.is !== "new" || what.at > 0) return what;
   const unread = streams.find((stream) => !hasHome(stream) && isUnread(stream, found));
   if (!unread || (await file.contentLength()) < unread.size) return what;
@@ -84,7 +78,6 @@ async function identifyByBytes(
   file: LogFile,
   found: FoundFile,
   streams: Stream[],
-  hasHome: (stream: Stream) => boolean,
   isCopied: boolean,
 ): Promise<Identity> {
   const start = await contentStart(file, true);
@@ -152,20 +145,19 @@ async function compareWithKnown(
     const own = await openKnown(stream);
     if (own === "changed") return { is: "busy" };
     if (!own) continue;
-    const isOpen = own === stream.file;
-    stream.isBusy ||= isOpen; // moved out of sight: nobody closes it meanwhile
-    try {
+    const compare = async () => {
       const common = await commonLength(file, own, length);
-      if (!isOpen && (await isOtherNow(own, stream))) return { is: "busy" };
-      const isWhole = common >= stream.size;
-      if (common <= (best?.common ?? 0) || (isNext && !isNextCopy(stream, found, common))) continue;
+      if (own !== stream.file && (await isOtherNow(own, stream))) return "changed";
+      if (common <= (best?.common ?? 0) || (isNext && !isNextCopy(stream, found, common))) return undefined;
       const isShipped = stream.offset > 0 && (await fitOf(file, stream)).is !== "none";
-      const least = isCopied && isWhole ? 1 : MARK_BYTES;
-      best = { stream, common, fits: common >= length || isShipped, least };
-    } finally {
-      if (isOpen) stream.isBusy = false;
-      else await own.close();
-    }
+      const least = isCopied && common >= stream.size ? 1 : MARK_BYTES;
+      return { stream, common, fits: common >= length || isShipped, least };
+    };
+    // One that was moved out of sight is open already: nobody closes it meanwhile.
+    const result =
+      own === stream.file ? await holding(stream, compare) : await compare().finally(() => own.close());
+    if (result === "changed") return { is: "busy" };
+    best = result ?? best;
   }
   if (!best) return { is: "new", at: 0 };
   if (best.common >= length && length >= MARK_BYTES) return { is: "copy", stream: best.stream };
@@ -224,28 +216,5 @@ async function packs(file: LogFile, stream: Stream, mtimeMs: number): Promise<bo
   if (Math.floor(mtimeMs / 1000) !== Math.floor(stream.mtimeMs / 1000)) return false;
   if (!file.path.startsWith(stream.path) && !stream.path.startsWith(file.path.replace(/\.(gz|zst)$/, "")))
     return false;
-  return (await notedLength(file.path, file.compression)) === stream.offset % 2 ** 32;
-}
-
-/** The length of its content (modulo 2^32) that an archive notes (RFC 1952: ISIZE; RFC 8878: Frame_Content_Size). */
-async function notedLength(path: string, compression: "gzip" | "zstd"): Promise<number | undefined> {
-  const handle = await open(path, fs.O_RDONLY).catch(() => undefined);
-  if (!handle) return undefined;
-  try {
-    const bytes = Buffer.alloc(18);
-    const { size } = await handle.stat();
-    if (compression === "gzip") {
-      const { bytesRead } = await handle.read(bytes, 0, 4, Math.max(0, size - 4));
-      return bytesRead === 4 ? bytes.readUInt32LE(0) : undefined;
-    }
-    await handle.read(bytes, 0, 18, 0);
-    const descriptor = bytes[4] ?? 0;
-    const isSingle = (descriptor & 0x20) !== 0;
-    const at = 5 + (isSingle ? 0 : 1) + ([0, 1, 2, 4][descriptor & 3] ?? 0);
-    const kind = descriptor >> 6;
-    if (kind === 0) return isSingle ? bytes[at] : undefined;
-    return kind === 1 ? bytes.readUInt16LE(at) + 256 : bytes.readUInt32LE(at);
-  } finally {
-    await handle.close();
-  }
+  return (await file.notedLength()) === stream.offset % 2 ** 32;
 }

@@ -43,8 +43,8 @@ export function asSeen({ key, size, mtimeMs }: FoundFile): string {
 export interface Survey {
   /** One for each inode, rotated ones by the time of their last write. */
   files: FoundFile[];
-  /** The live paths, whether there is a file or not; `folder` is the key of the folder, undefined when there is none. */
-  logs: Map<string, { folder: string | undefined; isNamed: boolean }>;
+  /** The live paths, whether there is a file or not, with the keys of their folders; undefined when there is none. */
+  logs: Map<string, string | undefined>;
   /** What could not be looked at, by path: folders and logs. */
   faults: Map<string, string>;
   /** Files whose names begin with a log's and that are none of its rotations by their names. */
@@ -77,9 +77,7 @@ export class Paths {
   survey(before: Iterable<string> = []): Survey {
     const survey: Survey = { files: [], logs: new Map(), faults: new Map(), leftOut: [] };
     const folders = new Folders(survey.faults);
-    for (const path of this.livePaths(folders, before)) {
-      survey.logs.set(path, { folder: folders.key(dirname(path)), isNamed: this.isNamed(path) });
-    }
+    for (const path of this.livePaths(folders, before)) survey.logs.set(path, folders.key(dirname(path)));
     const keys = new Map<string, FoundFile>();
     const add = (file: FoundFile | undefined) => {
       const twin = file && keys.get(file.key);
@@ -93,9 +91,10 @@ export class Paths {
       survey.files.push(file);
     };
     const bases = new Map<string, Map<string, string>>();
-    for (const [path, { isNamed }] of survey.logs) {
+    const { faults } = survey;
+    for (const path of survey.logs.keys()) {
       const isPlain = folders.isPlain(path);
-      add(lookAt(path, path, true, isNamed, survey.faults, isPlain));
+      add(lookAt(path, { isLive: true, isTrusted: this.isNamed(path), isPlain, faults }));
       for (const [folder, base] of this.#places(path, isPlain)) {
         const logs = bases.get(folder) ?? new Map<string, string>();
         if (!logs.has(base)) logs.set(base, path);
@@ -111,11 +110,12 @@ export class Paths {
         const base = this.#baseOf(name, folder, (candidate) => logs.has(candidate), folders);
         const shape = base === undefined && this.shapes.size > 0 ? this.shapes.get(shapeOf(path)) : undefined;
         const log = logs.get(base ?? "") ?? shape?.log;
-        const file = log && lookAt(path, log, false, false, survey.faults, folders.isPlain(path));
+        const isPlain = folders.isPlain(path);
+        const file = log && lookAt(path, { log, isTrusted: false, isPlain, faults });
         if (file && (base !== undefined || file.mtimeMs >= (shape?.since ?? 0))) rotated.push(file);
         else if (base === undefined) {
           const alike = beginsLike(name, logs);
-          const other = alike && lookAt(path, alike, false, true, new Map());
+          const other = alike && lookAt(path, { log: alike });
           if (other && !keys.has(other.key)) survey.leftOut.push(other);
         }
       }
@@ -146,7 +146,7 @@ export class Paths {
       this.#learn(file.path, log, mtimeMs);
     };
     for (const each of missing) {
-      const file = lookAt(each.path, each.log, false, true, new Map());
+      const file = lookAt(each.path, { log: each.log });
       if (file?.key === each.key) take(file, each);
       else if (each.phase.is !== "gone") wanted.set(each.key, each);
     }
@@ -169,7 +169,7 @@ export class Paths {
     const folders = new Folders(new Map());
     for (const folder of this.folders) {
       for (const name of folders.names(folder, false)) {
-        const file = lookAt(join(folder, name), "", false, true, new Map());
+        const file = lookAt(join(folder, name), { log: "" });
         if (file) yield file;
       }
     }
@@ -320,7 +320,13 @@ class Folders {
   }
 
   key(folder: string): string | undefined {
-    if (!this.#keys.has(folder)) this.#keys.set(folder, keyOf(folder));
+    if (!this.#keys.has(folder)) {
+      try {
+        this.#keys.set(folder, fileKey(statSync(rawPath(folder), { bigint: true })));
+      } catch {
+        this.#keys.set(folder, undefined);
+      }
+    }
     return this.#keys.get(folder);
   }
 }
@@ -328,14 +334,6 @@ class Folders {
 /** As `join`, of what is a folder and a name already: each look does it for every file. */
 function inFolder(folder: string, name: string): string {
   return folder === "/" ? `/${name}` : `${folder}/${name}`;
-}
-
-function keyOf(folder: string): string | undefined {
-  try {
-    return fileKey(statSync(rawPath(folder), { bigint: true }));
-  } catch {
-    return undefined;
-  }
 }
 
 /**
@@ -399,17 +397,22 @@ function beginsLike(name: string, logs: Map<string, string>): string | undefined
   return undefined;
 }
 
-/**
- * A file as it is now under this path; undefined when there is none, and with a fault when it is none to be followed.
- * `isPlain`: it is known to be no link.
- */
+/** How a path is looked at, and what the file belongs to. */
+export interface LookingAt {
+  /** The live path of its log; its own one when that is not said. */
+  log?: string;
+  isLive?: boolean;
+  /** A link to another user's file is followed. */
+  isTrusted?: boolean;
+  /** It is known to be no link. */
+  isPlain?: boolean;
+  faults?: Map<string, string>;
+}
+
+/** A file as it is now under this path; undefined when there is none, and with a fault when it is none to be followed. */
 export function lookAt(
   path: string,
-  log: string,
-  isLive: boolean,
-  isTrusted: boolean,
-  faults: Map<string, string>,
-  isPlain = false,
+  { log = path, isLive = false, isTrusted = true, isPlain = false, faults = new Map() }: LookingAt = {},
 ): FoundFile | undefined {
   try {
     const found = statSync(rawPath(path), { bigint: true, throwIfNoEntry: false });
@@ -530,7 +533,7 @@ function compareAge(a: string, b: string): number {
 /** Of an error or a kind under a log's name, what `--check` says; undefined when it can be followed, or is not there yet. */
 export function whyNotFollowed(path: string): string | undefined {
   const faults = new Map<string, string>();
-  lookAt(path, path, true, true, faults);
+  lookAt(path, { isLive: true, faults });
   return faults.get(path);
 }
 

@@ -63,7 +63,7 @@ export async function lookInto(
 ): Promise<Extract<Identity, { is: "stream" }> | undefined> {
   const file = await LogFile.open(found.path).catch(() => undefined);
   try {
-    const what = file?.key === found.key ? await identify(file, found, streams, () => false) : undefined;
+    const what = file?.key === found.key ? await identify(file, found, streams) : undefined;
     return what?.is === "stream" ? what : undefined;
   } catch (error) {
     if (error instanceof UnfinishedFile) return undefined; // it is another one when it has its end

@@ -45,7 +45,7 @@ export async function showStatus({ config, flags }: Service<"shipper">): Promise
       lag,
     }));
     process.stdout.write(`${JSON.stringify({ ok, problems, files, lost }, null, 2)}\n`);
-  } else process.stdout.write(formatStatus(config, found.state, rows, problems, lost));
+  } else process.stdout.write(formatStatus(config, found.state, rows, { problems, lost, lag }));
   return ok ? EXIT.done : EXIT.failed;
 }
 
@@ -53,13 +53,11 @@ function formatStatus(
   { stateDir }: Config["shipper"],
   state: string,
   rows: (StreamState & { lag: number })[],
-  problems: string[],
-  lost: number,
+  { problems, lost, lag }: { problems: string[]; lost: number; lag: number },
 ): string {
   const cells = rows.map(({ path, id = "-", size, offset, delivered, lag }) => {
     return [path, id, String(size), String(offset), String(delivered ?? "-"), formatBytes(lag)];
   });
-  const lag = rows.reduce((sum, row) => sum + row.lag, 0);
   const isFirst = state === "absent";
   const good = isFirst
     ? `No cursor in ${stateDir}: nothing was shipped yet`
@@ -78,7 +76,7 @@ function formatStatus(
 /** The size of a stream's log: of an archive what was seen of its content. */
 function sizeNow({ path, key, size, offset }: StreamState): number {
   const isPacked = compressionOf(path) !== undefined;
-  const found = isPacked ? undefined : lookAt(path, path, false, true, new Map());
+  const found = isPacked ? undefined : lookAt(path);
   return found?.key === key ? found.size : Math.max(size, offset);
 }
 

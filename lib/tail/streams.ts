@@ -18,9 +18,11 @@ import {
   type CursorFound,
   closeFile,
   drawName,
+  hasHome,
   holding,
   isAtEnd,
   type Phase,
+  placeOf,
   readCursor,
   Saves,
   type Stream,
@@ -39,7 +41,7 @@ import {
   readMark,
   UnfinishedFile,
 } from "./file.ts";
-import { HeldFiles } from "./held.ts";
+import { type HeldFiles, holdFiles } from "./held.ts";
 import { fitOf, type Identity, identify } from "./identify.ts";
 import { asSeen, type FoundFile, Paths, type Survey } from "./paths.ts";
 import { lookInto, SoughtStreams } from "./sought.ts";
@@ -97,7 +99,6 @@ export type TailConfig = Pick<
 export interface TailContext {
   log: Log;
   faults: FaultLog;
-  signal: AbortSignal;
   /** The wall clock, and one that nobody sets. */
   now: () => number;
   mono: () => number;
@@ -144,7 +145,7 @@ export class Streams {
   /** Streams whose files went before they were done. */
   readonly #sought = new SoughtStreams();
   /** Files that wait to be known. */
-  readonly held = new HeldFiles();
+  readonly held: HeldFiles = new Map();
   /** Keys of files that were cut and written anew. */
   #cut = new Set<string>();
   /** Streams whose files are open, the one that was read last at the end. */
@@ -231,7 +232,7 @@ export class Streams {
     this.orphans = [];
     if (!survey) return { isSettled: false, nextAt: mono() + SHIFTING_MS };
     const there = new Set(survey.files.flatMap(({ isLive, log }) => (isLive ? log : [])));
-    for (const [path, { folder }] of survey.logs) {
+    for (const [path, folder] of survey.logs) {
       const log = this.#logOf(path);
       if (!there.has(path)) continue;
       log.isElsewhere ||= log.folder !== undefined && log.folder !== folder;
@@ -245,7 +246,7 @@ export class Streams {
     const unknown = await this.#locate(survey);
     this.#byLog = undefined;
     const waiting = await this.#identifyAll(unknown, survey);
-    await this.held.hold(waiting, survey.files, (found, file) => this.#takeVanished(found, file));
+    await holdFiles(this.held, waiting, survey.files, (found, file) => this.#takeVanished(found, file));
     if (waiting.length === 0 && (await this.#findUnderOtherNames(survey))) return this.look();
     this.#reportFaults(survey);
     const unsettled = new Set(waiting.map(({ log }) => log));
@@ -465,15 +466,11 @@ export class Streams {
   async #identifyAll(unknown: FoundFile[], survey: Survey): Promise<FoundFile[]> {
     const waiting: FoundFile[] = [];
     if (unknown.length === 0) return waiting;
-    const mayBeCut = this.list.filter(
-      (stream) => stream.phase.is === "reading" && !stream.isBusy && stream.key !== "",
-    );
     const files = new Map(survey.files.map((file) => [file.key, file]));
-    for (const stream of mayBeCut) {
-      const found = files.get(stream.key);
-      const isTouched = found && `${found.size} ${found.mtimeMs}` !== stream.endedAs;
-      if (!found || !isTouched || stream.isBusy || compressionOf(found.path) || unknown.includes(found))
-        continue;
+    for (const stream of this.list) {
+      const found = stream.phase.is === "reading" && !stream.isBusy ? files.get(stream.key) : undefined;
+      if (!found || placeOf(found) === stream.endedAs) continue;
+      if (compressionOf(found.path) || unknown.includes(found)) continue;
       if (!(await holding(stream, () => this.#checkFile(stream, found)))) unknown.push(found);
     }
     const seen = new Set(unknown.map(asSeen));
@@ -512,7 +509,7 @@ export class Streams {
 
   /** A stream whose file went before it was done is looked for in files that no rule knows as rotations, too. */
   async #findUnderOtherNames({ files, leftOut }: Survey): Promise<boolean> {
-    const isFound = (stream: Stream) => this.#hasHome(stream) || !this.list.includes(stream);
+    const isFound = (stream: Stream) => hasHome(stream) || !this.list.includes(stream);
     let isAny = false;
     const known = new Set([...files, ...this.list.flatMap(({ copies }) => copies)].map(({ key }) => key));
     for (const found of this.#sought.isEmpty ? [] : [...leftOut, ...this.paths.all()]) {
@@ -587,12 +584,7 @@ export class Streams {
 
   #identify(file: LogFile, found: FoundFile): Promise<Identity> {
     const { isElsewhere } = this.#logOf(found.log);
-    return identify(file, found, this.list, (stream) => this.#hasHome(stream), isElsewhere);
-  }
-
-  /** Whether a stream's own file is there, if only under a name that nobody knows. */
-  #hasHome({ phase, file }: Stream): boolean {
-    return phase.is !== "gone" || (file !== undefined && !file.isUnlinked);
+    return identify(file, found, this.list, isElsewhere);
   }
 
   /** Takes up what an open file turned out to be. */
@@ -603,11 +595,14 @@ export class Streams {
       const { length } = what.stream.head; // an answer does not say how large the hole before it is
       what.stream.head.end = (await contentStart(file, true)) + length;
     }
-    if (stream && !stream.head) stream.head = await readHead(file, await contentStart(file, stream.isCut));
-    if (stream && stream.offset > 0) {
-      const mark = await readMark(file, stream.offset); // it begins within the file: known by what stands before it
-      if (mark) stream.marks = [mark];
-    }
+    if (stream) await this.#noteBeginning(stream, file);
+  }
+
+  /** The head of a stream that begins in a file; when it begins within it, it is known by what stands before that, too. */
+  async #noteBeginning(stream: Stream, file: LogFile): Promise<void> {
+    stream.head = await readHead(file, await contentStart(file, stream.isCut));
+    const mark = stream.offset > 0 ? await readMark(file, stream.offset) : undefined;
+    if (mark) stream.marks = [mark];
   }
 
   #settle(found: FoundFile, what: Settled): Stream | undefined {
@@ -650,9 +645,7 @@ export class Streams {
       const isFresh = this.context.now() - found.mtimeMs <= STILL_WRITTEN_MS;
       stream.offset = file && !file.compression ? (isFresh ? await endOfLines(file) : found.size) : 0;
       stream.from = stream.offset;
-      stream.head = file && (await readHead(file, 0));
-      const mark = file && stream.offset > 0 ? await readMark(file, stream.offset) : undefined;
-      if (mark) stream.marks = [mark];
+      if (file) await this.#noteBeginning(stream, file);
     } finally {
       await file?.close();
     }
@@ -694,9 +687,9 @@ export class Streams {
   #isAway(stream: Stream, survey: Survey): boolean {
     for (const path of survey.faults.keys())
       if (stream.path === path || stream.path.startsWith(`${path}/`)) return true;
-    const own = survey.logs.get(stream.log);
     const before = this.logs.get(stream.log)?.folder;
-    if (!own || before === undefined || own.folder === before) return false;
+    const isLog = survey.logs.has(stream.log);
+    if (!isLog || before === undefined || survey.logs.get(stream.log) === before) return false;
     const isThere = survey.files.some(({ log }) => log === stream.log);
     if (!isThere)
       this.context.faults.failed(`away ${stream.log}`, "log folder is another one: waiting for it", {

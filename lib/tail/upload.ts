@@ -5,6 +5,7 @@
 import { constants, gzipSync, zstdCompressSync } from "node:zlib";
 import {
   type ChunkHeaders,
+  type Encoding,
   formatChunkHeaders,
   formatNews,
   HEADER,
@@ -38,7 +39,7 @@ const MOST_PATIENCE = 32;
 /** A chunk that is ready to be sent. */
 export interface EncodedChunk extends ChunkHeaders {
   body: Uint8Array<ArrayBuffer>;
-  encoding: "identity" | "gzip" | "zstd";
+  encoding: Encoding;
 }
 
 /**
