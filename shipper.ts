@@ -287,8 +287,9 @@ export async function shipOnce(shipper: Shipper): Promise<Pass> {
 }
 
 async function lookOnce(shipper: Shipper): Promise<Look> {
+  shipper.lookAt = Number.POSITIVE_INFINITY; // what asks for a look from here on, this one may not see any more
   const look = await shipper.streams.look();
-  shipper.lookAt = look.nextAt;
+  shipper.lookAt = Math.min(shipper.lookAt, look.nextAt);
   if (shipper.streams.orphans.length > 0 || !shipper.streams.asked) shipper.askNow = true;
   shipper.asking.ring();
   if (shipper.mono() >= shipper.missingAt) await noteMissing(shipper);

@@ -388,3 +388,19 @@ describe("--delivered", () => {
     expect(await shipper.stop()).toBe(0);
   });
 });
+
+test("a change that is heard of in the middle of a look is looked at at once, not at the next poll", async () => {
+  const sender = await createSender(startStub().url);
+  const shipper = await openOn(sender, { now: Date.now(), mono: 1e6 });
+  await shipOnce(shipper);
+  const { streams } = shipper;
+  const look = streams.look.bind(streams);
+  streams.look = () => {
+    const result = look();
+    shipper.lookAt = 0; // as the event of a name does, behind the listing
+    return result;
+  };
+  expect(shipper.lookAt).toBeGreaterThan(0);
+  await shipOnce(shipper);
+  expect(shipper.lookAt).toBe(0);
+});
