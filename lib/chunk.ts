@@ -31,7 +31,6 @@ export const HEADER = {
   agent: "Log-Agent",
 } as const;
 
-/** How a body may be encoded on the way. */
 export type Encoding = "identity" | "gzip" | "zstd";
 
 /** What a sender tells of itself with every request; all of it is optional. */
@@ -113,7 +112,6 @@ export function parseMarkLength(mark: string): number | undefined {
   return match && length <= MARK_BYTES ? length : undefined;
 }
 
-/** The request headers of a chunk. */
 export function formatChunkHeaders(chunk: ChunkHeaders): Record<string, string> {
   return {
     ...formatNews(chunk),
@@ -131,7 +129,6 @@ export function formatChunkHeaders(chunk: ChunkHeaders): Record<string, string> 
   };
 }
 
-/** The request headers of what a sender tells of itself. */
 export function formatNews({ lag, through, shipper, lost, agent }: SenderNews): Record<string, string> {
   // ISO 8601 with the offset of this machine's zone, whole seconds: 2026-11-28T14:03:09+01:00
   const time = (ms: number) => `${formatLocalTime(ms).replace(" ", "T")}${formatZone(localZone(ms))}`;
@@ -139,7 +136,6 @@ export function formatNews({ lag, through, shipper, lost, agent }: SenderNews): 
   return formatHeaders({ lag, through: told, shipper, lost: lost || undefined, agent });
 }
 
-/** The headers of what is not absent. */
 function formatHeaders(values: Partial<Record<keyof typeof HEADER, string | number | undefined>>) {
   const present = Object.entries(values).filter(([, value]) => value !== undefined);
   return Object.fromEntries(

@@ -332,7 +332,6 @@ export function markBefore(bytes: Uint8Array, end: number): Mark {
   return { end, length: covered.length, hash: formatMark(covered).split(":")[1] as string };
 }
 
-/** A mark as the wire has it. */
 export function wireMark({ length, hash }: Mark): string {
   return `${length}:${hash}`;
 }
@@ -438,13 +437,9 @@ export interface SkipRule {
 
 /** A rule from its texts; one with `^` in front stands for the line's first bytes. */
 export function parseSkipRule(texts: string[]): SkipRule {
-  const first = texts.find((text) => text.startsWith("^") && text.length > 1)?.slice(1);
-  const others = texts.filter((text) => text.slice(1) !== first || !text.startsWith("^"));
-  const all = first === undefined ? others : [first, ...others];
-  return {
-    texts: all.map((text) => Buffer.from(text)),
-    first: first === undefined ? undefined : Buffer.from(first),
-  };
+  const begin = texts.find((text) => text.startsWith("^") && text.length > 1);
+  const all = texts.map((text) => Buffer.from(text === begin ? text.slice(1) : text));
+  return { texts: all, first: begin === undefined ? undefined : Buffer.from(begin.slice(1)) };
 }
 
 /**

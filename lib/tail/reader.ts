@@ -57,11 +57,7 @@ export async function readPortion(
   const end = offset - guard + view.length;
   checkGuard([stream.head, newest], view, offset, !isFull);
   if (!file.compression && !isFull && end < seen) throw new Changed();
-  stream.size =
-    isFull && !file.compression
-      ? Math.max(stream.size, end)
-      : Math.max(end, file.compression ? stream.size : 0);
-  stream.checkedSize = stream.size;
+  stream.size = stream.checkedSize = isFull || file.compression ? Math.max(stream.size, end) : end;
   noteHead(stream, view, offset - guard);
 
   const bytes = view.subarray(guard);

@@ -104,7 +104,6 @@ export interface TailContext {
   mono: () => number;
 }
 
-/** All streams of one shipper. */
 export class Streams {
   readonly logs = new Map<string, FollowedLog>();
   paths: Paths;
@@ -207,7 +206,6 @@ export class Streams {
     }
   }
 
-  /** The streams of a log. */
   ofLog(path: string): Stream[] {
     this.#byLog ??= Map.groupBy(this.list, ({ log }) => log);
     return this.#byLog.get(path) ?? [];
@@ -224,7 +222,6 @@ export class Streams {
 
   // ---- the look
 
-  /** Looks at all folders and files. */
   async look(): Promise<Look> {
     const { mono, now } = this.context;
     const started = now();
@@ -654,7 +651,6 @@ export class Streams {
     return true;
   }
 
-  /** Adds a stream for a file. */
   #begin(found: Omit<FoundFile, "dev">, offset: number, isQuiet = false): Stream {
     const { path, key, size, mtimeMs, log, isLive } = found;
     const state = { from: offset, offset, log, path, key, copies: [], marks: [], mtimeMs };
