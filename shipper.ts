@@ -58,7 +58,6 @@ import { showDelivered, showStatus } from "./lib/tail/status.ts";
 import { type FollowedLog, type Look, Streams } from "./lib/tail/streams.ts";
 import { type Answer, type EncodedChunk, encodeBody, Unanswered, Uploader } from "./lib/tail/upload.ts";
 
-/** Pause after the receiver could not be asked. */
 const FAULT_MS = 1000;
 const SAVE_EVERY_MS = 1000;
 /** Without a cursor, a chunk of the process before may still be on its way for so long. */
@@ -69,7 +68,6 @@ const ROUNDS = 5;
 const NAMES_MS = 20;
 const TELL_EVERY_MS = 60_000;
 const METRICS_EVERY_MS = 15_000;
-/** How often it is told that a path of the config matches nothing. */
 const MISSING_EVERY_MS = 3_600_000;
 /** On a link on which a chunk takes so long, one is on its way. */
 const SLOW_MS = 2_000;
@@ -86,7 +84,6 @@ export interface ShipperOptions {
   isFresh?: boolean;
 }
 
-/** The one object that everything here takes and changes. */
 export class Shipper {
   config: Config["shipper"];
   readonly log: Log;
@@ -107,7 +104,6 @@ export class Shipper {
   /** Statuses that were answered since the last good answer, to chunks and to questions: an answered question says nothing of chunks. */
   readonly failing = new Set<number>();
   readonly unanswered = new Set<number>();
-  /** Counts since the start. */
   readonly sent = { lines: 0, bytes: 0, chunks: 0 };
   /** When the receiver answered last as the contract says, on the wall clock. */
   answeredAt = 0;
@@ -260,7 +256,6 @@ async function drainAll(shipper: Shipper): Promise<number> {
   return faults === 0 || signal.aborted ? EXIT.done : EXIT.failed;
 }
 
-/** What one pass over all files came to. */
 export interface Pass {
   shipped: boolean;
   /** Everything that there is was shipped, and no file is in the middle of being copied or compressed. */
@@ -391,7 +386,6 @@ function streamsOf({ streams }: Shipper, log: FollowedLog): Stream[] {
     .toSorted((a, b) => Number(a.isLive) - Number(b.isLive) || a.mtimeMs - b.mtimeMs || a.from - b.from);
 }
 
-/** Whether there may be something to ship of a stream. */
 function isDue(shipper: Shipper, log: FollowedLog, stream: Stream): boolean {
   if (
     stream.isBusy ||
@@ -647,7 +641,6 @@ async function nameStreams(shipper: Shipper, stream: Stream): Promise<void> {
   stream.isNamed = true; // a state folder that can't be written stops nothing
 }
 
-/** Sends a chunk once. Throws Refused: it is to be held. */
 async function send(shipper: Shipper, chunk: EncodedChunk): Promise<Answer> {
   failpoint("shipper:sending");
   const bytes = chunk.end - chunk.offset;
@@ -705,7 +698,6 @@ function halve(shipper: Shipper): void {
   shipper.log.warn("chunk is too large for the receiver: halved", { chunkBytes: shipper.chunkBytes });
 }
 
-/** Bytes that are still to be shipped, over all files. */
 function lagOf({ streams }: Shipper): number {
   const left = ({ size, offset, until }: Stream) => Math.max(0, (until ?? size) - offset);
   return streams.list.reduce((bytes, each) => bytes + left(each), 0);
@@ -885,7 +877,6 @@ class Wakeup {
     this.#rung.abort();
   }
 
-  /** Waits for a ring, `ms` at most, or the signal. */
   async wait(ms: number, signal: AbortSignal): Promise<void> {
     await wait(ms, AbortSignal.any([this.#rung.signal, signal]));
     this.#rung = new AbortController();

@@ -35,15 +35,12 @@ export type Encoding = "identity" | "gzip" | "zstd";
 
 /** What a sender tells of itself with every request; all of it is optional. */
 export interface SenderNews {
-  /** Bytes that the sender still has to ship after this request. */
   lag?: number | undefined;
   /** Every line that was in any followed file at this time of the sender's clock (ms since the epoch) is answered. */
   through?: number | undefined;
-  /** Names one cursor of one shipper. */
   shipper?: string | undefined;
   /** Bytes that vanished before they could be read: total of this `shipper`; of version 1.0 since its last 200. */
   lost?: number | undefined;
-  /** Name and version of the sender's program. */
   agent?: string | undefined;
 }
 
@@ -59,7 +56,6 @@ export interface ChunkHeaders extends SenderNews {
   mark?: string | undefined;
   /** Of the bytes just before `offset`; absent at offset 0. */
   from?: string | undefined;
-  /** Of the first bytes of the file. */
   head?: string | undefined;
   /** Lines that rules left out of this chunk. */
   skipped?: number | undefined;
@@ -199,7 +195,6 @@ export function formatAgent({ name, lacksLog, lostIn }: Agent): string {
   return file === undefined ? agent : `${agent} (lost ${file.slice(0, AGENT_BYTES - agent.length - 8)})`;
 }
 
-/** Takes the comments from the name. */
 export function parseAgent(text: string): Agent {
   const [name = "", ...comments] = text.split(/ (?=\()/);
   const lostIn = comments.flatMap((comment) => /^\(lost (.+)\)$/.exec(comment)?.[1] ?? [])[0];

@@ -46,13 +46,13 @@ const MOST_LINES_OF_A_FILE = 720;
 
 /** Files in which too much has gathered, and what they must not grow beyond: a line goes when its file has found its nouns. */
 const LONG_FILES: Record<string, number> = {
-  "shipper.ts": 995,
+  "shipper.ts": 927,
   "forwarder.ts": 962,
   "receiver.ts": 832,
   "monitor.ts": 781,
   "lib/page.ts": 737,
   "lib/store/sender.ts": 755,
-  "lib/tail/streams.ts": 927,
+  "lib/tail/streams.ts": 891,
 };
 
 /** What functions are called that say it in words of our own where the field has one: log, report, note, explain. */

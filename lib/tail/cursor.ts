@@ -21,7 +21,6 @@ const phase = z.discriminatedUnion("is", [
   z.object({ is: z.literal("reading") }),
   /** Read to its end, with this size on disk, and quiet since. */
   z.object({ is: z.literal("ended"), size: z.number() }),
-  /** Its file is nowhere. */
   z.object({ is: z.literal("gone") }),
 ]);
 
@@ -33,7 +32,6 @@ const stream = z.object({
   /** Where in the file it began, and where another stream of the same file goes on. */
   from: z.number(),
   until: z.number().optional(),
-  /** The next byte to ship. */
   offset: z.number().int().nonnegative(),
   /** Every line before it lies at the client, as the receiver told last, and when. */
   delivered: z.number().optional(),
@@ -42,7 +40,6 @@ const stream = z.object({
   isOld: z.boolean().optional(),
   /** The live path of its log. */
   log: z.string(),
-  /** Where it was last seen. */
   path: z.string(),
   /** Inode and time of birth of its file; empty while it is known from the receiver's answer alone. */
   key: z.string(),
@@ -87,7 +84,6 @@ const oldStream = z.object({
   done: z.boolean().default(false),
 });
 
-/** The cursor of version 1.0. */
 const oldCursor = z.object({
   version: z.literal(1),
   lost: z.number().nonnegative().default(0),
@@ -118,7 +114,6 @@ export interface Stream extends StreamState {
   checkedSize: number;
   /** From this offset on there is no further whole line up to that size. */
   drained?: { from: number; to: number };
-  /** When it last grew. */
   grewAt: number;
   /** False until the name that was drawn is on stable storage. */
   isNamed: boolean;
@@ -140,12 +135,10 @@ export function withFile(state: StreamState, time: number, isLive = false): Stre
   };
 }
 
-/** Size and time of writing of a stream's file as it was seen last. */
 export function placeOf({ size, mtimeMs }: Pick<Stream, "size" | "mtimeMs">): string {
   return `${size} ${mtimeMs}`;
 }
 
-/** Whether the end of a stream's file was reached as it was seen last. */
 export function isAtEnd(stream: Stream): boolean {
   return stream.endedAs === placeOf(stream) || stream.offset >= (stream.until ?? Number.POSITIVE_INFINITY);
 }
@@ -177,7 +170,6 @@ export class Saves {
   #last: Promise<void> = Promise.resolve();
   #next: Promise<void> | undefined;
 
-  /** Gives the save that begins after this call. */
   run(save: () => Promise<void>): Promise<void> {
     if (this.#next) return this.#next;
     const next = this.#last.then(() => {
@@ -259,7 +251,6 @@ function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string
   return { state: "found", cursor, since };
 }
 
-/** What the cursor keeps of a stream. */
 export function toState(full: Stream): StreamState {
   const { file, isLive, isBusy, phaseAt, endedAs, retryAt, ...rest } = full;
   const { checkedSize, drained, grewAt, isNamed, wayBack, ...state } = rest;

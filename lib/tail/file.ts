@@ -32,7 +32,6 @@ export type Compression = "gzip" | "zstd";
 /** A compressed file that ends in the middle: it is still being written, or damaged. */
 export class UnfinishedFile extends Error {}
 
-/** Keys with a device in them. */
 const apart = new Set<string>();
 
 /**
@@ -76,7 +75,6 @@ export function nameOf(folder: string, raw: Buffer): string {
   return shown;
 }
 
-/** What a path that is no regular file is, for people. */
 export function kindOf(stat: { isDirectory(): boolean; isFIFO(): boolean }): string {
   return stat.isDirectory() ? "a directory" : stat.isFIFO() ? "a FIFO" : "a device or a socket";
 }
@@ -163,7 +161,6 @@ export class LogFile {
     return kind === 1 ? bytes.readUInt16LE(at) + 256 : bytes.readUInt32LE(at);
   }
 
-  /** Size in bytes on disk now, and the time of the last write in ms. */
   async stat(): Promise<{ size: number; mtimeMs: number }> {
     const { size, mtimeMs, nlink } = await this.#handle.stat();
     this.isUnlinked = nlink === 0;
@@ -202,7 +199,6 @@ class Inflated {
   #source: Readable | undefined;
   #blocks: AsyncIterator<Buffer> | undefined;
   #block: Uint8Array = new Uint8Array(0);
-  /** Position of #block[0]. */
   #at = 0;
   /** The bytes before `#at`. */
   #history: Uint8Array = new Uint8Array(0);
@@ -279,7 +275,6 @@ class Inflated {
     return undefined;
   }
 
-  /** What is wrong with the first bytes of the archive. */
   async #faultOf(end: number): Promise<Error | undefined> {
     try {
       for await (const _ of this.#inflate(end));
@@ -350,7 +345,6 @@ export async function readMark(file: LogFile, end: number, length = MARK_BYTES):
   return n === bytes.length && n > 0 ? markBefore(bytes, end) : undefined;
 }
 
-/** Whether the file has the bytes of a mark in their place. */
 export async function holds(file: LogFile, mark: Mark): Promise<boolean> {
   return (await readMark(file, mark.end, mark.length))?.hash === mark.hash;
 }
@@ -382,7 +376,6 @@ export function trimNuls(bytes: Uint8Array): Uint8Array {
   return bytes.subarray(0, end);
 }
 
-/** Where the last whole line ends. */
 export async function endOfLines(file: LogFile, upTo?: number): Promise<number> {
   const size = upTo ?? (await file.contentLength());
   const block = new Uint8Array(BLOCK_BYTES);

@@ -39,7 +39,6 @@ export function asSeen({ key, size, mtimeMs }: FoundFile): string {
   return `${key} ${size} ${mtimeMs}`;
 }
 
-/** What one look at all folders found. */
 export interface Survey {
   /** One for each inode, rotated ones by the time of their last write. */
   files: FoundFile[];
@@ -51,7 +50,6 @@ export interface Survey {
   leftOut: FoundFile[];
 }
 
-/** The live paths and globs of a config. */
 export class Paths {
   /** Each pattern as a full path, and what it matches when it is a glob. */
   readonly #patterns: { path: string; glob: RegExp | undefined }[];
@@ -164,7 +162,6 @@ export class Paths {
       this.shapes.set(shape, { log, since });
   }
 
-  /** Every file of the folders, whatever its name. */
   *all(): Generator<FoundFile> {
     const folders = new Folders(new Map());
     for (const folder of this.folders) {
@@ -180,7 +177,6 @@ export class Paths {
     return this.#patterns.some((pattern) => pattern.path === path || pattern.glob?.test(path));
   }
 
-  /** Whether the config names it in full. */
   isNamed(path: string): boolean {
     return this.#patterns.some((pattern) => pattern.path === path);
   }
@@ -283,7 +279,6 @@ class Folders {
     return names;
   }
 
-  /** The numbers behind a log's name in a folder. */
   numbers(folder: string, base: string): Set<number> {
     const place = join(folder, base);
     const known = this.#numbers.get(place);
@@ -379,7 +374,6 @@ function shapeOf(path: string): string {
   return join(dirname(path), name.replace(DAY_OR_MONTH, "0").replace(/\d+/g, "0"));
 }
 
-/** A name without its extension. */
 export function stemOf(name: string): string {
   return name.replace(/(?<=.)\.[^.]*$/, "");
 }
@@ -388,7 +382,6 @@ function isDay(year = 0, month = 0, day = 0): boolean {
   return year >= 1970 && year < 2200 && month >= 1 && month <= 12 && day >= 1 && day <= 31;
 }
 
-/** The log whose name this name begins with. */
 function beginsLike(name: string, logs: Map<string, string>): string | undefined {
   for (const match of name.matchAll(/[-._~]/g)) {
     const log = logs.get(name.slice(0, match.index));
@@ -447,7 +440,6 @@ function realPath(path: string): string {
   }
 }
 
-/** Whether a path of the config stands for several. */
 export function isGlob(pattern: string): boolean {
   return /[*?[{]/.test(pattern);
 }

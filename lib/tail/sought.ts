@@ -14,7 +14,6 @@ import { asSeen, type FoundFile, stemOf } from "./paths.ts";
 const SEEK_MS = 60_000;
 
 export class SoughtStreams {
-  /** Each with the files that were tried. */
   readonly #tried = new Map<Stream, Set<string>>();
 
   get isEmpty(): boolean {

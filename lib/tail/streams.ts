@@ -76,19 +76,15 @@ export interface FollowedLog {
   /** Until then the live file waits for rotated ones that are not settled; 0 before the first look. */
   heldUntil: number;
   isHeld: boolean;
-  /** It is being shipped. */
   isRunning: boolean;
 }
 
-/** What a look came to. */
 export interface Look {
   /** No file is in the middle of being copied, compressed or renamed, and none is missing for a moment only. */
   isSettled: boolean;
-  /** The next one is due at this time. */
   nextAt: number;
 }
 
-/** An identity that is final. */
 type Settled = Exclude<Identity, { is: "small" | "busy" }>;
 
 export type TailConfig = Pick<
@@ -114,17 +110,13 @@ export class Streams {
   #left: Stream[] = [];
   /** Those of the list by their logs, until that changes. */
   #byLog: Map<string, Stream[]> | undefined;
-  /** Bytes lost since the cursor began. */
   lost = 0;
   /** The file of which bytes were lost last, without its folder; undefined since the start. */
   lostIn: string | undefined;
-  /** Names the cursor. */
   shipper = drawName();
-  /** What the receiver told last of all streams. */
   told: StreamStatus[] = [];
   /** The receiver has said what it knows of this host. */
   asked = false;
-  /** What the cursor was at the start. */
   found: CursorFound["state"] = "absent";
   /** The set of streams has changed since the last save, or only offsets. */
   isChanged = false;
@@ -141,9 +133,7 @@ export class Streams {
   #unknown = new Map<string, number>();
   #ignored = new Set<string>();
   #leftOut = new Set<string>();
-  /** Streams whose files went before they were done. */
   readonly #sought = new SoughtStreams();
-  /** Files that wait to be known. */
   readonly held: HeldFiles = new Map();
   /** Keys of files that were cut and written anew. */
   #cut = new Set<string>();
@@ -157,7 +147,6 @@ export class Streams {
     this.paths = new Paths(config.files, config.olddir);
   }
 
-  /** Takes up what the cursor knows. */
   async open(): Promise<void> {
     const { stateDir } = this.#config;
     const { log, mono } = this.context;
@@ -584,7 +573,6 @@ export class Streams {
     return identify(file, found, this.list, isElsewhere);
   }
 
-  /** Takes up what an open file turned out to be. */
   async #settleOpen(found: FoundFile, file: LogFile, what: Settled): Promise<void> {
     const isTold = what.is === "stream" && what.stream.key === "";
     const stream = this.#settle(found, what);

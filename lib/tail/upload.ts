@@ -36,7 +36,6 @@ const FORGOTTEN_MS = 310_000;
 /** After a time limit was met the next one is longer, up to so many times the configured one. */
 const MOST_PATIENCE = 32;
 
-/** A chunk that is ready to be sent. */
 export interface EncodedChunk extends ChunkHeaders {
   body: Uint8Array<ArrayBuffer>;
   encoding: Encoding;
@@ -170,7 +169,6 @@ export class Uploader {
   }
 }
 
-/** The question where streams stand was not answered. */
 export class Unanswered extends Error {
   readonly status: number;
   readonly reason: string;
@@ -199,7 +197,6 @@ function whoAnswers({ headers }: Response, text: string): string {
   return `not the receiver's answer, but one of ${headers.get("Server") ?? "a server without a name"}${words}`;
 }
 
-/** The head of a foreign text, fit for a log. */
 function firstWords(text: string): string {
   return text
     .slice(0, 200)
@@ -207,7 +204,6 @@ function firstWords(text: string): string {
     .trim();
 }
 
-/** At most so many bytes of an answer; the rest is not waited for. */
 async function readText(response: Response, most: number): Promise<string> {
   const reader = response.body?.getReader();
   const blocks: Uint8Array[] = [];
