@@ -1,5 +1,5 @@
 import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { mkdir, readdir, rename, rm, stat, writeFile } from "node:fs/promises";
+import { mkdir, readdir, rename, rm, stat, utimes, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { readForwarderState } from "../lib/signs.ts";
@@ -358,6 +358,19 @@ describe("forwarder", () => {
     expect(output.indexOf("10.0.0.1 ")).toBeLessThan(output.indexOf("10.10.21.181 ")); // who waits before who does not
     const unknown = await runScriptOnce("forwarder", site.configFile, ["--status", "--host", "10.0.0.99"]);
     expect(unknown).toEqual({ code: 1, output: `Sender 10.0.0.99 is not known in ${site.dir}\n` });
+  });
+
+  test("--status leaves a copy of a sender's folder alone, as delivery does", async () => {
+    const site = await makeSite(await toFolder());
+    const name = site.seal(HOST, 1, lines(7));
+    const copy = join(site.dir, `${HOST}.bak`);
+    await mkdir(copy);
+    await writeFile(join(copy, name), lines(7));
+    await utimes(join(copy, name), new Date(0), new Date(0));
+    expect((await once(site)).code).toBe(0);
+    expect(await readdir(copy)).toEqual([name]);
+    const { code, output } = await runScriptOnce("forwarder", site.configFile, ["--status"]);
+    expect({ code, output }).toMatchObject({ code: 0, output: expect.not.stringContaining(".bak") });
   });
 
   test("a batch that cannot be read goes to failed/ and says so; one that vanishes is no failure", async () => {

@@ -3,7 +3,7 @@
  */
 import { lstatSync } from "node:fs";
 import { join } from "node:path";
-import { dashedHost, folders, listBatches, listHosts, parseBatchName } from "../batch.ts";
+import { dashedHost, folders, isCopy, listBatches, listHosts, parseBatchName } from "../batch.ts";
 import type { Config } from "../config.ts";
 import { findHolder } from "../durable.ts";
 import { parseHost } from "../host.ts";
@@ -26,10 +26,12 @@ export async function readStatus(config: Config["forwarder"], host: string | und
     throw new OperatorError(`Sender ${host} is not known in ${config.dir}`);
   const hosts: { host: string; waiting: number; oldest?: string; since?: number | undefined }[] = [];
   for (const host of known.filter((one) => only === undefined || one === only)) {
-    const [oldest, ...more] = await listBatches(all.host(host), "sealed");
+    const batches = await listBatches(all.host(host), "sealed");
+    if (isCopy(host, batches)) continue; // nobody delivers what lies there
+    const [oldest] = batches;
     const path = join(all.host(host), oldest ?? "");
     const since = oldest === undefined ? undefined : lstatSync(path, { throwIfNoEntry: false })?.mtimeMs;
-    hosts.push({ host, waiting: oldest ? 1 + more.length : 0, ...(oldest && { oldest, since }) });
+    hosts.push({ host, waiting: batches.length, ...(oldest && { oldest, since }) });
   }
   hosts.sort((a, b) => (a.since ?? now) - (b.since ?? now));
   const failed = (await listBatches(all.failed, "sealed"))
