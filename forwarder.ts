@@ -459,10 +459,9 @@ class DeliveryPass {
   #commitReady(): Promise<void> {
     const run = async () => {
       while (this.#ready.length > 0) await this.#commit(this.#ready.splice(0, GROUP));
+      this.#committing = undefined; // in the same moment: what is ready from now on begins anew
     };
-    this.#committing ??= run().finally(() => {
-      this.#committing = undefined;
-    });
+    this.#committing ??= run();
     return this.#committing;
   }
 
