@@ -279,8 +279,9 @@ async function listQueue(forwarder: Forwarder) {
       if (!info || names.has(batch)) continue; // moved away meanwhile
       names.add(batch);
       const padded = (n: number) => String(n).padStart(9, "0");
-      const key = `${padded(state.later[batch] ?? 0)} ${intents.get(batch) ? 0 : 1} ${window} ${padded(rank)} ${batch}`;
-      const remote = config.compress === "gzip" ? withState(batch, "compressed") : batch;
+      const intent = intents.get(batch); // it keeps the name that it began with, whatever the config says by now
+      const key = `${padded(state.later[batch] ?? 0)} ${intent ? 0 : 1} ${window} ${padded(rank)} ${batch}`;
+      const remote = intent?.remote ?? withState(batch, config.compress === "gzip" ? "compressed" : "sealed");
       const file = { batch, folder, remote, bytes: info.size, lines: 0, sha256: "" };
       queue.push({ ...file, step: "queued", at: 0, reported: false, key });
     }
@@ -473,10 +474,10 @@ class DeliveryPass {
     await checkUnsent(config.dir, one.batch);
     const intent = intents.get(one.batch);
     const raw = () => readChunks(join(one.folder, one.batch));
-    const options = { gzip: config.compress === "gzip", onBytes: this.#onBytes };
+    const options = { gzip: one.remote !== one.batch, onBytes: this.#onBytes };
     if (intent?.reported) {
-      const { remote, bytes, lines, sha256 } = intent; // its rename was answered: the line stands behind it
-      Object.assign(one, { remote, bytes, lines, sha256, step: "renamed", reported: true });
+      const { bytes, lines, sha256 } = intent; // its rename was answered: the line stands behind it
+      Object.assign(one, { bytes, lines, sha256, step: "renamed", reported: true });
       if (sha256 === "") Object.assign(one, await measure(raw(), options)); // by an older version
       return;
     }

@@ -1,5 +1,5 @@
 import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { mkdir, readdir, rename, rm, stat, utimes, writeFile } from "node:fs/promises";
+import { mkdir, readdir, readFile, rename, rm, stat, utimes, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { readForwarderState } from "../lib/signs.ts";
@@ -246,6 +246,26 @@ describe.each(BACKENDS.filter(({ skip }) => !skip))("to $name", ({ start }) => {
 });
 
 describe("forwarder", () => {
+  test.each([
+    ["none", "gzip"],
+    ["gzip", "none"],
+  ])(
+    "killed behind the rename, and compress is %p no more but %p: one file of the batch",
+    async (before, after) => {
+      const backend = await toFolder();
+      const site = await makeSite(backend, { compress: before });
+      const name = site.seal(HOST, 1, lines(50));
+      await once(site, { LOG_RT_SYNC_STOP_AT: "forward:renamed" });
+      const there = await remoteFiles(backend);
+      const config = await readFile(site.configFile, "utf8");
+      await writeFile(site.configFile, config.replace(`"compress": "${before}"`, `"compress": "${after}"`));
+      expect(await readFile(site.configFile, "utf8")).not.toBe(config);
+      expect((await once(site)).code).toBe(0);
+      expect(await remoteFiles(backend)).toEqual(there);
+      expect(await site.report()).toEqual([`${name} | lines=50 | status=Sent`]);
+    },
+  );
+
   const toFolder = async () => {
     const folder = join(await tempFolder(), "client");
     return { folder, settings: { target: `file://${folder}` } };
