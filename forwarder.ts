@@ -872,21 +872,19 @@ async function putTestFile({ config, signal, now }: Service<"forwarder">): Promi
   const content = Buffer.from(
     "A test of log-rt-sync. Its batches will appear beside this file, which may be deleted.\n",
   );
-  const target = await openTarget(config, signal).catch(asOperatorError);
+  let target: Target | undefined;
   try {
-    await target.upload(name, Readable.from([content])).catch(asOperatorError);
-    await target.publish(name, content.length).catch(asOperatorError);
+    target = await openTarget(config, signal);
+    await target.upload(name, Readable.from([content]));
+    await target.publish(name, content.length);
+  } catch (error) {
+    const isTold = error instanceof TargetFault || error instanceof Refusal;
+    throw isTold ? new OperatorError(errorMessage(error)) : error;
   } finally {
-    target.close();
+    target?.close();
   }
   process.stdout.write(`${name} is in ${config.target}\n`);
   return EXIT.done;
-}
-
-function asOperatorError(error: unknown): never {
-  throw error instanceof TargetFault || error instanceof Refusal
-    ? new OperatorError(errorMessage(error))
-    : error;
 }
 
 /** `--verify`: checks a delivered folder by its digests. */

@@ -5,7 +5,7 @@
 import { dashedHost, parseBatchName } from "../batch.ts";
 import { findMissing, formatHour, observeHosts, readList, readRecord, sealedName } from "../digest.ts";
 import { readReportTail } from "../report.ts";
-import { EXIT, formatBytes, HOUR, OperatorError } from "../service.ts";
+import { EXIT, formatBytes, HOUR, localZone, OperatorError } from "../service.ts";
 import { formatTable } from "../table.ts";
 
 /** How much of the report's end tells of an hour without digests. */
@@ -113,7 +113,7 @@ async function readHour(
   for (const row of rows.values()) row.read += row.lines + (row.skipped ?? 0);
   const isKnown =
     told.complete !== undefined || [...rows.values()].some(({ batches, read }) => batches + read > 0);
-  if (!isKnown && (rows.size === 0 || began === undefined || hour < localHour(began)))
+  if (!isKnown && (rows.size === 0 || began === undefined || hour < formatHour(began, localZone(began))))
     rowOf("-").missing.push("nothing is known of this hour, neither by a digest nor by the report");
   return [...rows.values()].sort((a, b) => (a.host < b.host ? -1 : 1));
 }
@@ -133,9 +133,4 @@ export function formatHours(rows: MatrixRow[]): string {
   ]);
   const heads = ["hour", "host", "batches", "read", "skipped", "delivered", "late parts", "by", "state"];
   return formatTable(heads, cells, [2, 3, 4, 5, 6]);
-}
-
-/** The hour of a time on this machine's wall clock. */
-function localHour(at: number): string {
-  return formatHour(at, -new Date(at).getTimezoneOffset());
 }
