@@ -170,7 +170,6 @@ interface Look extends LookOptions {
   seen: Seen;
   /** Of the senders seen, where details are wanted. */
   ledgers: Map<string, Ledger>;
-  mutes: Record<string, Mute>;
   expected: Set<string>;
 }
 
@@ -192,7 +191,7 @@ export async function seeFolder(dir: string, thresholds: Thresholds, options: Lo
     mutes: Object.fromEntries(Object.entries(mutes).filter(([, { until }]) => until > now)),
   };
   const expected = new Set(thresholds.expected);
-  const look: Look = { ...options, dir, thresholds, seen, ledgers: new Map(), mutes, expected };
+  const look: Look = { ...options, dir, thresholds, seen, ledgers: new Map(), expected };
   await seeReceivers(look);
   const forwarder = await attempt(look, forwarderStatePath(dir), () => seeForwarder(dir));
   const { failed } = folders(dir);
@@ -332,11 +331,11 @@ function isHostOf(host: string, names: string[], { heardAt, streams, sealed, ope
 }
 
 function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
-  const { now, expected, mutes } = look;
+  const { now, expected, seen } = look;
   const { facts, streams, open } = ledger;
   const oldLag = [...streams.values()].reduce((sum, { lag = 0 }) => sum + lag, 0);
   const agent = facts.agent === undefined ? undefined : parseAgent(facts.agent);
-  const mute = [ofHost(mutes, host), mutes["*"]].find((window) => window && window.until > now);
+  const mute = ofHost(seen.mutes, host) ?? seen.mutes["*"];
   const claims = (facts.contestedUntil ?? 0) > now ? (facts.shippers ?? []).slice(-2) : [];
   return {
     host,
