@@ -201,6 +201,7 @@ const target = z
     error: "expected sftp://USER@HOST[:PORT]/FOLDER or file:///FOLDER",
     abort: true,
   })
+  .refine(isDecodable, { error: "a % is written %25", abort: true })
   .refine((text) => !new URL(text).password, "a password does not belong here; set password")
   .refine((text) => !text.startsWith("sftp:") || new URL(text).username !== "", "expected sftp://USER@HOST…")
   .refine(isLocalIfFile, "expected file:///FOLDER, with three slashes");
@@ -261,6 +262,7 @@ const mail = z.strictObject({
       error: "expected smtp://HOST[:PORT], smtps://… or file:///FOLDER",
       abort: true,
     })
+    .refine(isDecodable, { error: "a % is written %25", abort: true })
     .refine((text) => !new URL(text).password, "a password does not belong here; set mail.password")
     .refine(isLocalIfFile, "expected file:///FOLDER, with three slashes")
     .describe("Mail server: smtp://[USER@]HOST[:PORT], smtps://… or file:///FOLDER for .eml files"),
@@ -480,6 +482,15 @@ export function secretFaults(section: Section, secrets: Record<string, SecretRef
 function patternIsValid(text: string): boolean {
   try {
     return (new RegExp(`${text}|`).exec("")?.length ?? 0) > 1;
+  } catch {
+    return false;
+  }
+}
+
+/** Whether user and path of an URL can be decoded: each % has its two digits. */
+function isDecodable(text: string): boolean {
+  try {
+    return decodeURIComponent(text) !== "";
   } catch {
     return false;
   }
