@@ -177,10 +177,8 @@ export async function createForwarder(service: Service<"forwarder">) {
 
 /** One batch on its way from the queue to sent/: every step takes it and changes it. */
 export interface Delivery {
-  /** Its name, and the folder that it waits in. */
   batch: string;
   folder: string;
-  /** Its name at the target. */
   remote: string;
   /** Of the local file until it is uploaded, then what the target has. */
   bytes: number;
@@ -190,13 +188,10 @@ export interface Delivery {
   step: "queued" | "uploaded" | "renamed" | "sent" | "refused" | "gone";
   /** When the upload began, milliseconds since the epoch. */
   at: number;
-  /** Has its report line already. */
   reported: boolean;
-  /** Why the last try failed. */
   error?: unknown;
 }
 
-/** What one pass over the queue came to. */
 export interface Cycle {
   sent: number;
   lines: number;
@@ -824,7 +819,6 @@ async function leaveMetrics(forwarder: Forwarder, cycle: Cycle, started: number)
 
 // ---- flags that look, or do one thing
 
-/** `--status`; 1 when something is wrong. */
 async function printStatus(service: Service<"forwarder">): Promise<number> {
   const status = await readStatus(service.config, service.flags.host?.toString(), service.now());
   const text = service.flags.json ? `${JSON.stringify(status)}\n` : formatStatus(status, service.now());
@@ -887,7 +881,6 @@ async function putTestFile({ config, signal, now }: Service<"forwarder">): Promi
   return EXIT.done;
 }
 
-/** `--verify`: checks a delivered folder by its digests. */
 async function verify(folder: string): Promise<number> {
   const verified = await verifyFolder(folder).catch((error) => {
     throw new OperatorError(`Cannot verify ${folder}: ${errorMessage(error)}`);

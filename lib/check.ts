@@ -16,7 +16,6 @@ export class Checks {
   #code = 0;
   readonly #said = new Map<string, string>();
 
-  /** Before anything else is said. */
   begin(script: string, configFile: string, json: boolean): void {
     this.#script = script;
     this.#file = configFile;
@@ -37,7 +36,6 @@ export class Checks {
     this.#say("fault", text.startsWith(`${this.#file}: `) ? text : `${this.#file}: ${text}`);
   }
 
-  /** Whether a fault was found so far. */
   get faulty(): boolean {
     return this.#code !== 0;
   }

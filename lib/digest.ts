@@ -78,7 +78,6 @@ export interface HashedFile {
   sha256: string;
 }
 
-/** What a digest says. */
 export interface Digest {
   hour: string;
   part: number;
@@ -92,7 +91,6 @@ export interface Digest {
   batches: HashedFile[];
 }
 
-/** The digest's bytes. */
 export function formatDigest({ hour, part, begins, hosts, missing, previous, batches }: Digest): string {
   const plain = (text: string) => text.replace(/[^\x20-\x7e]+/g, " ");
   const lines = [
@@ -149,7 +147,6 @@ function hourSpan(hour: string, zone: number): { start: number; end: number } {
   return { start: start - zone * MINUTE, end: start - zone * MINUTE + HOUR };
 }
 
-/** The hour of a time on a wall clock. */
 export function formatHour(ms: number, zone: number): string {
   return new Date(ms + zone * MINUTE).toISOString().replace(/\D/g, "").slice(2, 10);
 }
@@ -477,7 +474,6 @@ export class Digests {
     return join(this.#dir, ".digest", name);
   }
 
-  /** Pending digests are at the client. */
   async delivered(names: string[]): Promise<void> {
     if (names.length === 0) return;
     const done = new Set(names);
@@ -591,7 +587,6 @@ export class Digests {
   }
 }
 
-/** Lines by the dashed name of their host. */
 function countLines(listed: Map<string, Listed>): Map<string, number> {
   const lines = new Map<string, number>();
   for (const entry of listed.values()) {

@@ -215,7 +215,6 @@ export function explainIssue(
   return [`${at}: ${expectation(issue)}${shown}${hint && `; ${hint}`}`];
 }
 
-/** What to say of a key that is not known. */
 export function unknownKey(key: string, known: string[]): string {
   const meant = nearest(key, known);
   return `unknown key; ${meant ? `did you mean "${meant}"?` : `known are ${known.join(", ")}`}`;

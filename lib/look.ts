@@ -66,7 +66,6 @@ export interface HostStatus extends Pick<SenderFacts, "again" | "againFiles" | "
   expected: boolean;
   /** When anything, also a heartbeat, was last heard; never later than now. */
   heardAt: number;
-  /** When the last line came. */
   lineAt: number;
   /** Lines of each whole minute of the last hours, oldest first, and batches of the last day; where details are wanted. */
   linesPerMinute: number[];
@@ -79,7 +78,6 @@ export interface HostStatus extends Pick<SenderFacts, "again" | "againFiles" | "
   waiting: number;
   waitingSince?: number;
   oldest?: string;
-  /** Batches in `failed/`. */
   failed: number;
   /** Bytes in batches that are not delivered, failed ones apart. */
   undelivered: number;
@@ -105,12 +103,10 @@ export interface HostStatus extends Pick<SenderFacts, "again" | "againFiles" | "
   contested?: string[];
 }
 
-/** A receiver as its state file tells. */
 export interface ReceiverSeen extends ReceiverState {
   runs: boolean;
 }
 
-/** What a look shows. */
 export interface Seen {
   version: string;
   now: number;
@@ -131,9 +127,7 @@ export interface Seen {
   digest?: { name: string; sha256: string };
   /** Lines of all senders in each whole minute of the last hours; where details are wanted. */
   linesPerMinute: number[];
-  /** What could not be read, and why. */
   unreadable: { path: string; reason: string; host?: string }[];
-  /** Names of the batches in failed/. */
   failed: string[];
   /** How long a forwarder may take for a sealed batch. */
   deliveryMinutes: number;
@@ -217,7 +211,6 @@ async function attempt<T>(
   }
 }
 
-/** The forwarder's state with its last sign of life. */
 async function seeForwarder(dir: string): Promise<(ForwarderState & { aliveAt: number }) | undefined> {
   const state = await readForwarderState(dir);
   const info = state && (await stat(forwarderStatePath(dir)));

@@ -13,7 +13,6 @@ import { open, realpath } from "node:fs/promises";
 import { appendDurably, ifMissing, waitForLock, writeDurably } from "./durable.ts";
 import { formatLocalTime } from "./service.ts";
 
-/** The outcome of one attempt. */
 export interface ReportLine {
   /** Milliseconds since the epoch, whole seconds; written in this machine's local time. */
   at: number;

@@ -40,7 +40,6 @@ export interface Problem {
   mailFrom?: number;
 }
 
-/** A look, judged. */
 export interface Snapshot extends Seen {
   /** Whether it is judged by the defaults, since the config has no section `monitor`. */
   byDefaults: boolean;
@@ -353,7 +352,6 @@ export function headline({ hosts, forwarder, problems }: Snapshot): string {
   return `${arrival} and ${sends ? "is" : "everything is"} delivered`;
 }
 
-/** Adds up one number of all senders. */
 export function sum(
   hosts: HostStatus[],
   key: "waiting" | "failed" | "open" | "lag" | "lost" | "gone",
@@ -361,7 +359,6 @@ export function sum(
   return hosts.reduce((total, host) => total + (host[key] ?? 0), 0);
 }
 
-/** The senders in a state. */
 export function inState(hosts: HostStatus[], state: HostState): HostStatus[] {
   return hosts.filter((host) => host.state === state);
 }
@@ -388,7 +385,6 @@ function dayName(at: number): string {
   return new Date(at).toLocaleDateString("en-GB", { day: "numeric", month: "short" });
 }
 
-/** The text with a capital at its head. */
 export function sentence(text: string): string {
   return text.charAt(0).toUpperCase() + text.slice(1);
 }

@@ -47,7 +47,7 @@ const MOST_LINES_OF_A_FILE = 720;
 /** Files in which too much has gathered, and what they must not grow beyond: a line goes when its file has found its nouns. */
 const LONG_FILES: Record<string, number> = {
   "shipper.ts": 927,
-  "forwarder.ts": 953,
+  "forwarder.ts": 946,
   "receiver.ts": 832,
   "monitor.ts": 781,
   "lib/page.ts": 737,

@@ -40,7 +40,6 @@ export interface MatrixRow {
   batches: number;
   /** Lines that its log had, as far as they are here: delivered, left out, and not delivered yet. */
   read: number;
-  /** Lines delivered. */
   lines: number;
   /** Lines left out by rules, as the hour's digests tell. */
   skipped?: number;
@@ -118,7 +117,6 @@ async function readHour(
   return [...rows.values()].sort((a, b) => (a.host < b.host ? -1 : 1));
 }
 
-/** The rows as a table for a terminal. */
 export function formatHours(rows: MatrixRow[]): string {
   const cells = rows.map((row) => [
     `20${row.hour.slice(0, 2)}-${row.hour.slice(2, 4)}-${row.hour.slice(4, 6)}T${row.hour.slice(6)}`,

@@ -32,7 +32,6 @@ export interface Target {
    * there is no such file: some targets replace it. With `direct` there is nothing to do.
    */
   publish(name: string, bytes: number): Promise<void>;
-  /** The file of this name, or undefined when there is none. */
   stat(name: string): Promise<RemoteFile | undefined>;
   /** The file's content, of which no more than `most` bytes are read. */
   read(name: string, most: number): AsyncIterable<Uint8Array>;
@@ -42,14 +41,12 @@ export interface Target {
   close(): void;
 }
 
-/** What a target tells of a file. */
 export interface RemoteFile {
   bytes: number;
   /** Milliseconds since the epoch, by the target's clock; some targets don't say. */
   modifiedAt?: number;
 }
 
-/** The name under which a file is written before it has its own. */
 export function tempName(name: string): string {
   return name + TEMP_SUFFIX;
 }
@@ -177,7 +174,6 @@ export async function* readChunks(path: string): AsyncGenerator<Uint8Array> {
   }
 }
 
-/** Ends a content after `most` bytes, whatever comes behind them. */
 export async function* atMost(chunks: AsyncIterable<Uint8Array>, most: number): AsyncGenerator<Uint8Array> {
   let left = most;
   for await (const chunk of chunks) {
@@ -225,7 +221,6 @@ export function openContent(
   return { chunks: hashed(), measured };
 }
 
-/** Reads a content to its end, for its measures. */
 export async function measure(...content: Parameters<typeof openContent>): Promise<Measured> {
   const { chunks, measured } = openContent(...content);
   for await (const _ of chunks);
