@@ -162,27 +162,12 @@ function oldestHour({ begins }: DigestState): string {
 
 // ---- who has told everything
 
-/** A host as its ledger and the folders show it; times are ms since the epoch. */
-interface HostSeen {
-  host: string;
-  zone: number;
-  through: number | undefined;
-  contestedUntil: number;
-  skipped: number;
-  untimed: number;
-  lost: number;
-  /** Batches that are open or sealed, by hour; and the lines of each by its name. */
-  waiting: Map<string, number>;
-  unsent?: Map<string, number>;
-  /** Bytes that it still had to ship when it was last heard. */
-  lag?: number | undefined;
-  heardAt?: number;
-  isDamaged?: boolean | undefined;
-}
-
-/** All hosts that are known, and the batches in failed/ by hour. The ledgers are read before the folders. */
+/**
+ * All hosts that are known, as their ledgers and folders show them, the ledgers read first; and the batches in failed/ by
+ * hour. `unsent` has the lines of what is open or sealed, `waiting` its batches by hour; times are ms since the epoch.
+ */
 export async function observeHosts(dir: string, now: number) {
-  const hosts: HostSeen[] = [];
+  const hosts = [];
   for (const host of await listHosts(dir)) {
     const ledger = await readLedger(folders(dir).host(host));
     if (!ledger || ledger.facts.forgotten !== undefined) continue;

@@ -35,8 +35,16 @@ const never = (path: string) => {
 
 /** What the folder shows of one host. */
 function seen(more: Partial<HostsSeen["hosts"][number]> = {}): HostsSeen {
-  const host = { host: HOST, zone: ZONE, contestedUntil: 0, skipped: 0, untimed: 0, lost: 0 };
-  return { hosts: [{ ...host, through: undefined, waiting: new Map(), ...more }], failed: new Map() };
+  const counts = {
+    contestedUntil: 0,
+    skipped: 0,
+    untimed: 0,
+    lost: 0,
+    waiting: new Map(),
+    unsent: new Map(),
+  };
+  const host = { host: HOST, zone: ZONE, through: undefined, heardAt: 0, isDamaged: undefined };
+  return { hosts: [{ ...host, ...counts, ...more }], failed: new Map() };
 }
 
 /** A client's folder, the forwarder's record, and the steps between them. */

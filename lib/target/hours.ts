@@ -102,7 +102,7 @@ async function readHour(
   }
   for (const { host, reason } of findMissing(seen, hour, now, record.lossAt))
     rowOf(host).missing.push(reason);
-  for (const { host, unsent = [], lag, heardAt = 0 } of seen.hosts) {
+  for (const { host, unsent, lag, heardAt } of seen.hosts) {
     const row = rowOf(host);
     for (const [name, lines] of unsent)
       if (parseBatchName(name)?.window.startsWith(hour) && !delivered.has(name)) row.read += lines;
