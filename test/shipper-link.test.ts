@@ -235,6 +235,34 @@ describe("a link", () => {
     90_000,
   );
 
+  test("that forgets four chunks at once: the next one waits twice as long, not sixteen times", async () => {
+    const stub = startStub();
+    let isForgetful = false;
+    let forgotten = 0;
+    const url = await startRelay(stub.url, (from, into, isUp) => {
+      let isLost = false;
+      from.on("data", (data) => {
+        if (isUp && isForgetful && !isLost && data.includes("POST /upload")) {
+          isLost = true; // for as long as the connection is there
+          forgotten++;
+        }
+        if (!isLost) into.write(data);
+      });
+    });
+    const sender = await createSender(url, { timeoutSeconds: 1, chunkBytes: 4096, compression: "none" });
+    const shipper = startShipper(sender);
+    sender.write(lines("a", 1, 1));
+    await arrives(stub, "a", 1);
+    isForgetful = true;
+    sender.write(lines("a", 2, 600));
+    await until("four are forgotten, and one that was tried again", () => forgotten > 4, 20_000);
+    isForgetful = false;
+    const started = performance.now();
+    await until("all is there", () => stub.text() === lines("a", 1, 600), 40_000);
+    expect(performance.now() - started).toBeLessThan(15_000);
+    await shipper.stop();
+  }, 60_000);
+
   test("that forgets idle connections: the next line does not wait for a time limit", async () => {
     const stub = startStub();
     const url = await startRelay(stub.url, (from, into) => {

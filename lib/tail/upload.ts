@@ -76,6 +76,7 @@ export class Uploader {
 
   /** Sends one chunk, once. Throws only when the signal is aborted. */
   async send(chunk: EncodedChunk): Promise<Answer> {
+    const longer = Math.min(MOST_PATIENCE, this.#patience * 2); // once, of however many that are on their way together
     try {
       const headers = {
         ...formatChunkHeaders(chunk),
@@ -87,7 +88,7 @@ export class Uploader {
     } catch (error) {
       if (this.#signal.aborted) throw error;
       const isSlow = (error as Error).name === "TimeoutError";
-      if (isSlow) this.#patience = Math.min(MOST_PATIENCE, this.#patience * 2);
+      if (isSlow) this.#patience = Math.max(this.#patience, longer);
       const pace = isCertificateFault(error) ? REFUSED : AWAY;
       return { ...this.#refused(0, `${errorMessage(error)}${this.#via}`, pace), isSlow };
     }
