@@ -149,28 +149,33 @@ test("possibleBases() knows logrotate's dateformat -%s", () => {
 });
 
 describe("what lies beside a log", () => {
-  test.each(["access.log.404", "access.log-10.0.0.1", "access.log.errors", "access.log~"])(
-    "an extract named %s is not shipped, and told once with its bytes",
-    async (name) => {
-      const host = await createHost(["access.log"]);
-      host.put("access.log", "a", 1, 40);
-      await host.sender.once();
-      const extract = lines("a", 3, 9) + lines("a", 20, 24);
-      writeFileSync(host.at(name), extract);
-      const shipper = startShipper(host);
-      await shipper.says("not followed");
-      host.put("access.log", "a", 41, 50);
-      await arrives(host, "a", 50);
-      writeFileSync(host.at(name), `${extract}${lines("a", 30, 31)}`);
-      host.put("access.log", "a", 51, 60);
-      await arrives(host, "a", 60);
-      await shipper.stop();
-      expect(shipper.output.split("not followed").length).toBe(2);
-      expect(shipper.output).toContain(`bytes=${extract.length}`);
-      await host.sender.once();
-      host.expects({ a: 60 });
-    },
-  );
+  test.each([
+    "access.log.404",
+    "access.log-10.0.0.1",
+    "access.log.errors",
+    "access.log~",
+    "access.log.1.tar",
+    "access.log-20261122.tar.gz",
+    "access.log.1.tgz",
+  ])("an extract named %s is not shipped, and told once with its bytes", async (name) => {
+    const host = await createHost(["access.log"]);
+    host.put("access.log", "a", 1, 40);
+    await host.sender.once();
+    const extract = lines("a", 3, 9) + lines("a", 20, 24);
+    writeFileSync(host.at(name), extract);
+    const shipper = startShipper(host);
+    await shipper.says("not followed");
+    host.put("access.log", "a", 41, 50);
+    await arrives(host, "a", 50);
+    writeFileSync(host.at(name), `${extract}${lines("a", 30, 31)}`);
+    host.put("access.log", "a", 51, 60);
+    await arrives(host, "a", 60);
+    await shipper.stop();
+    expect(shipper.output.split("not followed").length).toBe(2);
+    expect(shipper.output).toContain(`bytes=${extract.length}`);
+    await host.sender.once();
+    host.expects({ a: 60 });
+  });
 
   test.each(["access.old.log", "access-before.log", "zz.log", "access.rot0.log"])(
     "a log that is renamed to %s, which the glob matches, keeps its stream",

@@ -345,7 +345,7 @@ export function possibleBases(name: string): { base: string; number?: number }[]
   if (!/[-._]\d|\d{4}/.test(plain)) return bases;
   const add = (start: number, end: number, number?: number) => {
     const [base, rest] = [plain.slice(0, start), plain.slice(end)];
-    if (base === "" || !/^(\.[A-Za-z][A-Za-z0-9_]{0,9})?$/.test(rest)) return;
+    if (base === "" || !/^(\.(?!tar$|t[gx]z$)[A-Za-z][A-Za-z0-9_]{0,9})?$/.test(rest)) return;
     const extra = number === undefined ? {} : { number };
     bases.push({ base, ...extra });
     if (rest !== "") bases.push({ base: base + rest, ...extra });
