@@ -177,6 +177,24 @@ describe("what lies beside a log", () => {
     host.expects({ a: 60 });
   });
 
+  test.each([
+    ["access.log.1.tar.gz", "tar czf access.log.1.tar.gz access.log"],
+    ["access.log-20261122.tar", "tar cf access.log-20261122.tar access.log"],
+    ["access.log.tgz", "tar czf access.log.tgz access.log"],
+  ])("a pack of files named %s is no log, by its path and by a glob", async (name, command) => {
+    for (const pattern of ["access.log", "access.log*"]) {
+      const host = await createHost([pattern]);
+      host.put("access.log", "a", 1, 40);
+      await host.sender.once();
+      execFileSync("sh", ["-c", command], { cwd: host.at(".") });
+      host.put("access.log", "a", 41, 45);
+      const output = await host.sender.once();
+      expect(output).toContain("not followed");
+      expect(output).toContain(name);
+      host.expects({ a: 45 });
+    }
+  });
+
   test.each(["access.old.log", "access-before.log", "zz.log", "access.rot0.log"])(
     "a log that is renamed to %s, which the glob matches, keeps its stream",
     async (name) => {

@@ -16,6 +16,8 @@ import { fileKey, keepKey, kindOf, nameOf, rawPath } from "./file.ts";
 const COMPRESSED = /\.(gz|zst)$/;
 /** Compressions that can't be read here: such a file is told of, not shipped. */
 const UNREADABLE = /\.(bz2|xz|lz4|lzma|lzo|Z|zip|7z)$/;
+/** Several files in one: neither a log nor its rotation. */
+const PACK = /\.(?:(?:tar|cpio)(?:\.\w+)?|t[bgx]z2?|tzst|rar|jar)$/i;
 /** Numbers of rotations up to this one need no neighbour. */
 const PLAIN_NUMBERS = 30;
 
@@ -340,6 +342,7 @@ const DATE =
 
 /** The names of logs of which a name may be a rotation; `number` is that of a numbered one. */
 export function possibleBases(name: string): { base: string; number?: number }[] {
+  if (PACK.test(name)) return [];
   const plain = name.replace(COMPRESSED, "").replace(UNREADABLE, "");
   const bases: { base: string; number?: number }[] = plain === name ? [] : [{ base: plain }];
   if (!/[-._]\d|\d{4}/.test(plain)) return bases;
@@ -454,7 +457,7 @@ function expand(pattern: string, folders: Folders): string[] {
     for (const folder of paths) {
       if (segment === "**") next.push(folder, ...foldersBelow(folder, folders));
       else if (!isGlob(segment)) next.push(join(folder, segment));
-      else next.push(...matching(folder, segment, folders));
+      else next.push(...matching(folder, segment, folders).filter((path) => !isLast || !PACK.test(path)));
     }
     paths = isLast || !isGlob(segment) ? next : next.filter((path) => segment === "**" || isFolder(path));
   }
