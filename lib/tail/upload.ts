@@ -33,8 +33,8 @@ const STREAMS_BYTES = 64 * 1024 * 1024;
 /** A connection that was not used for so long is not used again; a runtime closes those it keeps after so long. */
 const IDLE_MS = 5_000;
 const FORGOTTEN_MS = 310_000;
-/** After a time limit was met the next one is longer, up to so many times the configured one. */
-const MOST_PATIENCE = 32;
+/** After a time limit was met the next one is longer, up to so much: the smallest chunk then gets through at 70 bytes a second. */
+const LONGEST_LIMIT_MS = 60_000;
 
 export interface EncodedChunk extends ChunkHeaders {
   body: Uint8Array<ArrayBuffer>;
@@ -62,7 +62,8 @@ export class Uploader {
   #tls = { ca: "", cert: "", key: "" };
   #fetch: typeof fetch;
   #refusals = 0;
-  #patience = 1;
+  /** Time limit of a request in ms. */
+  #limit: number;
   /** When a connection that is kept was used last: the runtime forgets it after `FORGOTTEN_MS`. */
   #keptAt = Number.NEGATIVE_INFINITY;
 
@@ -70,13 +71,15 @@ export class Uploader {
     this.#config = config;
     this.#signal = signal;
     this.#base = config.receiver.replace(/\/+$/, "");
+    this.#limit = config.timeoutSeconds * 1000;
     this.#via = config.proxy === undefined ? "" : ` through ${config.proxy}`;
     this.#fetch = fetchWith({ proxy: config.proxy });
   }
 
   /** Sends one chunk, once. Throws only when the signal is aborted. */
   async send(chunk: EncodedChunk): Promise<Answer> {
-    const longer = Math.min(MOST_PATIENCE, this.#patience * 2); // once, of however many that are on their way together
+    const limit = this.#limit;
+    const sentAt = performance.now();
     try {
       const headers = {
         ...formatChunkHeaders(chunk),
@@ -84,11 +87,14 @@ export class Uploader {
         ...(chunk.encoding !== "identity" && { "Content-Encoding": chunk.encoding }),
       };
       const response = await this.#request(UPLOAD_PATH, headers, chunk.body);
-      return this.#answerOf(chunk, response, await readText(response, ANSWER_BYTES));
+      const text = await readText(response, ANSWER_BYTES);
+      this.#limit = this.#limitOf(2 * (performance.now() - sentAt));
+      return this.#answerOf(chunk, response, text);
     } catch (error) {
       if (this.#signal.aborted) throw error;
       const isSlow = (error as Error).name === "TimeoutError";
-      if (isSlow) this.#patience = Math.max(this.#patience, longer);
+      // once for all that were on their way together
+      if (isSlow) this.#limit = Math.max(this.#limit, this.#limitOf(2 * limit));
       const pace = isCertificateFault(error) ? REFUSED : AWAY;
       return { ...this.#refused(0, `${errorMessage(error)}${this.#via}`, pace), isSlow };
     }
@@ -97,7 +103,6 @@ export class Uploader {
   #answerOf(chunk: EncodedChunk, response: Response, text: string): Answer {
     const { status, headers } = response;
     const offset = parseOffset(response);
-    this.#patience = 1;
     if (status === 200 && offset === chunk.end) {
       this.#refusals = 0;
       release(chunk);
@@ -135,7 +140,7 @@ export class Uploader {
   }
 
   #request(path: string, headers: Record<string, string>, body?: BodyInit): Promise<Response> {
-    const { ca, cert, key, proxy, token: ref, timeoutSeconds } = this.#config;
+    const { ca, cert, key, proxy, token: ref } = this.#config;
     const pem = (file: string | undefined) => (file === undefined ? "" : readSecret({ file }));
     const now = { ca: pem(ca), cert: pem(cert), key: pem(key) };
     if (now.ca !== this.#tls.ca || now.cert !== this.#tls.cert || now.key !== this.#tls.key) {
@@ -143,7 +148,7 @@ export class Uploader {
       this.#fetch = fetchWith({ ...now, proxy });
     }
     const token = ref && readSecret(ref);
-    const limit = AbortSignal.timeout(timeoutSeconds * 1000 * this.#patience);
+    const limit = AbortSignal.timeout(this.#limit);
     const send = this.#fetch;
     return send(this.#base + path, {
       method: "POST",
@@ -153,6 +158,10 @@ export class Uploader {
       keepalive: this.#mayKeep(),
       signal: AbortSignal.any([this.#signal, limit]),
     });
+  }
+
+  #limitOf(ms: number): number {
+    return Math.max(this.#config.timeoutSeconds * 1000, Math.min(ms, LONGEST_LIMIT_MS));
   }
 
   /** A connection that was idle is not used again: whatever stands between may have forgotten it. */
