@@ -27,6 +27,7 @@ import {
   type FaultLog,
   type Log,
   OperatorError,
+  retryDelay,
   runScript,
   type Service,
   VERSION,
@@ -71,6 +72,8 @@ const METRICS_EVERY_MS = 15_000;
 const MISSING_EVERY_MS = 3_600_000;
 /** On a link on which a chunk takes so long, one is on its way. */
 const SLOW_MS = 2_000;
+/** So many 409s in a row that told an offset are of answers that overtook each other; more are a fault. */
+const MOST_CONFLICTS = 3;
 /** The smallest chunk that a 413 or a slow link can lead to. */
 const MIN_CHUNK_BYTES = 4096;
 
@@ -568,6 +571,7 @@ function commit(shipper: Shipper, transfer: Transfer, { chunk, marks, sentAt }: 
   if (took < SLOW_MS / 4) shipper.chunkBytes = Math.min(shipper.mostBytes, shipper.chunkBytes * 2);
   stream.offset = chunk.end;
   stream.marks = marks;
+  stream.conflicts = 0;
   delete stream.begin;
   shipper.streams.isMoved = true;
 }
@@ -578,13 +582,24 @@ async function goBack(shipper: Shipper, transfer: Transfer, first: Answer): Prom
   const answers = [first, ...(await settle(shipper, transfer))];
   transfer.isSingle = transfer.hasMore = true;
   const [highest] = answers.filter((answer) => answer.kind === "moved").sort((a, b) => b.offset - a.offset);
-  if (highest) return moveTo(shipper.streams, stream, file, highest.offset, highest.mark);
+  if (highest) {
+    stream.conflicts++;
+    const goesOn = await moveTo(shipper.streams, stream, file, highest.offset, highest.mark);
+    if (stream.conflicts > MOST_CONFLICTS) refuseConflicts(shipper, stream);
+    return goesOn;
+  }
   if (!answers.some(({ kind }) => kind === "unknown")) return true;
   shipper.unknown.add(stream);
   shipper.askNow = true;
   shipper.asking.ring();
   shipper.wakeup.ring();
   return false;
+}
+
+/** Something that answers each chunk like that takes none: it is told, and asked less and less often. */
+function refuseConflicts(shipper: Shipper, { conflicts }: Stream): never {
+  noteRefused(shipper, shipper.failing, 409, `${conflicts} times in a row it stands at another byte`);
+  throw new Refused(retryDelay(conflicts - MOST_CONFLICTS));
 }
 
 /** Waits for all answers. What was stored behind a chunk whose answer was lost counts: the receiver stores in order. */
@@ -654,9 +669,9 @@ async function send(shipper: Shipper, chunk: EncodedChunk): Promise<Answer> {
     if (bytes <= shipper.chunkBytes) halve(shipper); // others of the same size may be told so, too
     return answer;
   }
-  noteAnswered(shipper, shipper.failing);
   noteAnswered(shipper, shipper.unanswered);
   if (answer.kind !== "stored") return answer;
+  noteAnswered(shipper, shipper.failing);
   shipper.sent.lines += answer.lines;
   shipper.sent.bytes += bytes;
   shipper.sent.chunks++;

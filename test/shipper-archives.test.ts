@@ -15,7 +15,7 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { gzipSync } from "node:zlib";
-import type { Stream } from "../lib/tail/cursor.ts";
+import { withFile } from "../lib/tail/cursor.ts";
 import { LogFile, readHead } from "../lib/tail/file.ts";
 import { identify } from "../lib/tail/identify.ts";
 import { type FoundFile, lookAt } from "../lib/tail/paths.ts";
@@ -271,32 +271,10 @@ test("an archive whose original is cut or removed between the look and the compa
   writeFileSync(path, lines("a", 1, 40));
   const { key = "", mtimeMs = 0, size = 0 } = lookAt(path) ?? {};
   const own = await LogFile.open(path);
-  const head = await readHead(own, 0);
+  const { head } = await readHead(own, 0);
   await own.close();
-  const stream: Stream = {
-    ...{
-      from: 0,
-      offset: 0,
-      log: path,
-      path,
-      key,
-      copies: [],
-      head,
-      marks: [],
-      size,
-      mtimeMs,
-      checkedSize: size,
-    },
-    ...{
-      isLive: false,
-      isBusy: false,
-      isNamed: true,
-      phase: { is: "reading" },
-      phaseAt: 0,
-      endedAs: "",
-      grewAt: 0,
-    },
-  };
+  const state = { from: 0, offset: 0, log: path, path, key, copies: [], marks: [], size, mtimeMs };
+  const stream = withFile({ ...state, ...(head && { head }), phase: { is: "reading" } }, 0);
   writeFileSync(`${path}.gz`, gzipSync(lines("a", 1, 40)));
   const found = lookAt(`${path}.gz`, { log: path }) as FoundFile;
   const archive = await LogFile.open(found.path);

@@ -529,6 +529,36 @@ describe("an answer that refuses", () => {
   });
 });
 
+describe("a 409 to each chunk", () => {
+  const mark = `64:${"a".repeat(22)}`;
+  test.each([
+    ["with offset 0", () => ({ "Upload-Offset": "0" })],
+    ["with the chunk's end", ({ end }: Asked) => ({ "Upload-Offset": String(end) })],
+    ["with a mark of other bytes", ({ end }: Asked) => ({ "Upload-Offset": String(end), "Log-Mark": mark })],
+  ])("%s is told, asked less and less often, and nothing is lost", async (_, headersOf) => {
+    let isBroken = true;
+    const stub = startStub((asked) => {
+      if (!isBroken || !isChunk(asked)) return undefined;
+      return new Response("conflict", { status: 409, headers: headersOf(asked) });
+    });
+    const sender = await createSender(stub.url);
+    sender.write(lines("a", 1, 50));
+    const shipper = startShipper(sender);
+    await shipper.says("status=409");
+    const before = stub.asked.filter(isChunk).length;
+    await until("it is asked twice more", () => stub.asked.filter(isChunk).length >= before + 2);
+    isBroken = false;
+    await shipper.says(AGAIN);
+    await until("all is there", () => stub.text().length >= lines("a", 1, 50).length);
+    expect(stub.text()).toBe(lines("a", 1, 50));
+    const times = stub.asked.filter(isChunk).map(({ at }) => at);
+    const [first = 0, second = 0] = times.slice(before - 1);
+    expect(second - first).toBeGreaterThan(200);
+    expect(linesWith(shipper.output, HELD).length).toBe(1);
+    expect(await shipper.stop()).toBe(0);
+  });
+});
+
 describe("a receiver that is away", () => {
   test("refuses connections: told once, tried again, delivered when it is back", async () => {
     const own = await startRealReceiver();

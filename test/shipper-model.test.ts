@@ -58,6 +58,10 @@ const FOUND: [title: string, actions: string][] = [
     "what may be in an archive that is not complete yet is not told as lost",
     "write 3, ship 0, away 0, write 3, ship 0, restart 0, rotate 0, releaseOld 0, here 0, lateGzip 0, wait 2",
   ],
+  [
+    "a log that grew over a kilobyte and vanished before the first answer to a damaged cursor loses what the receiver lacks",
+    "write 408710, write 294457, write 146433, loseState 780497, write 741133, wait 765895, copytruncate 436082, remove 740133",
+  ],
 ];
 
 test.each(FOUND)("%s", async (_, text) => {

@@ -15,12 +15,22 @@ import {
 import { join } from "node:path";
 import { zstdDecompressSync } from "node:zlib";
 import { parseBatchName } from "../lib/batch.ts";
-import { type ChunkHeaders, HEADER, parseChunkHeaders, parseNews, type StreamStatus } from "../lib/chunk.ts";
+import {
+  type ChunkHeaders,
+  HEADER,
+  MARK_BYTES,
+  parseChunkHeaders,
+  parseNews,
+  type StreamStatus,
+} from "../lib/chunk.ts";
 import { readLedger } from "../lib/ledger.ts";
 import { createFaultLog } from "../lib/service.ts";
 import { Store } from "../lib/store/store.ts";
 import { createWindowFinder } from "../lib/store/window.ts";
 import { takeStatus, takeWayBack } from "../lib/tail/answers.ts";
+import { withFile } from "../lib/tail/cursor.ts";
+import { LogFile } from "../lib/tail/file.ts";
+import { readPortion } from "../lib/tail/reader.ts";
 import { Streams } from "../lib/tail/streams.ts";
 import { createSender, expectArrives, lines, type RealReceiver, startRealReceiver } from "./pipeline.ts";
 import { post, quiet } from "./sending.ts";
@@ -347,6 +357,34 @@ test("a file without a name, of which the receiver has more than an older cursor
   expect(stream).toMatchObject({ offset: 60 });
   takeStatus(streams, stream, undefined, committed(stream)); // by then the folder is another one
   expect(stream).toMatchObject({ begin: "again", offset: 0 });
+});
+
+test("what an event tells of a file while it is read or compared is not taken for its stream's", async () => {
+  const context = { ...{ log: quiet, faults: createFaultLog(quiet) }, now: Date.now, mono: performance.now };
+  const config = { stateDir: "", startAt: "beginning", rotateWaitSeconds: 1, pollSeconds: 1 } as const;
+  const streams = new Streams({ ...config, files: [] }, context as never);
+  const path = join(await tempFolder(), "access.log");
+  const text = lines("a", 1, 40);
+  writeFileSync(path, text + lines("b", 1, 40));
+  const file = await LogFile.open(path);
+  onCleanup(() => file.close());
+  const seen = text.length;
+  const state = { from: 0, offset: 0, log: path, path, key: file.key, copies: [], marks: [], mtimeMs: 0 };
+  const stream = withFile({ ...state, size: seen, phase: { is: "reading" } }, 0);
+  stream.size = text.length * 2; // the file was cut and filled anew since the look
+  expect(await streams.rebase(stream, file, seen)).toBe(true);
+  expect(stream).toMatchObject({ size: text.length * 2, checkedSize: seen });
+
+  stream.size = stream.checkedSize = seen;
+  const readOnce = file.readOnce.bind(file);
+  file.readOnce = async (bytes: Uint8Array, at: number) => {
+    const n = await readOnce(bytes, at);
+    stream.size = 1_000_000;
+    return n;
+  };
+  const options = { buffer: Buffer.alloc(MARK_BYTES + 1024), offset: 0, newest: undefined };
+  await readPortion(stream, file, { ...options, chunkBytes: 1024, skip: [] });
+  expect(stream).toMatchObject({ size: 1_000_000, checkedSize: seen });
 });
 
 test("a 409 below what was answered is sent again under the same name, and nothing falls back", async () => {

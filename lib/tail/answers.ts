@@ -5,7 +5,7 @@
 import type { StreamStatus } from "../chunk.ts";
 import { OperatorError } from "../service.ts";
 import { closeFile, drawName, type Stream, type StreamState } from "./cursor.ts";
-import { endOfLines, type LogFile, markAt, readMark, wireMark } from "./file.ts";
+import { endOfLines, type LogFile, type Mark, markAt, markBefore, readMark, wireMark } from "./file.ts";
 import { fitOf } from "./identify.ts";
 import { Changed } from "./reader.ts";
 import type { Streams } from "./streams.ts";
@@ -73,12 +73,18 @@ export function takeFirstAnswer(streams: Streams, told: StreamStatus[]): void {
     void closeFile(stream);
     if (stream.phase.is !== "gone") continue;
     // What vanished before the answer: what the receiver lacks of it is lost, and told, unless a copy has it.
-    const { log, path, key, size, mtimeMs, head } = stream;
-    const same = known[told.findIndex((status) => head && status.head === wireMark(head))];
+    const { log, path, key, size, mtimeMs, first } = stream;
+    const alike = known.filter(({ head }) => head && first && isHeadOf(head, first));
+    const [same] = alike.sort((a, b) => (b.head?.length ?? 0) - (a.head?.length ?? 0));
     if (!same && size > stream.offset) lost.push(stream);
     if (same && size > same.offset) Object.assign(same, { log, path, key, size, mtimeMs });
   }
   streams.adopt(known, lost);
+}
+
+/** Whether a head, of as much as there was when it was told, is that of a file with these first bytes. */
+function isHeadOf({ length, hash }: Mark, first: Uint8Array): boolean {
+  return length <= first.length && markBefore(first.subarray(0, length), length).hash === hash;
 }
 
 function toStream({ stream: id, offset, head, mark, delivered }: StreamStatus): StreamState {

@@ -119,6 +119,10 @@ export interface Stream extends StreamState {
   isNamed: boolean;
   /** The receiver has lost it: from here it is shipped again. */
   wayBack?: number | undefined;
+  /** Its first bytes, until the receiver's first answer. */
+  first?: Uint8Array;
+  /** 409s that told an offset, since the last 200. */
+  conflicts: number;
 }
 
 /** A stream as it is at a start: its file is not open, and nothing was looked at. `time` is of the monotonic clock. */
@@ -132,6 +136,7 @@ export function withFile(state: StreamState, time: number, isLive = false): Stre
     endedAs: "",
     grewAt: Number.NEGATIVE_INFINITY,
     isNamed: true,
+    conflicts: 0,
   };
 }
 
@@ -253,7 +258,7 @@ function takeOver({ lost, families }: z.infer<typeof oldCursor>, shipper: string
 
 export function toState(full: Stream): StreamState {
   const { file, isLive, isBusy, phaseAt, endedAs, retryAt, ...rest } = full;
-  const { checkedSize, drained, grewAt, isNamed, wayBack, ...state } = rest;
+  const { checkedSize, drained, grewAt, isNamed, wayBack, first, conflicts, ...state } = rest;
   return state;
 }
 

@@ -355,11 +355,11 @@ export function addMark(marks: Mark[], mark: Mark): Mark[] {
   return all.length <= MARKS ? all : all.filter((_, i) => i % 2 === 0 || i >= all.length - 4);
 }
 
-/** The head that a file has now: its first bytes behind a hole; undefined of an empty one. */
-export async function readHead(file: LogFile, start: number): Promise<Mark | undefined> {
+/** The first bytes of a file behind a hole, and the head that they are; none of an empty one. */
+export async function readHead(file: LogFile, start: number): Promise<{ head?: Mark; first: Uint8Array }> {
   const bytes = new Uint8Array(MARK_BYTES);
-  const n = trimNuls(bytes.subarray(0, await file.read(bytes, start))).length;
-  return n > 0 ? markBefore(bytes.subarray(0, n), start + n) : undefined;
+  const first = trimNuls(bytes.subarray(0, await file.read(bytes, start)));
+  return first.length > 0 ? { head: markBefore(first, start + first.length), first } : { first };
 }
 
 // ---- lines

@@ -57,7 +57,9 @@ export async function readPortion(
   const end = offset - guard + view.length;
   checkGuard([stream.head, newest], view, offset, !isFull);
   if (!file.compression && !isFull && end < seen) throw new Changed();
-  stream.size = stream.checkedSize = isFull || file.compression ? Math.max(stream.size, end) : end;
+  const isPart = isFull || file.compression !== undefined;
+  stream.size = isPart ? Math.max(stream.size, end) : end; // an event may have told of more than is compared
+  stream.checkedSize = isPart ? Math.max(seen, end) : end;
   noteHead(stream, view, offset - guard);
 
   const bytes = view.subarray(guard);

@@ -401,7 +401,8 @@ export class Streams {
       const seen = stream.size; // an event may have told of more than the look listed: the file is asked once more
       const left = size < seen ? (await file.stat()).size : size;
       if (left < seen) this.lose(seen - left, stream);
-      stream.size = stream.checkedSize = left;
+      stream.size = left;
+      stream.checkedSize = Math.min(left, size); // what was compared; the file may have been cut since
       return true;
     }
     await closeFile(stream);
@@ -436,7 +437,7 @@ export class Streams {
 
   /** A new stream in the same file from `at` on: the receiver has other bytes under the old one's name. */
   succeed(stream: Stream, at: number): void {
-    this.#goOnBehind(stream, at, stream.key, stream.size);
+    this.#goOnBehind(stream, at, stream.key, stream.size).conflicts = stream.conflicts;
   }
 
   /** A stream of which something is to be shipped again. */
@@ -532,6 +533,7 @@ export class Streams {
       if (file.key !== found.key) return false; // renamed between the look and the opening
       found.size = (await file.stat()).size; // it may have been cut since
       let what = await this.#identify(file, found);
+      if ((await file.stat()).size < found.size) return false; // it was cut while it was compared
       const isOwn =
         found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
       // a path named in full is a log of its own
@@ -585,7 +587,9 @@ export class Streams {
 
   /** The head of a stream that begins in a file; when it begins within it, it is known by what stands before that, too. */
   async #noteBeginning(stream: Stream, file: LogFile): Promise<void> {
-    stream.head = await readHead(file, await contentStart(file, stream.isCut));
+    const { head, first } = await readHead(file, await contentStart(file, stream.isCut));
+    stream.head = head;
+    if (!this.asked) stream.first = first;
     const mark = stream.offset > 0 ? await readMark(file, stream.offset) : undefined;
     if (mark) stream.marks = [mark];
   }
@@ -656,11 +660,12 @@ export class Streams {
     const file = await this.openStream(stream).catch(() => undefined); // told of when it is to be read
     if (!file) return;
     const start = stream.head ? stream.head.end - stream.head.length : await contentStart(file, stream.isCut);
-    const head = await readHead(file, start);
+    const { head, first } = await readHead(file, start);
     if (!head || head.length <= (stream.head?.length ?? 0)) return;
     const isSame =
       !stream.head || (await readMark(file, stream.head.end, stream.head.length))?.hash === stream.head.hash;
     if (isSame) stream.head = head;
+    if (isSame && !this.asked) stream.first = first;
     this.isChanged = true;
     await this.closeSome(); // any number may have grown since the last look
   }
