@@ -99,13 +99,17 @@ describe("something else answers 200", () => {
     expect(stub.text()).toBe(lines("a", 1, 30));
   });
 
-  test("an answer about streams that were not asked for says nothing of those that were", async () => {
+  test.each([
+    ["streams that were not asked for", () => [{ stream: "A".repeat(22), offset: 5 }]],
+    ["one stream twice", (stream: string) => [40_000, 0].map((offset) => ({ stream, offset, delivered: 0 }))],
+  ])("an answer about %s says nothing of those that were", async (_, streamsOf) => {
     const stub = startStub();
     const sender = await createSender(stub.url, { heartbeatSeconds: 0.3 });
     sender.write(lines("a", 1, 10));
     const shipper = startShipper(sender);
     await arrives(stub, "a", 10);
-    const foreign = [{ host: sender.host, streams: [{ stream: "A".repeat(22), offset: 5 }] }];
+    const { stream } = stub.asked.find(({ method }) => method === "POST") ?? { stream: "" };
+    const foreign = [{ host: sender.host, streams: streamsOf(stream) }];
     stub.script = ({ method }) => {
       const body = method === "streams" ? foreign.pop() : undefined;
       return body && Response.json(body, { headers: { "Cache-Control": "no-store" } });

@@ -195,6 +195,25 @@ describe("what lies beside a log", () => {
     }
   });
 
+  test("a copy that is put back in the place of its log, again and again: each line once", async () => {
+    const host = await createHost(["access.log"]);
+    host.put("access.log", "a", 1, 40);
+    const shipper = startShipper(host);
+    await arrives(host, "a", 40);
+    for (let last = 40; last < 70; last += 10) {
+      copyFileSync(host.at("access.log"), host.at("access.log.1"));
+      renameSync(host.at("access.log"), host.at("access.log.2"));
+      copyFileSync(host.at("access.log.1"), host.at("access.log"));
+      host.put("access.log", "a", last + 1, last + 5);
+      await arrives(host, "a", last + 5);
+      host.put("access.log", "a", last + 6, last + 10);
+      await arrives(host, "a", last + 10);
+    }
+    await shipper.stop();
+    await host.sender.once();
+    host.expects({ a: 70 });
+  });
+
   test.each(["access.old.log", "access-before.log", "zz.log", "access.rot0.log"])(
     "a log that is renamed to %s, which the glob matches, keeps its stream",
     async (name) => {

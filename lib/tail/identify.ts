@@ -87,6 +87,7 @@ async function identifyByBytes(
   const alike = streams.filter((stream) => isAlike(stream, view, hashes));
   if (alike.length === 0) return { is: "new", at: 0 };
   if (alike.some(({ isBusy }) => isBusy)) return { is: "busy" };
+  const homes = alike.filter(hasHome);
   const orphans = alike.filter((stream) => !hasHome(stream)).sort((a, b) => b.offset - a.offset);
   const archive = orphans.find((stream) => stream.phase.is === "ended" || stream.size === stream.offset);
   if (archive && view.length === MARK_BYTES && (await packs(file, archive, found.mtimeMs))) {
@@ -96,13 +97,26 @@ async function identifyByBytes(
   let behind: { stream: Stream; at: number } | undefined;
   for (const stream of orphans) {
     const fit = await fitOf(file, stream, true);
-    if (fit.is === "all" && isEnough(stream, found, length, isCopied))
+    if (
+      fit.is === "all" &&
+      isEnough(stream, found, length, isCopied) &&
+      !(await isBehind(stream, file, homes))
+    )
       return { is: "stream", stream, isDone: file.compression !== undefined && length === stream.offset };
     if (fit.is === "behind" && fit.at > (behind?.at ?? 0)) behind = { stream, at: fit.at };
   }
   if (behind) return { is: "behind", ...behind };
   const isNext = found.isLive && isSuccessor(found, streams);
-  return compareWithKnown(file, found, alike.filter(hasHome), { length, isCopied, isNext });
+  return compareWithKnown(file, found, homes, { length, isCopied, isNext });
+}
+
+/** Whether a stream that has a file goes on behind this one in the same bytes: the file is a copy of that one, then. */
+async function isBehind({ offset }: Stream, file: LogFile, homes: Stream[]): Promise<boolean> {
+  for (const other of homes) {
+    const isProof = other.offset > offset && other.marks.at(-1)?.length === MARK_BYTES;
+    if (isProof && (await fitOf(file, other, true)).is === "all") return true;
+  }
+  return false;
 }
 
 /** Whether a stream's head is the one of the file, as far as both go. */

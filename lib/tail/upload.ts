@@ -227,7 +227,7 @@ async function readText(response: Response, most: number): Promise<string> {
   return Buffer.concat(blocks).subarray(0, most).toString();
 }
 
-/** Undefined of what is no answer to the question: of another host, or about streams that were not asked for. */
+/** Undefined of what is no answer to the question: of another host, about streams that were not asked for, or twice about one. */
 function parseStreams(text: string, host: string, names?: string[]): StreamStatus[] | undefined {
   try {
     const answer = JSON.parse(text) as { host?: unknown; streams?: unknown };
@@ -236,7 +236,8 @@ function parseStreams(text: string, host: string, names?: string[]): StreamStatu
     const asked = names && new Set(names);
     const isStatus = ({ stream, offset }: StreamStatus) =>
       (asked?.has(stream) ?? isStreamName(stream)) && Number.isSafeInteger(offset) && offset >= 0;
-    return answer.streams.every(isStatus) ? answer.streams : undefined;
+    const isOnce = new Set(answer.streams.map(({ stream }) => stream)).size === answer.streams.length;
+    return isOnce && answer.streams.every(isStatus) ? answer.streams : undefined;
   } catch {
     return undefined;
   }
