@@ -31,6 +31,7 @@ import {
   runScript,
   type Service,
   VERSION,
+  Wakeup,
   wait,
 } from "./lib/service.ts";
 import {
@@ -115,13 +116,11 @@ export class Shipper {
   readonly unknown = new Set<Stream>();
   /** Heartbeats in a row at which a path of `files` matched nothing: one may fall into a rotation. */
   lacking = 0;
-  /** When paths of `files` that match nothing are told of next. */
   missingAt = 0;
   /** When it may be asked what it knows of a host without a cursor. */
   askAt = 0;
   /** A look at all files, for `Log-Through`. */
   noted?: { at: number; sizes: Map<Stream, number> };
-  /** The next look is due, on the clock that nobody sets. */
   lookAt = 0;
 
   constructor(
@@ -881,20 +880,6 @@ async function keepMetrics(shipper: Shipper): Promise<void> {
       own.failed("metrics", "cannot write metrics: shipping goes on", fields);
     }
     await wait(METRICS_EVERY_MS, signal);
-  }
-}
-
-/** Something that one loop waits for and events ring; a ring while nobody waits is not lost. */
-class Wakeup {
-  #rung = new AbortController();
-
-  ring(): void {
-    this.#rung.abort();
-  }
-
-  async wait(ms: number, signal: AbortSignal): Promise<void> {
-    await wait(ms, AbortSignal.any([this.#rung.signal, signal]));
-    this.#rung = new AbortController();
   }
 }
 

@@ -377,6 +377,20 @@ export function wait(ms: number, signal?: AbortSignal): Promise<void> {
   });
 }
 
+/** Something that one loop waits for and events ring; a ring while nobody waits is not lost. */
+export class Wakeup {
+  #rung = new AbortController();
+
+  ring(): void {
+    this.#rung.abort();
+  }
+
+  async wait(ms: number, signal: AbortSignal): Promise<void> {
+    await wait(ms, AbortSignal.any([this.#rung.signal, signal]));
+    this.#rung = new AbortController();
+  }
+}
+
 /** Waiting time before try number `attempt` (from 1): doubles from `min` to `max`, with jitter of one half. */
 export function retryDelay(attempt: number, { min = 500, max = 30_000 } = {}): number {
   const full = Math.min(max, min * 2 ** Math.min(attempt - 1, 30));

@@ -359,6 +359,32 @@ test("a file without a name, of which the receiver has more than an older cursor
   expect(stream).toMatchObject({ begin: "again", offset: 0 });
 });
 
+test("a copy that is packed between the look and its opening is not told as lost: its archive is there", async () => {
+  const [folder, stateDir] = [await tempFolder(), await tempFolder()];
+  const path = join(folder, "access.log");
+  const context = { ...{ log: quiet, faults: createFaultLog(quiet) }, now: Date.now, mono: performance.now };
+  const config = { stateDir, startAt: "beginning", rotateWaitSeconds: 1, pollSeconds: 1 } as const;
+  writeFileSync(path, lines("a", 1, 40));
+  const streams = new Streams({ ...config, files: [path] }, context as never);
+  await streams.open();
+  await streams.look();
+  copyFileSync(path, `${path}.1`);
+  const survey = streams.paths.survey.bind(streams.paths);
+  let listings = 0;
+  streams.paths.survey = (before) => {
+    const seen = survey(before);
+    if (++listings === 2) execFileSync("gzip", [`${path}.1`]); // two that agree are believed
+    return seen;
+  };
+  await streams.look();
+  expect([listings, streams.held.size]).toEqual([2, 1]);
+  await streams.look();
+  expect([streams.lost, streams.held.size]).toEqual([0, 1]);
+  expect([...streams.held.values()][0]?.found.path).toBe(`${path}.1.gz`);
+  for (const { file } of streams.held.values()) await file?.close();
+  for (const stream of streams.list) await stream.file?.close();
+});
+
 test("what an event tells of a file while it is read or compared is not taken for its stream's", async () => {
   const context = { ...{ log: quiet, faults: createFaultLog(quiet) }, now: Date.now, mono: performance.now };
   const config = { stateDir: "", startAt: "beginning", rotateWaitSeconds: 1, pollSeconds: 1 } as const;

@@ -41,6 +41,11 @@ export function asSeen({ key, size, mtimeMs }: FoundFile): string {
   return `${key} ${size} ${mtimeMs}`;
 }
 
+/** Whether a file is what a compressor made of another one, by its name and time: gzip and its like keep that. */
+export function isArchiveOf({ path, mtimeMs }: FoundFile, of: FoundFile): boolean {
+  return path.startsWith(`${of.path}.`) && mtimeMs > of.mtimeMs - 1000;
+}
+
 export interface Survey {
   /** One for each inode, rotated ones by the time of their last write. */
   files: FoundFile[];
@@ -348,7 +353,7 @@ export function possibleBases(name: string): { base: string; number?: number }[]
   if (!/[-._]\d|\d{4}/.test(plain)) return bases;
   const add = (start: number, end: number, number?: number) => {
     const [base, rest] = [plain.slice(0, start), plain.slice(end)];
-    if (base === "" || !/^(\.(?!tar$|t[gx]z$)[A-Za-z][A-Za-z0-9_]{0,9})?$/.test(rest)) return;
+    if (base === "" || !/^(\.[A-Za-z][A-Za-z0-9_]{0,9})?$/.test(rest)) return;
     const extra = number === undefined ? {} : { number };
     bases.push({ base, ...extra });
     if (rest !== "") bases.push({ base: base + rest, ...extra });

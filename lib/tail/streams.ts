@@ -43,7 +43,7 @@ import {
 } from "./file.ts";
 import { type HeldFiles, holdFiles } from "./held.ts";
 import { fitOf, type Identity, identify } from "./identify.ts";
-import { asSeen, type FoundFile, Paths, type Survey } from "./paths.ts";
+import { asSeen, type FoundFile, isArchiveOf, Paths, type Survey } from "./paths.ts";
 import { lookInto, SoughtStreams } from "./sought.ts";
 
 /** An archive without an end that was not written to for so long (ms) is damaged, not unfinished. */
@@ -106,16 +106,12 @@ export class Streams {
   list: Stream[] = [];
   /** Those of the list without a file, for so long that it does not come back. */
   orphans: Stream[] = [];
-  /** Streams of logs that the config does not name now. */
   #left: Stream[] = [];
-  /** Those of the list by their logs, until that changes. */
   #byLog: Map<string, Stream[]> | undefined;
   lost = 0;
-  /** The file of which bytes were lost last, without its folder; undefined since the start. */
   lostIn: string | undefined;
   shipper = drawName();
   told: StreamStatus[] = [];
-  /** The receiver has said what it knows of this host. */
   asked = false;
   found: CursorFound["state"] = "absent";
   /** The set of streams has changed since the last save, or only offsets. */
@@ -137,7 +133,6 @@ export class Streams {
   readonly held: HeldFiles = new Map();
   /** Keys of files that were cut and written anew. */
   #cut = new Set<string>();
-  /** Streams whose files are open, the one that was read last at the end. */
   readonly #open = new Set<Stream>();
   readonly #saves = new Saves();
 
@@ -232,7 +227,9 @@ export class Streams {
     const unknown = await this.#locate(survey);
     this.#byLog = undefined;
     const waiting = await this.#identifyAll(unknown, survey);
-    await holdFiles(this.held, waiting, survey.files, (found, file) => this.#takeVanished(found, file));
+    await holdFiles(this.held, waiting, survey.files, (found, file) =>
+      this.#takeVanished(survey, found, file),
+    );
     if (waiting.length === 0 && (await this.#findUnderOtherNames(survey))) return this.look();
     this.#reportFaults(survey);
     const unsettled = new Set(waiting.map(({ log }) => log));
@@ -280,7 +277,6 @@ export class Streams {
     return undefined;
   }
 
-  /** Live paths of streams that a pattern still names, although there may be no file. */
   #livePaths(): string[] {
     return [...new Set(this.list.map(({ log }) => log))].filter((path) => this.paths.names(path));
   }
@@ -343,7 +339,6 @@ export class Streams {
     return unknown;
   }
 
-  /** Takes note of a file that has no name any more, or none that is known. */
   async #lookAtOpen(stream: Stream, file: LogFile): Promise<void> {
     const { size, mtimeMs } = await file.stat();
     Object.assign(stream, { size: Math.max(file.compression ? 0 : size, stream.size), mtimeMs }); // an archive's is another
@@ -378,7 +373,6 @@ export class Streams {
     return true;
   }
 
-  /** Compares a file with what is known of its stream, and lets the stream go on in it or lose it. */
   async #checkFile(stream: Stream, found: FoundFile): Promise<boolean> {
     const file = await this.#openFile(found);
     if (!file) return true;
@@ -440,7 +434,6 @@ export class Streams {
     this.#goOnBehind(stream, at, stream.key, stream.size).conflicts = stream.conflicts;
   }
 
-  /** A stream of which something is to be shipped again. */
   reopen(stream: Stream): void {
     if (stream.phase.is === "ended") this.#enter(stream, { is: "reading" });
     stream.endedAs = "";
@@ -479,9 +472,12 @@ export class Streams {
   }
 
   /** Takes up a file that has no name any more; false when it can't be told yet what it is. Closes it when it is of no use. */
-  async #takeVanished(found: FoundFile, file: LogFile | undefined): Promise<boolean> {
-    if (!file && !compressionOf(found.path)) this.lose(found.size, found); // of an archive its stream tells
-    if (!file) return true;
+  async #takeVanished({ files }: Survey, found: FoundFile, file: LogFile | undefined): Promise<boolean> {
+    if (!file) {
+      const isPacked = compressionOf(found.path) || files.some((file) => isArchiveOf(file, found));
+      if (!isPacked) this.lose(found.size, found); // what is in an archive, that tells
+      return true;
+    }
     const { size } = await file.stat();
     const what = await this.#identify(file, { ...found, size, isLive: false });
     if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
@@ -700,7 +696,6 @@ export class Streams {
     return this.list.filter((stream) => isDue(stream) && !this.#isAway(stream, survey));
   }
 
-  /** What was not read of a stream without a file is lost. */
   giveUp(stream: Stream): void {
     if (stream.size > stream.offset) this.lose(stream.size - stream.offset, stream);
     stream.size = stream.offset;
