@@ -52,7 +52,6 @@ export function withState(name: string, state: BatchState): string {
   return formatBatchName({ ...batch, state });
 }
 
-/** A host as it stands in a batch name: `10.10.21.181` → `10-10-21-181`. */
 export function dashedHost(host: string): string {
   return host.replace(/[.:]/g, "-");
 }

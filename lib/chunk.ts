@@ -8,7 +8,6 @@ import { createHash } from "node:crypto";
 import { parseHost } from "./host.ts";
 import { formatLocalTime, formatZone, localZone } from "./service.ts";
 
-/** So much of `Log-Agent` is kept. */
 const AGENT_BYTES = 64;
 
 export const UPLOAD_PATH = "/upload";
@@ -57,14 +56,12 @@ export interface ChunkHeaders extends SenderNews {
   /** Of the bytes just before `offset`; absent at offset 0. */
   from?: string | undefined;
   head?: string | undefined;
-  /** Lines that rules left out of this chunk. */
   skipped?: number | undefined;
 }
 
 /** What a receiver knows of one stream, as `POST /streams` tells it. */
 export interface StreamStatus {
   stream: string;
-  /** One past the last byte that is committed. */
   offset: number;
   head?: string | undefined;
   mark?: string | undefined;
@@ -72,10 +69,7 @@ export interface StreamStatus {
   delivered?: number | undefined;
 }
 
-/**
- * A request that breaks the contract; `status` is the answer. The message is for the sender's log, the reason, one of
- * few, for the receiver's.
- */
+/** A request that breaks the contract, answered with `status`. The message is for the sender's log, the reason, one of few, for the receiver's. */
 export class WireError extends Error {
   readonly status: number;
   readonly reason: string;
@@ -166,7 +160,6 @@ export function parseChunkHeaders(headers: Headers): ChunkHeaders {
   };
 }
 
-/** What a sender tells of itself. Throws a WireError (400). */
 export function parseNews(headers: Headers): SenderNews {
   const lag = parseCount(headers, HEADER.lag);
   const lost = parseCount(headers, HEADER.lost);

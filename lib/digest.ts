@@ -40,9 +40,7 @@ import { readStateOrForget, writeState } from "./state.ts";
 
 /** A host that was not heard for so long is not waited for, when its ledger, of an older receiver, does not say. */
 const KNOWN_DAYS = 30;
-/** How long it is looked whether an hour has become complete. */
 const RIPEN_HOURS = 48;
-/** Hours whose numbers are remembered. */
 const KEPT_HOURS = 24 * 100;
 /** Digests of a backlog share a save of the state: those that it does not name are taken as they are. */
 const SAVE_EVERY = 100;
@@ -72,7 +70,6 @@ export function parseDigestName(name: string): DigestName | undefined {
   return { prefix: groups.prefix ?? "", hour: groups.hour ?? "", part: Number(groups.part ?? 1) };
 }
 
-/** A file and the SHA-256 of its bytes, in hex. */
 export interface HashedFile {
   name: string;
   sha256: string;
@@ -243,14 +240,12 @@ const stateSchema = z.object({
   begins: z.number(),
   prefix: z.string(),
   head: z.object({ name: z.string(), sha256: z.string(), complete: z.boolean(), at: z.number() }).optional(),
-  /** The next hour that has no digest. */
   next: z.string().optional(),
   hours: z.record(z.string(), z.object({ part: z.number(), complete: z.boolean() })),
   totals: z.record(
     z.string(),
     z.object({ skipped: z.number(), untimed: z.number(), lost: z.number(), lossAt: z.number() }),
   ),
-  /** Digests that are not at the client yet. */
   pending: z.array(z.string()),
 });
 type DigestState = z.infer<typeof stateSchema>;
@@ -307,9 +302,8 @@ export async function readList(dir: string, hour: string): Promise<Map<string, L
 }
 
 /**
- * Removes what lies in `.digest/` of hours of which nothing was written since `before`, and gives what. The list goes
- * before its digests, or the next forwarder would take it for news. What is not at the client yet stays, and so does the
- * newest digest, which the next one names.
+ * Removes what lies in `.digest/` of hours of which nothing was written since `before`, and gives what: the list before its
+ * digests, or the next forwarder would take it for news. What is not at the client yet stays, and so does the newest digest.
  */
 export async function removeOldDigests(dir: string, before: number, { dryRun = false } = {}) {
   const folder = join(dir, ".digest");
@@ -337,7 +331,6 @@ export class Digests {
   #state: DigestState;
   /** Delivered and in no digest yet, by hour. */
   readonly #news = new Map<string, Map<string, Listed>>();
-  /** The lists that were read last. */
   readonly #known = new Map<string, Map<string, Listed>>();
   /** Digests written since the pass began: the state is saved behind the first, which tells the totals, then seldom. */
   #unsaved = 0;
@@ -450,7 +443,6 @@ export class Digests {
     return [hour, current].sort()[0] ?? hour;
   }
 
-  /** Digests that wait for the client, oldest first. */
   get pending(): readonly string[] {
     return this.#state.pending;
   }
@@ -648,9 +640,7 @@ function compareHashes(hashes: Map<string, string>, digests: Map<string, ParsedD
   for (const { hour, complete } of last.values()) if (!complete) add("incomplete", hour);
   return {
     findings: [...found].sort(([a], [b]) => (a < b ? -1 : 1)).map(([, finding]) => finding),
-    /** Since when each chain is kept. */
     begins: begins.sort(),
-    /** Batches of hours behind the newest digest. */
     uncovered,
     /** The digests that none names: the newest of each chain. */
     heads: heads.map((name) => ({ name, sha256: hashes.get(name) ?? "" })),

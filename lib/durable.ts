@@ -32,18 +32,12 @@ export const TEMP_SUFFIX = ".tmp";
 const stopAt = process.env.LOG_RT_SYNC_STOP_AT;
 let stopCount = Number(process.env.LOG_RT_SYNC_STOP_COUNT ?? 1);
 
-/**
- * The seam for fault tests: ends the process with SIGKILL when it comes to the step that the environment
- * variable `LOG_RT_SYNC_STOP_AT` names, the `LOG_RT_SYNC_STOP_COUNT`-th time (1 when absent).
- */
+/** The seam for fault tests: SIGKILL at the step that `LOG_RT_SYNC_STOP_AT` names, the `LOG_RT_SYNC_STOP_COUNT`-th time (1). */
 export function failpoint(step: string): void {
   if (stopAt === step && --stopCount <= 0) process.kill(process.pid, "SIGKILL");
 }
 
-/**
- * Replaces the file at `path` by `data`, on stable storage when it returns; owner and mode stay. Throws the system's
- * error.
- */
+/** Replaces the file at `path` by `data`, on stable storage when it returns; owner and mode stay. Throws the system's error. */
 export async function writeDurably(
   path: string,
   data: string | Uint8Array | AsyncIterable<Uint8Array>,
@@ -73,11 +67,9 @@ export function moveDurably(from: string, to: string): Promise<void> {
 }
 
 /**
- * Renames each `from` to its `to` on the same file system and syncs their folders, each once. All or some of the moves
- * are done when it throws; which, the folders tell.
- *
- * Never replaces a file: rename(2) would do so silently. The check before it is enough because every folder
- * has one process that puts files into it (ledger and forwarder lock). Throws when a `to` exists.
+ * Renames each `from` to its `to` on the same file system and syncs their folders, each once. All or some of the moves are
+ * done when it throws; which, the folders tell. Never replaces a file: it throws when a `to` exists. The look before is enough,
+ * as every folder has one process that puts files into it (ledger and forwarder lock).
  */
 export async function moveAllDurably(moves: { from: string; to: string }[]): Promise<void> {
   const changed = new Set<string>();
@@ -99,10 +91,8 @@ export async function removeDurably(path: string): Promise<void> {
 }
 
 /**
- * Appends whole lines to the file at `path`, on stable storage when it returns.
- *
- * A last line without its `\n` is what a power loss left of an append that was never acknowledged: it is cut
- * off first. When writing fails (disk full), the file is cut back to what it was.
+ * Appends whole lines to the file at `path`, on stable storage when it returns. A last line without its `\n`, of an append that
+ * was never acknowledged, is cut off first; when writing fails (disk full), the file is cut back to what it was.
  */
 export async function appendDurably(path: string, lines: string): Promise<void> {
   const file = await open(path, constants.O_RDWR | constants.O_CREAT, 0o640);
@@ -146,10 +136,9 @@ async function writeAll(file: FileHandle, chunks: AsyncIterable<Uint8Array>): Pr
 }
 
 /**
- * Writes a stream to the file at `path`, from nothing, on stable storage when it returns; its mode follows the umask.
- * Gives the number of bytes written and the size that the file then has. The name itself is not synced: it is a temp
- * name. In a folder that others may write to, a link that waits there is not followed, and a file that was put in the
- * place of ours meanwhile is not taken for it.
+ * Writes a stream to the file at `path`, from nothing, on stable storage when it returns, but for its name, which is a temp
+ * name. Gives the bytes written and the size that the file then has. In a folder that others may write to, a link that waits
+ * there is not followed, and a file that was put in the place of ours meanwhile is not taken for it.
  */
 export async function writeStream(
   path: string,
@@ -180,10 +169,7 @@ export async function makeFolder(path: string, mode = 0o750): Promise<void> {
   await syncPath(dirname(first));
 }
 
-/**
- * Sets the time of a file: to `ms`, or to now where the file is another user's of our group: only an owner may choose.
- * Throws the system's error.
- */
+/** Sets the time of a file: to `ms`, or to now where it is another user's of our group: only an owner may choose. */
 export function setTime(path: string, ms: number): void {
   try {
     utimesSync(path, ms / 1000, ms / 1000);
@@ -231,10 +217,8 @@ export async function ifMissing<T>(work: Promise<T>): Promise<T | undefined> {
 export class LockedError extends OperatorError {}
 
 /**
- * Takes the lock at `path` until `release` or the end of the process. Throws a LockedError that names the holder, or an
- * OperatorError that says why it can't be had at all.
- * The kernel holds the lock itself, so that it ends with its process even after kill -9; the process id in the file is
- * only for people to read.
+ * Takes the kernel's lock at `path` until `release` or the end of the process, also by kill -9; the process id in the file is
+ * for people. Throws a LockedError that names the holder, or an OperatorError that says why it can't be had at all.
  */
 export async function holdLock(path: string, what: string): Promise<Lock> {
   const lock = await tryLock(path).catch((error) => {

@@ -4,9 +4,8 @@
 import { BlockList, isIP } from "node:net";
 
 /**
- * A sender's name in its one spelling (lower case), or undefined when it is none: an IPv4 or IPv6 address
- * (without zone), or a host name by RFC 1123 section 2.1, at most 253 characters of labels of at most 63.
- * `sent` and `failed` are folders of ours and no hosts.
+ * A sender's name in its one spelling (lower case), or undefined when it is none: an IPv4 or IPv6 address without zone, or a
+ * host name by RFC 1123 section 2.1. `sent` and `failed` are folders of ours and no hosts.
  */
 export function parseHost(text: string): string | undefined {
   if (text.length === 0 || text.length > 253) return undefined;
@@ -52,10 +51,7 @@ export function clientOfHop(hop: string): string {
   return plainAddress(bracketed ?? withPort ?? hop.trim());
 }
 
-/**
- * Whether a name matches one of the entries (`*`, an address, a CIDR range, a host name). Host names match by
- * name alone.
- */
+/** Whether a name matches one of the entries (`*`, an address, a CIDR range, a host name). Host names match by name alone. */
 export function createMatcher(entries: string[]): (hostOrAddress: string) => boolean {
   const list = new BlockList();
   const names = new Set<string>();

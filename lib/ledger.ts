@@ -21,7 +21,6 @@ export const HISTORY_MINUTES = 240;
 
 /** Where a stream stands. Times are milliseconds since the epoch, by the receiver's clock. */
 export interface StreamRecord {
-  /** One past the last byte of the source file that is committed. */
   offset: number;
   at: number;
   /** Window of its last line, where a line without timestamp goes. */
@@ -77,7 +76,6 @@ export interface ShipperSeen {
   id: string;
   /** Bytes that vanished before they could be read, as it told: its total. */
   lost: number;
-  /** When it was last heard, and from which address. */
   heardAt: number;
   peer: string;
 }
@@ -89,7 +87,6 @@ export interface SenderFacts {
   peer?: string;
   /** The newest `Log-Through`, capped to the receiver's clock; with it every line up to then is stored. ms since the epoch. */
   through?: number;
-  /** Bytes that it still has to ship, as it told last. */
   lag?: number;
   /** Offset from UTC of its newest line's timestamp, in minutes. */
   zone?: number;
@@ -99,7 +96,6 @@ export interface SenderFacts {
   ahead?: number;
   /** Bytes that were acknowledged and are gone from this disk (removed by hand, damaged): total. */
   gone?: number;
-  /** The last 8 shippers, newest last. */
   shippers?: ShipperSeen[];
   /** Two shippers alternate under this name; until then (ms) no hour of this host is complete. */
   contestedUntil?: number;
@@ -116,7 +112,6 @@ export interface Ledger {
   facts: SenderFacts;
   /** When anything, also a heartbeat, was last heard. */
   heardAt: number;
-  /** When the last line came; 0 for never. */
   lineAt: number;
   /** Bytes that vanished unread since the ledger began, as the sender told. */
   lost: number;
@@ -131,14 +126,12 @@ export interface Ledger {
   unsure: string;
   /** Up to which record of which journal this is a checkpoint. */
   journal?: { id: string; seq: number };
-  /** Lines that came in each of the last minutes, by minutes since the epoch. */
   minutes: Map<number, number>;
   /** It stands on disk, and nothing of it can be read: that its sender has nothing must not be concluded. */
   isDamaged?: boolean;
 }
 
 type Recorded<T> = T extends Map<unknown, infer V> ? Record<string, V> : T;
-/** A record: what of a ledger it changes, as absolute values; with objects for the maps. */
 export type LedgerRecord = { [K in keyof Omit<Ledger, "isDamaged">]?: Recorded<Ledger[K]> } & {
   v?: number;
   closed?: string[];
@@ -159,7 +152,6 @@ export function emptyLedger(): Ledger {
   };
 }
 
-/** A record as its line: CRC-32 in hex, the JSON, `\n`. */
 export function formatRecord(record: LedgerRecord | SealedBatch | Forgotten): string {
   const json = JSON.stringify(record);
   return `${crc32(json).toString(16).padStart(8, "0")} ${json}\n`;

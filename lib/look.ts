@@ -36,7 +36,6 @@ import {
 } from "./signs.ts";
 import { readState } from "./state.ts";
 
-/** A receiver writes its state every ten seconds. */
 const RECEIVER_GONE_MS = MINUTE;
 /** The state file of a port that the config no longer has is not spoken of any more. */
 const OLD_STATE_MS = DAY;
@@ -72,7 +71,6 @@ export interface HostStatus extends Pick<SenderFacts, "again" | "againFiles" | "
   batches: BatchSeen[];
   /** Bytes that the sender still has to ship; unknown when it is not heard. */
   lag: number | undefined;
-  /** Batches that still take lines. */
   open: number;
   /** Sealed batches that are not delivered yet, since when the oldest waits, and its name. */
   waiting: number;
@@ -88,13 +86,11 @@ export interface HostStatus extends Pick<SenderFacts, "again" | "againFiles" | "
   skipped: number;
   untimed: number;
   ahead: number;
-  /** Every line that was in its files then is stored. */
   through?: number;
   /** The newest window of which a batch was delivered, and the oldest of which one was not yet; as in batch names. */
   delivered?: string;
   undeliveredFrom?: string;
   agent?: string;
-  /** A path of its config matches no file. */
   lacksLog?: boolean;
   /** The file of which bytes were lost last, without its folder. */
   lostIn?: string;
@@ -110,7 +106,6 @@ export interface ReceiverSeen extends ReceiverState {
 export interface Seen {
   version: string;
   now: number;
-  /** This server's name. */
   server: string;
   dir: string;
   /** Sorted as people count. */
@@ -125,7 +120,6 @@ export interface Seen {
   mutes: Record<string, Mute>;
   /** The newest digest, where digests are made. */
   digest?: { name: string; sha256: string };
-  /** Lines of all senders in each whole minute of the last hours; where details are wanted. */
   linesPerMinute: number[];
   unreadable: { path: string; reason: string; host?: string }[];
   failed: string[];
@@ -139,7 +133,6 @@ const thresholdsSchema = sections.monitor.pick({
 });
 /** What counts as wrong: of the config's section `monitor`, or its defaults. */
 export type Thresholds = z.infer<typeof thresholdsSchema>;
-/** The defaults, where the config has no section `monitor`. */
 export const DEFAULT_THRESHOLDS: Thresholds = thresholdsSchema.parse({});
 
 export interface LookOptions {
@@ -264,7 +257,6 @@ async function seeHosts(look: Look): Promise<void> {
   if (details > 0) await addDetails(look, details);
 }
 
-/** `10.0.0.9` before `10.0.0.10`. */
 export const compareAsPeopleCount = new Intl.Collator("en", { numeric: true }).compare;
 
 type Patience = Pick<Seen, "now" | "deliveryMinutes">;
@@ -317,7 +309,6 @@ async function seeHost(look: Look, host: string, failed: number): Promise<HostSt
   return status;
 }
 
-/** Whether a folder is a sender's: something is known of it, and it is no copy. */
 function isHostOf(host: string, names: string[], { heardAt, streams, sealed, open }: Ledger): boolean {
   if (names.length + heardAt + streams.size + sealed.size + open.size === 0) return false;
   return !isCopy(host, names, sealed.keys(), open.keys());
@@ -370,10 +361,7 @@ function notInFuture({ now, future }: Look, host: string, at: number): number {
   return Math.min(at, now);
 }
 
-/**
- * Since when a sealed batch waits: what does not change while it lies there, so neither its change time (chmod, links) nor a
- * time of the future.
- */
+/** Since when a sealed batch waits: what does not change while it lies there (chmod, links), and no time of the future. */
 async function waitsSince(folder: string, name: string, ledger: Ledger, now: number): Promise<number> {
   const sealedAt = ledger.sealed.get(name)?.at;
   const info = await stat(join(folder, name)).catch(() => undefined); // taken just now

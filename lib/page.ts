@@ -133,7 +133,6 @@ function renderProblem({ key, title, text, hosts, next = [] }: Problem, of: numb
   return html`<li>${of > 1 && html`<b>${sentence(title)}</b>: `}${parts}${rest}${others.length > 0 && html` – ${others}${more}`}${next[0] && html`<code>${words}</code>`}</li>`;
 }
 
-/** The two questions and the disk, each with its numbers. */
 function renderLegs(status: Snapshot, problems: Problem[]): Html {
   const { hosts, disk, forwarder } = status;
   const fails = (leg: Problem["leg"]) => problems.some((problem) => problem.leg === leg);
@@ -376,7 +375,6 @@ function strip(worst: string, late: string): HtmlValue[] {
   return [...[..."dowf"].map((letter) => bars(letter, worst)), bars("l", late)];
 }
 
-/** What the bars of a strip mean. */
 const KEY = Object.entries({ d: "delivered", o: "open", w: "waiting", f: "failed", l: "late part" }).map(
   ([letter, word]) =>
     html`<span><svg class="w" viewBox="0 0 1 12" preserveAspectRatio="none" aria-hidden="true">${strip(letter, letter)}</svg>${word}</span>`,
@@ -418,7 +416,6 @@ function isBehind({ agent }: HostStatus, newest: string | undefined): boolean {
   return agent !== undefined && agent !== newest;
 }
 
-/** How long ago, with the full time behind it. */
 function clock(at: number, now: number): Html {
   if (at === 0) return html`never`;
   const ago = now - at < 1000 ? "just now" : `${formatDuration(now - at).replace(/m \d+s$/, "m")} ago`;
@@ -601,8 +598,8 @@ input { font: inherit; color: inherit; background: var(--ground); border: 1px so
 `;
 
 /**
- * Filters, names the files of a strip, fetches the page again and changes only what differs, with rows known by their id, so that focus, scroll and
- * selection stay where they are and a screen reader is told only of a new verdict. A new style means a new version: then all is loaded anew.
+ * Filters, names the files of a strip, fetches the page again and changes only what differs, rows by their id: focus, scroll and
+ * selection stay, a screen reader is told only of a new verdict. A new style means a new version: then all is loaded anew.
  */
 const SCRIPT = `
 const find = (selector, page = document) => page.querySelector(selector);

@@ -20,7 +20,6 @@ export interface ReportLine {
   batch: string;
   lines: number;
   status: "Sent" | "Failed";
-  /** Why it failed; only in `.fail`. */
   reason?: string;
 }
 
@@ -59,10 +58,7 @@ export async function appendReport(path: string, lines: ReportLine[]): Promise<v
   await underLock(path, () => appendDurably(path, lines.map(formatReportLine).join("")));
 }
 
-/**
- * Drops the lines of a report that are older than `keepFrom` (milliseconds since the epoch) and gives their number and
- * bytes; `dryRun` only counts them. Whatever is no report line of ours stays: nobody knows how old it is.
- */
+/** Drops the lines of a report that are older than `keepFrom` (ms since the epoch), and gives their number and bytes. No line of others goes. */
 export async function trimReport(path: string, keepFrom: number, { dryRun = false } = {}) {
   return underLock(path, async () => {
     const old = { lines: 0, bytes: 0 };
@@ -108,10 +104,9 @@ const BEHIND_LINES = Buffer.from(" | status=Sent");
 const TIME_BYTES = 19;
 
 /**
- * Hands over each delivery that a report tells behind a place in it, from the first line of `since` (`2026-11-22 06`) or
- * later on: its line, where the name stands in it, and its lines. Older times may stand behind that line, of a clock
- * that was set back: they are handed over, too. Gives the time of that line. No text is made of the others: of a report
- * of many thousand lines that would be the most of the memory.
+ * Hands over each delivery behind a place in a report, from the first line of `since` (`2026-11-22 06`) or later on, also older
+ * ones behind it (a clock was set back): its line, where the name stands in it, its lines. Gives the time of that line. No
+ * text is made of the others, which would be the most of the memory.
  */
 export async function readDelivered(
   path: string,
@@ -128,7 +123,6 @@ export async function readDelivered(
   return first;
 }
 
-/** One line as {@link LINE} has it, when it tells a delivery. */
 function takeDelivered(line: Buffer, take: Parameters<typeof readDelivered>[2]): void {
   const isAt = (text: Buffer, at: number) => line.compare(text, 0, text.length, at, at + text.length) === 0;
   const name = TIME_BYTES + BEFORE_NAME.length;

@@ -181,8 +181,8 @@ export interface ClientTls {
 }
 
 /**
- * A `fetch` that trusts `ca` (beside nothing else, when given) and shows a client certificate. It follows no redirect,
- * which would carry a token elsewhere, and nothing that the environment says of proxies and of certificates.
+ * A `fetch` that trusts `ca` (beside nothing else, when given) and shows a client certificate. It follows neither a redirect,
+ * which would carry a token elsewhere, nor the environment's proxies and certificates.
  */
 export function fetchWith({ ca, cert, key, proxy }: ClientTls): typeof fetch {
   const client = cert ? { cert, key } : {}; // Bun takes "" for a certificate that is wrong
@@ -206,9 +206,8 @@ const PROXY_VARIABLES = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"].flatMap((name
 ]);
 
 /**
- * Gives an open file of ours to those whom `folder` is for. What root makes gets the owner of `like`: a service must not
- * be shut out of its own files. In a folder that its group shares (setgid, and writable for it) the group may write what
- * it may read, whatever the umask: services of several users work there.
+ * Gives a file of ours to those whom `folder` is for: what root makes gets the owner of `like`, and in a folder that its group
+ * shares (setgid, and writable for it) the group may write what it may read, whatever the umask.
  */
 export function giveTo(fd: number, folder: string, like = folder): void {
   const [own, me] = [fstatSync(fd), process.getuid?.()];
@@ -226,11 +225,7 @@ export interface Lock {
 
 const LOCK_EXCLUSIVE_NONBLOCKING = 2 | 4; // flock(2): LOCK_EX | LOCK_NB
 
-/**
- * Takes the kernel's exclusive lock (flock(2)) on a file, which it creates, and keeps it until `release` or
- * the end of the process, however that comes: nothing is left to clean up by hand.
- * Returns undefined when another process has it.
- */
+/** Takes the kernel's exclusive lock (flock(2)) on a file, which it creates, until `release` or the end of the process; undefined when another one has it. */
 export async function tryLock(path: string): Promise<Lock | undefined> {
   if (deno) {
     const file = deno.openSync(path, { create: true, read: true, write: true });
@@ -327,10 +322,7 @@ function rangeOf(name: string, type: number): Uint8Array {
   return lock;
 }
 
-/**
- * Lets the collector run now, beside what goes on. For work that leaves much garbage in buffers: Bun waits for so much
- * of it that memory is always fresh, and fresh memory costs more time than collecting. Deno can't be asked.
- */
+/** Lets the collector run now, beside what goes on: fresh memory for much garbage in buffers costs more. Deno can't be asked. */
 export function collectGarbage(): void {
   bun?.gc(false);
 }

@@ -92,10 +92,7 @@ const MODES = [
   ...["test-file", "verify", "test-mail", "mute", "dry-run"],
 ];
 
-/**
- * Runs a script: parses the flags, loads its section of the config, calls `main` and exits with the number
- * that it returns. Never returns.
- */
+/** Runs a script: flags, its section of the config, `main`; exits with the number that it returns. Never returns. */
 export async function runScript<S extends Section>(
   spec: ScriptSpec<S>,
   main: (service: Service<S>) => Promise<number>,
@@ -146,10 +143,7 @@ export async function runScript<S extends Section>(
   return await end(EXIT.failed);
 }
 
-/**
- * Ends the process when all that was written is with whoever reads it, also by a slow pipe. A script that has failed,
- * whose answer nobody waits for, is not kept by it.
- */
+/** Ends the process when all that was written is with whoever reads it, also by a slow pipe; one that failed is not kept by it. */
 async function end(code: number, running = false): Promise<never> {
   if (running) setTimeout(() => process.exit(code), SHUTDOWN_MS);
   const ended = (stream: NodeJS.WriteStream) =>
@@ -332,10 +326,7 @@ function formatFields(fields: Fields = {}): string {
 /** How often a fault that lasts is told again. */
 const FAULT_AGAIN_MS = 600_000;
 
-/**
- * Tells faults that last: the first time, then every ten minutes, and once when it is over, with the count.
- * `key` names the fault (for example a path or a host).
- */
+/** Tells faults that last, by `key` (a path, a host): the first time, then every ten minutes, and once when it is over, with the count. */
 export function createFaultLog(log: Log, now: () => number = Date.now) {
   const open = new Map<string, { count: number; since: number; told: number }>();
   return {
@@ -436,22 +427,17 @@ export function formatLocalTime(ms: number): string {
   return wall.toISOString().slice(0, 19).replace("T", " ");
 }
 
-/** Minutes east of UTC of this machine's wall clock. */
 export function localZone(ms: number): number {
   return -new Date(ms).getTimezoneOffset();
 }
 
-/** `+06:00` of minutes east of UTC. */
 export function formatZone(minutes: number): string {
   const two = (n: number) => String(Math.trunc(n)).padStart(2, "0");
   const east = Math.abs(minutes);
   return `${minutes < 0 ? "-" : "+"}${two(east / 60)}:${two(east % 60)}`;
 }
 
-/**
- * A line on the terminal that is written over: `label 42 % 12.0 MiB/s 3s left`. Writes nothing when stdout is
- * no terminal. `total` and the values given to `show` are bytes.
- */
+/** A line on the terminal that is written over: `label 42 % 12.0 MiB/s 3s left`; nothing on no terminal. In bytes. */
 export function createProgress(label: string, total: number) {
   const started = Date.now();
   let last = 0;

@@ -43,7 +43,6 @@ export interface Problem {
 export interface Snapshot extends Seen {
   /** Whether it is judged by the defaults, since the config has no section `monitor`. */
   byDefaults: boolean;
-  /** What is wrong, worst first. */
   problems: Problem[];
 }
 
@@ -70,7 +69,6 @@ export async function observe(
 
 // ---- what is wrong
 
-/** What is wrong, worst first; nothing when every line arrives and every batch is delivered. */
 export function findProblems(
   seen: Seen,
   thresholds: Thresholds,

@@ -63,6 +63,9 @@ const BREACHES: Record<string, [file: string, source: string, breach: string][]>
     ["housekeep.ts", `async function main() {\n${"  x();\n".repeat(39)}}`, "housekeep.ts main: 41"],
   ],
   "a file has at most 720 lines": [["lib/lonely.ts", "x();\n".repeat(721), "lib/lonely.ts: 721"]],
+  "comments are at most a tenth of all lines": [
+    ["lib/lonely.ts", "// Says nothing.\n".repeat(1000), "comments are more than a tenth"],
+  ],
   "functions have the field's names": [
     ["lib/lonely.ts", "function tellFault() {\n}", "lib/lonely.ts tellFault"],
   ],

@@ -17,7 +17,6 @@ import { keepKey, type LogFile } from "./file.ts";
 const mark = z.object({ end: z.number(), length: z.number(), hash: z.string() });
 
 const phase = z.discriminatedUnion("is", [
-  /** There is a file, and maybe more to come. */
   z.object({ is: z.literal("reading") }),
   /** Read to its end, with this size on disk, and quiet since. */
   z.object({ is: z.literal("ended"), size: z.number() }),
@@ -38,7 +37,6 @@ const stream = z.object({
   deliveredAt: z.number().optional(),
   /** Version 1.0 named it: the receiver may have no marks of it. */
   isOld: z.boolean().optional(),
-  /** The live path of its log. */
   log: z.string(),
   path: z.string(),
   /** Inode and time of birth of its file; empty while it is known from the receiver's answer alone. */
@@ -62,7 +60,6 @@ const cursor = z.object({
   version: z.literal(2),
   /** Drawn with the cursor: names this shipper. */
   shipper: z.string(),
-  /** Bytes lost since the cursor began. */
   lost: z.number().nonnegative(),
   /** False until the receiver has said that it knows no stream of this host. */
   asked: z.boolean(),
@@ -102,9 +99,7 @@ export interface Stream extends StreamState {
   file?: LogFile | undefined;
   /** Its file is the one under the live path. */
   isLive: boolean;
-  /** Somebody reads or sends it now: which file it is, is not looked at meanwhile. */
   isBusy: boolean;
-  /** Since when its phase is what it is. */
   phaseAt: number;
   /** Size and time of writing at which its end was reached last; "" when there may be more. */
   endedAs: string;
@@ -163,7 +158,6 @@ export async function holding<T>(stream: Stream, work: () => Promise<T>): Promis
   }
 }
 
-/** It is opened again when it is its turn. */
 export async function closeFile(stream: Stream): Promise<void> {
   const { file } = stream;
   stream.file = undefined;
@@ -188,9 +182,8 @@ export class Saves {
 }
 
 /**
- * What was found in the state folder. `absent` is a first run; `damaged` is not: the receiver is to be asked where each
- * stream stands. `older` says that the newest save is damaged and the one before it was taken. `since`: a cursor of
- * version 1.0, whose logs were followed since these times.
+ * `absent` is a first run; `damaged` is not: the receiver is to be asked where each stream stands; `older`: the newest save is
+ * damaged and the one before it was taken. `since`: of version 1.0, whose logs were followed since these times.
  */
 export type CursorFound =
   | { state: "found" | "older"; cursor: Cursor; since?: Map<string, number> }
@@ -262,7 +255,6 @@ export function toState(full: Stream): StreamState {
   return state;
 }
 
-/** Saves the cursor; with `keep` also as the one to fall back to. */
 export async function writeCursor(stateDir: string, state: Cursor, keep: boolean): Promise<void> {
   await mkdir(stateDir, { recursive: true, mode: 0o750 });
   await writeState(cursorPath(stateDir), state);

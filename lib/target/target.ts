@@ -14,10 +14,7 @@ import { LEDGER } from "../batch.ts";
 import { exists, ifMissing, makeFolder, moveDurably, TEMP_SUFFIX, writeStream } from "../durable.ts";
 import type { FaultKind } from "../signs.ts";
 
-/**
- * An open target. What it throws is a TargetFault when the target itself is at fault, and a Refusal when it
- * answered no and the name may be the reason. Every wait ends after the configured timeout.
- */
+/** An open target. It throws a TargetFault when the target itself is at fault, a Refusal when it answered no. Every wait ends after the timeout. */
 export interface Target {
   /** Files are written under their own name, without a rename. */
   readonly direct: boolean;
@@ -37,7 +34,6 @@ export interface Target {
   read(name: string, most: number): AsyncIterable<Uint8Array>;
   /** Removes the file; one that is gone already is no error. */
   remove(name: string): Promise<void>;
-  /** Ends the connection; everything in flight is rejected. Never throws. */
   close(): void;
 }
 
@@ -129,7 +125,6 @@ async function wrapError<T>(what: string, work: Promise<T>): Promise<T> {
 
 // ---- the bytes of a batch on their way out
 
-/** A local file could not be read; the cause says why. */
 export class Unreadable extends Error {
   override name = "Unreadable";
 }
@@ -145,13 +140,9 @@ export function keepBlocks(bytes: number, most: number) {
   };
 }
 
-/** What is read at once. */
 const BLOCKS = keepBlocks(261_120, 8);
 
-/**
- * The content of a local file in pieces; each piece is only valid until the next one is asked for. Throws
- * Unreadable. Read in place: the page cache is faster than the way through the thread pool.
- */
+/** The content of a local file in pieces, each valid until the next is asked for; in place: the thread pool costs more. Throws Unreadable. */
 export async function* readChunks(path: string): AsyncGenerator<Uint8Array> {
   const attempt = <T>(work: () => T): T => {
     try {
@@ -193,10 +184,7 @@ export interface Measured {
   sha256: string;
 }
 
-/**
- * A batch on its way out: `chunks` can be read to their end once, then `measured` is complete. The same batch always
- * gives the same bytes. `onBytes` is told how many bytes of the batch were read, each time.
- */
+/** A batch on its way out: `chunks` can be read once, then `measured` is complete; always the same bytes. `onBytes`: of the batch, read each time. */
 export function openContent(
   raw: AsyncIterable<Uint8Array>,
   { gzip = false, onBytes = (_: number) => {} } = {},
