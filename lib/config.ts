@@ -92,7 +92,9 @@ const shipper = z.strictObject({
     .default(5)
     .describe("A rotated file is finished when it was quiet for so long"),
   heartbeatSeconds: seconds.default(60).describe("A sign of life when there is nothing to ship"),
-  timeoutSeconds: seconds.default(30).describe("How long the receiver may take to answer one chunk"),
+  timeoutSeconds: seconds
+    .default(30)
+    .describe("How long the receiver may take to answer one chunk; up to a minute where the link is slower"),
   proxy: httpUrl
     .optional()
     .describe("HTTP proxy on the way to the receiver; those of the environment are not used"),
