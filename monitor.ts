@@ -17,7 +17,6 @@ import { fileURLToPath } from "node:url";
 import type { Config } from "./lib/config.ts";
 import { failpoint } from "./lib/durable.ts";
 import { ofHost, parseHost } from "./lib/host.ts";
-import { type HostStatus, sortBySeverity } from "./lib/look.ts";
 import { type Change, isGood, listNames, renderAlert, type Status } from "./lib/mail/message.ts";
 import {
   callHeartbeat,
@@ -47,6 +46,7 @@ import {
   type Service,
   wait,
 } from "./lib/service.ts";
+import { type HostStatus, sortBySeverity } from "./lib/snapshot.ts";
 import {
   count,
   formatClock,
@@ -118,7 +118,7 @@ async function lookAndQueue(context: MonitorContext): Promise<{ store: StateStor
   if (fault) log.error("state file unreadable: starting from what is seen", { error: fault });
   else if (before.at === 0)
     log.info("first run: starting from what is seen", { stateFile: config.stateFile });
-  const snapshot = await lookTwice(before, context);
+  const snapshot = await observeTwice(before, context);
   const run: Run = { context, snapshot, id: "", changes: [], references: new Set() };
   await store.change((state, damaged) => {
     state.future = before.future;
@@ -148,15 +148,15 @@ async function send({ store, snapshot }: Awaited<ReturnType<typeof lookAndQueue>
   }
 }
 
-// ---- look
+// ---- observe
 
 /** What an operator would see; a new problem without a duration of its own counts when it is there 20 s later, too. */
-async function lookTwice(before: MonitorState, context: MonitorContext): Promise<Snapshot> {
-  const first = await lookOnce(before, context);
+async function observeTwice(before: MonitorState, context: MonitorContext): Promise<Snapshot> {
+  const first = await observeOnce(before, context);
   const isNew = ({ key, sudden }: Problem) => sudden === true && before.incidents[key]?.status !== "fault";
   if (!first.problems.some(isNew)) return first;
   await (context.secondLook ?? (() => wait(secondLookMs(context.config), context.signal)))();
-  const again = await lookOnce(before, context);
+  const again = await observeOnce(before, context);
   const seen = new Set(first.problems.map(({ key }) => key));
   again.problems = again.problems.filter((problem) => !isNew(problem) || seen.has(problem.key));
   return again;
@@ -168,7 +168,7 @@ function secondLookMs({ silentMinutes, silentMinutesByHost }: Options): number {
   return Math.min(SECOND_LOOK_MS, (shortest * MINUTE) / 2);
 }
 
-async function lookOnce(state: MonitorState, context: MonitorContext): Promise<Snapshot> {
+async function observeOnce(state: MonitorState, context: MonitorContext): Promise<Snapshot> {
   const { config, now, signal } = context;
   const unhealthy = await askReceivers(context);
   signal.throwIfAborted();
@@ -630,7 +630,7 @@ async function sendTest({ config, log, signal, now }: Service<"monitor">): Promi
 async function printStatus(service: Service<"monitor">): Promise<number> {
   const { config, flags, now } = service;
   const { state, fault } = await new StateStore(service).read();
-  const snapshot = await lookOnce(state, service);
+  const snapshot = await observeOnce(state, service);
   const isWanted = ({ host }: HostStatus) =>
     flags.host === undefined || host === parseHost(String(flags.host));
   const hosts = sortBySeverity(snapshot.hosts.filter(isWanted), snapshot);

@@ -32,7 +32,6 @@ import { type Config, ConfigError, listSecrets, parseConfig, secretFaults } from
 import { holdLock, makeFolder, writeDurably } from "./lib/durable.ts";
 import { isLoopback, parseHost } from "./lib/host.ts";
 import { readLedger } from "./lib/ledger.ts";
-import { DEFAULT_THRESHOLDS, type Thresholds } from "./lib/look.ts";
 import { formatMetrics, type Metric, type Sample } from "./lib/metrics.ts";
 import { pageHeaders, renderPage } from "./lib/page.ts";
 import { type Server, serve, type Tls } from "./lib/runtime.ts";
@@ -50,6 +49,7 @@ import {
   VERSION,
   wait,
 } from "./lib/service.ts";
+import { DEFAULT_THRESHOLDS, type Thresholds } from "./lib/snapshot.ts";
 import { writeState } from "./lib/state.ts";
 import { createStatusReader, type Snapshot } from "./lib/status.ts";
 import { Access, type Arrival, longestHost, printable, Refusals } from "./lib/store/access.ts";
@@ -255,7 +255,7 @@ function watchDescriptors(ports: Port[], { log, signal }: Receiver): void {
     return; // not Linux, or not permitted, as by Deno
   }
   let lowest = 0;
-  const look = async () => {
+  const shedIfScarce = async () => {
     try {
       lowest = openSync("/dev/null", "r");
       closeSync(lowest);
@@ -265,7 +265,7 @@ function watchDescriptors(ports: Port[], { log, signal }: Receiver): void {
     if (lowest < most - RESERVED_DESCRIPTORS) return;
     for (const port of ports) await port.shed();
   };
-  loop(() => look().catch((error) => log.error("port lost", { error: errorMessage(error) })), {
+  loop(() => shedIfScarce().catch((error) => log.error("port lost", { error: errorMessage(error) })), {
     everyMs: DESCRIPTORS_EVERY_MS,
     signal,
   });

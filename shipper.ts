@@ -121,7 +121,7 @@ export class Shipper {
   askAt = 0;
   /** A look at all files, for `Log-Through`. */
   noted?: { at: number; sizes: Map<Stream, number> };
-  lookAt = 0;
+  nextLookAt = 0;
 
   constructor(
     config: Config["shipper"],
@@ -189,7 +189,7 @@ function reload(shipper: Shipper, next: Config["shipper"]): string[] {
   shipper.skip = next.skip.map(parseSkipRule);
   shipper.uploader = new Uploader(shipper.config, signal);
   streams.reconfigure(shipper.config);
-  shipper.lookAt = 0;
+  shipper.nextLookAt = 0;
   shipper.wakeup.ring();
   return fixed.filter((key) => next[key] !== config[key]);
 }
@@ -245,7 +245,7 @@ async function drainAll(shipper: Shipper): Promise<number> {
   while (!signal.aborted) {
     const pass = await shipOnce(shipper);
     if (pass.atEnd) break;
-    const due = Math.min(1000, Math.max(10, shipper.lookAt - mono()));
+    const due = Math.min(1000, Math.max(10, shipper.nextLookAt - mono()));
     await wait(pass.waitMs ?? (pass.shipped ? 10 : due), signal);
   }
   if (!signal.aborted && streams.lost > before) await ask(shipper);
@@ -284,9 +284,9 @@ export async function shipOnce(shipper: Shipper): Promise<Pass> {
 }
 
 async function lookOnce(shipper: Shipper): Promise<Look> {
-  shipper.lookAt = Number.POSITIVE_INFINITY; // what asks for a look from here on, this one may not see any more
+  shipper.nextLookAt = Number.POSITIVE_INFINITY; // what asks for a look from here on, this one may not see any more
   const look = await shipper.streams.look();
-  shipper.lookAt = Math.min(shipper.lookAt, look.nextAt);
+  shipper.nextLookAt = Math.min(shipper.nextLookAt, look.nextAt);
   if (shipper.streams.orphans.length > 0 || !shipper.streams.asked) shipper.askNow = true;
   shipper.asking.ring();
   if (shipper.mono() >= shipper.missingAt) await noteMissing(shipper);
@@ -298,7 +298,7 @@ async function followAll(shipper: Shipper): Promise<void> {
   const { signal, mono, streams, wakeup, faults } = shipper;
   const touched = new Set<string>();
   const watch = new Watch((path, event) => {
-    if (event === "rename") shipper.lookAt = 0;
+    if (event === "rename") shipper.nextLookAt = 0;
     else touched.add(path);
     wakeup.ring();
   });
@@ -308,7 +308,7 @@ async function followAll(shipper: Shipper): Promise<void> {
   while (!either.aborted) {
     for (const stream of streams.list) if (touched.has(stream.path)) refresh(shipper, stream);
     touched.clear();
-    if (mono() >= shipper.lookAt) {
+    if (mono() >= shipper.nextLookAt) {
       await lookOnce(shipper);
       await saveFirst(shipper);
       watch.update(streams.paths.folders);
@@ -326,7 +326,7 @@ async function followAll(shipper: Shipper): Promise<void> {
       );
     }
     await wait(NAMES_MS, either);
-    await wakeup.wait(Math.max(0, shipper.lookAt - mono()), either);
+    await wakeup.wait(Math.max(0, shipper.nextLookAt - mono()), either);
   }
   watch.close();
   failed.signal.throwIfAborted();
@@ -360,7 +360,7 @@ function refresh(shipper: Shipper, stream: Stream): void {
       streams.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
     }
     Object.assign(stream, { size: found.size, mtimeMs: found.mtimeMs });
-  } else shipper.lookAt = 0;
+  } else shipper.nextLookAt = 0;
 }
 
 /** A line after a pause goes at once, steady traffic once per `flushMs`, a backlog without waiting. */
@@ -467,7 +467,7 @@ async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBu
   try {
     const file = await streams.openStream(stream);
     if (!file) {
-      shipper.lookAt = 0; // it finds the file, or that it is gone
+      shipper.nextLookAt = 0; // it finds the file, or that it is gone
       stream.retryAt = mono() + NAMES_MS;
       return true;
     }
@@ -482,7 +482,7 @@ async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBu
     if (error instanceof Refused || shipper.signal.aborted)
       throw error instanceof Refused ? error : new Refused(0);
     if (error instanceof Changed && stream.file) {
-      shipper.lookAt = 0;
+      shipper.nextLookAt = 0;
       await streams.rebase(stream, stream.file, (await stream.file.stat()).size);
       return false;
     }
@@ -756,7 +756,7 @@ async function ask(shipper: Shipper): Promise<boolean> {
     noteAnswered(shipper, shipper.unanswered);
     streams.told = told;
     if (isFirst) takeFirstAnswer(streams, told);
-    if (isFirst && told.length > 0) shipper.lookAt = 0;
+    if (isFirst && told.length > 0) shipper.nextLookAt = 0;
     const byName = new Map(told.map((status) => [status.stream, status]));
     for (const [id, { stream, committed }] of asked)
       if (stream.id === id) {

@@ -12,6 +12,7 @@
 import { createHash } from "node:crypto";
 import { html, raw } from "hono/html";
 import { parseBatchName, parseWindow } from "./batch.ts";
+import { formatBytes, formatDuration, localZone, MINUTE } from "./service.ts";
 import {
   type BatchSeen,
   compareAsPeopleCount,
@@ -21,8 +22,7 @@ import {
   isLate,
   isTroubled,
   sortBySeverity,
-} from "./look.ts";
-import { formatBytes, formatDuration, localZone, MINUTE } from "./service.ts";
+} from "./snapshot.ts";
 import {
   count,
   DETAILED,

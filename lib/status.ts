@@ -4,17 +4,17 @@
  */
 import { folders } from "./batch.ts";
 import { createLedgerReader } from "./ledger.ts";
+import { commandOf, DAY, formatBytes, formatDuration, formatLocalTime, MINUTE } from "./service.ts";
+import { type FaultKind, type MonitorNews, type RefusedSender, readMonitorNews } from "./signs.ts";
 import {
+  type FolderState,
   type HostState,
   type HostStatus,
   isLate,
-  type LookOptions,
-  type Seen,
-  seeFolder,
+  readSnapshot,
+  type SnapshotOptions,
   type Thresholds,
-} from "./look.ts";
-import { commandOf, DAY, formatBytes, formatDuration, formatLocalTime, MINUTE } from "./service.ts";
-import { type FaultKind, type MonitorNews, type RefusedSender, readMonitorNews } from "./signs.ts";
+} from "./snapshot.ts";
 
 /** A forwarder shows life every thirty seconds, a monitor in every run. */
 const FORWARDER_GONE_MS = 3 * MINUTE;
@@ -40,13 +40,13 @@ export interface Problem {
   mailFrom?: number;
 }
 
-export interface Snapshot extends Seen {
+export interface Snapshot extends FolderState {
   /** Whether it is judged by the defaults, since the config has no section `monitor`. */
   byDefaults: boolean;
   problems: Problem[];
 }
 
-export interface ObserveOptions extends LookOptions {
+export interface ObserveOptions extends SnapshotOptions {
   /** The monitor's state file, for others than the monitor. */
   monitorFile?: string;
   byDefaults?: boolean;
@@ -62,7 +62,7 @@ export async function observe(
 ): Promise<Snapshot> {
   const monitor = options.monitorFile ? await readMonitorNews(options.monitorFile) : undefined;
   const mutes = { ...options.mutes, ...(typeof monitor === "object" && monitor.mutes) };
-  const seen = await seeFolder(dir, thresholds, { ...options, mutes });
+  const seen = await readSnapshot(dir, thresholds, { ...options, mutes });
   const problems = findProblems(seen, thresholds, { monitor, more: options.more ?? [] });
   return { ...seen, byDefaults: options.byDefaults ?? false, problems };
 }
@@ -70,7 +70,7 @@ export async function observe(
 // ---- what is wrong
 
 export function findProblems(
-  seen: Seen,
+  seen: FolderState,
   thresholds: Thresholds,
   { monitor, more = [] }: { monitor?: MonitorNews | "never" | undefined; more?: Problem[] } = {},
 ): Problem[] {
@@ -92,7 +92,7 @@ function problem(key: string, leg: Problem["leg"], title: string, text: string, 
   return { key, leg, title, text, hosts: [], ...about };
 }
 
-function unreadableProblems({ unreadable, dir }: Seen): Problem[] {
+function unreadableProblems({ unreadable, dir }: FolderState): Problem[] {
   const next = [`ls -la ${dir}`];
   const folder = unreadable.find(({ path }) => path === dir);
   const rest = unreadable.filter(({ path }) => path !== dir);
@@ -110,7 +110,7 @@ function unreadableProblems({ unreadable, dir }: Seen): Problem[] {
   return problems;
 }
 
-function receiverProblems({ receivers, now }: Seen): Problem[] {
+function receiverProblems({ receivers, now }: FolderState): Problem[] {
   return receivers.flatMap(({ runs, ports, at, health, pressed }) => {
     const port = `port${ports.length > 1 ? "s" : ""} ${ports.join(", ")}`;
     const unit = `log-rt-sync-receiver@${ports[0]}`;
@@ -140,7 +140,7 @@ function lastSign(at: number, now: number): string {
   return `last sign of life ${formatClock(at, now)}, ${formatDuration(now - at)} ago`;
 }
 
-function senderProblems(seen: Seen, { alertWhenQuiet }: Thresholds): Problem[] {
+function senderProblems(seen: FolderState, { alertWhenQuiet }: Thresholds): Problem[] {
   const { hosts, now } = seen;
   const refused = refusedSenders(seen);
   const problems: Problem[] = [];
@@ -191,7 +191,7 @@ function senderProblems(seen: Seen, { alertWhenQuiet }: Thresholds): Problem[] {
 }
 
 /** Senders that keep knocking, not a stranger's single request. */
-function refusedSenders({ receivers }: Seen): RefusedSender[] {
+function refusedSenders({ receivers }: FolderState): RefusedSender[] {
   const rows = receivers.flatMap(({ runs, refused }) => (runs ? refused : []));
   return rows.filter(({ host, count: times }) => host !== "" && times > 1);
 }
@@ -243,7 +243,10 @@ const FAULT_TITLE: Record<FaultKind, string> = {
   local: "the forwarder can't work here",
 };
 
-function forwarderProblems({ forwarder, now, hosts }: Seen, { deliveryMinutes }: Thresholds): Problem[] {
+function forwarderProblems(
+  { forwarder, now, hosts }: FolderState,
+  { deliveryMinutes }: Thresholds,
+): Problem[] {
   if (!forwarder) return [];
   const problems: Problem[] = [];
   const { fault, stays, aliveAt } = forwarder;
@@ -268,7 +271,7 @@ function forwarderProblems({ forwarder, now, hosts }: Seen, { deliveryMinutes }:
   return problems;
 }
 
-function queueProblems(seen: Seen): Problem[] {
+function queueProblems(seen: FolderState): Problem[] {
   const { hosts, now, forwarder, dir, failed } = seen;
   const problems: Problem[] = [];
   const late = hosts.filter((host) => isLate(host, seen));
@@ -296,7 +299,7 @@ function queueProblems(seen: Seen): Problem[] {
   return problems;
 }
 
-function diskProblems({ disk, dir }: Seen, { minFreePercent }: Thresholds): Problem[] {
+function diskProblems({ disk, dir }: FolderState, { minFreePercent }: Thresholds): Problem[] {
   const percent = disk ? (100 * disk.free) / disk.total : 100;
   if (!disk || percent >= minFreePercent) return [];
   const title = `the disk has ${percent.toFixed(percent < 10 ? 1 : 0)} % left`;
@@ -419,7 +422,7 @@ export function createStatusReader(
   let took = 0;
   let last: Snapshot | undefined;
   let looking: Promise<Snapshot> | undefined;
-  const look = async (): Promise<Snapshot> => {
+  const snapshot = async (): Promise<Snapshot> => {
     const begun = performance.now();
     try {
       last = await observe(dir, thresholds(), { ...kept, now: now() });
@@ -433,7 +436,7 @@ export function createStatusReader(
     const age = last ? Math.abs(now() - last.now) : Number.POSITIVE_INFINITY;
     const many = last !== undefined && last.hosts.length > DETAILED;
     if (last && age <= (many ? Math.max(FRESH_MS, REST * took) : FRESH_MS)) return last;
-    looking ??= look();
+    looking ??= snapshot();
     return last && many && age < OLD_MS ? last : looking;
   };
 }

@@ -1,6 +1,6 @@
 /** States of a fleet for the tests of the status page. Same numbers on every run. */
 import { dashedHost, formatBatchName, formatWindow } from "../lib/batch.ts";
-import { type BatchSeen, DEFAULT_THRESHOLDS, type HostState, type HostStatus } from "../lib/look.ts";
+import { type BatchSeen, DEFAULT_THRESHOLDS, type HostState, type HostStatus } from "../lib/snapshot.ts";
 import { findProblems, type Snapshot } from "../lib/status.ts";
 
 export const NOW = Date.parse("2026-11-22T10:52:31Z");

@@ -1,6 +1,6 @@
 import { describe, expect, test } from "bun:test";
-import type { HostState, HostStatus } from "../lib/look.ts";
 import { pageHeaders, renderPage } from "../lib/page.ts";
+import type { HostState, HostStatus } from "../lib/snapshot.ts";
 import { headline } from "../lib/status.ts";
 import { fleet, host, NOW, refused, samples, status } from "./page-samples.ts";
 

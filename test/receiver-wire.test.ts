@@ -4,7 +4,7 @@ import { mkdir } from "node:fs/promises";
 import { join } from "node:path";
 import { formatMark, formatNews, HEADER, STREAMS_PATH } from "../lib/chunk.ts";
 import { parseConfig } from "../lib/config.ts";
-import { DEFAULT_THRESHOLDS } from "../lib/look.ts";
+import { DEFAULT_THRESHOLDS } from "../lib/snapshot.ts";
 import { observe } from "../lib/status.ts";
 import { createApp, Receiver } from "../receiver.ts";
 import { type Post, post, quiet } from "./sending.ts";

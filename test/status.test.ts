@@ -4,8 +4,8 @@ import { chmod, link, mkdir, stat, utimes, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { formatAgent, parseAgent } from "../lib/chunk.ts";
 import { emptyLedger, formatRecord, type Ledger, type LedgerRecord } from "../lib/ledger.ts";
-import { DEFAULT_THRESHOLDS, type Thresholds } from "../lib/look.ts";
 import type { ReceiverState } from "../lib/signs.ts";
+import { DEFAULT_THRESHOLDS, type Thresholds } from "../lib/snapshot.ts";
 import { createStatusReader, headline, observe, type Snapshot } from "../lib/status.ts";
 import { tempFolder, until } from "./support.ts";
 

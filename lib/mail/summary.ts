@@ -11,10 +11,10 @@ import { folders, listBatches, listHosts, parseBatchName } from "../batch.ts";
 import type { Config } from "../config.ts";
 import { exists, ifMissing } from "../durable.ts";
 import { type Ledger, readLedger, type SealedBatch } from "../ledger.ts";
-import { compareAsPeopleCount } from "../look.ts";
 import { readDelivered } from "../report.ts";
 import { collectGarbage } from "../runtime.ts";
 import { errorMessage, formatLocalTime, HOUR } from "../service.ts";
+import { compareAsPeopleCount } from "../snapshot.ts";
 
 const CURVE_HOURS = 24;
 /** How far back it is looked for batches that vanished. */

@@ -1,8 +1,8 @@
 /**
- * A look at the folder: how each sender does, who runs, what waits. What can't be read is noted, and the look goes on
+ * A snapshot of the folder: how each sender does, who runs, what waits. What can't be read is noted, and it is made
  * without it; what of it is wrong, lib/status.ts says.
  *
- * A look costs one listing per sender, one of failed/ and none of sent/. A sender is silent when its receiver could have
+ * It costs one listing per sender, one of failed/ and none of sent/. A sender is silent when its receiver could have
  * heard it for the whole of its threshold: not while that is down, and not before it was there for so long.
  */
 import { readdir, stat, statfs } from "node:fs/promises";
@@ -103,7 +103,7 @@ export interface ReceiverSeen extends ReceiverState {
   runs: boolean;
 }
 
-export interface Seen {
+export interface FolderState {
   version: string;
   now: number;
   server: string;
@@ -135,7 +135,7 @@ const thresholdsSchema = sections.monitor.pick({
 export type Thresholds = z.infer<typeof thresholdsSchema>;
 export const DEFAULT_THRESHOLDS: Thresholds = thresholdsSchema.parse({});
 
-export interface LookOptions {
+export interface SnapshotOptions {
   now: number;
   /** A sender's ledger in memory; without one it is read from the folder. */
   ledgerOf?: (host: string) => Ledger | undefined;
@@ -147,23 +147,27 @@ export interface LookOptions {
   /** Since when a receiver runs that writes no state file, and until when it was well. */
   unnamed?: { startedAt?: number; wellUntil?: number };
   mutes?: Record<string, Mute>;
-  /** When a time that lies in the future was first seen: the look keeps it there. */
+  /** When a time that lies in the future was first seen: it stays there. */
   future?: Record<string, { value: number; at: number }>;
 }
 
-interface Look extends LookOptions {
+interface Scan extends SnapshotOptions {
   dir: string;
   thresholds: Thresholds;
-  seen: Seen;
+  seen: FolderState;
   /** Of the senders seen, where details are wanted. */
   ledgers: Map<string, Ledger>;
   expected: Set<string>;
 }
 
-/** Looks once. Never throws. */
-export async function seeFolder(dir: string, thresholds: Thresholds, options: LookOptions): Promise<Seen> {
+/** Never throws. */
+export async function readSnapshot(
+  dir: string,
+  thresholds: Thresholds,
+  options: SnapshotOptions,
+): Promise<FolderState> {
   const { now, mutes = {} } = options;
-  const seen: Seen = {
+  const seen: FolderState = {
     version: VERSION,
     now,
     server: hostname(),
@@ -178,20 +182,20 @@ export async function seeFolder(dir: string, thresholds: Thresholds, options: Lo
     mutes: Object.fromEntries(Object.entries(mutes).filter(([, { until }]) => until > now)),
   };
   const expected = new Set(thresholds.expected);
-  const look: Look = { ...options, dir, thresholds, seen, ledgers: new Map(), expected };
-  await seeReceivers(look);
-  const forwarder = await attempt(look, forwarderStatePath(dir), () => seeForwarder(dir));
+  const scan: Scan = { ...options, dir, thresholds, seen, ledgers: new Map(), expected };
+  await scanReceivers(scan);
+  const forwarder = await attempt(scan, forwarderStatePath(dir), () => scanForwarder(dir));
   const { failed } = folders(dir);
-  seen.failed = (await attempt(look, failed, () => listBatches(failed, "sealed", "compressed"))) ?? [];
-  await seeHosts(look);
-  const disk = await attempt(look, dir, () => askDisk(dir));
+  seen.failed = (await attempt(scan, failed, () => listBatches(failed, "sealed", "compressed"))) ?? [];
+  await scanHosts(scan);
+  const disk = await attempt(scan, dir, () => askDisk(dir));
   const digest = await readDigestHead(dir).catch(() => undefined);
   return Object.assign(seen, forwarder && { forwarder }, disk && { disk }, digest && { digest });
 }
 
-/** What `work` gives; when it fails, that is noted, and the look goes on without it. */
+/** What `work` gives; when it fails, that is noted, and the rest is read. */
 async function attempt<T>(
-  { seen }: Look,
+  { seen }: Scan,
   path: string,
   work: () => Promise<T>,
   host?: string,
@@ -204,19 +208,19 @@ async function attempt<T>(
   }
 }
 
-async function seeForwarder(dir: string): Promise<(ForwarderState & { aliveAt: number }) | undefined> {
+async function scanForwarder(dir: string): Promise<(ForwarderState & { aliveAt: number }) | undefined> {
   const state = await readForwarderState(dir);
   const info = state && (await stat(forwarderStatePath(dir)));
   return state && { ...state, aliveAt: Math.max(state.at, info?.mtimeMs ?? 0) };
 }
 
-async function seeReceivers(look: Look): Promise<void> {
-  const { dir, now, seen } = look;
+async function scanReceivers(scan: Scan): Promise<void> {
+  const { dir, now, seen } = scan;
   const names = (await readdir(dir).catch(() => [])).filter((name) => /^\.receiver-\d+\.json$/.test(name));
   const all: ReceiverSeen[] = [];
   for (const name of names) {
     const path = join(dir, name);
-    const found = await attempt(look, path, () => readState(path, receiverStateSchema, 1));
+    const found = await attempt(scan, path, () => readState(path, receiverStateSchema, 1));
     if (found?.state === "damaged") seen.unreadable.push({ path, reason: found.reason });
     if (found?.state === "ok")
       all.push({ ...found.value, runs: Math.abs(now - found.value.at) < RECEIVER_GONE_MS });
@@ -237,29 +241,29 @@ async function askDisk(dir: string): Promise<{ free: number; total: number } | u
 
 // ---- senders
 
-async function seeHosts(look: Look): Promise<void> {
-  const { seen, dir, expected, details = 0 } = look;
+async function scanHosts(scan: Scan): Promise<void> {
+  const { seen, dir, expected, details = 0 } = scan;
   const failed = Map.groupBy(seen.failed, (name) => parseBatchName(name)?.host ?? "");
-  const present = (await attempt(look, dir, () => listHosts(dir))) ?? [];
+  const present = (await attempt(scan, dir, () => listHosts(dir))) ?? [];
   const names = [...new Set([...expected, ...present])].sort(compareAsPeopleCount);
   for (const host of names) {
     const dashed = dashedHost(host);
     const count = failed.get(dashed)?.length ?? 0;
-    const status = await attempt(look, join(dir, host), () => seeHost(look, host, count), host);
+    const status = await attempt(scan, join(dir, host), () => scanHost(scan, host, count), host);
     if (!status) continue;
     failed.delete(dashed);
     seen.hosts.push(status);
   }
   for (const [host, { length }] of failed) {
     // its folder is gone, the dashed form of its name is all that is left
-    seen.hosts.push({ ...statusOfLedger(look, host, emptyLedger()), state: "gone", failed: length });
+    seen.hosts.push({ ...statusOfLedger(scan, host, emptyLedger()), state: "gone", failed: length });
   }
-  if (details > 0) await addDetails(look, details);
+  if (details > 0) await addDetails(scan, details);
 }
 
 export const compareAsPeopleCount = new Intl.Collator("en", { numeric: true }).compare;
 
-type Patience = Pick<Seen, "now" | "deliveryMinutes">;
+type Patience = Pick<FolderState, "now" | "deliveryMinutes">;
 
 /** Whether a sender's oldest sealed batch waits for longer than a forwarder takes. */
 export function isLate({ waitingSince }: HostStatus, { now, deliveryMinutes }: Patience): boolean {
@@ -278,32 +282,32 @@ export function sortBySeverity(hosts: HostStatus[], seen: Patience): HostStatus[
 }
 
 /** A sender; undefined for what is no sender's folder, or of one that is long gone. */
-async function seeHost(look: Look, host: string, failed: number): Promise<HostStatus | undefined> {
-  const folder = folders(look.dir).host(host);
-  const known = look.ledgerOf?.(host) ?? (await (look.readLedger ?? readLedger)(folder));
+async function scanHost(scan: Scan, host: string, failed: number): Promise<HostStatus | undefined> {
+  const folder = folders(scan.dir).host(host);
+  const known = scan.ledgerOf?.(host) ?? (await (scan.readLedger ?? readLedger)(folder));
   if (known?.isDamaged) throw new Error(`${LEDGER} is damaged: a running receiver writes it anew`);
   const ledger = known ?? emptyLedger();
   const names = await listBatches(folder, "sealed", "open");
-  if (!look.expected.has(host) && !isHostOf(host, names, ledger)) return undefined;
-  const isForgotten = ledger.facts.forgotten !== undefined && !look.expected.has(host);
+  if (!scan.expected.has(host) && !isHostOf(host, names, ledger)) return undefined;
+  const isForgotten = ledger.facts.forgotten !== undefined && !scan.expected.has(host);
   if (isForgotten && names.length + failed === 0) return undefined;
   const sealed = names.filter((name) => name.endsWith(".log"));
-  const status: HostStatus = { ...statusOfLedger(look, host, ledger), failed, waiting: sealed.length };
+  const status: HostStatus = { ...statusOfLedger(scan, host, ledger), failed, waiting: sealed.length };
   for (const name of sealed) {
     const oldest = status.waitingSince ?? Number.POSITIVE_INFINITY;
     const sealedAt = ledger.sealed.get(name)?.at ?? 0;
-    if (sealedAt >= oldest && sealedAt <= look.now) continue; // it waits since then at the earliest: its file is not asked
-    const since = await waitsSince(folder, name, ledger, look.now);
+    if (sealedAt >= oldest && sealedAt <= scan.now) continue; // it waits since then at the earliest: its file is not asked
+    const since = await waitsSince(folder, name, ledger, scan.now);
     if (since >= oldest) continue;
     Object.assign(status, { waitingSince: since, oldest: name });
   }
   status.undelivered += sealed.reduce((sum, name) => sum + (ledger.sealed.get(name)?.bytes ?? 0), 0);
-  status.state = await stateOf(look, status);
+  status.state = await stateOf(scan, status);
   if (status.state !== "ok" && status.state !== "quiet") status.lag = undefined;
   const isLeft = status.open + status.waiting + failed > 0;
-  if (status.state === "gone" && !isLeft && look.now - status.heardAt >= 2 * DAY) return undefined;
-  if (look.details) {
-    look.ledgers.set(host, ledger);
+  if (status.state === "gone" && !isLeft && scan.now - status.heardAt >= 2 * DAY) return undefined;
+  if (scan.details) {
+    scan.ledgers.set(host, ledger);
     status.batches = sealed.map((name) => ({ name, place: "waiting" }));
   }
   return status;
@@ -314,8 +318,8 @@ function isHostOf(host: string, names: string[], { heardAt, streams, sealed, ope
   return !isCopy(host, names, sealed.keys(), open.keys());
 }
 
-function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
-  const { now, expected, seen } = look;
+function statusOfLedger(scan: Scan, host: string, ledger: Ledger): HostStatus {
+  const { now, expected, seen } = scan;
   const { facts, streams, open } = ledger;
   const oldLag = [...streams.values()].reduce((sum, { lag = 0 }) => sum + lag, 0);
   const agent = facts.agent === undefined ? undefined : parseAgent(facts.agent);
@@ -327,7 +331,7 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
     expected: expected.has(host),
     linesPerMinute: [],
     batches: [],
-    heardAt: notInFuture(look, host, ledger.heardAt),
+    heardAt: notInFuture(scan, host, ledger.heardAt),
     lineAt: Math.min(ledger.lineAt, now),
     lag: facts.lag ?? oldLag,
     open: open.size,
@@ -352,7 +356,7 @@ function statusOfLedger(look: Look, host: string, ledger: Ledger): HostStatus {
 }
 
 /** A time of a clock that was ahead counts as that at which it was first seen. */
-function notInFuture({ now, future }: Look, host: string, at: number): number {
+function notInFuture({ now, future }: Scan, host: string, at: number): number {
   if (!future) return Math.min(at, now);
   const seen = ofHost(future, host);
   if (seen && seen.value === at) return Math.min(seen.at, now);
@@ -370,28 +374,28 @@ async function waitsSince(folder: string, name: string, ledger: Ledger, now: num
   return known ?? Math.min(now, parseWindow(parseBatchName(name)?.window ?? "").end + DAY / 2);
 }
 
-async function stateOf(look: Look, { host, heardAt, lineAt, expected }: HostStatus): Promise<HostState> {
-  const { now, thresholds } = look;
+async function stateOf(scan: Scan, { host, heardAt, lineAt, expected }: HostStatus): Promise<HostState> {
+  const { now, thresholds } = scan;
   const threshold = (ofHost(thresholds.silentMinutesByHost, host) ?? thresholds.silentMinutes) * MINUTE;
   if (heardAt > 0 && now - heardAt < threshold) return now - lineAt >= threshold ? "quiet" : "ok";
   if (heardAt === 0 && !expected) return "gone";
-  const { from, until } = await listening(look, host, heardAt);
+  const { from, until } = await listening(scan, host, heardAt);
   if (until - Math.max(heardAt, from) < threshold) return "waiting";
   if (heardAt === 0) return "never";
   return !expected && now - heardAt >= DAY ? "gone" : "silent";
 }
 
 /** From when and until when a sender's receiver could hear it. Whom it heard meanwhile, it can hear. */
-async function listening(look: Look, host: string, heardAt: number) {
-  const { now, since = 0, unnamed } = look;
-  const all = look.seen.receivers.map(({ startedAt, at, runs, health, healthSince, pid }) => ({
+async function listening(scan: Scan, host: string, heardAt: number) {
+  const { now, since = 0, unnamed } = scan;
+  const all = scan.seen.receivers.map(({ startedAt, at, runs, health, healthSince, pid }) => ({
     pid,
     from: startedAt,
     until: !runs ? at : health !== undefined ? (healthSince ?? at) : now,
   }));
   if (all.length === 0) all.push({ pid: 0, from: unnamed?.startedAt ?? 0, until: unnamed?.wellUntil ?? now });
   const holder =
-    all.length > 1 ? await readIfExists(join(look.dir, host, `${LEDGER}-lock`)).catch(() => "") : "";
+    all.length > 1 ? await readIfExists(join(scan.dir, host, `${LEDGER}-lock`)).catch(() => "") : "";
   const own =
     all.length === 1 ? all[0] : all.find(({ pid }) => pid !== undefined && String(pid) === holder?.trim());
   const from = own?.from ?? Math.min(...all.map((receiver) => receiver.from));
@@ -402,7 +406,7 @@ async function listening(look: Look, host: string, heardAt: number) {
 // ---- details
 
 /** Curves and batches of the first senders, and the curve of all. */
-async function addDetails({ seen, ledgers, now }: Look, most: number): Promise<void> {
+async function addDetails({ seen, ledgers, now }: Scan, most: number): Promise<void> {
   const first = Math.floor(now / MINUTE) - HISTORY_MINUTES;
   const total: number[] = new Array(HISTORY_MINUTES).fill(0);
   // not for … of, which makes an object of each of a million entries
@@ -421,7 +425,7 @@ async function addDetails({ seen, ledgers, now }: Look, most: number): Promise<v
 }
 
 /** The batches of the last day, and up to where all is delivered. */
-function addBatches(status: HostStatus, { sealed, open }: Ledger, { failed, now }: Seen): void {
+function addBatches(status: HostStatus, { sealed, open }: Ledger, { failed, now }: FolderState): void {
   const dashed = dashedHost(status.host);
   const all = new Map<string, BatchSeen["place"]>();
   for (const name of sealed.keys()) all.set(name, "delivered");
