@@ -22,7 +22,7 @@ import {
 } from "node:fs";
 import { dirname, join } from "node:path";
 import { gzipSync } from "node:zlib";
-import { possibleBases } from "../lib/tail/paths.ts";
+import { possibleBases, Watch } from "../lib/tail/paths.ts";
 import {
   createSender,
   expectTags,
@@ -146,6 +146,23 @@ test("possibleBases() knows logrotate's dateformat -%s", () => {
   for (const name of ["access.log-1763791200", "access.log-1763791200.gz", "access-1763791200.log"])
     expect(possibleBases(name)).toContainEqual({ base: "access.log" });
   expect(possibleBases("access.log-3763791200")).toEqual([]);
+});
+
+test("a folder that is made anew is watched again, and one that nobody names any more is not", async () => {
+  const folder = join(await tempFolder(), "nginx");
+  mkdirSync(folder);
+  const heard = new Set<string>();
+  const watch = new Watch((path) => heard.add(path));
+  onCleanup(() => watch.close());
+  for (const name of ["a.log", "b.log", "c.log"]) {
+    watch.update(new Set([folder]));
+    writeFileSync(join(folder, name), "x\n");
+    await until(`${name} is heard of`, () => heard.has(join(folder, name)));
+    rmSync(folder, { recursive: true });
+    mkdirSync(folder);
+  }
+  watch.update(new Set());
+  expect([...watch.faults]).toEqual([]);
 });
 
 describe("what lies beside a log", () => {

@@ -65,7 +65,7 @@ export class Paths {
   readonly #numbered = new Set<string>();
   /** Shapes of names under which a log's stream lies though no rule knows them: what was written since under such a name is its, too. */
   readonly shapes = new Map<string, { log: string; since: number }>();
-  /** Folders that a look used: those to be watched. */
+  /** Folders that the last look used: those to be watched. */
   readonly folders = new Set<string>();
   /** Keys and devices of the files of the last look. */
   #devices = new Map<string, bigint>();
@@ -82,6 +82,7 @@ export class Paths {
   survey(before: Iterable<string> = []): Survey {
     const survey: Survey = { files: [], logs: new Map(), faults: new Map(), leftOut: [] };
     const folders = new Folders(survey.faults);
+    this.folders.clear();
     for (const path of this.livePaths(folders, before)) survey.logs.set(path, folders.key(dirname(path)));
     const keys = new Map<string, FoundFile>();
     const add = (file: FoundFile | undefined) => {
@@ -322,14 +323,16 @@ class Folders {
   }
 
   key(folder: string): string | undefined {
-    if (!this.#keys.has(folder)) {
-      try {
-        this.#keys.set(folder, fileKey(statSync(rawPath(folder), { bigint: true })));
-      } catch {
-        this.#keys.set(folder, undefined);
-      }
-    }
+    if (!this.#keys.has(folder)) this.#keys.set(folder, folderKey(folder));
     return this.#keys.get(folder);
+  }
+}
+
+function folderKey(folder: string): string | undefined {
+  try {
+    return fileKey(statSync(rawPath(folder), { bigint: true }));
+  } catch {
+    return undefined;
   }
 }
 
@@ -539,7 +542,7 @@ export function whyNotFollowed(path: string): string | undefined {
 
 /** Events of folders (inotify), heard by one listener. Where there are none (network file systems), the poll sees the change later. */
 export class Watch {
-  readonly #watchers = new Map<string, FSWatcher>();
+  readonly #watchers = new Map<string, { watcher: FSWatcher; key: string | undefined }>();
   readonly #heard: (path: string, event: string) => void;
   /** Why a folder can't be watched, by folder. */
   readonly faults = new Map<string, string>();
@@ -548,19 +551,25 @@ export class Watch {
     this.#heard = heard;
   }
 
-  /** Watches these folders, as far as that is not done yet. */
-  update(folders: Iterable<string>): void {
+  /** Watches these folders and no others; one that was made anew is another one. */
+  update(folders: Set<string>): void {
+    for (const [folder, { watcher, key }] of this.#watchers) {
+      if (folders.has(folder) && folderKey(folder) === key) continue;
+      this.#watchers.delete(folder);
+      watcher.close();
+    }
     for (const folder of folders) if (!this.#watchers.has(folder)) this.#watch(folder);
   }
 
   #watch(folder: string): void {
+    const key = folderKey(folder); // before it is watched: one that takes its place meanwhile is another one
     try {
       const watcher = watch(rawPath(folder), (event, name) => this.#heard(join(folder, name ?? ""), event));
       watcher.on("error", () => {
         this.#watchers.delete(folder); // the next update makes a new one
         watcher.close();
       });
-      this.#watchers.set(folder, watcher);
+      this.#watchers.set(folder, { watcher, key });
       this.faults.delete(folder);
     } catch (error) {
       if (isFolder(folder)) this.faults.set(folder, errorMessage(error));
@@ -568,6 +577,6 @@ export class Watch {
   }
 
   close(): void {
-    for (const watcher of this.#watchers.values()) watcher.close();
+    for (const { watcher } of this.#watchers.values()) watcher.close();
   }
 }
