@@ -121,22 +121,9 @@ async function createWorld(seed: number): Promise<World> {
   const at = (...names: string[]) => join(folder, ...names);
   for (const name of ["server", "client", "taken", "output"]) mkdirSync(at(name));
   const ports = [await freePort(), await freePort()];
-  const dir = at("server", "batches");
-  for (const [number, port] of ports.entries()) {
-    const server = {
-      receiver: {
-        ...{ groups: [{ port, senders: ["*"] }], dir, windowMinutes: 2, sealAfterSeconds: 0.3 },
-        sealLatestSeconds: 4,
-      },
-      forwarder: {
-        ...{ dir, target: `file://${at("client")}`, intervalSeconds: 0.2, retryDelaySeconds: 0.1 },
-        report: at("server", "report.log"),
-      },
-    };
-    writeFileSync(at(`server${number}.json`), JSON.stringify(server));
-  }
-  const script = (name: string, label: string, config: string) =>
-    supervise(label, process.execPath, ["run", join(ROOT, `${name}.ts`), "--config", config], {
+  writeFileSync(at("token"), "a-token-of-this-test\n", { mode: 0o600 });
+  const script = (name: string, label: string, config: string, ...flags: string[]) =>
+    supervise(label, process.execPath, ["run", join(ROOT, `${name}.ts`), "--config", config, ...flags], {
       log: at("output", `${label}.log`),
       cwd: folder,
     });
@@ -154,14 +141,19 @@ async function createWorld(seed: number): Promise<World> {
       times: [],
     };
   });
+  const receiverOf = [0, 1, 0];
+  configureServer(folder, ports, receiverOf);
   const world: World = {
     ...{ folder, random: createRandom(seed), logs, clock: Date.UTC(2026, 10, 22, 6), wipes: [] },
-    ...{ ports, receiverOf: [0, 1, 0], shippers: [] },
-    receivers: ports.map((_, i) => script("receiver", `receiver${i}`, at(`server${i}.json`))),
-    forwarder: script("forwarder", "forwarder", at("server0.json")),
+    ...{ ports, receiverOf, shippers: [] },
+    receivers: [],
+    forwarder: script("forwarder", "forwarder", at("server.json")),
     seen: LOGS.map(() => []),
     ...{ outages: [], names: new Map(), isAway: false, conflicts: 0, damaged: 0, history: [] },
   };
+  world.receivers = ports.map((port, i) =>
+    script("receiver", `receiver${i}`, at("server.json"), "--port", String(port)),
+  );
   for (const i of HOSTS.keys()) {
     configureShipper(world, i);
     world.shippers.push(script("shipper", `shipper${i}`, at(`shipper${i}.json`)));
@@ -169,11 +161,33 @@ async function createWorld(seed: number): Promise<World> {
   return world;
 }
 
+/** One config for both receivers, as on a middle server: each has the hosts of its port, and one that never comes. */
+function configureServer(folder: string, ports: number[], receiverOf: number[]): void {
+  const at = (...names: string[]) => join(folder, ...names);
+  const dir = at("server", "batches");
+  const groups = ports.map((port, i) => ({
+    port,
+    senders: [`10.2.0.${i}`, ...HOSTS.filter((_, host) => receiverOf[host] === i)],
+  }));
+  const server = {
+    receiver: {
+      ...{ groups, dir, windowMinutes: 2, sealAfterSeconds: 0.3, sealLatestSeconds: 4 },
+      tokens: { "*": { file: at("token") } },
+    },
+    forwarder: {
+      ...{ dir, target: `file://${at("client")}`, intervalSeconds: 0.2, retryDelaySeconds: 0.1 },
+      report: at("server", "report.log"),
+    },
+  };
+  writeFileSync(at("server.json"), JSON.stringify(server));
+}
+
 function configureShipper({ folder, logs, ports, receiverOf }: World, i: number): void {
   const shipper = {
     files: logs.filter(({ w }) => LOGS[w] === i).map(({ path }) => path),
     ...{ receiver: `http://127.0.0.1:${ports[receiverOf[i] ?? 0]}`, host: HOSTS[i], flushMs: 20 },
     stateDir: join(folder, `host${i}`, "state"),
+    token: { file: join(folder, "token") },
     ...{ chunkBytes: [4096, 16_384, 1_048_576][i], compression: ["zstd", "gzip", "none"][i] },
     ...{ heartbeatSeconds: HEARTBEAT_SECONDS, pollSeconds: 0.2, rotateWaitSeconds: 0.3, timeoutSeconds: 3 },
   };
@@ -415,8 +429,12 @@ async function trouble(world: World, steps: number, canDelete: boolean): Promise
 /** A host goes on with the other receiver. */
 async function move(world: World, host: number): Promise<void> {
   world.receiverOf[host] = 1 - (world.receiverOf[host] ?? 0);
+  configureServer(world.folder, world.ports, world.receiverOf);
   configureShipper(world, host);
   note(world, `${HOSTS[host]} moves to receiver ${world.receiverOf[host]}`);
+  const from = Date.now();
+  await Promise.all(world.receivers.map((receiver) => receiver.kill(0))); // they read the config anew
+  world.outages.push({ host: -1, from, to: Date.now() });
   await kill(world, host, 0);
 }
 
