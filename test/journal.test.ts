@@ -159,7 +159,10 @@ describe("a journal", () => {
     await journal.drop(() => true);
     expect(journal.paths).toHaveLength(1); // the one that is written stays
     expect([journal.names("10.0.0.1"), journal.names("10.0.0.2")]).toEqual([true, false]);
-    journal.endSegment();
+    journal.endSegmentOf(["10.0.0.2"]);
+    await journal.drop(() => true);
+    expect(journal.paths).toHaveLength(1); // it names none of these
+    journal.endSegmentOf(["10.0.0.1"]);
     await journal.drop(() => true);
     expect(readdirSync(dir)).toEqual([]);
     expect(journal.names("10.0.0.1")).toBe(false);

@@ -218,9 +218,14 @@ export class Journal {
     return this.#segments.some(({ hosts }) => hosts.has(host));
   }
 
-  /** Ends the segment that is written, so that it can be dropped like the others; not while a write is on its way. */
-  endSegment(): void {
-    if (this.#writing || this.#fd < 0) return;
+  /** Ends the segment that is written when it names one of these hosts, so that it can be dropped like the others. */
+  endSegmentOf(hosts: string[]): void {
+    const { hosts: named } = this.#segments.at(-1) ?? {};
+    if (!this.#writing && hosts.some((host) => named?.has(host))) this.#endSegment();
+  }
+
+  #endSegment(): void {
+    if (this.#fd < 0) return;
     closeSync(this.#fd);
     this.#fd = -1;
   }
@@ -256,7 +261,7 @@ export class Journal {
   /** Waits for what is on its way, and closes the file. */
   async close(): Promise<void> {
     await this.#writing;
-    this.endSegment();
+    this.#endSegment();
   }
 }
 

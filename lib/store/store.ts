@@ -81,7 +81,7 @@ export class Store {
     await this.#openAll();
   }
 
-  /** Lists the senders of ours that have something on disk, so that what is due is sealed without them. */
+  /** Lists the senders that have something on disk, so that what is due of ours is sealed without them. */
   async #list(): Promise<void> {
     for (const host of await listHosts(this.#options.dir)) {
       if (this.senders.has(host)) continue;
@@ -255,7 +255,7 @@ export class Store {
   async #openAll(): Promise<void> {
     if (!this.#isListed) await this.#list();
     this.#isListed = true;
-    for (const host of this.#unopened) if (this.#isOurs(host)) await this.#open(host).catch(() => {}); // told already
+    for (const host of [...this.#unopened]) if (this.#isOurs(host)) await this.#open(host).catch(() => {}); // told already
   }
 
   /** Two hosts must not share a dashed form; names that nobody listed are bounded apart from those listed. */
@@ -297,7 +297,7 @@ export class Store {
     });
     await this.#checkpoint();
     const others = [...this.senders.values()].filter(({ host }) => !this.#isOurs(host));
-    if (others.length > 0) this.#journal.endSegment();
+    this.#journal.endSegmentOf(others.map(({ host }) => host));
     await this.#dropSegments().catch((error) =>
       this.#faults.failed("journal", "segment not dropped", { error: errorMessage(error) }),
     );

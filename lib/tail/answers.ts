@@ -62,6 +62,7 @@ export function takeFirstAnswer(streams: Streams, told: StreamStatus[]): void {
   streams.asked = true;
   streams.isChanged = true;
   if (told.length === 0) {
+    for (const each of streams.list) delete each.first; // a kilobyte of each file: there is nothing to compare it with
     // It has shipped before, and the receiver knows nothing of it: names may have been used that nobody remembers.
     // They are named when they have something to ship: on disk with the name stands the head by which a copy is known.
     if (streams.found === "damaged") for (const each of streams.list) each.begin = "again";
