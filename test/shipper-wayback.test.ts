@@ -385,6 +385,52 @@ test("a copy that is packed between the look and its opening is not told as lost
   for (const stream of streams.list) await stream.file?.close();
 });
 
+for (const kind of ["new", "empty"]) {
+  test(`a log that was ${kind}, and is cut while its first bytes are read, is not taken for what came after`, async () => {
+    const [folder, stateDir] = [await tempFolder(), await tempFolder()];
+    const path = join(folder, "access.log");
+    const [before, after] = [lines("a", 1, 40), lines("b", 1, 5)];
+    const cut = () => {
+      copyFileSync(path, `${path}.1`);
+      truncateSync(path);
+      writeFileSync(path, after);
+    };
+    const info = (message: string) => {
+      if (message === "following" && kind === "new" && streams.list.length === 1) cut();
+    };
+    const context = { log: { ...quiet, info }, now: Date.now, mono: performance.now };
+    const config = { stateDir, startAt: "beginning", rotateWaitSeconds: 0.05, pollSeconds: 1 } as const;
+    const streams = new Streams({ ...config, files: [path] }, {
+      ...context,
+      faults: createFaultLog(quiet),
+    } as never);
+    writeFileSync(path, kind === "new" ? before : "");
+    await streams.open();
+    await streams.look();
+    if (kind === "empty") {
+      writeFileSync(path, before);
+      const survey = streams.paths.survey.bind(streams.paths);
+      streams.paths.survey = (live) => {
+        streams.paths.survey = survey;
+        const listed = survey(live);
+        cut();
+        return listed;
+      };
+    }
+    const sizes = () => streams.list.map(({ size }) => size).sort();
+    await until(
+      () => `streams of ${sizes()} bytes`,
+      async () => {
+        await streams.look();
+        return sizes().join() === [before.length, after.length].join();
+      },
+    );
+    expect(streams.lost).toBe(0);
+    for (const { file } of streams.held.values()) await file?.close();
+    for (const stream of streams.list) await stream.file?.close();
+  });
+}
+
 test("what an event tells of a file while it is read or compared is not taken for its stream's", async () => {
   const context = { ...{ log: quiet, faults: createFaultLog(quiet) }, now: Date.now, mono: performance.now };
   const config = { stateDir: "", startAt: "beginning", rotateWaitSeconds: 1, pollSeconds: 1 } as const;

@@ -355,11 +355,26 @@ export function addMark(marks: Mark[], mark: Mark): Mark[] {
   return all.length <= MARKS ? all : all.filter((_, i) => i % 2 === 0 || i >= all.length - 4);
 }
 
-/** The first bytes of a file behind a hole, and the head that they are; none of an empty one. */
-export async function readHead(file: LogFile, start: number): Promise<{ head?: Mark; first: Uint8Array }> {
+/**
+ * By what a stream is known that begins in a file: the first bytes behind a hole, the head that they are (none of an empty
+ * file), and what stands before its own first byte.
+ */
+export interface Beginning {
+  head?: Mark;
+  first: Uint8Array;
+  mark?: Mark | undefined;
+}
+
+export async function readHead(file: LogFile, start: number): Promise<Beginning> {
   const bytes = new Uint8Array(MARK_BYTES);
   const first = trimNuls(bytes.subarray(0, await file.read(bytes, start)));
   return first.length > 0 ? { head: markBefore(first, start + first.length), first } : { first };
+}
+
+/** `isCut` says that a truncation was seen in the file. */
+export async function readBeginning(file: LogFile, from: number, isCut = false): Promise<Beginning> {
+  const head = await readHead(file, await contentStart(file, isCut));
+  return { ...head, mark: from > 0 ? await readMark(file, from) : undefined };
 }
 
 // ---- lines

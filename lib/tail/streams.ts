@@ -32,13 +32,15 @@ import {
   writeCursor,
 } from "./cursor.ts";
 import {
+  type Beginning,
   bornAt,
   compressionOf,
   contentStart,
   endOfLines,
+  holds,
   LogFile,
+  readBeginning,
   readHead,
-  readMark,
   UnfinishedFile,
 } from "./file.ts";
 import { type HeldFiles, holdFiles } from "./held.ts";
@@ -391,9 +393,10 @@ export class Streams {
   async rebase(stream: Stream, file: LogFile, size: number): Promise<boolean> {
     const { log } = this.context;
     const fit = await fitOf(file, stream);
-    if (fit.is === "all" && size >= stream.offset) {
-      const seen = stream.size; // an event may have told of more than the look listed: the file is asked once more
-      const left = size < seen ? (await file.stat()).size : size;
+    const seen = stream.size; // an event may have told of more than the look listed: the file is asked once more
+    const left = size < seen ? (await file.stat()).size : size;
+    const isUnread = !stream.head && stream.offset === 0 && left < seen; // nothing says that these are its bytes
+    if (fit.is === "all" && size >= stream.offset && !isUnread) {
       if (left < seen) this.lose(seen - left, stream);
       stream.size = left;
       stream.checkedSize = Math.min(left, size); // what was compared; the file may have been cut since
@@ -482,8 +485,8 @@ export class Streams {
     const what = await this.#identify(file, { ...found, size, isLive: false });
     if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
     if (what.is === "new") await file.contentLength(); // throws when it has no end
-    if (what.is !== "small" && what.is !== "copy")
-      await this.#settleOpen({ ...found, size, isLive: false }, file, what);
+    const isOfUse = what.is !== "small" && what.is !== "copy";
+    if (isOfUse && !(await this.#settleOpen({ ...found, size, isLive: false }, file, what))) return false;
     const stream = this.list.find(({ key, phase }) => key === found.key && phase.is === "reading");
     if (!stream || stream.file) await file.close();
     else this.#open.add(Object.assign(stream, { file }));
@@ -529,7 +532,6 @@ export class Streams {
       if (file.key !== found.key) return false; // renamed between the look and the opening
       found.size = (await file.stat()).size; // it may have been cut since
       let what = await this.#identify(file, found);
-      if ((await file.stat()).size < found.size) return false; // it was cut while it was compared
       const isOwn =
         found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
       // a path named in full is a log of its own
@@ -539,8 +541,7 @@ export class Streams {
       if (what.is === "behind" && !isAll) return what.at;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
       if (what.is === "new" && !found.isLive) await file.contentLength(); // one that is still being compressed waits
-      await this.#settleOpen(found, file, what.is === "small" ? { is: "new", at: 0 } : what);
-      return true;
+      return await this.#settleOpen(found, file, what.is === "small" ? { is: "new", at: 0 } : what);
     } catch (error) {
       if (!(error instanceof UnfinishedFile)) throw error;
       if (found.isLive) {
@@ -571,22 +572,21 @@ export class Streams {
     return identify(file, found, this.list, isElsewhere);
   }
 
-  async #settleOpen(found: FoundFile, file: LogFile, what: Settled): Promise<void> {
-    const isTold = what.is === "stream" && what.stream.key === "";
+  /** Settles what an open file is; false when it was cut since its size was asked: what was compared may be other bytes. */
+  async #settleOpen(found: FoundFile, file: LogFile, what: Settled): Promise<boolean> {
+    const isCut = this.#cut.has(found.key);
+    const beginning = what.is === "new" ? await readBeginning(file, what.at, isCut) : undefined;
+    if ((await file.stat()).size < found.size) return false;
+    const told = what.is === "stream" && what.stream.key === "" ? what.stream.head : undefined;
     const stream = this.#settle(found, what);
-    if (what.is === "stream" && isTold && what.stream.head) {
-      const { length } = what.stream.head; // an answer does not say how large the hole before it is
-      what.stream.head.end = (await contentStart(file, true)) + length;
-    }
-    if (stream) await this.#noteBeginning(stream, file);
+    if (told) told.end = (await contentStart(file, true)) + told.length; // an answer says nothing of the hole before it
+    if (stream && beginning) this.#noteBeginning(stream, beginning);
+    return true;
   }
 
-  /** The head of a stream that begins in a file; when it begins within it, it is known by what stands before that, too. */
-  async #noteBeginning(stream: Stream, file: LogFile): Promise<void> {
-    const { head, first } = await readHead(file, await contentStart(file, stream.isCut));
+  #noteBeginning(stream: Stream, { head, first, mark }: Beginning): void {
     stream.head = head;
     if (!this.asked) stream.first = first;
-    const mark = stream.offset > 0 ? await readMark(file, stream.offset) : undefined;
     if (mark) stream.marks = [mark];
   }
 
@@ -630,7 +630,7 @@ export class Streams {
       const isFresh = this.context.now() - found.mtimeMs <= STILL_WRITTEN_MS;
       stream.offset = file && !file.compression ? (isFresh ? await endOfLines(file) : found.size) : 0;
       stream.from = stream.offset;
-      if (file) await this.#noteBeginning(stream, file);
+      if (file) this.#noteBeginning(stream, await readBeginning(file, stream.offset, stream.isCut));
     } finally {
       await file?.close();
     }
@@ -658,10 +658,10 @@ export class Streams {
     const start = stream.head ? stream.head.end - stream.head.length : await contentStart(file, stream.isCut);
     const { head, first } = await readHead(file, start);
     if (!head || head.length <= (stream.head?.length ?? 0)) return;
-    const isSame =
-      !stream.head || (await readMark(file, stream.head.end, stream.head.length))?.hash === stream.head.hash;
-    if (isSame) stream.head = head;
-    if (isSame && !this.asked) stream.first = first;
+    const isSame = stream.head
+      ? await holds(file, stream.head)
+      : file.compression !== undefined || (await file.stat()).size >= stream.size; // else it was cut since it was seen
+    if (isSame) this.#noteBeginning(stream, { head, first });
     this.isChanged = true;
     await this.closeSome(); // any number may have grown since the last look
   }
