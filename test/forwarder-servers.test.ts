@@ -469,7 +469,7 @@ describe("a long queue takes more than one channel", () => {
     const names = fill(site);
     const forwarder = startScript("forwarder", site.configFile);
     const isThere = async () => (await site.list("sent")).length === QUEUE;
-    await until(`all are sent, but:\n${forwarder.output}`, isThere);
+    await until(() => `all are sent, but:\n${forwarder.output}`, isThere);
     await checkAll({ server, site, names });
     expect(channelsOf(server)).toBe(3); // two of the connection that was cut, one of the next
   });
@@ -493,11 +493,11 @@ describe("a long queue takes more than one channel", () => {
     const forwarder = startScript("forwarder", site.configFile);
     const areSent = (names: string[]) => async () =>
       (await site.list("sent")).length === names.length && (await site.report()).length === names.length;
-    await until(`the first are sent, but:\n${forwarder.output}`, areSent(first));
+    await until(() => `the first are sent, but:\n${forwarder.output}`, areSent(first));
     expect(channelsOf(server)).toBe(2);
     delete server.habits.nextChannel;
     const more = Array.from({ length: QUEUE }, (_, hour) => site.seal("10.10.21.182", hour, `${hour}\n`));
-    await until(`all are sent, but:\n${forwarder.output}`, areSent([...first, ...more]));
+    await until(() => `all are sent, but:\n${forwarder.output}`, areSent([...first, ...more]));
     expect(channelsOf(server)).toBeGreaterThan(2 + 2);
   });
 

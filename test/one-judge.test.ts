@@ -59,7 +59,10 @@ test("the page, the mail, --status and the metrics say the same of one folder, a
   const receiver = startScript("receiver", file, [], { TOKEN });
   const see = async (path = "") =>
     (await fetch(`${url}${path}`, { headers: { Authorization: `Bearer ${TOKEN}` } })).text();
-  await until(`the receiver answers:\n${receiver.output}`, () => see("healthz").catch(() => false));
+  await until(
+    () => `the receiver answers:\n${receiver.output}`,
+    () => see("healthz").catch(() => false),
+  );
   const strange = { Authorization: "Bearer wrong", "Log-Host": "10.0.0.4", "Content-Type": "text/plain" };
   const range = {
     "Log-Stream": "stream-of-a-stranger",

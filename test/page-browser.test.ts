@@ -252,11 +252,13 @@ const TOKEN = "a-token-for-this-test";
 /** Starts a receiver and waits until it answers. */
 async function startReceiver(configFile: string, url: string): Promise<Running> {
   const receiver = startScript("receiver", configFile, [], { TOKEN });
-  await until(`the receiver answers, but:\n${receiver.output}`, () =>
-    fetch(`${url}healthz`).then(
-      ({ ok }) => ok,
-      () => false,
-    ),
+  await until(
+    () => `the receiver answers, but:\n${receiver.output}`,
+    () =>
+      fetch(`${url}healthz`).then(
+        ({ ok }) => ok,
+        () => false,
+      ),
   );
   return receiver;
 }

@@ -40,7 +40,10 @@ async function isUp(url: string): Promise<boolean> {
 
 async function run(config: string, url: string, env: Record<string, string> = {}): Promise<Running> {
   const receiver = startScript("receiver", config, [], env);
-  await until(`the receiver listens:\n${receiver.output}`, () => isUp(url));
+  await until(
+    () => `the receiver listens:\n${receiver.output}`,
+    () => isUp(url),
+  );
   return receiver;
 }
 
@@ -405,11 +408,14 @@ test("a host that the config gives to another process: the first one lets go of 
   await writeGroups([["10.0.2.2"], both]);
   for (const receiver of receivers) receiver.process.kill("SIGHUP");
   const statuses: number[] = [];
-  await until(`the second one takes it: ${statuses}`, async () => {
-    const next = post(urls[1] ?? "", more, { ...chunk, offset: text.length, from: mark, mark: last });
-    statuses.push((await fetch(next)).status);
-    return statuses.at(-1) === 200;
-  });
+  await until(
+    () => `the second one takes it: ${statuses}`,
+    async () => {
+      const next = post(urls[1] ?? "", more, { ...chunk, offset: text.length, from: mark, mark: last });
+      statuses.push((await fetch(next)).status);
+      return statuses.at(-1) === 200;
+    },
+  );
   expect(statuses.slice(0, -1).filter((status) => status !== 421 && status !== 503)).toEqual([]);
   const stored = [...(await storedWindows(dir, "10.0.1.1")).values()].join("");
   expect(stored.length).toBe(text.length + more.length);

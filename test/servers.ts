@@ -286,7 +286,10 @@ export async function startDropbear(): Promise<Proftpd & { privateKey: string }>
   const hostKey = /SHA256:\S+/.exec(made)?.[0] ?? "";
   const flags = ["-F", "-E", "-r", key, "-p", `127.0.0.1:${port}`, "-P", join(root, "pid")];
   const server = start(program("dropbear"), flags);
-  await until(`dropbear listens, but:\n${server.output}`, () => accepts(port));
+  await until(
+    () => `dropbear listens, but:\n${server.output}`,
+    () => accepts(port),
+  );
   return {
     port,
     user,
@@ -370,7 +373,10 @@ SFTPLog ${join(root, "sftp.log")}
 `,
   );
   const server = start(program("proftpd"), ["--nodaemon", "--config", config]);
-  await until(`proftpd listens, but:\n${server.output}`, () => accepts(port));
+  await until(
+    () => `proftpd listens, but:\n${server.output}`,
+    () => accepts(port),
+  );
   return { port, user, password, hostKey, folder, target: `sftp://${user}@127.0.0.1:${port}/upload` };
 }
 

@@ -56,9 +56,9 @@ function canListen(port: number): Promise<boolean> {
   });
 }
 
-/** Waits until `condition` gives something other than undefined, null or false; fails with `what` after `ms`. */
+/** Waits until `condition` gives something other than undefined, null or false; fails with `what`, as it is then, after `ms`. */
 export async function until<T>(
-  what: string,
+  what: string | (() => string),
   condition: () => T | Promise<T>,
   ms = PATIENCE_MS,
 ): Promise<Exclude<T, undefined | null | false>> {
@@ -68,7 +68,9 @@ export async function until<T>(
     if (value !== undefined && value !== null && value !== false) {
       return value as Exclude<T, undefined | null | false>;
     }
-    if (Date.now() > deadline) throw new Error(`waited ${ms} ms in vain: ${what}`);
+    if (Date.now() > deadline) {
+      throw new Error(`waited ${ms} ms in vain: ${typeof what === "string" ? what : what()}`);
+    }
     await new Promise((resolve) => setTimeout(resolve, 15));
   }
 }
@@ -113,9 +115,8 @@ export function start(
       return running.ended;
     },
     says: async (text) => {
-      await until(`${command} ${args[0]} says "${text}", but:\n${running.output}`, () =>
-        running.output.includes(text),
-      );
+      const told = () => `${command} ${args[0]} says "${text}", but:\n${running.output}`;
+      await until(told, () => running.output.includes(text));
     },
   };
   child.stdout.on("data", (data) => {
