@@ -62,6 +62,10 @@ const FOUND: [title: string, actions: string][] = [
     "a log that grew over a kilobyte and vanished before the first answer to a damaged cursor loses what the receiver lacks",
     "write 408710, write 294457, write 146433, loseState 780497, write 741133, wait 765895, copytruncate 436082, remove 740133",
   ],
+  [
+    "a log that was set back and is cut: nothing is waited for in a file where another stream goes on",
+    "write 746107, snapshot 745514, write 768142, loseState 80309, restore 671995, burst 548034, ship 138305, copytruncateWithHole 87730",
+  ],
 ];
 
 test.each(FOUND)("%s", async (_, text) => {

@@ -343,7 +343,8 @@ export class Streams {
 
   async #lookAtOpen(stream: Stream, file: LogFile): Promise<void> {
     const { size, mtimeMs } = await file.stat();
-    Object.assign(stream, { size: Math.max(file.compression ? 0 : size, stream.size), mtimeMs }); // an archive's is another
+    const own = file.compression ? 0 : Math.min(size, stream.until ?? size); // an archive's is another
+    Object.assign(stream, { size: Math.max(own, stream.size), mtimeMs });
     if ((stream.head?.length ?? 0) < MARK_BYTES) await this.#readHead(stream);
   }
 
@@ -391,7 +392,6 @@ export class Streams {
    * bytes may be in a copy, and what the file is says the next look.
    */
   async rebase(stream: Stream, file: LogFile, size: number): Promise<boolean> {
-    const { log } = this.context;
     const fit = await fitOf(file, stream);
     const seen = stream.size; // an event may have told of more than the look listed: the file is asked once more
     const left = size < seen ? (await file.stat()).size : size;
@@ -404,7 +404,7 @@ export class Streams {
     }
     await closeFile(stream);
     const { path, id, offset } = stream;
-    log.info("file was cut and written anew", { path, stream: id, offset });
+    this.context.log.info("file was cut and written anew", { path, stream: id, offset });
     this.#cut.add(stream.key);
     for (const other of this.list)
       if (other !== stream && other.key === stream.key) other.key = `${CUT}${stream.key}`;
