@@ -22,7 +22,15 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { gzipSync } from "node:zlib";
-import { createSender, expectTags, lines, type Sender, type StubReceiver, startStub } from "./pipeline.ts";
+import {
+  createSender,
+  expectTags,
+  lines,
+  type Sender,
+  type StubReceiver,
+  shiftNames,
+  startStub,
+} from "./pipeline.ts";
 import { type Running, until } from "./support.ts";
 
 const running: Running[] = [];
@@ -277,6 +285,41 @@ describe("files that begin alike", () => {
       expect(stub.text().split(HEAD).length - 1).toBe(4);
     },
   );
+
+  for (const how of ["copytruncate", "copytruncate and gzip"]) {
+    for (const before of ["nothing", "a part"]) {
+      test(`while the receiver is away, ${how}, ${before} shipped before: every line once, and nothing is told as lost`, async () => {
+        const { stub, sender } = await createHost();
+        await sender.once();
+        const shipper = startShipper(sender);
+        const expected: string[] = [];
+        const away = () => new Response("away", { status: 503 });
+        if (before === "nothing") stub.script = away;
+        for (let day = 1; day <= 3; day++) {
+          sender.write(HEAD + lines(`d${day}`, 1, 10));
+          if (day === 1 && before === "a part") await arrives(stub, "d1", 10);
+          stub.script = away;
+          sender.write(lines(`d${day}`, 11, 80 - 10 * day)); // the next one is never as long
+          expected.push(lines(`d${day}`, 1, 80 - 10 * day));
+          const { size } = statSync(sender.live);
+          const cursor = join(sender.stateDir, "cursor.json");
+          await until("it is seen", () => readFileSync(cursor, "utf8").includes(`"size":${size}`));
+          shiftNames(sender);
+          copyFileSync(sender.live, `${sender.live}.1`);
+          truncateSync(sender.live, 0);
+          if (how.includes("gzip")) execFileSync("gzip", [`${sender.live}.1`]);
+        }
+        stub.script = undefined;
+        for (let day = 1; day <= 3; day++) await arrives(stub, `d${day}`, 80 - 10 * day);
+        expect(await shipper.stop()).toBe(0);
+        await sender.once();
+        expect(twice(stub, expected)).toBe(0);
+        expect(stub.text().split(HEAD).length - 1).toBe(3);
+        expect(stub.lost).toBe(0);
+        expect(shipper.output).not.toContain("bytes lost");
+      });
+    }
+  }
 
   test("two logs whose first kilobyte is the same, at the first start and after a rotation: both are whole", async () => {
     for (const names of [["a.log", "b.log"], ["*.log"]]) {

@@ -51,6 +51,8 @@ const stream = z.object({
   mtimeMs: z.number().default(0),
   /** Up to a size of `to`, there was nothing but NULs from here on: room that nobody has written to. */
   blank: z.object({ from: z.number(), to: z.number() }).optional(),
+  /** Its file was cut to this size, and another stream goes on in that: what is not found of it is lost behind it only. */
+  cutTo: z.number().optional(),
   /** It began after the same file was cut: a hole of NULs may stand at its head. */
   isCut: z.boolean().optional(),
   phase,
@@ -141,6 +143,11 @@ export function placeOf({ size, mtimeMs }: Pick<Stream, "size" | "mtimeMs">): st
 
 export function isAtEnd(stream: Stream): boolean {
   return stream.endedAs === placeOf(stream) || stream.offset >= (stream.until ?? Number.POSITIVE_INFINITY);
+}
+
+/** How many of the last bytes that were seen were written by somebody: NULs that nobody has filled are none. */
+export function lostOf({ size, blank }: Pick<Stream, "size" | "blank">, gone: number): number {
+  return gone - (blank?.to === size ? size - blank.from : 0);
 }
 
 /** Whether a stream's own file is there, if only under a name that nobody knows. */

@@ -21,6 +21,7 @@ import {
   hasHome,
   holding,
   isAtEnd,
+  lostOf,
   type Phase,
   placeOf,
   readCursor,
@@ -253,9 +254,10 @@ export class Streams {
    * agree are believed. Undefined when none of them do.
    */
   async #survey(): Promise<Survey | undefined> {
+    const live = [...new Set(this.list.map(({ log }) => log))].filter((path) => this.paths.names(path));
     let before = "";
     for (let n = 0; n < LISTINGS; n++) {
-      const survey = this.paths.survey(this.#livePaths());
+      const survey = this.paths.survey(live);
       const shapes = this.paths.shapes.size;
       const keys = new Set(survey.files.map(({ key }) => key));
       const missing = this.list.filter(({ key, phase, size, offset }) => {
@@ -277,10 +279,6 @@ export class Streams {
       before = listing;
     }
     return undefined;
-  }
-
-  #livePaths(): string[] {
-    return [...new Set(this.list.map(({ log }) => log))].filter((path) => this.paths.names(path));
   }
 
   #reportFaults({ faults, logs, leftOut }: Survey): void {
@@ -363,6 +361,7 @@ export class Streams {
     if (stream.isBusy) return true;
     const isOther = !isPacked && (file.size < stream.size || file.size > stream.checkedSize);
     if (isOther && !(await holding(stream, () => this.#checkFile(stream, file)))) return false;
+    if (stream.key !== file.key) return true; // another one goes on in it
     if (!isPacked) {
       if (file.size !== stream.size) {
         stream.grewAt = this.context.mono();
@@ -387,49 +386,53 @@ export class Streams {
     }
   }
 
-  /**
-   * Of a file whose bytes may be others now: true when the stream goes on in it. Else the stream has no file any more: its
-   * bytes may be in a copy, and what the file is says the next look.
-   */
+  /** Of a file whose bytes may be others now: false when no stream goes on in it, and the next look says what it is. */
   async rebase(stream: Stream, file: LogFile, size: number): Promise<boolean> {
     const fit = await fitOf(file, stream);
     const seen = stream.size; // an event may have told of more than the look listed: the file is asked once more
     const left = size < seen ? (await file.stat()).size : size;
-    const isUnread = !stream.head && stream.offset === 0 && left < seen; // nothing says that these are its bytes
-    if (fit.is === "all" && size >= stream.offset && !isUnread) {
-      if (left < seen) this.lose(seen - left, stream);
+    const isKnown = stream.head !== undefined || stream.offset > 0 || left >= seen; // else nothing tells
+    const isSame = fit.is === "all" && size >= stream.offset && isKnown;
+    if (isSame && (lostOf(stream, seen - left) <= 0 || stream.until !== undefined)) {
       stream.size = left;
       stream.checkedSize = Math.min(left, size); // what was compared; the file may have been cut since
       return true;
     }
     await closeFile(stream);
-    const { path, id, offset } = stream;
-    this.context.log.info("file was cut and written anew", { path, stream: id, offset });
-    this.#cut.add(stream.key);
-    for (const other of this.list)
-      if (other !== stream && other.key === stream.key) other.key = `${CUT}${stream.key}`;
-    stream.key = `${CUT}${stream.key}`;
-    stream.size = Math.max(stream.offset, stream.checkedSize);
+    const { path, id, offset, key } = stream;
+    if (isSame) {
+      this.#beginBehind(stream, offset, key, left); // cut, or written anew with the same beginning: then a copy has the rest
+      stream.cutTo = left;
+    } else {
+      this.context.log.info("file was cut and written anew", { path, stream: id, offset });
+      this.#cut.add(key);
+      for (const other of this.list) if (other !== stream && other.key === key) other.key = `${CUT}${key}`;
+      stream.size = Math.max(offset, stream.checkedSize);
+    }
+    stream.key = `${CUT}${key}`;
     stream.isLive = false;
     this.#enter(stream, { is: "gone" });
-    this.isChanged = true;
-    return false;
+    return isSame;
   }
 
   /** A new stream in the same file, behind the newest mark that it still holds. */
   #goOnBehind(stream: Stream, at: number, key: string, size: number): Stream {
-    const { path, offset, id, log: own, isLive, mtimeMs } = stream;
+    const { path, offset, id } = stream;
     const fields = { path, stream: id, shipped: offset, from: at, again: offset - at };
     this.context.log.warn("file has other bytes behind what it kept: a new stream begins there", fields);
-    const next = this.#begin({ path, key, size, mtimeMs, log: own, isLive, isReadable: true }, at);
-    next.head = stream.head;
-    next.marks = stream.marks.filter(({ end }) => end <= at);
+    const next = this.#beginBehind(stream, at, key, size);
     stream.key = key;
     stream.until = Math.min(at, stream.until ?? at);
     stream.size = stream.offset;
     stream.isLive = false;
     this.#enter(stream, { is: "ended", size });
     return next;
+  }
+
+  #beginBehind(stream: Stream, at: number, key: string, size: number): Stream {
+    const { path, log, isLive, mtimeMs, head, marks } = stream;
+    const next = this.#begin({ path, key, size, mtimeMs, log, isLive, isReadable: true }, at);
+    return Object.assign(next, { head, marks: marks.filter(({ end }) => end <= at) });
   }
 
   /** A new stream in the same file from `at` on: the receiver has other bytes under the old one's name. */
@@ -482,7 +485,8 @@ export class Streams {
       return true;
     }
     const { size } = await file.stat();
-    const what = await this.#identify(file, { ...found, size, isLive: false });
+    const { isElsewhere } = this.#logOf(found.log);
+    const what = await identify(file, { ...found, size, isLive: false }, this.list, isElsewhere);
     if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
     if (what.is === "new") await file.contentLength(); // throws when it has no end
     const isOfUse = what.is !== "small" && what.is !== "copy";
@@ -531,7 +535,7 @@ export class Streams {
     try {
       if (file.key !== found.key) return false; // renamed between the look and the opening
       found.size = (await file.stat()).size; // it may have been cut since
-      let what = await this.#identify(file, found);
+      let what = await identify(file, found, this.list, this.#logOf(found.log).isElsewhere);
       const isOwn =
         found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
       // a path named in full is a log of its own
@@ -565,11 +569,6 @@ export class Streams {
     const message = "cannot read rotated file: use gzip or zstd in logrotate";
     if (!this.list.some(isShipped)) this.context.faults.failed(path, message, { path, bytes });
     return true;
-  }
-
-  #identify(file: LogFile, found: FoundFile): Promise<Identity> {
-    const { isElsewhere } = this.#logOf(found.log);
-    return identify(file, found, this.list, isElsewhere);
   }
 
   /** Settles what an open file is; false when it was cut since its size was asked: what was compared may be other bytes. */
@@ -614,7 +613,7 @@ export class Streams {
     }
     log.info("file is a copy of a known one", fields);
     void closeFile(stream);
-    Object.assign(stream, { path, key, mtimeMs, isLive, log: own, endedAs: "" });
+    Object.assign(stream, { path, key, mtimeMs, isLive, log: own, endedAs: "", cutTo: undefined });
     stream.grewAt = Number.NEGATIVE_INFINITY;
     if (!compressionOf(path)) stream.size = stream.checkedSize = Math.max(stream.offset, found.size);
     this.#byLog = undefined;
@@ -697,19 +696,19 @@ export class Streams {
   }
 
   giveUp(stream: Stream): void {
-    if (stream.size > stream.offset) this.lose(stream.size - stream.offset, stream);
+    this.lose(stream.size - Math.max(stream.offset, stream.cutTo ?? 0), stream);
     stream.size = stream.offset;
     this.isChanged = true;
   }
 
-  /** Counts bytes that can't be read any more, the last ones of what was seen; those that nobody has written are none. */
-  lose(gone: number, { path, id, size, blank }: Pick<Stream, "path" | "size"> & Partial<Stream>): void {
-    const bytes = gone - (blank?.to === size ? size - blank.from : 0);
+  /** Counts bytes that can't be read any more, the last ones of what was seen. */
+  lose(gone: number, stream: Pick<Stream, "path" | "size"> & Partial<Stream>): void {
+    const bytes = lostOf(stream, gone);
     if (bytes <= 0) return;
     this.lost += bytes;
-    this.lostIn = basename(path);
+    this.lostIn = basename(stream.path);
     this.isMoved = true;
-    const fields = { path, stream: id, bytes };
+    const fields = { path: stream.path, stream: stream.id, bytes };
     this.context.log.error("bytes lost: they were gone before they could be read", fields);
   }
 
