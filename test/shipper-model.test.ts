@@ -66,6 +66,10 @@ const FOUND: [title: string, actions: string][] = [
     "a log that was set back and is cut: nothing is waited for in a file where another stream goes on",
     "write 746107, snapshot 745514, write 768142, loseState 80309, restore 671995, burst 548034, ship 138305, copytruncateWithHole 87730",
   ],
+  [
+    "an archive that is found for a stream of an answer is read from where its head stands, behind a hole",
+    "write 368816, nulTail 734934, write 44820, loseState 885910, half 621662, copytruncateWithHole 979800, wait 264215, lateGzip 985452, loseState 57725",
+  ],
 ];
 
 test.each(FOUND)("%s", async (_, text) => {

@@ -55,6 +55,11 @@ async function holdsHead(file: LogFile, head: Mark): Promise<boolean> {
   return start > 0 && (await holds(file, { ...head, end: start + head.length }));
 }
 
+/** Where the head stands in the file that turned out to be the stream's: a copy may have the hole before it, or not. */
+export async function placeHead(file: LogFile, { head }: Stream): Promise<void> {
+  if (head && !(await holds(file, head))) head.end = (await contentStart(file, true)) + head.length;
+}
+
 async function endsLine(file: LogFile, end: number): Promise<boolean> {
   const last = new Uint8Array(1);
   return (await file.read(last, end - 1)) === 1 && last[0] === 0x0a;

@@ -7,7 +7,7 @@ import { basename } from "node:path";
 import { MARK_BYTES } from "../chunk.ts";
 import type { Stream } from "./cursor.ts";
 import { bornAt, LogFile, UnfinishedFile } from "./file.ts";
-import { type Identity, identify } from "./identify.ts";
+import { type Identity, identify, placeHead } from "./identify.ts";
 import { asSeen, type FoundFile, stemOf } from "./paths.ts";
 
 /** A stream is looked for at each look for so long (ms): what packs a file removes it when it is done. */
@@ -63,7 +63,9 @@ export async function lookInto(
   const file = await LogFile.open(found.path).catch(() => undefined);
   try {
     const what = file?.key === found.key ? await identify(file, found, streams) : undefined;
-    return what?.is === "stream" ? what : undefined;
+    if (!file || what?.is !== "stream") return undefined;
+    await placeHead(file, what.stream);
+    return what;
   } catch (error) {
     if (error instanceof UnfinishedFile) return undefined; // it is another one when it has its end
     throw error;

@@ -45,7 +45,7 @@ import {
   UnfinishedFile,
 } from "./file.ts";
 import { type HeldFiles, holdFiles } from "./held.ts";
-import { fitOf, type Identity, identify } from "./identify.ts";
+import { fitOf, type Identity, identify, placeHead } from "./identify.ts";
 import { asSeen, type FoundFile, isArchiveOf, Paths, type Survey } from "./paths.ts";
 import { lookInto, SoughtStreams } from "./sought.ts";
 
@@ -576,9 +576,8 @@ export class Streams {
     const isCut = this.#cut.has(found.key);
     const beginning = what.is === "new" ? await readBeginning(file, what.at, isCut) : undefined;
     if ((await file.stat()).size < found.size) return false;
-    const told = what.is === "stream" && what.stream.key === "" ? what.stream.head : undefined;
+    if (what.is === "stream") await placeHead(file, what.stream);
     const stream = this.#settle(found, what);
-    if (told) told.end = (await contentStart(file, true)) + told.length; // an answer says nothing of the hole before it
     if (stream && beginning) this.#noteBeginning(stream, beginning);
     return true;
   }
