@@ -359,18 +359,6 @@ test("a file without a name, of which the receiver has more than an older cursor
   expect(stream).toMatchObject({ begin: "again", offset: 0 });
 });
 
-test("of a file that was cut, what the receiver has is not taken for what a copy of it holds", () => {
-  const context = { ...{ log: quiet, faults: createFaultLog(quiet) }, now: Date.now, mono: performance.now };
-  const config = { stateDir: "", startAt: "beginning", rotateWaitSeconds: 1, pollSeconds: 1 } as const;
-  const streams = new Streams({ ...config, files: [] }, context);
-  const [phase, cutTo] = [{ is: "gone" }, 10];
-  const stream = { id: "a", path: "/log", from: 0, offset: 0, size: 100, marks: [], phase, cutTo } as never;
-  takeStatus(streams, stream, { stream: "a", offset: 90, mark: "", head: "" } as never, 0);
-  expect(stream).toMatchObject({ offset: 0 });
-  streams.giveUp(stream);
-  expect(streams.lost).toBe(90);
-});
-
 test("a copy that is packed between the look and its opening is not told as lost: its archive is there", async () => {
   const [folder, stateDir] = [await tempFolder(), await tempFolder()];
   const path = join(folder, "access.log");

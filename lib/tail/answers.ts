@@ -126,8 +126,7 @@ export function takeStatus(
       Object.assign(stream, { delivered: found.delivered, deliveredAt: streams.context.now() });
     }
     const most = Math.min(found.offset, stream.size);
-    const isWaiting = stream.cutTo !== undefined; // a copy is to bear it out, or to be told from it
-    if (stream.phase.is === "gone" && !stream.file && !isWaiting && most > stream.offset) {
+    if (stream.phase.is === "gone" && !stream.file && most > stream.offset) {
       stream.offset = most;
       delete stream.begin; // an older cursor's word: behind it a folder that is lost now would count as delivered
     }

@@ -51,7 +51,7 @@ const stream = z.object({
   mtimeMs: z.number().default(0),
   /** Up to a size of `to`, there was nothing but NULs from here on: room that nobody has written to. */
   blank: z.object({ from: z.number(), to: z.number() }).optional(),
-  /** Its file was cut to this size, and another stream goes on in that: what is not found of it is lost behind it only. */
+  /** What was cut off a file, down to this size, and may be in a copy of it: what is found nowhere is lost behind it only. */
   cutTo: z.number().optional(),
   /** It began after the same file was cut: a hole of NULs may stand at its head. */
   isCut: z.boolean().optional(),

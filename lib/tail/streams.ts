@@ -361,7 +361,6 @@ export class Streams {
     if (stream.isBusy) return true;
     const isOther = !isPacked && (file.size < stream.size || file.size > stream.checkedSize);
     if (isOther && !(await holding(stream, () => this.#checkFile(stream, file)))) return false;
-    if (stream.key !== file.key) return true; // another one goes on in it
     if (!isPacked) {
       if (file.size !== stream.size) {
         stream.grewAt = this.context.mono();
@@ -392,27 +391,30 @@ export class Streams {
     const seen = stream.size; // an event may have told of more than the look listed: the file is asked once more
     const left = size < seen ? (await file.stat()).size : size;
     const isKnown = stream.head !== undefined || stream.offset > 0 || left >= seen; // else nothing tells
-    const isSame = fit.is === "all" && size >= stream.offset && isKnown;
-    if (isSame && (lostOf(stream, seen - left) <= 0 || stream.until !== undefined)) {
+    if (fit.is === "all" && size >= stream.offset && isKnown) {
+      if (lostOf(stream, seen - left) > 0) this.#awaitCopy(stream, left);
       stream.size = left;
       stream.checkedSize = Math.min(left, size); // what was compared; the file may have been cut since
       return true;
     }
     await closeFile(stream);
     const { path, id, offset, key } = stream;
-    if (isSame) {
-      this.#beginBehind(stream, offset, key, left); // cut, or written anew with the same beginning: then a copy has the rest
-      stream.cutTo = left;
-    } else {
-      this.context.log.info("file was cut and written anew", { path, stream: id, offset });
-      this.#cut.add(key);
-      for (const other of this.list) if (other !== stream && other.key === key) other.key = `${CUT}${key}`;
-      stream.size = Math.max(offset, stream.checkedSize);
-    }
+    this.context.log.info("file was cut and written anew", { path, stream: id, offset });
+    this.#cut.add(key);
+    for (const other of this.list) if (other !== stream && other.key === key) other.key = `${CUT}${key}`;
     stream.key = `${CUT}${key}`;
+    stream.size = Math.max(offset, stream.checkedSize);
     stream.isLive = false;
     this.#enter(stream, { is: "gone" });
-    return isSame;
+    return false;
+  }
+
+  /** What is cut off behind what was read may be in a copy, when the file is written anew and begins alike: a stream of its own. */
+  #awaitCopy(stream: Stream, left: number): void {
+    const { offset, key, size, blank, isCut } = stream;
+    const waiting = this.#beginBehind(stream, offset, `${CUT}${key}`, size, true);
+    Object.assign(waiting, { cutTo: left, blank, isCut, isLive: false });
+    this.#enter(waiting, { is: "gone" });
   }
 
   /** A new stream in the same file, behind the newest mark that it still holds. */
@@ -429,9 +431,9 @@ export class Streams {
     return next;
   }
 
-  #beginBehind(stream: Stream, at: number, key: string, size: number): Stream {
+  #beginBehind(stream: Stream, at: number, key: string, size: number, isQuiet = false): Stream {
     const { path, log, isLive, mtimeMs, head, marks } = stream;
-    const next = this.#begin({ path, key, size, mtimeMs, log, isLive, isReadable: true }, at);
+    const next = this.#begin({ path, key, size, mtimeMs, log, isLive, isReadable: true }, at, isQuiet);
     return Object.assign(next, { head, marks: marks.filter(({ end }) => end <= at) });
   }
 
