@@ -93,14 +93,14 @@ async function identifyByBytes(
   if (alike.length === 0) return { is: "new", at: 0 };
   if (alike.some(({ isBusy }) => isBusy)) return { is: "busy" };
   const homes = alike.filter(hasHome);
-  const orphans = alike.filter((stream) => !hasHome(stream));
+  const orphans = alike.filter((stream) => !hasHome(stream)).sort((a, b) => b.offset - a.offset);
   const archive = orphans.find((stream) => stream.phase.is === "ended" || stream.size === stream.offset);
   if (archive && view.length === MARK_BYTES && (await packs(file, archive, found.mtimeMs))) {
     return { is: "stream", stream: archive, isDone: true };
   }
   const length = await file.contentLength();
-  const distance = ({ size }: Stream) => Math.abs(size - length);
-  orphans.sort((a, b) => b.offset - a.offset || distance(a) - distance(b));
+  const isAsLong = ({ size }: Stream) => Number(size === length);
+  orphans.sort((a, b) => b.offset - a.offset || isAsLong(b) - isAsLong(a));
   let behind: { stream: Stream; at: number } | undefined;
   for (const stream of orphans) {
     const fit = await fitOf(file, stream, true);
