@@ -607,7 +607,7 @@ export class Streams {
         Object.assign(other, { path, key, log: own });
     }
     if (what.is === "behind") {
-      if (stream.size > stream.offset) this.lose(stream.size - stream.offset, stream);
+      this.giveUp(stream);
       Object.assign(stream, { path, isLive, log: own });
       this.#goOnBehind(stream, what.at, key, found.size);
       return undefined;
