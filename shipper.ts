@@ -225,7 +225,7 @@ async function takeOverOffset(shipper: Shipper): Promise<void> {
     throw new OperatorError(`Cannot take over "${path}": it says "${text.slice(0, 40)}", ${expected}`);
   }
   const offset = Number(text);
-  const file = await shipper.streams.openStream(stream);
+  const file = await shipper.streams.files.open(stream);
   const mark = file && offset > 0 ? await readMark(file, offset) : undefined;
   Object.assign(stream, { offset, from: offset, marks: mark ? [mark] : [] });
   shipper.log.info("offset taken over", { path, offset });
@@ -457,7 +457,7 @@ async function shipStream(shipper: Shipper, stream: Stream): Promise<boolean> {
     return !stream.isBusy && (await holding(stream, () => shipWith(shipper, stream, buffer)));
   } finally {
     shipper.buffers.give(buffer);
-    await shipper.streams.closeSome();
+    await shipper.streams.files.closeSome();
   }
 }
 
@@ -465,7 +465,7 @@ async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBu
   const { streams, faults, mono } = shipper;
   const place = placeOf(stream);
   try {
-    const file = await streams.openStream(stream);
+    const file = await streams.files.open(stream);
     if (!file) {
       shipper.nextLookAt = 0; // it finds the file, or that it is gone
       stream.retryAt = mono() + NAMES_MS;

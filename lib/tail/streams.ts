@@ -39,13 +39,14 @@ import {
   contentStart,
   endOfLines,
   holds,
-  LogFile,
+  type LogFile,
   readBeginning,
   readHead,
   UnfinishedFile,
 } from "./file.ts";
 import { type HeldFiles, holdFiles } from "./held.ts";
 import { fitOf, type Identity, identify, placeHead } from "./identify.ts";
+import { OpenFiles } from "./open.ts";
 import { asSeen, type FoundFile, isArchiveOf, Paths, type Survey } from "./paths.ts";
 import { lookInto, SoughtStreams } from "./sought.ts";
 
@@ -57,8 +58,6 @@ const SMALL_MS = 60_000;
 const FORGET_AFTER_MS = { usual: 10_000, waiting: 60_000 };
 /** The same while the receiver does not say that all of it is delivered. */
 const FORGET_AFTER_ALL_MS = 7 * 24 * 3_600_000;
-/** Files that are open at once; the others are opened when their turn comes. */
-const OPEN_FILES = 64;
 /** So many listings are made while names are being shifted, and the next ones after so long (ms). */
 const LISTINGS = 8;
 const SHIFTING_MS = 50;
@@ -136,13 +135,14 @@ export class Streams {
   readonly held: HeldFiles = new Map();
   /** Keys of files that were cut and written anew. */
   #cut = new Set<string>();
-  readonly #open = new Set<Stream>();
+  readonly files: OpenFiles;
   readonly #saves = new Saves();
 
   constructor(config: TailConfig, context: TailContext) {
     this.#config = config;
     this.context = context;
     this.paths = new Paths(config.files, config.olddir);
+    this.files = new OpenFiles(context.faults);
   }
 
   async open(): Promise<void> {
@@ -375,7 +375,7 @@ export class Streams {
   }
 
   async #checkFile(stream: Stream, found: FoundFile): Promise<boolean> {
-    const file = await this.#openFile(found);
+    const file = await this.files.look(found.path);
     if (!file) return true;
     try {
       if (file.key !== stream.key) return true;
@@ -495,7 +495,7 @@ export class Streams {
     if (isOfUse && !(await this.#settleOpen({ ...found, size, isLive: false }, file, what))) return false;
     const stream = this.list.find(({ key, phase }) => key === found.key && phase.is === "reading");
     if (!stream || stream.file) await file.close();
-    else this.#open.add(Object.assign(stream, { file }));
+    else this.files.keep(stream, file);
     return true;
   }
 
@@ -532,7 +532,7 @@ export class Streams {
     const age = Math.max(now() - found.mtimeMs, mono() - firstAt);
     const isQuiet = age >= this.#config.rotateWaitSeconds * 1000 || age < -1000;
     if (!found.isLive && !isQuiet) return false;
-    const file = await this.#openFile(found);
+    const file = await this.files.look(found.path);
     if (!file) return true;
     try {
       if (file.key !== found.key) return false; // renamed between the look and the opening
@@ -625,7 +625,7 @@ export class Streams {
   /** A rotated file of before the first sight of its log: only what comes after now is ours. */
   async #passOver(found: FoundFile): Promise<boolean> {
     const stream = this.#begin(found, 0, true);
-    const file = found.isReadable ? await this.#openFile(found) : undefined;
+    const file = found.isReadable ? await this.files.look(found.path) : undefined;
     try {
       const isFresh = this.context.now() - found.mtimeMs <= STILL_WRITTEN_MS;
       stream.offset = file && !file.compression ? (isFresh ? await endOfLines(file) : found.size) : 0;
@@ -653,7 +653,7 @@ export class Streams {
   }
 
   async #readHead(stream: Stream): Promise<void> {
-    const file = await this.openStream(stream).catch(() => undefined); // told of when it is to be read
+    const file = await this.files.open(stream).catch(() => undefined); // told of when it is to be read
     if (!file) return;
     const start = stream.head ? stream.head.end - stream.head.length : await contentStart(file, stream.isCut);
     const { head, first } = await readHead(file, start);
@@ -663,7 +663,7 @@ export class Streams {
       : file.compression !== undefined || (await file.stat()).size >= stream.size; // else it was cut since it was seen
     if (isSame) this.#noteBeginning(stream, { head, first });
     this.isChanged = true;
-    await this.closeSome(); // any number may have grown since the last look
+    await this.files.closeSome(); // any number may have grown since the last look
   }
 
   // ---- what is gone
@@ -756,52 +756,10 @@ export class Streams {
       const isOut = !survey.logs.has(path) && kept.every(({ log }) => log !== path);
       if (isOut && !this.logs.get(path)?.isRunning) this.logs.delete(path);
     }
-    await this.closeSome();
+    await this.files.closeSome();
   }
 
-  // ---- files
-
-  /** Opens a stream's file where it was last seen; undefined when another one lies there now. */
-  async openStream(stream: Stream): Promise<LogFile | undefined> {
-    this.#open.delete(stream);
-    if (stream.file) this.#open.add(stream); // the newest one now
-    if (stream.file || stream.phase.is === "gone") return stream.file;
-    try {
-      const file = await LogFile.open(stream.path);
-      if (file.key === stream.key) {
-        stream.file = file;
-        this.#open.add(stream);
-        return file;
-      }
-      await file.close();
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
-    }
-    return undefined;
-  }
-
-  async #openFile({ path }: FoundFile): Promise<LogFile | undefined> {
-    try {
-      const file = await LogFile.open(path);
-      this.context.faults.recovered(path, "log file can be read again", { path });
-      return file;
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== "ENOENT") {
-        this.context.faults.failed(path, "cannot read log file", { path, error: errorMessage(error) });
-      }
-      return undefined;
-    }
-  }
-
-  /** Files that were not read for longest are closed: their names are known, and descriptors are few. */
-  async closeSome(): Promise<void> {
-    for (const stream of this.#open) {
-      const { file, isBusy, phase } = stream;
-      if (file && (isBusy || phase.is === "gone" || this.#open.size <= OPEN_FILES)) continue;
-      this.#open.delete(stream);
-      await closeFile(stream);
-    }
-  }
+  // ---- the end of a file
 
   /** A rotated file at whose end we are: ended when it was quiet for long enough. */
   async finish(stream: Stream): Promise<void> {
@@ -830,7 +788,7 @@ export class Streams {
       if (stream.isLive || stream.isBusy || !isAtEnd(stream)) continue;
       if (stream.phase.is !== "reading" && !stream.file) continue;
       await holding(stream, async () => {
-        await this.openStream(stream).catch(() => undefined); // told of when it is to be read
+        await this.files.open(stream).catch(() => undefined); // told of when it is to be read
         await this.finish(stream);
       });
       const isOpen = stream.file !== undefined && stream.phase.is === "reading";
