@@ -235,10 +235,9 @@ export class Streams {
     );
     if (waiting.length === 0 && (await this.#findUnderOtherNames(survey))) return this.look();
     this.#reportFaults(survey);
-    const unsettled = new Set(waiting.map(({ log }) => log));
-    this.orphans = this.#findOrphans(survey, unsettled);
+    this.orphans = this.#findOrphans(survey, waiting);
     const isMissing = this.list.some(({ phase, offset, size }) => phase.is === "gone" && size > offset);
-    this.#holdLive(unsettled);
+    this.#holdLive(new Set(waiting.map(({ log }) => log)));
     await this.#prune(survey, waiting);
     const finishAt = await this.#finishQuiet();
     for (const path of survey.logs.keys()) this.#since.delete(path);
@@ -683,16 +682,17 @@ export class Streams {
     return !isThere;
   }
 
-  /** Streams whose files are gone for so long that they do not come back; longer while a file of their log may be theirs. */
-  #findOrphans(survey: Survey, unsettled: Set<string>): Stream[] {
+  /** Streams whose files are gone for so long that they do not come back; longer while a file of their log, or an archive of any, may be theirs. */
+  #findOrphans(survey: Survey, waiting: FoundFile[]): Stream[] {
     const { mono } = this.context;
+    const isAwaited = (own: string) => waiting.some(({ log, path }) => log === own || compressionOf(path));
     const patience = Math.max(1, this.#config.rotateWaitSeconds) * 1000;
     const isDue = ({ phase, phaseAt, size, offset, file, isBusy, log }: Stream) =>
       phase.is === "gone" &&
       !file &&
       !isBusy &&
       size > offset &&
-      mono() - phaseAt >= (unsettled.has(log) ? Math.max(patience, FORGET_AFTER_MS.waiting) : patience);
+      mono() - phaseAt >= (isAwaited(log) ? Math.max(patience, FORGET_AFTER_MS.waiting) : patience);
     return this.list.filter((stream) => isDue(stream) && !this.#isAway(stream, survey));
   }
 
