@@ -71,6 +71,10 @@ const FOUND: [title: string, actions: string][] = [
     "write 368816, nulTail 734934, write 44820, loseState 885910, half 621662, copytruncateWithHole 979800, wait 264215, lateGzip 985452, loseState 57725",
   ],
   [
+    "killed while a log was copied and cut: its copy over another log waits until the rotated one is known",
+    "writeSibling 91088, burst 54735, copyOverSibling 141344, write 658817, ship 35957, copytruncateWithHole 477066, kill 941821",
+  ],
+  [
     "what may be in an archive of another log that is not complete yet is not told as lost",
     "rotate 969699, write 750031, link 489081, away 291186, rotate 894337, remove 384640, ship 86568, unlinkLinks 903478, releaseOld 884820, here 250187, kill 446620, lateGzip 288372",
   ],

@@ -65,14 +65,21 @@ async function endsLine(file: LogFile, end: number): Promise<boolean> {
   return (await file.read(last, end - 1)) === 1 && last[0] === 0x0a;
 }
 
-/** Says what an open file is. `isCopied`: it lies in another folder than its log did. Throws UnfinishedFile. */
+interface Circumstances {
+  /** It lies in another folder than its log did. */
+  isCopied?: boolean;
+  /** All other files are known: one that has a part of a stream may have more of another's. */
+  isLast?: boolean;
+}
+
+/** Says what an open file is. Throws UnfinishedFile. */
 export async function identify(
   file: LogFile,
   found: FoundFile,
   streams: Stream[],
-  isCopied = false,
+  circumstances: Circumstances = {},
 ): Promise<Identity> {
-  const what = await identifyByBytes(file, found, streams, isCopied);
+  const what = await identifyByBytes(file, found, streams, circumstances);
   if (what.is !== "new" || what.at > 0) return what;
   const unread = streams.find((stream) => !hasHome(stream) && isUnread(stream, found));
   if (!unread || (await file.contentLength()) < unread.size) return what;
@@ -83,7 +90,7 @@ async function identifyByBytes(
   file: LogFile,
   found: FoundFile,
   streams: Stream[],
-  isCopied: boolean,
+  { isCopied = false, isLast = false }: Circumstances,
 ): Promise<Identity> {
   const start = await contentStart(file, true);
   const bytes = new Uint8Array(MARK_BYTES);
@@ -112,9 +119,11 @@ async function identifyByBytes(
       return { is: "stream", stream, isDone: file.compression !== undefined && length === stream.offset };
     if (fit.is === "behind" && fit.at > (behind?.at ?? 0)) behind = { stream, at: fit.at };
   }
-  if (behind) return { is: "behind", ...behind };
+  if (behind && !isLast) return { is: "behind", ...behind };
   const isNext = found.isLive && isSuccessor(found, streams);
-  return compareWithKnown(file, found, homes, { length, isCopied, isNext });
+  const what = await compareWithKnown(file, found, homes, { length, isCopied, isNext });
+  const isMore = what.is !== "new" || what.at > (behind?.at ?? 0);
+  return behind && !isMore ? { is: "behind", ...behind } : what;
 }
 
 /** Whether a stream that has a file goes on behind this one in the same bytes: the file is a copy of that one, then. */

@@ -464,16 +464,16 @@ export class Streams {
     for (const each of this.#unknown.keys()) if (!seen.has(each)) this.#unknown.delete(each);
     const inOrder = unknown.toSorted((a, b) => Number(a.isLive) - Number(b.isLive));
     const parts: { file: FoundFile; at: number }[] = [];
-    const isHeld = (file: FoundFile) => waiting.some(({ log }) => log === file.log);
+    const isHeld = (own: string) => waiting.some(({ log }) => log === own);
     for (const file of inOrder) {
       if (this.#ignored.has(asSeen(file))) continue;
-      const told = await this.#identifyOne(file, isHeld(file));
+      const told = await this.#identifyOne(file, isHeld);
       if (typeof told === "number") parts.push({ file, at: told });
       else if (!told) waiting.push(file);
     }
     // What has only a part of a stream is where it goes on when no other file turns out to have all of it.
     for (const { file } of parts.sort((a, b) => b.at - a.at)) {
-      if (!(await this.#identifyOne(file, isHeld(file), true))) waiting.push(file);
+      if (!(await this.#identifyOne(file, isHeld, true))) waiting.push(file);
     }
     return waiting;
   }
@@ -487,7 +487,9 @@ export class Streams {
     }
     const { size } = await file.stat();
     const { isElsewhere } = this.#logOf(found.log);
-    const what = await identify(file, { ...found, size, isLive: false }, this.list, isElsewhere);
+    const what = await identify(file, { ...found, size, isLive: false }, this.list, {
+      isCopied: isElsewhere,
+    });
     if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
     if (what.is === "new") await file.contentLength(); // throws when it has no end
     const isOfUse = what.is !== "small" && what.is !== "copy";
@@ -516,10 +518,14 @@ export class Streams {
   }
 
   /**
-   * False when it can't be told yet what a file is; a number when it has a stream up to there only, and `isAll` is not said.
-   * `isHeld`: a rotated file of its log is not settled, in which a stream may go on rather than in this one.
+   * False when it can't be told yet what a file is; a number when it has a stream up to there only, and is not the last one.
+   * `isHeld`: a rotated file of a log is not settled, in which a stream may go on rather than in this one.
    */
-  async #identifyOne(found: FoundFile, isHeld: boolean, isAll = false): Promise<boolean | number> {
+  async #identifyOne(
+    found: FoundFile,
+    isHeld: (log: string) => boolean,
+    isLast = false,
+  ): Promise<boolean | number> {
     const { mono, now } = this.context;
     const name = asSeen(found);
     const since = this.#since.get(found.log);
@@ -536,14 +542,19 @@ export class Streams {
     try {
       if (file.key !== found.key) return false; // renamed between the look and the opening
       found.size = (await file.stat()).size; // it may have been cut since
-      let what = await identify(file, found, this.list, this.#logOf(found.log).isElsewhere);
+      let what = await identify(file, found, this.list, {
+        isCopied: this.#logOf(found.log).isElsewhere,
+        isLast,
+      });
       const isOwn =
         found.isLive && this.paths.isNamed(found.log) && !this.list.some(({ log }) => log === found.log);
       // a path named in full is a log of its own
       if (isOwn && (what.is === "copy" || what.is === "new")) what = { is: "new", at: 0 };
       if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
-      if (isHeld && (what.is === "behind" || (what.is === "stream" && found.isLive))) return false;
-      if (what.is === "behind" && !isAll) return what.at;
+      if (what.is === "behind" || (what.is === "stream" && found.isLive)) {
+        if (isHeld(found.log) || isHeld(what.stream.log)) return false;
+      }
+      if (what.is === "behind" && !isLast) return what.at;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
       if (what.is === "new" && !found.isLive) await file.contentLength(); // one that is still being compressed waits
       return await this.#settleOpen(found, file, what.is === "small" ? { is: "new", at: 0 } : what);
