@@ -481,9 +481,9 @@ async function shipWith(shipper: Shipper, stream: Stream, buffer: Buffer<ArrayBu
   } catch (error) {
     if (error instanceof Refused || shipper.signal.aborted)
       throw error instanceof Refused ? error : new Refused(0);
-    if (error instanceof Changed && stream.file) {
+    if (error instanceof Changed) {
       shipper.nextLookAt = 0;
-      await streams.rebase(stream, stream.file, (await stream.file.stat()).size);
+      if (stream.file) await streams.rebase(stream, stream.file, (await stream.file.stat()).size);
       return false;
     }
     await closeFile(stream);

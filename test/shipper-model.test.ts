@@ -75,8 +75,16 @@ const FOUND: [title: string, actions: string][] = [
     "writeSibling 91088, burst 54735, copyOverSibling 141344, write 658817, ship 35957, copytruncateWithHole 477066, kill 941821",
   ],
   [
+    "a log that is copied over another one again and again is its copy, not where that one goes on",
+    "writeSibling 296213, longLine 850244, copyOverSibling 534302, tooLarge 220566, burst 478439, writeSibling 413972, copyOverSibling 678374",
+  ],
+  [
     "what may be in an archive of another log that is not complete yet is not told as lost",
     "rotate 969699, write 750031, link 489081, away 291186, rotate 894337, remove 384640, ship 86568, unlinkLinks 903478, releaseOld 884820, here 250187, kill 446620, lateGzip 288372",
+  ],
+  [
+    "of an extract that has less than the receiver says nothing is shipped",
+    "write 758151, extract 988710, wait 954077, write 997424, copytruncate 125629, wait 120585, remove 119483, kill 169818",
   ],
 ];
 

@@ -2,13 +2,26 @@
  * What the receiver says of a stream, and what follows for it: it is known from there alone, it stands elsewhere (a 409), it
  * is delivered up to a byte, or the receiver has lost it. Nothing is believed that the file does not bear out.
  */
-import type { StreamStatus } from "../chunk.ts";
+import { MARK_BYTES, type StreamStatus } from "../chunk.ts";
 import { OperatorError } from "../service.ts";
 import { closeFile, drawName, type Stream, type StreamState } from "./cursor.ts";
-import { endOfLines, type LogFile, type Mark, markAt, markBefore, readMark, wireMark } from "./file.ts";
-import { fitOf } from "./identify.ts";
+import {
+  addMark,
+  endOfLines,
+  type LogFile,
+  type Mark,
+  markAt,
+  markBefore,
+  readMark,
+  wireMark,
+} from "./file.ts";
+import { fitOf, identify } from "./identify.ts";
+import { isNameOf } from "./paths.ts";
 import { Changed } from "./reader.ts";
 import type { Streams } from "./streams.ts";
+
+/** So many 409s are answered by trying again while another stream that the file may be is in hand. */
+const BUSY_TRIES = 8;
 
 /** Draws a name: nothing of the file is in it, so no two streams ever share one. */
 export function beginAs(stream: Stream, begin: "new" | "again", offset: number): void {
@@ -43,9 +56,35 @@ export async function moveTo(
     return true;
   }
   if ((await fitOf(file, stream)).is !== "all") throw new Changed(); // it is the file that has other bytes than were shipped
+  const told = markAt(offset, mark);
+  if (told && offset > stream.offset && (await isAnothers(streams, stream, file))) {
+    log.info("receiver has other bytes than this file, which is not the one of this stream", fields);
+    // By the receiver's mark the stream is known where it goes on, and not in this file.
+    Object.assign(stream, { offset, marks: addMark(stream.marks, told), begin: undefined });
+    await streams.leaveFile(stream, offset);
+    throw new Changed();
+  }
   log.warn("receiver has other bytes than this file: a new stream begins", fields);
   streams.succeed(stream, stream.offset > 0 ? await endOfLines(file, stream.offset) : 0);
   return false;
+}
+
+/**
+ * Whether a file in which the receiver's bytes are not is another stream's, or a copy of its file; or was taken for this
+ * one's by fewer bytes than are proof, under a name that no rule knows. Throws Changed while that can't be told.
+ */
+async function isAnothers(streams: Streams, stream: Stream, file: LogFile): Promise<boolean> {
+  const { path, log, isLive, key, head, marks, offset, conflicts } = stream;
+  const known = Math.max(head?.length ?? 0, marks.at(-1)?.length ?? 0);
+  if (known < MARK_BYTES && !isLive && !isNameOf(path, log)) {
+    streams.paths.unlearn(path);
+    return true;
+  }
+  if (file.compression) return false;
+  const others = streams.list.filter((each) => each.key !== key);
+  const what = await identify(file, { ...stream, dev: 0n, isReadable: true }, others);
+  if (what.is === "busy" && conflicts < BUSY_TRIES) throw new Changed();
+  return what.is === "copy" || (what.is === "stream" && what.stream.offset >= offset);
 }
 
 /**

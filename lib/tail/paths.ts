@@ -164,10 +164,14 @@ export class Paths {
   }
 
   #learn(path: string, log: string, since: number): void {
-    const [name, own, shape] = [basename(path), basename(log), shapeOf(path)];
-    const isKnown = path === log || possibleBases(name).some(({ base }) => base === own);
-    if (!isKnown && name.startsWith(stemOf(own)) && !this.shapes.has(shape))
+    const shape = shapeOf(path);
+    if (!isNameOf(path, log) && basename(path).startsWith(stemOf(basename(log))) && !this.shapes.has(shape))
       this.shapes.set(shape, { log, since });
+  }
+
+  /** The file that taught a shape turned out to be no stream's. */
+  unlearn(path: string): void {
+    this.shapes.delete(shapeOf(path));
   }
 
   *all(): Generator<FoundFile> {
@@ -347,6 +351,11 @@ function inFolder(folder: string, name: string): string {
  */
 const DATE =
   /[-._](1\d{9})(?=\.|$)|(?:[-._]|(?<=[A-Za-z]))(?:(\d{4})-?(\d\d)-?(\d\d)|(\d\d)-?(\d\d)-?(\d{4}))(?:[-._T]?[\d:.+-]*\d)?Z?(?=\.|$)/g;
+
+/** Whether a file is a log or its rotation by its name. */
+export function isNameOf(path: string, log: string): boolean {
+  return path === log || possibleBases(basename(path)).some(({ base }) => base === basename(log));
+}
 
 /** The names of logs of which a name may be a rotation; `number` is that of a numbered one. */
 export function possibleBases(name: string): { base: string; number?: number }[] {

@@ -396,16 +396,20 @@ export class Streams {
       stream.checkedSize = Math.min(left, size); // what was compared; the file may have been cut since
       return true;
     }
-    await closeFile(stream);
     const { path, id, offset, key } = stream;
     this.context.log.info("file was cut and written anew", { path, stream: id, offset });
     this.#cut.add(key);
-    for (const other of this.list) if (other !== stream && other.key === key) other.key = `${CUT}${key}`;
-    stream.key = `${CUT}${key}`;
-    stream.size = Math.max(offset, stream.checkedSize);
-    stream.isLive = false;
-    this.#enter(stream, { is: "gone" });
+    await this.leaveFile(stream, Math.max(offset, stream.checkedSize));
     return false;
+  }
+
+  /** The stream, and the parts of its file that others were, have none now: the next look says what that is. */
+  async leaveFile(stream: Stream, size: number): Promise<void> {
+    const { key } = stream;
+    await closeFile(stream);
+    for (const other of this.list) if (other.key === key) other.key = `${CUT}${key}`;
+    Object.assign(stream, { size, isLive: false });
+    this.#enter(stream, { is: "gone" });
   }
 
   /** What is cut off behind what was read may be in a copy, when the file is written anew and begins alike: a stream of its own. */
