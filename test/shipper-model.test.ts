@@ -86,6 +86,10 @@ const FOUND: [title: string, actions: string][] = [
     "of an extract that has less than the receiver says nothing is shipped",
     "write 758151, extract 988710, wait 954077, write 997424, copytruncate 125629, wait 120585, remove 119483, kill 169818",
   ],
+  [
+    "lines between two holes of NULs come while the file is live",
+    "copytruncate 174322, longLine 241897, longLine 293395, nulTail 792986, burst 102149, nulTail 798684, link 201669, rotate 44921",
+  ],
 ];
 
 test.each(FOUND)("%s", async (_, text) => {

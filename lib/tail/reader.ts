@@ -69,7 +69,7 @@ export async function readPortion(
   if (!file.compression && (length === 0 || !isFull))
     stream.blank = used < end ? { from: used, to: stream.size } : undefined;
   if (length === 0) {
-    stream.drained = { from: offset, to: end };
+    stream.drained = { from: offset, to: isFull ? stream.size : end };
     return undefined;
   }
   const mark = markBefore(view.subarray(0, guard + length), offset + length);
@@ -110,11 +110,13 @@ function noteHead(stream: Stream, view: Buffer, start: number): void {
 /** Whether the NULs at the end of `bytes` are room that a writer in place has not filled yet; in a rotated file, that nobody will. */
 async function isBlank(stream: Stream, file: LogFile, bytes: Uint8Array, end: number): Promise<boolean> {
   if (bytes.at(-1) !== 0 || file.compression) return false;
-  const block = new Uint8Array(stream.isLive ? 1 : 65_536);
-  for (let at = stream.isLive ? stream.size - 1 : end; ; at += block.length) {
+  const { drained, size } = stream;
+  if (drained?.to === size && drained.from <= end) return true; // it was seen once: it is filled from its beginning on
+  const block = new Uint8Array(65_536);
+  for (let at = end; ; at += block.length) {
     const n = await file.read(block, at);
     if (trimNuls(block.subarray(0, n)).length > 0) return false; // a hole, and lines behind it
-    if (n < block.length || stream.isLive) return true;
+    if (n < block.length) return true;
   }
 }
 
