@@ -87,6 +87,14 @@ const FOUND: [title: string, actions: string][] = [
     "write 758151, extract 988710, wait 954077, write 997424, copytruncate 125629, wait 120585, remove 119483, kill 169818",
   ],
   [
+    "a log that was cut below the place where a new stream goes on does not stop with the first one",
+    "write 598260, tooLarge 337277, ship 41799, writeSibling 115397, burst 461635, ship 968010, nulTail 307772, ship 129169, damageCursor 777280, write 403043, wait 213863, cutTail 756437",
+  ],
+  [
+    "a log in two streams that keeps a hard link while sed writes it anew is told from the new file",
+    "burst 776662, forget 543865, cutTail 267529, link 21587, sedInPlace 145737",
+  ],
+  [
     "lines between two holes of NULs come while the file is live",
     "copytruncate 174322, longLine 241897, longLine 293395, nulTail 792986, burst 102149, nulTail 798684, link 201669, rotate 44921",
   ],

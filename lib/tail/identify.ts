@@ -99,9 +99,11 @@ async function identifyByBytes(
   const alike = streams.filter((stream) => isAlike(stream, view, hashes));
   if (alike.length === 0) return { is: "new", at: 0 };
   if (alike.some(({ isBusy }) => isBusy)) return { is: "busy" };
-  const homes = alike.filter(hasHome);
+  const homes = alike.filter((stream) => stream.until === undefined && hasHome(stream));
   const orphans = alike.filter((stream) => !hasHome(stream)).sort((a, b) => b.offset - a.offset);
-  const archive = orphans.find((stream) => stream.phase.is === "ended" || stream.size === stream.offset);
+  const isWhole = ({ until, phase, size, offset }: Stream) =>
+    until === undefined && (phase.is === "ended" || size === offset);
+  const archive = orphans.find(isWhole);
   if (archive && view.length === MARK_BYTES && (await packs(file, archive, found.mtimeMs))) {
     return { is: "stream", stream: archive, isDone: true };
   }
@@ -110,7 +112,7 @@ async function identifyByBytes(
   orphans.sort((a, b) => b.offset - a.offset || isAsLong(b) - isAsLong(a));
   let behind: { stream: Stream; at: number } | undefined;
   for (const stream of orphans) {
-    const fit = await fitOf(file, stream, true);
+    const fit = asPart(stream, await fitOf(file, stream, true));
     if (
       fit.is === "all" &&
       isEnough(stream, found, length, isCopied) &&
@@ -124,6 +126,12 @@ async function identifyByBytes(
   const what = await compareWithKnown(file, found, homes, { length, isCopied, isNext });
   const isMore = what.is !== "new" || what.at > (behind?.at ?? 0);
   return behind && !isMore ? { is: "behind", ...behind } : what;
+}
+
+/** A stream that ends where another one of its file begins does not go on itself: with all of it, a new one begins behind it. */
+function asPart({ until, offset, marks }: Stream, fit: Fit): Fit {
+  if (until === undefined || fit.is !== "all") return fit;
+  return marks.at(-1)?.length === MARK_BYTES ? { is: "behind", at: offset } : { is: "none" };
 }
 
 /** Whether a stream that has a file goes on behind this one in the same bytes: the file is a copy of that one, then. */
