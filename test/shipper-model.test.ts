@@ -95,6 +95,10 @@ const FOUND: [title: string, actions: string][] = [
     "burst 776662, forget 543865, cutTail 267529, link 21587, sedInPlace 145737",
   ],
   [
+    "an extract that was taken for a log and is written anew is no rotation by its name",
+    "write 814156, forget 572831, compress 340499, extract 155937, copytruncate 159643, write 665906, remove 44641, ship 940795, extract 951029",
+  ],
+  [
     "lines between two holes of NULs come while the file is live",
     "copytruncate 174322, longLine 241897, longLine 293395, nulTail 792986, burst 102149, nulTail 798684, link 201669, rotate 44921",
   ],

@@ -2,7 +2,7 @@
  * What the receiver says of a stream, and what follows for it: it is known from there alone, it stands elsewhere (a 409), it
  * is delivered up to a byte, or the receiver has lost it. Nothing is believed that the file does not bear out.
  */
-import { MARK_BYTES, type StreamStatus } from "../chunk.ts";
+import type { StreamStatus } from "../chunk.ts";
 import { OperatorError } from "../service.ts";
 import { closeFile, drawName, type Stream, type StreamState } from "./cursor.ts";
 import {
@@ -15,8 +15,7 @@ import {
   readMark,
   wireMark,
 } from "./file.ts";
-import { fitOf, identify } from "./identify.ts";
-import { isNameOf } from "./paths.ts";
+import { fitOf, identify, isTaken } from "./identify.ts";
 import { Changed } from "./reader.ts";
 import type { Streams } from "./streams.ts";
 
@@ -59,9 +58,9 @@ export async function moveTo(
   const told = markAt(offset, mark);
   if (told && offset > stream.offset && (await isAnothers(streams, stream, file))) {
     log.info("receiver has other bytes than this file, which is not the one of this stream", fields);
+    await streams.leaveFile(stream, offset);
     // By the receiver's mark the stream is known where it goes on, and not in this file.
     Object.assign(stream, { offset, marks: addMark(stream.marks, told), begin: undefined });
-    await streams.leaveFile(stream, offset);
     throw new Changed();
   }
   log.warn("receiver has other bytes than this file: a new stream begins", fields);
@@ -74,12 +73,8 @@ export async function moveTo(
  * one's by fewer bytes than are proof, under a name that no rule knows. Throws Changed while that can't be told.
  */
 async function isAnothers(streams: Streams, stream: Stream, file: LogFile): Promise<boolean> {
-  const { path, log, isLive, key, head, marks, offset, conflicts } = stream;
-  const known = Math.max(head?.length ?? 0, marks.at(-1)?.length ?? 0);
-  if (known < MARK_BYTES && !isLive && !isNameOf(path, log)) {
-    streams.paths.unlearn(path);
-    return true;
-  }
+  const { key, offset, conflicts } = stream;
+  if (isTaken(stream, stream)) return true;
   if (file.compression) return false;
   const others = streams.list.filter((each) => each.key !== key);
   const what = await identify(file, { ...stream, dev: 0n, isReadable: true }, others);

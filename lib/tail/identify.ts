@@ -15,9 +15,9 @@
  */
 import { basename } from "node:path";
 import { MARK_BYTES } from "../chunk.ts";
-import { hasHome, holding, type Stream } from "./cursor.ts";
+import { hasHome, holding, type Stream, type StreamState } from "./cursor.ts";
 import { commonLength, contentStart, endOfLines, holds, LogFile, type Mark, markBefore } from "./file.ts";
-import { type FoundFile, possibleBases } from "./paths.ts";
+import { type FoundFile, isNameOf, possibleBases } from "./paths.ts";
 
 /** What a file is. `at`: where a stream that goes on begins. */
 export type Identity =
@@ -159,10 +159,19 @@ function isUnread({ head, offset, size, phase, log, mtimeMs }: Stream, found: Fo
   return !found.isLive && found.log === log && found.mtimeMs >= mtimeMs - 1000;
 }
 
+/** Whether head or mark of a stream are long enough to be proof. */
+export function isProven({ head, marks }: StreamState): boolean {
+  return Math.max(head?.length ?? 0, marks.at(-1)?.length ?? 0) >= MARK_BYTES;
+}
+
+/** Whether a file was taken for a stream's by fewer bytes than are proof, under a name that no rule knows. */
+export function isTaken(stream: StreamState, found: Pick<FoundFile, "path" | "log" | "isLive">): boolean {
+  return !isProven(stream) && !found.isLive && !isNameOf(found.path, found.log);
+}
+
 /** Whether what fits is enough to be sure; below 1,024 bytes a file must have all that was seen. */
 function isEnough(stream: Stream, found: FoundFile, length: number, isCopied: boolean): boolean {
-  const known = Math.max(stream.marks.at(-1)?.length ?? 0, stream.head?.length ?? 0);
-  if (known >= MARK_BYTES) return true;
+  if (isProven(stream)) return true;
   if (length < stream.size) return false;
   if (!found.isLive || isCopied || stream.key === "") return true;
   const isSameTime = Math.floor(found.mtimeMs / 1000) === Math.floor(stream.mtimeMs / 1000);

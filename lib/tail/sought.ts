@@ -4,10 +4,9 @@
  * made since the last line that was seen was written, as a copy and an archive are.
  */
 import { basename } from "node:path";
-import { MARK_BYTES } from "../chunk.ts";
 import type { Stream } from "./cursor.ts";
 import { bornAt, LogFile, UnfinishedFile } from "./file.ts";
-import { type Identity, identify, placeHead } from "./identify.ts";
+import { type Identity, identify, isProven, placeHead } from "./identify.ts";
 import { asSeen, type FoundFile, stemOf } from "./paths.ts";
 
 /** A stream is looked for at each look for so long (ms): what packs a file removes it when it is done. */
@@ -42,13 +41,13 @@ export class SoughtStreams {
   }
 }
 
-function mayBeIn({ head, marks, log, path, mtimeMs }: Stream, found: FoundFile): boolean {
+function mayBeIn(stream: Stream, found: FoundFile): boolean {
+  const { head, marks, log, path, mtimeMs } = stream;
   if (!found.isReadable) return found.path.startsWith(path);
-  const known = Math.max(head?.length ?? 0, marks.at(-1)?.length ?? 0);
-  if (known >= MARK_BYTES) return log !== "" || found.log !== "";
+  if (isProven(stream)) return log !== "" || found.log !== "";
   const stem = stemOf(basename(log));
   return (
-    known > 0 &&
+    (head !== undefined || marks.length > 0) &&
     stem !== "" &&
     basename(found.path).startsWith(stem) &&
     bornAt(found.key) >= Math.floor(mtimeMs)

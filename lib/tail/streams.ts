@@ -45,7 +45,7 @@ import {
   UnfinishedFile,
 } from "./file.ts";
 import { type HeldFiles, holdFiles } from "./held.ts";
-import { fitOf, type Identity, identify, placeHead } from "./identify.ts";
+import { fitOf, type Identity, identify, isTaken, placeHead } from "./identify.ts";
 import { OpenFiles } from "./open.ts";
 import { asSeen, type FoundFile, isArchiveOf, Paths, type Survey } from "./paths.ts";
 import { lookInto, SoughtStreams } from "./sought.ts";
@@ -314,7 +314,7 @@ export class Streams {
       const owner = owners.get(file.key);
       if (owner) {
         located.add(file.key);
-        if (!(await this.#isStill(owner, file))) unknown.push(file);
+        if (!(await this.#isStill(owner, file)) && !isTaken(owner, file)) unknown.push(file);
       } else if (!copies.has(file.key)) unknown.push(file);
     }
     for (const file of survey.files) {
@@ -405,7 +405,8 @@ export class Streams {
 
   /** The stream, and the parts of its file that others were, have none now: the next look says what that is. */
   async leaveFile(stream: Stream, size: number): Promise<void> {
-    const { key } = stream;
+    const { key, path } = stream;
+    if (isTaken(stream, stream)) this.paths.unlearn(path); // by its name it is no rotation
     await closeFile(stream);
     for (const other of this.list) if (other.key === key) other.key = `${CUT}${key}`;
     Object.assign(stream, { size, isLive: false });
@@ -462,7 +463,8 @@ export class Streams {
       const found = stream.phase.is === "reading" && !stream.isBusy ? files.get(stream.key) : undefined;
       if (!found || placeOf(found) === stream.endedAs) continue;
       if (compressionOf(found.path) || unknown.includes(found)) continue;
-      if (!(await holding(stream, () => this.#checkFile(stream, found)))) unknown.push(found);
+      if (await holding(stream, () => this.#checkFile(stream, found))) continue;
+      if (!isTaken(stream, found)) unknown.push(found);
     }
     const seen = new Set(unknown.map(asSeen));
     for (const each of this.#unknown.keys()) if (!seen.has(each)) this.#unknown.delete(each);
