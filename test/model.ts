@@ -175,8 +175,16 @@ function write(world: World, fd: number, text: string): void {
 
 function newLine(world: World, length: number): string {
   const number = world.nextLine++;
-  const rest = `${"y".repeat(30 + length)}\n`; // a hole is known by its NULs: no line of nginx is shorter
-  return `line ${number} ${rest}`;
+  const start = `line ${number} ${"y".repeat(30)}`; // a hole is known by its NULs: no line of nginx is shorter
+  // A mark of a kilobyte of one byte would not say where in such a line it stands.
+  const rest = length > 1000 ? countUp(length) : "y".repeat(length);
+  return `${start}${rest}\n`;
+}
+
+function countUp(length: number): string {
+  return Array.from({ length: Math.ceil(length / 4) }, (_, i) => String(i).padStart(4, "0"))
+    .join("")
+    .slice(0, length);
 }
 
 function writeLine(world: World, fd: number, length: number): void {
