@@ -54,10 +54,11 @@ import {
   type SkipRule,
   wireMark,
 } from "./lib/tail/file.ts";
+import { type Look, Looker } from "./lib/tail/look.ts";
 import { isGlob, lookAt, Paths, Watch, whyNotFollowed } from "./lib/tail/paths.ts";
 import { Buffers, Changed, readPortion } from "./lib/tail/reader.ts";
 import { showDelivered, showStatus } from "./lib/tail/status.ts";
-import { type FollowedLog, type Look, Streams } from "./lib/tail/streams.ts";
+import { type FollowedLog, Streams } from "./lib/tail/streams.ts";
 import { type Answer, type EncodedChunk, encodeBody, Unanswered, Uploader } from "./lib/tail/upload.ts";
 
 const FAULT_MS = 1000;
@@ -96,6 +97,7 @@ export class Shipper {
   readonly mono: () => number;
   readonly faults: FaultLog;
   readonly streams: Streams;
+  readonly looker: Looker;
   uploader: Uploader;
   readonly buffers: Buffers;
   readonly wakeup = new Wakeup();
@@ -134,6 +136,7 @@ export class Shipper {
     this.mono = mono;
     this.faults = createFaultLog(log, mono);
     this.streams = new Streams(config, { log, faults: this.faults, now, mono });
+    this.looker = new Looker(this.streams);
     this.uploader = new Uploader(config, signal);
     this.buffers = new Buffers(MARK_BYTES + config.chunkBytes);
     this.skip = config.skip.map(parseSkipRule);
@@ -217,7 +220,7 @@ async function takeOverOffset(shipper: Shipper): Promise<void> {
   } catch {
     return; // the usual case: there was no other shipper before
   }
-  await shipper.streams.look();
+  await shipper.looker.look();
   const live = shipper.streams.list.filter(({ isLive }) => isLive);
   const [stream] = live;
   if (!stream || live.length > 1 || !/^\d{1,16}$/.test(text) || Number(text) > stream.size) {
@@ -285,7 +288,7 @@ export async function shipOnce(shipper: Shipper): Promise<Pass> {
 
 async function lookOnce(shipper: Shipper): Promise<Look> {
   shipper.nextLookAt = Number.POSITIVE_INFINITY; // what asks for a look from here on, this one may not see any more
-  const look = await shipper.streams.look();
+  const look = await shipper.looker.look();
   shipper.nextLookAt = Math.min(shipper.nextLookAt, look.nextAt);
   if (shipper.streams.orphans.length > 0 || !shipper.streams.asked) shipper.askNow = true;
   shipper.asking.ring();
@@ -312,11 +315,9 @@ async function followAll(shipper: Shipper): Promise<void> {
       await lookOnce(shipper);
       await saveFirst(shipper);
       watch.update(streams.paths.folders);
+      const message = "no events of this folder: it is looked at every pollSeconds";
       for (const [folder, error] of watch.faults)
-        faults.failed(`watch ${folder}`, "no events of this folder: it is looked at every pollSeconds", {
-          folder,
-          error,
-        });
+        faults.failed(`watch ${folder}`, message, { folder, error });
     }
     for (const log of streams.asked ? streams.logs.values() : []) {
       if (log.isRunning || !streams.ofLog(log.path).some((stream) => isDue(shipper, log, stream))) continue;
@@ -389,13 +390,8 @@ function streamsOf({ streams }: Shipper, log: FollowedLog): Stream[] {
 }
 
 function isDue(shipper: Shipper, log: FollowedLog, stream: Stream): boolean {
-  if (
-    stream.isBusy ||
-    shipper.unknown.has(stream) ||
-    shipper.mono() < (stream.retryAt ?? 0) ||
-    (log.isHeld && stream.isLive)
-  )
-    return false;
+  const isHeld = (log.isHeld && stream.isLive) || shipper.mono() < (stream.retryAt ?? 0);
+  if (isHeld || stream.isBusy || shipper.unknown.has(stream)) return false;
   if (stream.wayBack !== undefined) return true;
   if (stream.phase.is === "ended" || (stream.phase.is === "gone" && !stream.file)) return false;
   return !isAtEnd(stream);

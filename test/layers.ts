@@ -47,13 +47,12 @@ const MOST_OF_COMMENTS = 0.1;
 
 /** Files in which too much has gathered, and what they must not grow beyond: a line goes when its file has found its nouns. */
 const LONG_FILES: Record<string, number> = {
-  "shipper.ts": 927,
+  "shipper.ts": 923,
   "forwarder.ts": 946,
   "receiver.ts": 832,
   "monitor.ts": 781,
   "lib/page.ts": 734,
   "lib/store/sender.ts": 755,
-  "lib/tail/streams.ts": 866,
 };
 
 /** What functions are called that say it in words of our own where the field has one: log, report, note, explain. */

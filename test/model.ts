@@ -270,7 +270,7 @@ async function pass(world: World): Promise<boolean> {
 async function kill(world: World): Promise<void> {
   world.kills++;
   for (const stream of world.shipper?.streams.list ?? []) await stream.file?.close();
-  for (const { file } of world.shipper?.streams.held.values() ?? []) await file?.close();
+  for (const { file } of world.shipper?.looker.held.values() ?? []) await file?.close();
   world.shipper = undefined;
 }
 

@@ -43,9 +43,9 @@ function keep(shipper: Running): Running {
 const { open } = LogFile;
 const opened: Shipper[] = [];
 afterEach(async () => {
-  for (const { streams } of opened.splice(0)) {
+  for (const { streams, looker } of opened.splice(0)) {
     for (const { file } of streams.list) await file?.close();
-    for (const { file } of streams.held.values()) await file?.close();
+    for (const { file } of looker.held.values()) await file?.close();
   }
 });
 
@@ -118,7 +118,7 @@ describe("many logs", () => {
       return await open.call(LogFile, path);
     });
     put();
-    await shipper.streams.look();
+    await shipper.looker.look();
     opening.mockRestore();
     expect(most).toBeGreaterThan(60);
     expect(most).toBeLessThan(70);
@@ -162,7 +162,7 @@ describe("many logs", () => {
       spyOn(fs, "lstatSync"),
     ];
     const opening = spyOn(LogFile, "open");
-    await shipper.streams.look();
+    await shipper.looker.look();
     const spies = [listing, asking, linking, opening];
     const [listings = 0, stats = 0, links = 0, opens = 0] = spies.map(({ mock }) => mock.calls.length);
     for (const spy of spies) spy.mockRestore();
@@ -238,13 +238,13 @@ describe("many rotations", () => {
     unlinkSync(`${sender.live}.1`);
     clock.mono += 30_000;
     clock.now += 30_000;
-    const { streams } = shipper;
-    const [look, { stat, read, close }] = [streams.look.bind(streams), LogFile.prototype];
+    const { looker } = shipper;
+    const [look, { stat, read, close }] = [looker.look.bind(looker), LogFile.prototype];
     const [isRead, isClosed] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()];
     let looked: ReturnType<typeof look> | undefined;
     const stale = { isSettled: true, nextAt: clock.mono, orphans: [] };
     const spies = [
-      spyOn(streams, "look").mockImplementation(async () => stale), // it still believes that the file is there
+      spyOn(looker, "look").mockImplementation(async () => stale), // it still believes that the file is there
       spyOn(LogFile.prototype, "stat").mockImplementation(async function (this: LogFile) {
         if (!looked) {
           looked = look(); // it comes while the file's end is looked at
@@ -393,9 +393,9 @@ test("a change that is heard of in the middle of a look is looked at at once, no
   const sender = await createSender(startStub().url);
   const shipper = await openOn(sender, { now: Date.now(), mono: 1e6 });
   await shipOnce(shipper);
-  const { streams } = shipper;
-  const look = streams.look.bind(streams);
-  streams.look = () => {
+  const { looker } = shipper;
+  const look = looker.look.bind(looker);
+  looker.look = () => {
     const result = look();
     shipper.nextLookAt = 0; // as the event of a name does, behind the listing
     return result;

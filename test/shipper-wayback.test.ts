@@ -30,6 +30,7 @@ import { createWindowFinder } from "../lib/store/window.ts";
 import { takeStatus, takeWayBack } from "../lib/tail/answers.ts";
 import { withFile } from "../lib/tail/cursor.ts";
 import { LogFile } from "../lib/tail/file.ts";
+import { Looker } from "../lib/tail/look.ts";
 import { readPortion } from "../lib/tail/reader.ts";
 import { Streams } from "../lib/tail/streams.ts";
 import { createSender, expectArrives, lines, type RealReceiver, startRealReceiver } from "./pipeline.ts";
@@ -366,8 +367,9 @@ test("a copy that is packed between the look and its opening is not told as lost
   const config = { stateDir, startAt: "beginning", rotateWaitSeconds: 1, pollSeconds: 1 } as const;
   writeFileSync(path, lines("a", 1, 40));
   const streams = new Streams({ ...config, files: [path] }, context as never);
+  const looker = new Looker(streams);
   await streams.open();
-  await streams.look();
+  await looker.look();
   copyFileSync(path, `${path}.1`);
   const survey = streams.paths.survey.bind(streams.paths);
   let listings = 0;
@@ -376,12 +378,12 @@ test("a copy that is packed between the look and its opening is not told as lost
     if (++listings === 2) execFileSync("gzip", [`${path}.1`]); // two that agree are believed
     return seen;
   };
-  await streams.look();
-  expect([listings, streams.held.size]).toEqual([2, 1]);
-  await streams.look();
-  expect([streams.lost, streams.held.size]).toEqual([0, 1]);
-  expect([...streams.held.values()][0]?.found.path).toBe(`${path}.1.gz`);
-  for (const { file } of streams.held.values()) await file?.close();
+  await looker.look();
+  expect([listings, looker.held.size]).toEqual([2, 1]);
+  await looker.look();
+  expect([streams.lost, looker.held.size]).toEqual([0, 1]);
+  expect([...looker.held.values()][0]?.found.path).toBe(`${path}.1.gz`);
+  for (const { file } of looker.held.values()) await file?.close();
   for (const stream of streams.list) await stream.file?.close();
 });
 
@@ -404,9 +406,10 @@ for (const kind of ["new", "empty"]) {
       ...context,
       faults: createFaultLog(quiet),
     } as never);
+    const looker = new Looker(streams);
     writeFileSync(path, kind === "new" ? before : "");
     await streams.open();
-    await streams.look();
+    await looker.look();
     if (kind === "empty") {
       writeFileSync(path, before);
       const survey = streams.paths.survey.bind(streams.paths);
@@ -421,12 +424,12 @@ for (const kind of ["new", "empty"]) {
     await until(
       () => `streams of ${sizes()} bytes`,
       async () => {
-        await streams.look();
+        await looker.look();
         return sizes().join() === [before.length, after.length].join();
       },
     );
     expect(streams.lost).toBe(0);
-    for (const { file } of streams.held.values()) await file?.close();
+    for (const { file } of looker.held.values()) await file?.close();
     for (const stream of streams.list) await stream.file?.close();
   });
 }

@@ -2,7 +2,7 @@
  * The shipper's memory: which files there were, and up to which byte each was shipped.
  *
  * It is saved after the receiver has answered, so it may lag behind what is shipped: the receiver then answers 409 with
- * the offset where it stands. What is in it is enough to know a file again under any name (lib/tail/streams.ts). The save
+ * the offset where it stands. What is in it is enough to know a file again under any name (lib/tail/look.ts). The save
  * before the last change of files is kept beside it, for the case that the newest is damaged.
  */
 import { randomBytes } from "node:crypto";

@@ -1,5 +1,5 @@
 /**
- * Which stream a file is, by its bytes. Its own inode comes first (lib/tail/streams.ts); what is asked here is what a file is
+ * Which stream a file is, by its bytes. Its own inode comes first (lib/tail/look.ts); what is asked here is what a file is
  * whose inode nobody knows, or whose bytes are not the ones that its stream had. From 1,024 bytes on head and mark are proof:
  *
  *   head and newest mark of a stream whose own file is nowhere      → that stream goes on in it

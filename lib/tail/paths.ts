@@ -4,7 +4,7 @@
  *
  *   access.log.1   access.log.1.bak   access.log-20261122   access.log-20261122-1763791200   access-20261122.log   …and .gz .zst
  *
- * Names only say what is looked at; which file it is says its content (lib/tail/streams.ts). One listing per folder and
+ * Names only say what is looked at; which file it is says its content (lib/tail/look.ts). One listing per folder and
  * look, however many logs lie in it; the events of the folders wake the shipper before its next look.
  */
 import { type FSWatcher, lstatSync, readdirSync, realpathSync, statSync, watch } from "node:fs";
