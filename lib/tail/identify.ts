@@ -34,7 +34,7 @@ type Fit = { is: "all" } | { is: "behind"; at: number } | { is: "none" };
 /** How a file's bytes fit what is known of a stream. `isHeadKnown`: the heads were compared already. */
 export async function fitOf(file: LogFile, stream: Stream, isHeadKnown = false): Promise<Fit> {
   const { head, marks, offset } = stream;
-  const hasHead = !head || isHeadKnown || (await holdsHead(file, head));
+  const hasHead = !head || isHeadKnown || (await endOfHead(file, head)) !== undefined;
   if (offset === 0) return { is: hasHead ? "all" : "none" };
   // Version 1.0 kept no marks: the file has at least what was shipped of it.
   if (marks.length === 0) return { is: hasHead && (await file.contentLength()) >= offset ? "all" : "none" };
@@ -48,16 +48,16 @@ export async function fitOf(file: LogFile, stream: Stream, isHeadKnown = false):
   return { is: "none" };
 }
 
-/** A head from an answer does not say how large the hole before it is. */
-async function holdsHead(file: LogFile, head: Mark): Promise<boolean> {
-  if (await holds(file, head)) return true;
-  const start = await contentStart(file, true);
-  return start > 0 && (await holds(file, { ...head, end: start + head.length }));
+/** Where a head ends in a file: a copy may have the hole before it, or not, and an answer does not say how large that is. */
+async function endOfHead(file: LogFile, head: Mark): Promise<number | undefined> {
+  if (await holds(file, head)) return head.end;
+  const end = (await contentStart(file, true)) + head.length;
+  return (await holds(file, { ...head, end })) ? end : undefined;
 }
 
-/** Where the head stands in the file that turned out to be the stream's: a copy may have the hole before it, or not. */
+/** Notes where the head stands in the file that turned out to be the stream's. */
 export async function placeHead(file: LogFile, { head }: Stream): Promise<void> {
-  if (head && !(await holds(file, head))) head.end = (await contentStart(file, true)) + head.length;
+  if (head) head.end = (await endOfHead(file, head)) ?? head.end;
 }
 
 async function endsLine(file: LogFile, end: number): Promise<boolean> {
@@ -100,10 +100,10 @@ async function identifyByBytes(
   if (alike.length === 0) return { is: "new", at: 0 };
   if (alike.some(({ isBusy }) => isBusy)) return { is: "busy" };
   const homes = alike.filter((stream) => stream.until === undefined && hasHome(stream));
-  const orphans = alike.filter((stream) => !hasHome(stream)).sort((a, b) => b.offset - a.offset);
+  const orphans = alike.filter((stream) => !hasHome(stream));
   const isWhole = ({ until, phase, size, offset }: Stream) =>
     until === undefined && (phase.is === "ended" || size === offset);
-  const archive = orphans.find(isWhole);
+  const [archive] = orphans.filter(isWhole).sort((a, b) => b.offset - a.offset);
   if (archive && view.length === MARK_BYTES && (await packs(file, archive, found.mtimeMs))) {
     return { is: "stream", stream: archive, isDone: true };
   }
