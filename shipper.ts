@@ -356,6 +356,7 @@ function refresh(shipper: Shipper, stream: Stream): void {
   if (!isLive && (stream.phase.is !== "reading" || compressionOf(path))) return;
   const found = lookAt(path, { log, isLive });
   if (found?.key === stream.key && found.size >= stream.size) {
+    if (!stream.head) shipper.nextLookAt = 0; // by its first bytes it is known when it has gone
     if (found.size > stream.size) {
       stream.grewAt = mono();
       streams.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
@@ -411,7 +412,8 @@ async function shipLog(shipper: Shipper, log: FollowedLog): Promise<Omit<Pass, "
     let atEnd = await shipRotated(shipper, log, rotated);
     for (const [i, stream] of live.entries()) {
       if (signal.aborted || log.isHeld) return { atEnd: false };
-      if (isRotating && sizes[i] === stream.offset && !stream.wayBack) {
+      // One that is in another file now (copied, packed) has none of the live one's place and size.
+      if (isRotating && stream.isLive && sizes[i] === stream.offset && !stream.wayBack) {
         if (stream.size > stream.offset)
           atEnd = false; // it came after the look at the rotated ones: next time
         else stream.endedAs = placeOf(stream);

@@ -9,6 +9,7 @@ import {
   closeSync,
   copyFileSync,
   cpSync,
+  existsSync,
   mkdirSync,
   openSync,
   readFileSync,
@@ -23,6 +24,7 @@ import {
 import { join } from "node:path";
 import { gzipSync } from "node:zlib";
 import {
+  type Asked,
   createSender,
   expectTags,
   lines,
@@ -457,6 +459,85 @@ describe("moved and restored", () => {
       await sender.once();
       expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 120), b: lines("b", 1, 20) });
     }
+  });
+});
+
+function isChunk({ end, offset }: Asked): boolean {
+  return end > offset;
+}
+
+describe("a file that is another one between two looks", () => {
+  test.each(["gzip", "zstd"])(
+    "a log is packed by %s and cut while a rotated file of it is on its way: what was unread comes",
+    async (tool) => {
+      const { stub, sender } = await createHost();
+      sender.write(lines("a", 1, 20));
+      const shipper = startShipper(sender);
+      await arrives(stub, "a", 20);
+      const old = sender.rotate("access.log.3");
+      sender.write(lines("b", 1, 20));
+      await arrives(stub, "b", 20);
+      const gate = Promise.withResolvers<void>();
+      const chunks = () => stub.asked.filter(isChunk).length;
+      const before = chunks();
+      stub.script = (asked, commit) => (isChunk(asked) ? gate.promise.then(commit) : undefined);
+      writeSync(old, lines("a", 21, 23));
+      await until("its chunk is on its way", () => chunks() > before);
+      sender.write(lines("b", 21, 23));
+      const archive = `${sender.live}.2.${tool === "gzip" ? "gz" : "zst"}`;
+      execFileSync("sh", ["-c", `${tool} -c "$0" > "$1"; : > "$0"`, sender.live, archive]);
+      sender.write(lines("c", 1, 2));
+      await shipper.says("file is a copy of a known one");
+      gate.resolve();
+      await arrives(stub, "c", 2);
+      await arrives(stub, "b", 23);
+      expect(await shipper.stop()).toBe(0);
+      await sender.once();
+      const expected = { a: lines("a", 1, 23), b: lines("b", 1, 23), c: lines("c", 1, 2) };
+      expectTags(Buffer.from(stub.text()), expected);
+      expect(stub.lost).toBe(0);
+    },
+  );
+
+  test.each(["copy", "rotated file"])("a %s is written anew in place, with as many bytes", async (what) => {
+    const { stub, sender } = await createHost();
+    sender.write(lines("a", 1, 40));
+    const shipper = startShipper(sender);
+    await arrives(stub, "a", 40);
+    const path = `${sender.live}.1`;
+    if (what === "copy") copyFileSync(sender.live, path);
+    else sender.rotate();
+    await shipper.says(what === "copy" ? "file is a copy of a known one" : "file is done");
+    const { size } = statSync(path);
+    writeFileSync(path, lines("b", 1, 40), { flag: "r+" });
+    expect(statSync(path).size).toBe(size);
+    await arrives(stub, "b", 40);
+    expect(await shipper.stop()).toBe(0);
+    await sender.once();
+    expectTags(Buffer.from(stub.text()), { a: lines("a", 1, 40), b: lines("b", 1, 40) });
+  });
+
+  test("a log that was empty is known by its first bytes as soon as they are seen", async () => {
+    const { stub, sender } = await createHost({ pollSeconds: 60 });
+    stub.script = () => new Response("away", { status: 503 });
+    const shipper = startShipper(sender);
+    const cursor = join(sender.stateDir, "cursor.json");
+    await until("the empty log is followed", () => existsSync(cursor));
+    sender.write(lines("a", 1, 5));
+    await until("its head is on disk", () => readFileSync(cursor, "utf8").includes('"head"'));
+    sender.rotate("access.log.2");
+    rmSync(`${sender.live}.2`);
+    sender.write(lines("b", 1, 9)); // longer
+    sender.rotate();
+    sender.write(lines("c", 1, 1));
+    stub.script = undefined;
+    await arrives(stub, "c", 1);
+    await arrives(stub, "b", 9);
+    await arrives(stub, "a", 5); // it is open since its head was read
+    expect(await shipper.stop()).toBe(0);
+    expect(stub.lost).toBe(0);
+    const expected = { a: lines("a", 1, 5), b: lines("b", 1, 9), c: lines("c", 1, 1) };
+    expectTags(Buffer.from(stub.text()), expected);
   });
 });
 

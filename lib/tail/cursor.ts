@@ -41,8 +41,10 @@ const stream = z.object({
   path: z.string(),
   /** Inode and time of birth of its file; empty while it is known from the receiver's answer alone. */
   key: z.string(),
-  /** Files with nothing but what its own has, with their sizes. */
-  copies: z.array(z.object({ key: z.string(), size: z.number() })).default([]),
+  /** Files with nothing but what its own has, as they were then. */
+  copies: z
+    .array(z.object({ key: z.string(), size: z.number(), mtimeMs: z.number().optional() }))
+    .default([]),
   head: mark.optional(),
   /** Ends ascending; the last one ends at the offset. */
   marks: z.array(mark),

@@ -164,10 +164,12 @@ export class Looker {
       if (!stream || owners.has(file.key)) continue;
       const copy = stream.copies.find(({ key }) => key === file.key);
       if (copy?.size === -1) copy.size = file.size;
+      if (copy) copy.mtimeMs ??= file.mtimeMs;
       const isPart = !compressionOf(file.path) && file.size < stream.offset; // all of it is shipped
-      if (copy?.size === file.size && (isPart || located.has(stream.key))) continue;
+      const isSame = copy?.size === file.size && copy.mtimeMs === file.mtimeMs;
+      if (isSame && (isPart || located.has(stream.key))) continue;
       stream.copies = stream.copies.filter(({ key }) => key !== file.key);
-      unknown.push(file); // it has grown, or it may be where its log goes on: what is it now?
+      unknown.push(file); // it was written, or it may be where its log goes on: what is it now?
     }
     for (const stream of streams.list) {
       const owner = stream.until === undefined ? undefined : owners.get(stream.key);
@@ -200,7 +202,8 @@ export class Looker {
       stream.phase = { is: "ended", size: file.size };
     else if (isNew && stream.until === undefined) this.#streams.enter(stream, { is: "reading" });
     if (stream.isBusy) return true;
-    const isOther = !isPacked && (file.size < stream.size || file.size > stream.checkedSize);
+    const isWritten = file.size > stream.checkedSize || file.mtimeMs !== stream.mtimeMs;
+    const isOther = !isPacked && (file.size < stream.size || isWritten);
     if (isOther && !(await holding(stream, () => this.#checkFile(stream, file)))) return false;
     if (!isPacked) {
       if (file.size !== stream.size) {

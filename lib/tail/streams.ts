@@ -264,7 +264,7 @@ export class Streams {
     const fields = { path: found.path, stream: stream.id };
     if (what.is === "copy") {
       log.info("file is a copy of a known one", fields);
-      stream.copies.push({ key: found.key, size: found.size });
+      stream.copies.push({ key: found.key, size: found.size, mtimeMs: found.mtimeMs });
       return undefined;
     }
     const { path, key, mtimeMs, isLive, log: own } = found;
