@@ -337,7 +337,7 @@ export class Looker {
       const isOwn =
         found.isLive &&
         streams.paths.isNamed(found.log) &&
-        !streams.list.some(({ log }) => log === found.log);
+        !streams.list.some(({ log }) => log === found.log || log === ""); // "": it may be that one's, says the receiver
       // a path named in full is a log of its own
       if (isOwn && (what.is === "copy" || what.is === "new")) what = { is: "new", at: 0 };
       if (what.is === "busy" || ("stream" in what && what.stream.isBusy)) return false;
