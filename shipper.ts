@@ -887,7 +887,7 @@ async function keepMetrics(shipper: Shipper): Promise<void> {
 async function check({ config, signal, checks }: Service<"shipper">, connect: boolean): Promise<void> {
   for (const key of ["ca", "cert", "key"] as const) await checks.file(`shipper.${key}`, config[key]);
   const asks = checks.asks(connect);
-  const paths = new Paths(config.files, config.olddir);
+  const paths = new Paths(config.files, config.olddir, config.stateDir);
   const live = paths.livePaths();
   const missing = paths.missing();
   for (const path of live.filter((each) => !missing.includes(each))) {

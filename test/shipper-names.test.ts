@@ -652,6 +652,58 @@ test("a log that is the shipper's own output does not feed itself", async () => 
   expect(text.startsWith(host.stub.text())).toBe(true);
 });
 
+test("a glob that matches the shipper's own state ships nothing of it, and a pattern of nothing else is told", async () => {
+  const stub = startStub();
+  const state = (logs: string) => join(dirname(logs), "state", "*");
+  const sender = await createSender(stub.url, (logs) => ({ files: [join(logs, "*.log"), state(logs)] }));
+  sender.write(lines("a", 1, 10));
+  const shipper = sender.start();
+  running.push(shipper);
+  await shipper.says(`no file matches yet files=${state(sender.logs)}`);
+  sender.write(lines("a", 11, 20));
+  await until("the last line is there", () => stub.text().includes("GET /a/20 "));
+  expect(await shipper.stop()).toBe(0);
+  await sender.once();
+  expect(stub.text()).toBe(lines("a", 1, 20));
+});
+
+test("archives by another ending are read, or told of by what they begin with, and never shipped as lines", async () => {
+  const host = await createHost(["a.log"]);
+  host.put("a.log", "a", 1, 10);
+  const shipper = startShipper(host);
+  await arrives(host, "a", 10);
+  expect(await shipper.stop()).toBe(0);
+  host.put("a.log", "a", 11, 20);
+  renameSync(host.at("a.log"), host.at("a.log.2"));
+  execFileSync("gzip", ["-S", ".gzip", host.at("a.log.2")]);
+  host.put("a.log", "b", 1, 10);
+  const unread = readFileSync(host.at("a.log"));
+  renameSync(host.at("a.log"), host.at("a.log.1"));
+  writeFileSync(host.at("a.log.1.pack"), gzipSync(unread));
+  unlinkSync(host.at("a.log.1"));
+  host.put("a.log", "c", 1, 10);
+  const once = host.sender.start(["--once"]);
+  running.push(once);
+  expect(await once.ended).toBe(1);
+  const { output } = once;
+  host.expects({ a: 20, c: 10 });
+  expect(output).toContain("cannot read rotated file: use gzip or zstd in logrotate");
+  expect(output).toContain("a.log.1.pack");
+});
+
+test("with a lost cursor, a log that was copied over another one named in full comes once", async () => {
+  const host = await createHost(["a.log", "b.log"]);
+  host.put("a.log", "a", 1, 40);
+  host.put("b.log", "b", 1, 30);
+  await host.sender.once();
+  copyFileSync(host.at("a.log"), host.at("b.log"));
+  host.put("a.log", "a", 41, 50);
+  host.put("b.log", "c", 1, 10);
+  rmSync(host.sender.stateDir, { recursive: true });
+  await host.sender.once();
+  host.expects({ a: 50, b: 30, c: 10 });
+});
+
 /** Logs of one inode and time of birth, on two file systems. */
 async function createTwins(): Promise<[string, string]> {
   const disks: string[] = [];

@@ -79,12 +79,22 @@ export function kindOf(stat: { isDirectory(): boolean; isFIFO(): boolean }): str
   return stat.isDirectory() ? "a directory" : stat.isFIFO() ? "a FIFO" : "a device or a socket";
 }
 
-/** The endings of archives; a log that is written compressed keeps its own before that of its rotation. */
-const COMPRESSED = /\.(gz|zst)(?:[-._][\d.T-]+)?$/;
+/** The endings of archives that can be read. */
+export const ARCHIVE = /\.(gz|gzip|zstd?)$/;
+/** The same, and those of a log that is written compressed: it keeps its own before that of its rotation. */
+const COMPRESSED = /\.(gz|gzip|zstd?)(?:[-._][\d.T-]+)?$/;
+/** How archives begin, in hex, whatever their names: gzip, zstd, xz, bzip2, lz4, lzop, zip. */
+const MAGIC = /^(?:1f8b08|28b52ffd|fd377a585a00|425a683\d314159265359|04224d18|894c5a4f|504b0304)/;
 
 export function compressionOf(path: string): Compression | undefined {
   const ending = COMPRESSED.exec(path)?.[1];
-  return ending === "gz" ? "gzip" : ending === "zst" ? "zstd" : undefined;
+  return ending === undefined ? undefined : ending.startsWith("zst") ? "zstd" : "gzip";
+}
+
+/** Whether a file that is none by its name begins as an archive does. */
+export async function isPacked(file: LogFile): Promise<boolean> {
+  const bytes = Buffer.alloc(10);
+  return !file.compression && MAGIC.test(bytes.toString("hex", 0, await file.read(bytes, 0)));
 }
 
 /** An open log file. Positions are bytes of the log itself, also when the file is compressed. */

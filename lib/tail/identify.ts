@@ -16,7 +16,16 @@
 import { basename } from "node:path";
 import { MARK_BYTES } from "../chunk.ts";
 import { hasHome, holding, type Stream, type StreamState } from "./cursor.ts";
-import { commonLength, contentStart, endOfLines, holds, LogFile, type Mark, markBefore } from "./file.ts";
+import {
+  ARCHIVE,
+  commonLength,
+  contentStart,
+  endOfLines,
+  holds,
+  LogFile,
+  type Mark,
+  markBefore,
+} from "./file.ts";
 import { type FoundFile, isNameOf, possibleBases } from "./paths.ts";
 
 /** What a file is. `at`: where a stream that goes on begins. */
@@ -261,7 +270,7 @@ function isSuccessor({ log }: FoundFile, streams: Stream[]): boolean {
 async function packs(file: LogFile, stream: Stream, mtimeMs: number): Promise<boolean> {
   if (!file.compression || stream.size !== stream.offset) return false;
   if (Math.floor(mtimeMs / 1000) !== Math.floor(stream.mtimeMs / 1000)) return false;
-  if (!file.path.startsWith(stream.path) && !stream.path.startsWith(file.path.replace(/\.(gz|zst)$/, "")))
+  if (!file.path.startsWith(stream.path) && !stream.path.startsWith(file.path.replace(ARCHIVE, "")))
     return false;
   return (await file.notedLength()) === stream.offset % 2 ** 32;
 }

@@ -10,7 +10,7 @@
 import { MARK_BYTES } from "../chunk.ts";
 import { errorMessage } from "../service.ts";
 import { hasHome, holding, isAtEnd, placeOf, type Stream } from "./cursor.ts";
-import { compressionOf, endOfLines, type LogFile, readBeginning, UnfinishedFile } from "./file.ts";
+import { compressionOf, endOfLines, isPacked, type LogFile, readBeginning, UnfinishedFile } from "./file.ts";
 import { type HeldFiles, holdFiles } from "./held.ts";
 import { identify, isTaken, placeHead } from "./identify.ts";
 import { asSeen, type FoundFile, isArchiveOf, type Survey } from "./paths.ts";
@@ -346,6 +346,7 @@ export class Looker {
       }
       if (what.is === "behind" && !isLast) return what.at;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
+      if (!found.isLive && (await isPacked(file))) return this.#noteUnreadable(found);
       if (what.is === "new" && !found.isLive) await file.contentLength(); // one that is still being compressed waits
       return await this.#settleOpen(found, file, what.is === "small" ? { is: "new", at: 0 } : what);
     } catch (error) {

@@ -11,13 +11,14 @@ import { type FSWatcher, lstatSync, readdirSync, realpathSync, statSync, watch }
 import { basename, dirname, join, resolve } from "node:path";
 import { errorMessage } from "../service.ts";
 import type { Stream } from "./cursor.ts";
-import { fileKey, keepKey, kindOf, nameOf, rawPath } from "./file.ts";
+import { ARCHIVE, fileKey, keepKey, kindOf, nameOf, rawPath } from "./file.ts";
 
-const COMPRESSED = /\.(gz|zst)$/;
 /** Compressions that can't be read here: such a file is told of, not shipped. */
 const UNREADABLE = /\.(bz2|xz|lz4|lzma|lzo|Z|zip|7z)$/;
 /** Several files in one: neither a log nor its rotation. */
 const PACK = /\.(?:(?:tar|cpio)(?:\.\w+)?|t[bgx]z2?|tzst|rar|jar)$/i;
+/** What the shipper writes into its stateDir. */
+const OWN_STATE = /^(?:\.|cursor\.json|shipper\.prom)/;
 /** Numbers of rotations up to this one need no neighbour. */
 const PLAIN_NUMBERS = 30;
 
@@ -61,6 +62,7 @@ export class Paths {
   /** Each pattern as a full path, and what it matches when it is a glob. */
   readonly #patterns: { path: string; glob: RegExp | undefined }[];
   readonly #olddir: string | undefined;
+  readonly #stateDir: string | undefined;
   /** Names with numbers that were seen: their successors are rotations, too. */
   readonly #numbered = new Set<string>();
   /** Shapes of names under which a log's stream lies though no rule knows them: what was written since under such a name is its, too. */
@@ -70,12 +72,14 @@ export class Paths {
   /** Keys and devices of the files of the last look. */
   #devices = new Map<string, bigint>();
 
-  constructor(patterns: string[], olddir: string | undefined) {
+  /** What the shipper itself writes into `stateDir` is no log. */
+  constructor(patterns: string[], olddir: string | undefined, stateDir?: string) {
     this.#patterns = patterns.map((pattern) => {
       const path = resolve(pattern);
       return { path, glob: isGlob(pattern) ? globPath(path) : undefined };
     });
     this.#olddir = olddir;
+    this.#stateDir = stateDir === undefined ? undefined : resolve(stateDir);
   }
 
   /** Looks at all folders. `before` are live paths that stay ones although no glob names them now. */
@@ -204,7 +208,10 @@ export class Paths {
       }
     };
     return this.#patterns
-      .filter(({ path, glob }) => !isThere(path) && !(glob && expand(path, folders).length > 0))
+      .filter(({ path, glob }) => {
+        const isFound = isThere(path) && !this.#isOwn(path);
+        return !isFound && !(glob && expand(path, folders).some((match) => !this.#isOwn(match)));
+      })
       .map(({ path }) => path);
   }
 
@@ -216,14 +223,19 @@ export class Paths {
       if (!glob || lstatSync(path, { throwIfNoEntry: false })) named.add(path);
       else for (const match of expand(path, folders)) matches.add(match);
     }
+    for (const set of [named, matches]) for (const path of set) if (this.#isOwn(path)) set.delete(path);
     for (const path of before) if (!named.has(path)) matches.add(path);
     const known = new Set([...named, ...matches]);
     const globbed = [...matches].filter((path) => {
-      if (COMPRESSED.test(path) || UNREADABLE.test(path)) return false;
+      if (ARCHIVE.test(path) || UNREADABLE.test(path)) return false;
       const folder = dirname(path);
       return !this.#baseOf(basename(path), folder, (base) => known.has(join(folder, base)), folders);
     });
     return [...[...named].sort(), ...globbed.filter((path) => !named.has(path)).sort()];
+  }
+
+  #isOwn(path: string): boolean {
+    return dirname(path) === this.#stateDir && OWN_STATE.test(basename(path));
   }
 
   /** Folders in which the rotations of a live file lie, each with the name that they begin with. */
@@ -360,7 +372,7 @@ export function isNameOf(path: string, log: string): boolean {
 /** The names of logs of which a name may be a rotation; `number` is that of a numbered one. */
 export function possibleBases(name: string): { base: string; number?: number }[] {
   if (PACK.test(name)) return [];
-  const plain = name.replace(COMPRESSED, "").replace(UNREADABLE, "");
+  const plain = name.replace(ARCHIVE, "").replace(UNREADABLE, "");
   const bases: { base: string; number?: number }[] = plain === name ? [] : [{ base: plain }];
   if (!/[-._]\d|\d{4}/.test(plain)) return bases;
   const add = (start: number, end: number, number?: number) => {
@@ -390,7 +402,7 @@ const DAY_OR_MONTH = new RegExp(`(?<![a-z])(?:${DAY}|${MONTH})(?![a-z])`, "gi");
 
 /** A name whatever its numbers, and the names of days and months in it, are. */
 function shapeOf(path: string): string {
-  const name = basename(path).replace(COMPRESSED, "").replace(UNREADABLE, "");
+  const name = basename(path).replace(ARCHIVE, "").replace(UNREADABLE, "");
   return join(dirname(path), name.replace(DAY_OR_MONTH, "0").replace(/\d+/g, "0"));
 }
 

@@ -29,7 +29,9 @@ export async function showStatus({ config, flags }: Service<"shipper">): Promise
     }))
     .sort((a, b) => b.lag - a.lag);
   const lag = rows.reduce((sum, row) => sum + row.lag, 0);
-  const problems = new Paths(config.files, config.olddir).missing().map((path) => `no file matches ${path}`);
+  const problems = new Paths(config.files, config.olddir, config.stateDir)
+    .missing()
+    .map((path) => `no file matches ${path}`);
   if (found.state === "damaged")
     problems.push(`no cursor in ${config.stateDir}: it is damaged; the next start asks the receiver`);
   if (lag > 0 && findHolder(join(config.stateDir, ".lock")) === undefined)

@@ -107,7 +107,7 @@ export class Streams {
   constructor(config: TailConfig, context: TailContext) {
     this.config = config;
     this.context = context;
-    this.paths = new Paths(config.files, config.olddir);
+    this.paths = new Paths(config.files, config.olddir, config.stateDir);
     this.files = new OpenFiles(context.faults);
   }
 
@@ -140,20 +140,20 @@ export class Streams {
   reconfigure(config: TailConfig): void {
     const { files } = this.config;
     this.config = config;
-    this.paths = new Paths(config.files, config.olddir);
+    this.paths = new Paths(config.files, config.olddir, config.stateDir);
     this.#startAdded(files);
     this.isChanged = true;
   }
 
   /** What is named for the first time starts as at the very first start: its old rotations are not ours. What is named again goes on. */
   #startAdded(before: string[]): void {
-    const { files, olddir } = this.config;
+    const { files, olddir, stateDir } = this.config;
     this.list.push(...this.#left.filter(({ log }) => this.paths.names(log)));
     this.#left = this.#left.filter(({ log }) => !this.paths.names(log));
     this.#byLog = undefined;
-    const known = new Set(new Paths(before, olddir).livePaths());
+    const known = new Set(new Paths(before, olddir, stateDir).livePaths());
     const added = files.filter((pattern) => !before.includes(pattern));
-    for (const path of new Paths(added, olddir).livePaths()) {
+    for (const path of new Paths(added, olddir, stateDir).livePaths()) {
       const isNew = !known.has(path) && !this.logs.has(path) && this.ofLog(path).length === 0;
       if (isNew) this.since.set(path, this.context.now());
     }
