@@ -289,6 +289,24 @@ test("while what was lost is not shipped again, nothing is said to be all answer
   expect(await shipper.stop()).toBe(0);
 });
 
+test("of a file that is away when its lines are lost, the line in whose middle they begin comes whole", async () => {
+  const middle = new Middle();
+  const sender = await createSender(middle.url, { ...QUICK, rotateWaitSeconds: 1 });
+  sender.write(lines("a", 1, 20));
+  const shipper = sender.start();
+  await expectArrives(middle, sender);
+  middle.delivered = lines("a", 1, 10).length + 30; // as where rules left lines out of the chunk
+  await middle.heartbeats(3);
+  execFileSync("sh", ["-c", 'gzip -c "$0" > "$0.1.gz"; : > "$0"', sender.live]);
+  await shipper.says("file was cut and written anew");
+  middle.wipe();
+  await shipper.says("receiver has lost lines of a file that is gone");
+  await shipper.says("file is a copy of a known one");
+  await until("the last line is there", () => middle.text.includes("GET /a/20 "));
+  expect(middle.text).toBe(lines("a", 11, 20));
+  expect(await shipper.stop()).toBe(0);
+});
+
 test("offsets that were answered while the question was on its way are no loss", async () => {
   const middle = new Middle();
   const sender = await createSender(middle.url, QUICK);

@@ -182,7 +182,7 @@ export function takeStatus(
  * Where rules left lines out of a chunk, its word may be some bytes too low, in the middle of a line: that one comes whole.
  */
 export async function findWayBack({ told }: Streams, stream: Stream, file: LogFile): Promise<void> {
-  if (stream.wayBack === undefined) return;
+  if (stream.wayBack === undefined) return alignAgain(stream, file);
   stream.wayBack = Math.max(stream.from, await endOfLines(file, stream.wayBack));
   const head = stream.head && wireMark(stream.head);
   for (const status of told) {
@@ -193,6 +193,14 @@ export async function findWayBack({ told }: Streams, stream: Stream, file: LogFi
     const isSame = seen && wireMark(seen) === mark && (await endOfLines(file, offset)) === offset;
     if (isSame) stream.wayBack = offset;
   }
+}
+
+/** Of a file that was away when its lines were lost: there, too, the line in whose middle it would begin comes whole. */
+async function alignAgain(stream: Stream, file: LogFile): Promise<void> {
+  const { begin, offset, from } = stream;
+  const at = begin === "again" && offset === from ? await endOfLines(file, offset) : offset;
+  if (at === offset) return;
+  Object.assign(stream, { offset: at, from: at, marks: stream.marks.filter(({ end }) => end <= at) });
 }
 
 /** What was not delivered is shipped again, as a new stream that says so; what was all delivered goes on under a new name. */
