@@ -314,7 +314,7 @@ async function followAll(shipper: Shipper): Promise<void> {
     if (mono() >= shipper.nextLookAt) {
       await lookOnce(shipper);
       await saveFirst(shipper);
-      watch.update(streams.paths.folders);
+      if (watch.update(streams.paths.folders)) shipper.nextLookAt = 0; // of what came before, no event tells
       const message = "no events of this folder: it is looked at every pollSeconds";
       for (const [folder, error] of watch.faults)
         faults.failed(`watch ${folder}`, message, { folder, error });

@@ -572,17 +572,18 @@ export class Watch {
     this.#heard = heard;
   }
 
-  /** Watches these folders and no others; one that was made anew is another one. */
-  update(folders: Set<string>): void {
+  /** Watches these folders and no others; one that was made anew is another one. True when there is one that was not watched before. */
+  update(folders: Set<string>): boolean {
     for (const [folder, { watcher, key }] of this.#watchers) {
       if (folders.has(folder) && folderKey(folder) === key) continue;
       this.#watchers.delete(folder);
       watcher.close();
     }
-    for (const folder of folders) if (!this.#watchers.has(folder)) this.#watch(folder);
+    const added = [...folders].filter((folder) => !this.#watchers.has(folder));
+    return added.filter((folder) => this.#watch(folder)).length > 0;
   }
 
-  #watch(folder: string): void {
+  #watch(folder: string): boolean {
     const key = folderKey(folder); // before it is watched: one that takes its place meanwhile is another one
     try {
       const watcher = watch(rawPath(folder), (event, name) => this.#heard(join(folder, name ?? ""), event));
@@ -592,8 +593,10 @@ export class Watch {
       });
       this.#watchers.set(folder, { watcher, key });
       this.faults.delete(folder);
+      return true;
     } catch (error) {
       if (isFolder(folder)) this.faults.set(folder, errorMessage(error));
+      return false;
     }
   }
 
