@@ -102,6 +102,27 @@ describe("many logs", () => {
     120_000,
   );
 
+  test.skipIf(missing({ prlimit: "util-linux" }))("60 with 64 descriptors: every line once", async () => {
+    const stub = startStub();
+    const sender = await createSender(stub.url, (logs) => ({ files: [join(logs, "*.log")] }));
+    unlinkSync(sender.live);
+    const put = (from: number, to: number) => {
+      for (let n = 0; n < 60; n++)
+        appendFileSync(join(sender.logs, `site${n}.log`), lines(`s${n}`, from, to));
+    };
+    put(1, 3);
+    const shipper = keep(startWrapped("prlimit", ["--nofile=64:64"], sender));
+    for (const last of [3, 5, 7]) {
+      await until("all is there", () => countLines(stub) >= 60 * last);
+      put(last + 1, last + 2);
+    }
+    await until("all is there", () => countLines(stub) >= 60 * 9);
+    expect(await shipper.stop()).toBe(0);
+    expect(shipper.output).not.toContain("bytes lost");
+    const counts = Array.from({ length: 60 }, (_, n) => [`s${n}`, lines(`s${n}`, 1, 9)]);
+    expectTags(Buffer.from(stub.text()), Object.fromEntries(counts));
+  });
+
   test("200 that grew between two looks: no more of them are open at once than else", async () => {
     const stub = startStub();
     const sender = await createSender(stub.url, (logs) => ({ files: [join(logs, "*.log")] }));

@@ -51,6 +51,8 @@ export class Looker {
     const { mono, now } = streams.context;
     const started = now();
     const survey = await this.#survey();
+    for (const error of survey?.faults.values() ?? [])
+      if (error.includes("EMFILE")) await streams.files.closeMore();
     streams.orphans = [];
     if (!survey) return { isSettled: false, nextAt: mono() + SHIFTING_MS };
     const there = new Set(survey.files.flatMap(({ isLive, log }) => (isLive ? log : [])));

@@ -6,13 +6,14 @@ import { errorMessage, type FaultLog } from "../service.ts";
 import { closeFile, type Stream } from "./cursor.ts";
 import { LogFile } from "./file.ts";
 
-/** Files that are open at once; the others are opened when their turn comes. */
-const OPEN_FILES = 64;
+/** Files that are open at once; the others are opened when their turn comes. Fewer where descriptors are fewer, so many at least. */
+const OPEN_FILES = { most: 64, least: 4 };
 
 export class OpenFiles {
   readonly #faults: FaultLog;
   /** The one that was read last comes last. */
   readonly #open = new Set<Stream>();
+  #most = OPEN_FILES.most;
 
   constructor(faults: FaultLog) {
     this.#faults = faults;
@@ -22,7 +23,7 @@ export class OpenFiles {
   async open(stream: Stream): Promise<LogFile | undefined> {
     this.#open.delete(stream);
     if (!stream.file && stream.phase.is !== "gone") {
-      const file = await openPath(stream.path);
+      const file = await this.#openPath(stream.path);
       if (file?.key === stream.key) stream.file = file;
       else await file?.close();
     }
@@ -33,7 +34,7 @@ export class OpenFiles {
   /** A file of a name, for as long as it is looked into; undefined of one that is gone, or can't be read, which is told. */
   async look(path: string): Promise<LogFile | undefined> {
     try {
-      const file = await openPath(path);
+      const file = await this.#openPath(path);
       if (file) this.#faults.recovered(path, "log file can be read again", { path });
       return file;
     } catch (error) {
@@ -51,16 +52,26 @@ export class OpenFiles {
   async closeSome(): Promise<void> {
     for (const stream of this.#open) {
       const { file, isBusy, phase } = stream;
-      if (file && (isBusy || phase.is === "gone" || this.#open.size <= OPEN_FILES)) continue;
+      if (file && (isBusy || phase.is === "gone" || this.#open.size <= this.#most)) continue;
       this.#open.delete(stream);
       await closeFile(stream);
     }
   }
-}
 
-async function openPath(path: string): Promise<LogFile | undefined> {
-  return LogFile.open(path).catch((error: NodeJS.ErrnoException) => {
-    if (error.code === "ENOENT") return undefined;
-    throw error;
-  });
+  /** Descriptors ran out (EMFILE), which folders, the cursor and connections need, too: fewer files from now on. */
+  async closeMore(): Promise<void> {
+    this.#most = Math.max(OPEN_FILES.least, this.#most >> 1);
+    await this.closeSome();
+  }
+
+  async #openPath(path: string): Promise<LogFile | undefined> {
+    try {
+      return await LogFile.open(path);
+    } catch (error) {
+      const { code } = error as NodeJS.ErrnoException;
+      if (code === "ENOENT") return undefined;
+      if (code === "EMFILE") await this.closeMore();
+      throw error;
+    }
+  }
 }
