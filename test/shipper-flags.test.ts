@@ -263,6 +263,40 @@ describe("a slip in files", () => {
   );
 });
 
+test("a log that is taken out while a chunk of it is on its way, rotated, and named again goes on", async () => {
+  const gate = Promise.withResolvers<void>();
+  const stub = startStub();
+  const sender = await createSender(stub.url);
+  const [other, probe] = [join(sender.logs, "other", "other.log"), join(sender.logs, "probe-*.log")];
+  mkdirSync(join(sender.logs, "other")); // its folder is not looked at meanwhile
+  configure(sender, { files: [probe, other] });
+  writeFileSync(`${other}.2`, lines("c", 1, 30));
+  writeFileSync(other, lines("b", 1, 30));
+  const shipper = startShipper(sender);
+  await until("it is shipped", () => stub.text() === lines("b", 1, 30));
+  const before = stub.asked.length;
+  stub.script = (_, commit) => gate.promise.then(commit);
+  appendFileSync(other, lines("b", 31, 40));
+  await until("a chunk is on its way", () => stub.asked.length > before);
+  configure(sender, { files: [probe] });
+  shipper.process.kill("SIGHUP");
+  await shipper.says("config read again");
+  renameSync(other, `${other}.1`);
+  appendFileSync(other, lines("d", 1, 10));
+  writeFileSync(join(sender.logs, "probe-1.log"), "");
+  await shipper.says("probe-1.log"); // a look has come since
+  stub.script = undefined;
+  gate.resolve();
+  await shipper.says(`log is not followed any more path=${other} unread=0`);
+  appendFileSync(`${other}.1`, lines("b", 41, 45));
+  configure(sender, { files: [probe, other] });
+  shipper.process.kill("SIGHUP");
+  await until("the rest is shipped", () => ["/b/45 ", "/d/10 "].every((text) => stub.text().includes(text)));
+  expect(await shipper.stop()).toBe(0);
+  await sender.once();
+  expectTags(Buffer.from(stub.text()), { b: lines("b", 1, 45), d: lines("d", 1, 10) });
+});
+
 describe("several files", () => {
   test("one that stands still, one that comes later, one that matches the glob while running", async () => {
     const sender = await createSender(receiver.url);

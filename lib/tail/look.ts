@@ -407,13 +407,13 @@ export class Looker {
 
   // ---- what is gone, or at its end
 
-  /** A file is away and not gone when its folder can't be read, or another folder lies in its place and no log is there. */
+  /** A file is away and not gone when its folder can't be read or is not looked at, or another one lies in its place with no log. */
   #isAway(stream: Stream, survey: Survey): boolean {
     for (const path of survey.faults.keys())
       if (stream.path === path || stream.path.startsWith(`${path}/`)) return true;
     const before = this.#streams.logs.get(stream.log)?.folder;
-    const isLog = survey.logs.has(stream.log);
-    if (!isLog || before === undefined || survey.logs.get(stream.log) === before) return false;
+    if (!survey.logs.has(stream.log)) return stream.log !== "" && !this.#streams.paths.names(stream.log);
+    if (before === undefined || survey.logs.get(stream.log) === before) return false;
     const isThere = survey.files.some(({ log }) => log === stream.log);
     if (!isThere)
       this.#streams.context.faults.failed(`away ${stream.log}`, "log folder is another one: waiting for it", {
