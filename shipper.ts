@@ -356,8 +356,8 @@ function refresh(shipper: Shipper, stream: Stream): void {
   if (!isLive && (stream.phase.is !== "reading" || compressionOf(path))) return;
   const found = lookAt(path, { log, isLive });
   if (found?.key === stream.key && found.size >= stream.size) {
-    if (!stream.head) shipper.nextLookAt = 0; // by its first bytes it is known when it has gone
     if (found.size > stream.size) {
+      if (!stream.head) shipper.nextLookAt = 0; // by its first bytes it is known when it has gone
       stream.grewAt = mono();
       streams.isMoved = true; // what was seen is kept: when it vanishes, that is told to the byte
     }

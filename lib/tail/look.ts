@@ -51,10 +51,10 @@ export class Looker {
     const { mono, now } = streams.context;
     const started = now();
     const survey = await this.#survey();
-    for (const error of survey?.faults.values() ?? [])
-      if (error.includes("EMFILE")) await streams.files.closeMore();
     streams.orphans = [];
     if (!survey) return { isSettled: false, nextAt: mono() + SHIFTING_MS };
+    const isShort = [...survey.faults.values()].some((error) => error.includes("EMFILE"));
+    if (isShort) await streams.files.closeMore();
     const there = new Set(survey.files.flatMap(({ isLive, log }) => (isLive ? log : [])));
     for (const [path, folder] of survey.logs) {
       const log = streams.logOf(path);
@@ -348,7 +348,10 @@ export class Looker {
       }
       if (what.is === "behind" && !isLast) return what.at;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
-      if (!found.isLive && (await isPacked(file))) return this.#noteUnreadable(found);
+      if (!found.isLive && (await isPacked(file))) {
+        this.#ignored.add(name);
+        return this.#noteUnreadable(found);
+      }
       if (what.is === "new" && !found.isLive) await file.contentLength(); // one that is still being compressed waits
       return await this.#settleOpen(found, file, what.is === "small" ? { is: "new", at: 0 } : what);
     } catch (error) {
