@@ -13,7 +13,6 @@
  * Below, a live file is nobody's (but when it was copied with its times, or its folder was), a rotated one is a stream's when
  * the stream's own file is nowhere and all of its bytes are there. Candidates from the cursor and from the receiver's answer are alike.
  */
-import { basename } from "node:path";
 import { MARK_BYTES } from "../chunk.ts";
 import { hasHome, holding, type Stream, type StreamState } from "./cursor.ts";
 import {
@@ -26,7 +25,7 @@ import {
   type Mark,
   markBefore,
 } from "./file.ts";
-import { type FoundFile, isNameOf, possibleBases } from "./paths.ts";
+import { type FoundFile, isNameOf } from "./paths.ts";
 
 /** What a file is. `at`: where a stream that goes on begins. */
 export type Identity =
@@ -258,9 +257,7 @@ function isPassedOver({ id, phase }: Stream): boolean {
 /** All that is known of its log was rotated: it is the next file, and no copy; logs may begin alike, with a kilobyte each day. */
 function isSuccessor({ log }: FoundFile, streams: Stream[]): boolean {
   const own = streams.filter((stream) => stream.log === log);
-  const isRotated = ({ path }: Stream) =>
-    possibleBases(basename(path)).some(({ base }) => base === basename(log));
-  return own.length > 0 && own.every(isRotated);
+  return own.length > 0 && own.every(({ path }) => path !== log && isNameOf(path, log));
 }
 
 /**
