@@ -79,10 +79,11 @@ export function kindOf(stat: { isDirectory(): boolean; isFIFO(): boolean }): str
   return stat.isDirectory() ? "a directory" : stat.isFIFO() ? "a FIFO" : "a device or a socket";
 }
 
+const ENDING = String.raw`\.(gz|gzip|zstd?)`;
 /** The endings of archives that can be read. */
-export const ARCHIVE = /\.(gz|gzip|zstd?)$/;
+export const ARCHIVE = new RegExp(`${ENDING}$`);
 /** The same, and those of a log that is written compressed: it keeps its own before that of its rotation. */
-const COMPRESSED = /\.(gz|gzip|zstd?)(?:[-._][\d.T-]+)?$/;
+const COMPRESSED = new RegExp(String.raw`${ENDING}(?:[-._][\d.T-]+)?$`);
 /** How archives begin, in hex, whatever their names: gzip, zstd, xz, bzip2, lz4, lzop, zip. */
 const MAGIC = /^(?:1f8b08|28b52ffd|fd377a585a00|425a683\d314159265359|04224d18|894c5a4f|504b0304)/;
 
@@ -92,7 +93,7 @@ export function compressionOf(path: string): Compression | undefined {
 }
 
 /** Whether a file that is none by its name begins as an archive does. */
-export async function isPacked(file: LogFile): Promise<boolean> {
+export async function hasMagic(file: LogFile): Promise<boolean> {
   const bytes = Buffer.alloc(10);
   return !file.compression && MAGIC.test(bytes.toString("hex", 0, await file.read(bytes, 0)));
 }

@@ -10,7 +10,7 @@
 import { MARK_BYTES } from "../chunk.ts";
 import { errorMessage } from "../service.ts";
 import { hasHome, holding, isAtEnd, placeOf, type Stream } from "./cursor.ts";
-import { compressionOf, endOfLines, isPacked, type LogFile, readBeginning, UnfinishedFile } from "./file.ts";
+import { compressionOf, endOfLines, hasMagic, type LogFile, readBeginning, UnfinishedFile } from "./file.ts";
 import { type HeldFiles, holdFiles } from "./held.ts";
 import { identify, isTaken, placeHead } from "./identify.ts";
 import { asSeen, type FoundFile, isArchiveOf, type Survey } from "./paths.ts";
@@ -35,7 +35,7 @@ export interface Look {
 
 export class Looker {
   readonly #streams: Streams;
-  /** Unknown files as they are, with when they were first seen so; those that are not ours for ever. */
+  /** Unknown files as they are, with when they were first seen so; those that are not ours as long as they are that. */
   #unknown = new Map<string, number>();
   #ignored = new Set<string>();
   #leftOut = new Set<string>();
@@ -246,7 +246,8 @@ export class Looker {
       if (!isTaken(stream, found)) unknown.push(found);
     }
     const seen = new Set(unknown.map(asSeen));
-    for (const each of this.#unknown.keys()) if (!seen.has(each)) this.#unknown.delete(each);
+    for (const known of [this.#unknown, this.#ignored])
+      for (const each of known.keys()) if (!seen.has(each)) known.delete(each);
     const inOrder = unknown.toSorted((a, b) => Number(a.isLive) - Number(b.isLive));
     const parts: { file: FoundFile; at: number }[] = [];
     const isHeld = (own: string) => waiting.some(({ log }) => log === own);
@@ -348,7 +349,7 @@ export class Looker {
       }
       if (what.is === "behind" && !isLast) return what.at;
       if (what.is === "small" && mono() - firstAt < SMALL_MS) return false;
-      if (!found.isLive && (await isPacked(file))) {
+      if (!found.isLive && (await hasMagic(file))) {
         this.#ignored.add(name);
         return this.#noteUnreadable(found);
       }
